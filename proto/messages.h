@@ -1,0 +1,343 @@
+/* messages.h - every message of the wire and every record of the ledger, declared once.
+ *
+ * A record is a list of fields; from it come the C struct below, the msgpack encoder and the
+ * decoder with its limits (message.c). On the wire a record is a msgpack array with exactly these
+ * elements in this order. F(kind, name, max) is one field:
+ *
+ *   U8 U32 U64 I32   integers; max is the largest value accepted (0 = whatever the width holds)
+ *   F32 F64          floats; only finite values are accepted
+ *   DIGEST KEY SIG   byte strings of exactly 32, 32 and 64 bytes
+ *   BYTES            a byte string of at most max bytes, borrowed from the frame
+ *   STR              UTF-8 without NUL or control characters, at most max bytes
+ *   L(record, name, max) is a list of at most max records of another kind.
+ *
+ * Numbers the whole run agrees on: a *sample* is one sequence; `ledger index` is the run's clock;
+ * `round` counts the outer steps of one fragment from 0. Who may send what, and when, is in
+ * docs/protocol.md. */
+#ifndef INTELLECT_MESSAGES_H
+#define INTELLECT_MESSAGES_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- limits ------------------------------------------------------------------------------ */
+#define PROTO_VERSION 1
+#define PROTO_DIGEST_BYTES 32
+#define PROTO_KEY_BYTES 32
+#define PROTO_SIG_BYTES 64
+#define PROTO_NAME_BYTES_MAX 64         /* a member's display name */
+#define PROTO_TEXT_BYTES_MAX 240        /* a reason, an error */
+#define PROTO_ADDRESS_BYTES_MAX 256     /* host name or literal */
+#define PROTO_URL_BYTES_MAX 1024
+#define PROTO_MEMBERS_MAX 1024u
+#define PROTO_SET_BYTES_MAX (PROTO_MEMBERS_MAX / 8) /* bitmap over a plan's contributor list */
+#define PROTO_CHUNKS_MAX 65536u         /* of one fragment */
+#define PROTO_CHUNK_ELEMENTS_MAX (1u << 20)
+#define PROTO_SHARDS_MAX 1024u
+#define PROTO_LEASES_MAX 256u           /* held by one member at once */
+#define PROTO_LEDGER_BATCH_MAX 256u
+#define PROTO_BLOB_BYTES_MAX (1u << 20) /* genesis, ledger body, roster, manifest */
+
+/* ---- records inside messages and the ledger ------------------------------------------------ */
+
+/* The network. Hugging Face names: hidden_size, num_hidden_layers, num_attention_heads,
+ * num_key_value_heads, intermediate_size, vocab_size, max_position_embeddings. */
+#define FIELDS_model(F, L)                                                                         \
+    F(U32, layers, 1024) F(U32, width, 65536) F(U32, heads, 1024) F(U32, kv_heads, 1024)           \
+    F(U32, ffn, 262144) F(U32, vocabulary, 1u << 20) F(U32, sequence, 1u << 20)                    \
+    F(F64, rope_theta, 0) F(F64, norm_eps, 0) F(U8, tied, 1)
+
+/* Settings of inner training; lr follows committed tokens (schedule: WSD, arXiv:2404.06395). */
+#define FIELDS_inner(F, L)                                                                         \
+    F(U32, batch, 65536)            /* samples per inner step */                                   \
+    F(F64, lr, 0) F(F64, beta1, 0) F(F64, beta2, 0) F(F64, eps, 0) F(F64, weight_decay, 0)         \
+    F(F64, clip, 0)                 /* global norm; 0 = none */                                    \
+    F(U64, warmup_tokens, 0) F(U64, decay_tokens, 0) F(U64, total_tokens, 0)
+
+/* Settings of the outer step. Times in milliseconds. */
+#define FIELDS_outer(F, L)                                                                         \
+    F(U32, inner_steps, 1u << 20)   /* H: ready after this many ... */                             \
+    F(U32, round_ms, 0)             /* ... or after this long, whichever is first */               \
+    F(U32, quorum, PROTO_MEMBERS_MAX) F(U32, grace_ms, 0)                                          \
+    F(F32, lr, 0) F(F32, momentum, 0) F(F32, alpha, 0)                                             \
+    F(U8, contribution_codec, 15) F(U8, result_codec, 15)                                          \
+    F(U32, chunk_elements, PROTO_CHUNK_ELEMENTS_MAX) F(U32, fragments, 256)                        \
+    F(F32, clip_factor, 0)          /* norm over this times the median is scaled down; 0 = never */\
+    F(U32, ramp_rounds, 1024)       /* a joiner's weight grows to full over so many rounds */      \
+    F(U32, heartbeat_ms, 0) F(U32, silence_ms_max, 0) /* no progress for so long: member lost */   \
+    F(U32, lease_samples, 1u << 20) F(U32, checkpoint_rounds, 1u << 20)
+
+#define FIELDS_corpus(F, L)                                                                        \
+    F(STR, manifest_url, PROTO_URL_BYTES_MAX) F(DIGEST, manifest_digest, 0)                        \
+    F(STR, tokenizer, 64) F(U64, samples, 0) F(U64, shuffle_seed, 0)
+
+/* Ledger entry 0. The run's name is the BLAKE2b-256 digest of these bytes. */
+#define FIELDS_genesis(F, L)                                                                       \
+    F(U32, version, 0) F(STR, name, 64) F(KEY, root_key, 0) F(U64, created_ms, 0)                  \
+    L(model, model, 1) L(inner, inner, 1) L(outer, outer, 1) L(corpus, corpus, 1)                  \
+    F(U64, init_seed, 0) F(F32, init_std, 0) F(STR, checkpoint_url, PROTO_URL_BYTES_MAX)
+
+/* The root key's word that `key` may speak for the run as a coordinator. */
+#define FIELDS_delegation(F, L)                                                                    \
+    F(DIGEST, run, 0) F(KEY, key, 0) F(U32, number, 0)
+
+#define FIELDS_enrolment(F, L)                                                                     \
+    F(U32, member, 0) F(KEY, key, 0) F(STR, name, PROTO_NAME_BYTES_MAX) F(U8, aggregate_only, 1)   \
+    F(U64, invite, 0)
+
+#define FIELDS_lease(F, L)                                                                         \
+    F(U64, lease, 0) F(U32, generation, 0) F(U64, start, 0) F(U64, count, 0)
+
+/* What a member claims to have trained on, or a commit spends: samples [start, start+count). */
+#define FIELDS_spend(F, L)                                                                         \
+    F(U32, member, 0) F(U64, lease, 0) F(U32, generation, 0) F(U64, start, 0) F(U64, count, 0)
+
+#define FIELDS_range(F, L) F(U64, start, 0) F(U64, count, 0)
+
+#define FIELDS_digest_item(F, L) F(DIGEST, digest, 0)
+
+/* One contributor of a plan. weight is what its values are multiplied by (see outer_accumulate in
+ * kernels.h); root is the digest tree over its encoded chunks, announced before the plan. */
+#define FIELDS_contributor(F, L)                                                                   \
+    F(U32, member, 0) F(U32, weight, 1u << 24) F(F32, clip, 0) F(U64, tokens, 0) F(DIGEST, root, 0)
+
+/* Chunks [first, first+count) of the fragment: averaged by `aggregator`, copied by `holder`. */
+#define FIELDS_shard(F, L)                                                                         \
+    F(U32, first, PROTO_CHUNKS_MAX) F(U32, count, PROTO_CHUNKS_MAX)                                \
+    F(U32, aggregator, 0) F(U32, holder, 0)
+
+/* Where a member listens; only in messages to those who must dial it, never in the ledger. */
+#define FIELDS_address(F, L)                                                                       \
+    F(U32, member, 0) F(STR, host, PROTO_ADDRESS_BYTES_MAX) F(U32, port, 65535)
+
+/* Run-length: the next `chunks` chunks were summed from the contributors whose bits stand in set
+ * (bit i of byte i/8 = i-th contributor of the plan) with `weight` in all. */
+#define FIELDS_summed(F, L)                                                                        \
+    F(U32, chunks, PROTO_CHUNKS_MAX) F(BYTES, set, PROTO_SET_BYTES_MAX) F(U64, weight, 0)
+
+#define FIELDS_member(F, L)                                                                        \
+    F(U32, member, 0) F(KEY, key, 0) F(STR, name, PROTO_NAME_BYTES_MAX) F(U8, aggregate_only, 1)
+
+#define FIELDS_signed_entry(F, L) F(BYTES, bytes, PROTO_BLOB_BYTES_MAX) F(SIG, signature, 0)
+
+/* A ledger entry; `bytes` of a signed_entry decode to this. previous = digest of the bytes of
+ * the entry before. kind says what body is (enum ledger_kind). */
+#define FIELDS_entry(F, L)                                                                         \
+    F(U64, index, 0) F(DIGEST, previous, 0) F(U64, term, 0) F(U8, kind, 0)                         \
+    F(BYTES, body, PROTO_BLOB_BYTES_MAX)
+
+/* Body of a LEDGER_COMMIT. base_index/base_root: ledger index and digest-tree root of the state
+ * this round's contributions were taken from; result_root: tree over the encoded result chunks. */
+#define FIELDS_commit(F, L)                                                                        \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, plan, 0) F(U64, base_index, 0)                     \
+    F(DIGEST, base_root, 0) F(F32, lr, 0) F(F32, momentum, 0) F(U8, codec, 15)                     \
+    F(I32, grid_exponent, 0) F(U64, tokens, 0) F(U64, tokens_committed, 0)                         \
+    F(DIGEST, result_root, 0)                                                                      \
+    L(contributor, contributors, PROTO_MEMBERS_MAX) L(shard, shards, PROTO_SHARDS_MAX)             \
+    L(summed, summed, PROTO_CHUNKS_MAX) L(spend, spent, PROTO_CHUNKS_MAX)
+
+#define FIELDS_checkpoint(F, L)                                                                    \
+    F(U64, at_index, 0) F(DIGEST, state_root, 0) F(STR, url, PROTO_URL_BYTES_MAX)                  \
+    F(DIGEST, manifest, 0) F(U64, tokens_committed, 0)
+
+#define FIELDS_revocation(F, L) F(U32, member, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+
+/* ---- coordinator and member ---------------------------------------------------------------- */
+
+/* C->N, first on every connection, also to strangers. */
+#define FIELDS_welcome(F, L)                                                                       \
+    F(U32, version, 0) F(BYTES, genesis, PROTO_BLOB_BYTES_MAX)                                     \
+    F(BYTES, delegation, 4096) F(SIG, delegation_signature, 0)
+
+#define FIELDS_enrol(F, L)                                                                         \
+    F(DIGEST, secret, 0) F(STR, name, PROTO_NAME_BYTES_MAX) F(U8, aggregate_only, 1)
+#define FIELDS_enrolled(F, L) F(U32, member, 0)
+
+/* N->C. head_*: last ledger entry the member has; term_max: highest term it ever saw;
+ * state_*: what its anchor is (has_state 0 = nothing yet). port 0 = not reachable, dials only. */
+#define FIELDS_hello(F, L)                                                                         \
+    F(STR, software, 64) F(U8, trains, 1) F(U32, port, 65535)                                      \
+    F(U64, head_index, 0) F(DIGEST, head_digest, 0) F(U64, term_max, 0)                            \
+    F(U8, has_state, 1) F(U64, state_index, 0) F(DIGEST, state_root, 0)
+
+/* C->N. From here on frames carry this session. donors: members to catch up from (empty when the
+ * member's state is the current one). roster and the missing ledger follow at once. */
+#define FIELDS_hello_ack(F, L)                                                                     \
+    F(U64, session, 0) F(U64, head_index, 0) F(U64, settled_index, 0)                              \
+    F(U64, tokens_committed, 0) L(address, donors, 16)
+
+#define FIELDS_ledger(F, L) L(signed_entry, entries, PROTO_LEDGER_BATCH_MAX)
+
+/* The members at ledger index `version`. Signed by the coordinator's online key over `body`,
+ * which decodes to roster_body. */
+#define FIELDS_roster(F, L) F(BYTES, body, PROTO_BLOB_BYTES_MAX) F(SIG, signature, 0)
+#define FIELDS_roster_body(F, L) F(U64, version, 0) L(member, members, PROTO_MEMBERS_MAX)
+
+/* progress grows with every inner step, applied chunk or summed chunk: a process that is alive but
+ * stuck does not move it. phase: enum member_phase. */
+#define FIELDS_heartbeat(F, L)                                                                     \
+    F(U64, progress, 0) F(U64, step, 0) F(F64, loss, 0) F(F64, tokens_per_s, 0) F(U8, phase, 0)    \
+    F(U32, trainer_restarts, 0) F(U64, state_index, 0)
+#define FIELDS_heartbeat_ack(F, L)                                                                 \
+    F(U64, settled_index, 0) F(U64, tokens_committed, 0) F(U32, members_live, 0)
+
+#define FIELDS_lease_ask(F, L) F(U32, samples, 1u << 20)
+/* All leases the member holds now; what is not in the list it no longer has. */
+#define FIELDS_leases(F, L) L(lease, leases, PROTO_LEASES_MAX)
+
+/* N->C: a frozen contribution. Its bytes never change from here on. */
+#define FIELDS_ready(F, L)                                                                         \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, base_index, 0) F(DIGEST, base_root, 0)             \
+    F(U8, codec, 15) F(U32, chunks, PROTO_CHUNKS_MAX) F(U64, tokens, 0)                            \
+    F(F64, norm, 0) F(F64, absmax, 0) F(F64, loss, 0) F(DIGEST, root, 0)                           \
+    L(lease, ranges, PROTO_LEASES_MAX)
+
+/* C->N. The plan's number is in the frame header. addresses: whom the receiver must dial. */
+#define FIELDS_plan(F, L)                                                                          \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, base_index, 0) F(I32, grid_exponent, 0)            \
+    F(U8, codec, 15) L(contributor, contributors, PROTO_MEMBERS_MAX)                               \
+    L(shard, shards, PROTO_SHARDS_MAX) L(address, addresses, PROTO_SHARDS_MAX)
+
+/* N->C, from the aggregator and from the second holder, each after writing to disk. */
+#define FIELDS_shard_report(F, L)                                                                  \
+    F(U32, fragment, 0) F(U64, round, 0) F(U32, shard, PROTO_SHARDS_MAX)                           \
+    L(digest_item, results, PROTO_CHUNKS_MAX) L(summed, summed, PROTO_CHUNKS_MAX)
+
+/* C->N, with a commit: who holds its result. */
+#define FIELDS_holders(F, L) F(U64, index, 0) L(address, addresses, PROTO_SHARDS_MAX)
+
+#define FIELDS_root(F, L) F(U64, index, 0) F(DIGEST, root, 0)
+/* C->N: your contribution was refused; drop it and go back to the anchor. */
+#define FIELDS_reset(F, L) F(U32, fragment, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+/* C->N: your state is not the run's; check every chunk and catch up. root: of state at index. */
+#define FIELDS_resync(F, L) F(U64, index, 0) F(DIGEST, root, 0) L(address, donors, 16)
+
+/* C->N: write the state at `index` (the newest applied) to url. spent: the data cursor. */
+#define FIELDS_checkpoint_write(F, L)                                                              \
+    F(U64, index, 0) F(DIGEST, root, 0) F(STR, url, PROTO_URL_BYTES_MAX) F(U64, round, 0)          \
+    F(U64, tokens_committed, 0) L(range, spent, PROTO_CHUNKS_MAX)
+#define FIELDS_checkpoint_sign(F, L) F(U64, index, 0) F(BYTES, manifest, PROTO_BLOB_BYTES_MAX)
+#define FIELDS_checkpoint_signed(F, L) F(U64, index, 0) F(SIG, signature, 0)
+#define FIELDS_checkpoint_done(F, L)                                                               \
+    F(U64, index, 0) F(U8, written, 1) F(DIGEST, manifest, 0) F(STR, text, PROTO_TEXT_BYTES_MAX)
+
+#define FIELDS_leave(F, L) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+/* Either side, last on a connection: code is an enum err_code, final 1 = do not come back. */
+#define FIELDS_bye(F, L) F(U8, code, 0) F(U8, final, 1) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+
+/* ---- member and member --------------------------------------------------------------------- */
+
+/* contributor -> aggregator: the leaves under the root it announced, of the shard's chunks
+ * [first, first+n). all = every leaf of the fragment, so that the root can be checked. */
+#define FIELDS_leaves(F, L)                                                                        \
+    F(U32, fragment, 0) F(U64, round, 0) L(digest_item, all, PROTO_CHUNKS_MAX)
+/* The receiver's answer, and the way to resume: bitmap over the fragment's chunks still wanted. */
+#define FIELDS_want(F, L)                                                                          \
+    F(U32, fragment, 0) F(U64, round, 0) F(BYTES, chunks, PROTO_CHUNKS_MAX / 8)
+/* One encoded chunk of a contribution, or of a partial sum (codec PARTIAL): set and weight say
+ * whose values are in it. */
+#define FIELDS_chunk(F, L)                                                                         \
+    F(U32, fragment, 0) F(U64, round, 0) F(U32, chunk, PROTO_CHUNKS_MAX) F(U8, codec, 15)          \
+    F(BYTES, set, PROTO_SET_BYTES_MAX) F(U64, weight, 0)                                           \
+    F(BYTES, data, PROTO_CHUNK_ELEMENTS_MAX * 8)
+/* Ask for result chunks of a round (bitmap); answered by result_leaves, then results. */
+#define FIELDS_result_get(F, L)                                                                    \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, plan, 0) F(BYTES, chunks, PROTO_CHUNKS_MAX / 8)
+#define FIELDS_result_leaves(F, L)                                                                 \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, plan, 0) F(U32, first, PROTO_CHUNKS_MAX)           \
+    L(digest_item, leaves, PROTO_CHUNKS_MAX) L(summed, summed, PROTO_CHUNKS_MAX)
+#define FIELDS_result(F, L)                                                                        \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, plan, 0) F(U32, chunk, PROTO_CHUNKS_MAX)           \
+    F(U8, codec, 15) F(BYTES, data, PROTO_CHUNK_ELEMENTS_MAX * 4)
+
+/* Catch-up: chunks of anchor and momentum (bitmap over the chunks of the whole state). */
+#define FIELDS_state_get(F, L) F(U64, index_min, 0) F(BYTES, chunks, PROTO_CHUNKS_MAX / 8)
+/* version: ledger index of the last commit in the chunk; index and path: digest-tree path to the
+ * root of the state at `index`. data: fp32 anchor, then fp32 momentum, little-endian. */
+#define FIELDS_state(F, L)                                                                         \
+    F(U32, chunk, PROTO_CHUNKS_MAX) F(U64, version, 0) F(U64, index, 0)                            \
+    L(digest_item, path, 32) F(BYTES, data, PROTO_CHUNK_ELEMENTS_MAX * 8)
+/* A joiner asks a member's trainer for AdamW second moments; chunks of the parameter vector. */
+#define FIELDS_moments_get(F, L) F(U32, fragment, 0)
+#define FIELDS_moments(F, L)                                                                       \
+    F(U32, chunk, PROTO_CHUNKS_MAX) F(U64, steps, 0) F(BYTES, data, PROTO_CHUNK_ELEMENTS_MAX * 4)
+/* "I do not have that": what = message type asked for. */
+#define FIELDS_none(F, L) F(U8, what, 0) F(U64, round, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+
+/* ---- the lists ----------------------------------------------------------------------------- */
+
+/* Records that are no messages of their own. A record stands after those it contains. */
+#define PROTO_RECORDS(R)                                                                           \
+    R(model) R(inner) R(outer) R(corpus) R(genesis) R(delegation) R(enrolment) R(lease) R(spend)   \
+    R(range) R(digest_item) R(contributor) R(shard) R(address) R(summed) R(member)                 \
+    R(signed_entry) R(entry) R(commit) R(checkpoint) R(revocation) R(roster_body)
+
+/* M(NAME, record, number): number is the type byte of the frame and never changes its meaning. */
+#define PROTO_MESSAGES(M)                                                                          \
+    M(WELCOME, welcome, 1) M(ENROL, enrol, 2) M(ENROLLED, enrolled, 3) M(HELLO, hello, 4)          \
+    M(HELLO_ACK, hello_ack, 5) M(LEDGER, ledger, 6) M(ROSTER, roster, 7)                           \
+    M(HEARTBEAT, heartbeat, 8) M(HEARTBEAT_ACK, heartbeat_ack, 9) M(LEASE_ASK, lease_ask, 10)      \
+    M(LEASES, leases, 11) M(READY, ready, 12) M(PLAN, plan, 13) M(SHARD_REPORT, shard_report, 14)  \
+    M(HOLDERS, holders, 15) M(ROOT, root, 16) M(RESET, reset, 17) M(RESYNC, resync, 18)            \
+    M(CHECKPOINT_WRITE, checkpoint_write, 19) M(CHECKPOINT_SIGN, checkpoint_sign, 20)              \
+    M(CHECKPOINT_SIGNED, checkpoint_signed, 21) M(CHECKPOINT_DONE, checkpoint_done, 22)            \
+    M(LEAVE, leave, 23) M(BYE, bye, 24)                                                            \
+    M(LEAVES, leaves, 32) M(WANT, want, 33) M(CHUNK, chunk, 34) M(RESULT_GET, result_get, 35)      \
+    M(RESULT_LEAVES, result_leaves, 36) M(RESULT, result, 37) M(STATE_GET, state_get, 38)          \
+    M(STATE, state, 39) M(MOMENTS_GET, moments_get, 40) M(MOMENTS, moments, 41) M(NONE, none, 42)
+
+enum ledger_kind {
+    LEDGER_GENESIS = 0, LEDGER_DELEGATION = 1, LEDGER_ENROLMENT = 2, LEDGER_REVOCATION = 3,
+    LEDGER_COMMIT = 4, LEDGER_CHECKPOINT = 5
+};
+
+enum member_phase {
+    PHASE_CATCHING_UP = 0, PHASE_IDLE = 1, PHASE_TRAINING = 2, PHASE_WAITING = 3, PHASE_APPLYING = 4
+};
+
+/* ---- structs, generated -------------------------------------------------------------------- */
+
+struct proto_bytes {
+    const uint8_t *data;
+    uint32_t length;
+};
+struct digest {
+    uint8_t b[PROTO_DIGEST_BYTES];
+};
+struct proto_key {
+    uint8_t b[PROTO_KEY_BYTES];
+};
+struct proto_sig {
+    uint8_t b[PROTO_SIG_BYTES];
+};
+
+#define PROTO_TYPE_U8 uint8_t
+#define PROTO_TYPE_U32 uint32_t
+#define PROTO_TYPE_U64 uint64_t
+#define PROTO_TYPE_I32 int32_t
+#define PROTO_TYPE_F32 float
+#define PROTO_TYPE_F64 double
+#define PROTO_TYPE_DIGEST struct digest
+#define PROTO_TYPE_KEY struct proto_key
+#define PROTO_TYPE_SIG struct proto_sig
+#define PROTO_TYPE_BYTES struct proto_bytes
+#define PROTO_TYPE_STR struct proto_bytes
+
+#define PROTO_DECLARE_FIELD(kind, name, max) PROTO_TYPE_##kind name;
+#define PROTO_DECLARE_LIST(record, name, max) struct msg_##record *name; uint32_t name##_count;
+#define PROTO_DECLARE_RECORD(record)                                                               \
+    struct msg_##record { FIELDS_##record(PROTO_DECLARE_FIELD, PROTO_DECLARE_LIST) };
+#define PROTO_DECLARE_MESSAGE(NAME, record, number) PROTO_DECLARE_RECORD(record)
+PROTO_RECORDS(PROTO_DECLARE_RECORD)
+PROTO_MESSAGES(PROTO_DECLARE_MESSAGE)
+
+#define PROTO_DECLARE_NUMBER(NAME, record, number) MSG_##NAME = number,
+enum proto_type { PROTO_MESSAGES(PROTO_DECLARE_NUMBER) MSG_TYPE_MAX = 255 };
+
+#define PROTO_DECLARE_RECORD_ID(record) RECORD_##record,
+#define PROTO_DECLARE_MESSAGE_ID(NAME, record, number) RECORD_##record,
+enum proto_record {
+    PROTO_RECORDS(PROTO_DECLARE_RECORD_ID) PROTO_MESSAGES(PROTO_DECLARE_MESSAGE_ID) RECORD_COUNT
+};
+
+#endif

@@ -1,0 +1,228 @@
+/* proto.h - bytes: digests, identities, signatures, invites, the ledger's chain, messages, frames
+ * and the TLS 1.3 channel. What a message is for is not known here. Records: messages.h.
+ *
+ * Everything that comes from outside is checked here once: sizes, types, ranges, finite floats,
+ * valid UTF-8. What passed proto_decode() has the declared form; whether it makes sense now is for
+ * the receiver to judge.
+ *
+ * Call proto_init() once per process before anything else (libsodium, OpenSSL, SIGPIPE). */
+#ifndef INTELLECT_PROTO_H
+#define INTELLECT_PROTO_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/err.h"
+#include "proto/messages.h"
+
+int proto_init(struct err *err);
+
+/* ---- digests (BLAKE2b-256, RFC 7693) --------------------------------------------------------- */
+
+struct digest digest_of(const void *bytes, size_t length);
+bool digest_equal(const struct digest *a, const struct digest *b);
+bool digest_is_zero(const struct digest *d);
+/* Lower-case hexadecimal; `out` holds DIGEST_HEX_BYTES, NUL included. */
+#define DIGEST_HEX_BYTES 65
+void digest_hex(const struct digest *d, char *out);
+int digest_parse(const char *hex, struct digest *out, struct err *err);
+
+/* Incremental: init, update any number of times, final. Storage is the caller's. */
+struct digest_stream {
+    _Alignas(64) unsigned char opaque[384]; /* crypto_generichash_state */
+};
+void digest_stream_init(struct digest_stream *s);
+void digest_stream_update(struct digest_stream *s, const void *bytes, size_t length);
+struct digest digest_stream_final(struct digest_stream *s);
+
+/* The digest tree: leaf = H(0x00 || index LE64 || bytes), node = H(0x01 || left || right); an odd
+ * node moves up unchanged (RFC 6962 section 2.1 shape); the root of no leaves is all zero. */
+struct digest digest_leaf(uint64_t index, const void *bytes, size_t length);
+/* The same leaf over two pieces, as if they were one (anchor, then momentum). */
+struct digest digest_leaf2(uint64_t index, const void *a, size_t a_length, const void *b, size_t b_length);
+struct digest digest_tree_root(const struct msg_digest_item *leaves, size_t count);
+#define DIGEST_PATH_MAX 32
+/* Siblings from leaf `index` up; returns their number (<= DIGEST_PATH_MAX). index < count. */
+size_t digest_tree_path(const struct msg_digest_item *leaves, size_t count, size_t index,
+                        struct msg_digest_item path[DIGEST_PATH_MAX]);
+bool digest_tree_verify(const struct digest *root, const struct digest *leaf, size_t index, size_t count,
+                        const struct msg_digest_item *path, size_t path_count);
+
+/* ---- identities and signatures (Ed25519) ------------------------------------------------------ */
+
+struct identity {
+    struct proto_key key;   /* public */
+    uint8_t secret[64];     /* libsodium's form; wipe with identity_release */
+};
+void identity_create(struct identity *id);
+/* Deterministic, for simulations and tests only. */
+void identity_from_seed(struct identity *id, const uint8_t seed[32]);
+void identity_release(struct identity *id);
+/* A file of mode 0600 with one line of text. load refuses one that others may read. */
+int identity_save(const struct identity *id, const char *path, struct err *err);
+int identity_load(struct identity *id, const char *path, struct err *err);
+
+/* Signatures cover purpose, run, term and the bytes as sent:
+ * "intellect/1 " || purpose || 0x00 || run || term LE64 || bytes. Purposes in use: "delegation" (by the root key, term 0),
+ * "ledger", "roster", "manifest" (by an online key). */
+void proto_sign(const struct identity *id, const char *purpose, const struct digest *run, uint64_t term,
+                const void *bytes, size_t length, struct proto_sig *out);
+bool proto_verify(const struct proto_key *key, const char *purpose, const struct digest *run, uint64_t term,
+                  const void *bytes, size_t length, const struct proto_sig *sig);
+
+/* ---- invites ----------------------------------------------------------------------------------
+ * One line: "intellect://HOST:PORT/RUN#SECRET", RUN and SECRET in hexadecimal (32 bytes each).
+ * An IPv6 literal stands in brackets. */
+struct invite {
+    char host[PROTO_ADDRESS_BYTES_MAX + 1];
+    uint16_t port;
+    struct digest run;
+    struct digest secret;
+};
+#define INVITE_BYTES_MAX 512
+int invite_format(const struct invite *invite, char out[INVITE_BYTES_MAX], struct err *err);
+int invite_parse(const char *line, struct invite *out, struct err *err);
+
+/* ---- messages ---------------------------------------------------------------------------------- */
+
+/* Grows by itself up to `limit`; an append past it or out of memory sets `failed`. */
+struct proto_buffer {
+    uint8_t *data;
+    size_t length, capacity, limit;
+    bool failed;
+};
+void proto_buffer_init(struct proto_buffer *b, size_t limit);
+void proto_buffer_release(struct proto_buffer *b);
+void proto_buffer_append(struct proto_buffer *b, const void *bytes, size_t length);
+
+/* Append `record` (a struct msg_<record>) in msgpack. -1 with ERR_PROTOCOL names the field that is
+ * over its limit or not finite: then the caller has a bug or foreign data; nothing was appended. */
+int proto_encode(struct proto_buffer *out, enum proto_record which, const void *record, struct err *err);
+
+/* The largest encoding a record can have by its limits. */
+size_t proto_record_bytes_max(enum proto_record which);
+
+/* Decode exactly `length` bytes into `record`. Byte strings point into `bytes`; lists are allocated
+ * and freed by proto_decoded_release() (safe on a failed or zeroed record). Never builds a generic
+ * tree; memory is bounded by `length`. -1 with ERR_PROTOCOL: record, field, what was wrong. */
+int proto_decode(const uint8_t *bytes, size_t length, enum proto_record which, void *record, struct err *err);
+void proto_decoded_release(enum proto_record which, void *record);
+
+/* A deep copy whose byte strings are owned too; freed by proto_copy_release(). */
+int proto_copy(enum proto_record which, const void *from, void *to, struct err *err);
+void proto_copy_release(enum proto_record which, void *record);
+
+size_t proto_record_size(enum proto_record which);   /* sizeof(struct msg_...) */
+const char *proto_record_name(enum proto_record which);
+/* -1 for a type byte that is no message. */
+int proto_record_of_type(uint8_t type);
+const char *proto_type_name(uint8_t type);           /* "READY", or "unknown" */
+
+/* Borrow a C string as a STR field; and the way back, cut to fit and NUL-terminated. */
+struct proto_bytes proto_str(const char *text);
+void proto_str_copy(struct proto_bytes s, char *out, size_t size);
+
+static inline bool proto_set_has(const uint8_t *set, uint32_t bit) { return set[bit / 8] >> (bit % 8) & 1; }
+static inline void proto_set_add(uint8_t *set, uint32_t bit) { set[bit / 8] |= (uint8_t)(1u << (bit % 8)); }
+static inline void proto_set_del(uint8_t *set, uint32_t bit) { set[bit / 8] &= (uint8_t)~(1u << (bit % 8)); }
+
+/* ---- the ledger's chain ------------------------------------------------------------------------ */
+
+/* Digest of an entry's bytes: what the next entry names as `previous`. */
+#define LEDGER_DIGEST(e) digest_of((e)->bytes.data, (e)->bytes.length)
+
+/* Follows a ledger entry by entry: index, chain, signature, and that the signer was delegated.
+ * Kept by every member and by `ledger verify`. Storage is the caller's. */
+#define LEDGER_ONLINE_KEYS_MAX 64
+struct ledger_chain {
+    struct digest run;
+    struct proto_key root_key;
+    struct proto_key online[LEDGER_ONLINE_KEYS_MAX];
+    uint32_t online_count;
+    uint64_t next_index;
+    struct digest head;
+    uint64_t term;
+};
+void ledger_chain_init(struct ledger_chain *c, const struct digest *run);
+/* Check `e` as the next entry and take it in. `decoded` receives the entry (release it with
+ * proto_decoded_release(RECORD_entry,...)). ERR_CORRUPT: broken chain or signature; ERR_STALE: an
+ * index already taken in (harmless). Entry 0 is the genesis (its digest is the run) and is signed by
+ * the root key; so is every delegation; all others by a delegated online key. */
+int ledger_chain_take(struct ledger_chain *c, const struct msg_signed_entry *e, struct msg_entry *decoded,
+                      struct err *err);
+/* Check a delegation shown in a WELCOME; ERR_REFUSED when it does not make `key` the run's. */
+int ledger_check_delegation(const struct msg_genesis *genesis, const struct digest *run, struct proto_bytes delegation,
+                            const struct proto_sig *sig, const struct proto_key *key, struct err *err);
+
+/* ---- frames ------------------------------------------------------------------------------------
+ * 36 bytes, little-endian: magic "ITL1" 4 | version u8 | type u8 | reserved u16 = 0 | payload length u32 |
+ * term u64 | session u64 | plan u64. Then the payload. Term, session and plan say what a frame belongs
+ * to; anything older than current is refused. */
+#define PROTO_FRAME_HEADER_BYTES 36u
+#define PROTO_FRAME_BYTES_MAX (9u << 20)           /* on a link between members */
+#define PROTO_CONTROL_BYTES_MAX (4u << 20)         /* on a link to the coordinator */
+#define PROTO_STRANGER_BYTES_MAX (8u << 10)        /* before the peer is known */
+struct frame {
+    uint8_t type;
+    uint32_t length;
+    uint64_t term, session, plan;
+};
+void frame_write(const struct frame *f, uint8_t out[PROTO_FRAME_HEADER_BYTES]);
+/* ERR_PROTOCOL: wrong magic (says so if it looks like HTTP or TLS), version, type, length > max. */
+int frame_read(const uint8_t in[PROTO_FRAME_HEADER_BYTES], uint32_t length_max, struct frame *out, struct err *err);
+
+/* ---- TLS channels (libevent, OpenSSL, TLS 1.3 only) --------------------------------------------
+ * Mutual TLS with self-signed Ed25519 certificates made from the identity; no dates, no authority.
+ * A channel is one connection: it frames, decodes and hands over messages on its event_base's
+ * thread. Callbacks may close the channel. */
+struct event_base;
+struct channel;
+struct channel_context; /* TLS settings + identity; one per process, shared by channels */
+
+struct channel_context *channel_context_create(const struct identity *id, struct err *err);
+void channel_context_destroy(struct channel_context *ctx);
+
+struct channel_ops {
+    /* TLS is up and `key` is what the peer proved. Return false to refuse (the channel closes). */
+    bool (*on_open)(void *arg, struct channel *ch, const struct proto_key *key);
+    /* One decoded message; `msg` is a struct msg_* valid until return. */
+    void (*on_message)(void *arg, struct channel *ch, const struct frame *f, const void *msg);
+    /* The connection is gone (why: "closed by peer", "TLS: ...", "protocol: ..."); the channel is
+     * freed after return. Not called after channel_close(). */
+    void (*on_close)(void *arg, struct channel *ch, const struct err *why);
+    /* The unsent bytes fell under PROTO_SEND_LOW; may be NULL. */
+    void (*on_drained)(void *arg, struct channel *ch);
+};
+#define PROTO_SEND_LOW (1u << 20)
+#define PROTO_SEND_MAX (64u << 20)      /* a peer that reads so slowly is cut off */
+#define CHANNEL_HANDSHAKE_MS_MAX 10000
+
+struct channel *channel_dial(struct event_base *base, struct channel_context *ctx, const char *host, uint16_t port,
+                             const struct channel_ops *ops, void *arg, struct err *err);
+/* Takes over `fd` (also when it fails). */
+struct channel *channel_accept(struct event_base *base, struct channel_context *ctx, int fd,
+                               const struct channel_ops *ops, void *arg, struct err *err);
+void channel_set_arg(struct channel *ch, void *arg);
+void *channel_arg(struct channel *ch);
+/* Starts at PROTO_STRANGER_BYTES_MAX; raise it when the peer is known. */
+void channel_set_frame_bytes_max(struct channel *ch, uint32_t bytes);
+/* Encode and queue. -1: encoding failed (caller's bug) or over PROTO_SEND_MAX (channel closes soon). */
+int channel_send(struct channel *ch, uint8_t type, uint64_t term, uint64_t session, uint64_t plan,
+                 const void *msg, struct err *err);
+size_t channel_unsent_bytes(const struct channel *ch);
+uint64_t channel_received_bytes(const struct channel *ch);
+const struct proto_key *channel_peer_key(const struct channel *ch);
+/* "203.0.113.7" and port of the other end. */
+void channel_peer_address(const struct channel *ch, char out[PROTO_ADDRESS_BYTES_MAX + 1], uint16_t *port);
+/* Close now; what is queued is sent first for at most a second when `flush`. No callback follows. */
+void channel_close(struct channel *ch, bool flush);
+
+/* Listen on host:port (port 0 = any; *port receives it). Accepts and hands over raw
+ * descriptors, which the callback owns. ERR_IO names the address and what holds the port. */
+struct listener;
+struct listener *listener_create(struct event_base *base, const char *host, uint16_t *port,
+                                 void (*on_accept)(void *arg, int fd), void *arg, struct err *err);
+void listener_destroy(struct listener *l);
+
+#endif
