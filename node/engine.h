@@ -1,0 +1,103 @@
+/* engine.h - inner training: one network, its gradient and AdamW state on one device, stepped with
+ * tokens that somebody else chose. It knows no network, file server, round or lease; node/trainer
+ * gives it batches and moves parameters in and out between steps.
+ *
+ * Parameters are one contiguous fp32 vector in canonical order (proto/model.h), in the backend's
+ * memory; others read and write element ranges of it between steps.
+ *
+ * AdamW: arXiv:1711.05101, bias-corrected; matrices decay, embedding and norm weights do not. The
+ * learning rate is schedule_lr(inner, position), position = the run's committed tokens, because
+ * the local step count means nothing to a run whose members come and go.
+ *
+ * Same parameters, same moments, same batches, same kernels and thread count: same bits. */
+#ifndef INTELLECT_NODE_ENGINE_H
+#define INTELLECT_NODE_ENGINE_H
+
+#include "proto/err.h"
+#include "proto/messages.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct engine;
+struct kernels;
+
+struct engine_result {
+    double loss;      /* mean nats per token of the batch, before the update */
+    double grad_norm; /* global 2-norm before clipping */
+    double lr;        /* what the schedule gave */
+    uint64_t tokens;  /* trained in this step: samples * sequence */
+    uint64_t step;    /* steps since create or load, this one included */
+};
+
+/* Build the engine and take all memory it will ever use: parameters (zero until written),
+ * gradients, both moments (zero) and one arena of activations for a micro-batch.
+ *
+ * model, inner  checked with proto_model_check and proto_inner_check here; copied.
+ * kernels       the backend, borrowed until engine_destroy; see kernels/kernels.h.
+ *
+ * A batch whose activations would pass ENGINE_ACTIVATION_BYTES_MAX is run as several micro-batches
+ * whose gradients add up; how many depends on model and inner alone.
+ * Returns the engine, or NULL with ERR_CONFIG or ERR_MEMORY (msg says how many bytes). */
+#define ENGINE_ACTIVATION_BYTES_MAX ((size_t)2 << 30)
+struct engine *engine_create(const struct msg_model *model, const struct msg_inner *inner,
+                             const struct kernels *kernels, struct err *err);
+void engine_destroy(struct engine *e); /* NULL is fine */
+
+const struct msg_model *engine_model(const struct engine *e);
+const struct msg_inner *engine_inner(const struct engine *e);
+size_t engine_elements(const struct engine *e);
+uint64_t engine_steps(const struct engine *e); /* steps since create or load */
+
+/* Copy parameters [first, first + n) out of the device, or into it. Between steps only. */
+void engine_params_read(const struct engine *e, size_t first, size_t n, float *out);
+void engine_params_write(struct engine *e, size_t first, size_t n, const float *in);
+
+/* One inner step: forward, backward, clip to inner.clip, AdamW.
+ *
+ * tokens    [samples, sequence + 1], row i is one sample; the last column is only a target. Ids are
+ *           checked against the vocabulary.
+ * samples   in [1, inner.batch]: the rest of a lease may be less than a batch.
+ * position  the run's committed tokens, for the learning rate.
+ *
+ * Returns 0 with *result filled. Returns -1 and leaves parameters, moments and step count as they
+ * were with ERR_CORRUPT where the loss or the gradient norm is not finite (msg names the step) or
+ * a token is outside the vocabulary. */
+int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint64_t position,
+                struct engine_result *result, struct err *err);
+
+/* Mean loss in nats per token of `samples` sequences under the current parameters; changes nothing
+ * but scratch memory. tokens as in engine_step, samples > 0 may pass inner.batch. */
+int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
+                     struct err *err);
+
+/* AdamW's second moments [first, first + n), for a joiner: without them its first steps are far too
+ * long (INTELLECT-1, arXiv:2412.01152, saw the loss spike). *count: how many steps they average
+ * over, which the bias correction needs. First moments have a count of their own and stay here. */
+void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,
+                                uint64_t *count);
+
+/* Take over second moments [first, first + n) and the count of another engine. Ranges may come in
+ * any order; call engine_reset_moments() before the first of them. The first moments then start
+ * from zero with a count of zero, so the joiner's own gradients alone decide its direction.
+ * Returns 0, or -1 with ERR_CORRUPT and nothing changed where a value is negative or not finite or
+ * the range passes the end: it comes from another member. */
+int engine_second_moments_write(struct engine *e, size_t first, size_t n, const float *in,
+                                uint64_t count, struct err *err);
+
+/* Both moments and their counts to zero: the state of a fresh start. */
+void engine_reset_moments(struct engine *e);
+
+/* Save parameters, moments and counters to `path`, so that a trainer that was killed goes on bit
+ * for bit: a temporary name beside it, BLAKE2b digest at the end, fsync, rename, fsync of the
+ * folder. A crash at any moment leaves the old file or the new one, never a half.
+ * tag is stored with it and given back by engine_load: the caller's ledger index or the like.
+ * Writes 12 bytes a parameter. Returns 0, or -1 with ERR_IO or ERR_FULL. */
+int engine_save(const struct engine *e, const char *path, uint64_t tag, struct err *err);
+
+/* Load what engine_save wrote, into an engine of the same model. The file is read and its digest
+ * checked before anything in the engine changes. Returns 0 with *tag filled, or -1 with
+ * ERR_NOT_FOUND (no such file), ERR_TRUNCATED, ERR_CORRUPT (digest), ERR_CONFIG (another model). */
+int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *err);
+
+#endif

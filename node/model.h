@@ -1,0 +1,58 @@
+/* model.h - the Llama network (arXiv:2407.21783) forward and backward on a kernel table: RMSNorm,
+ * rotary embedding, grouped-query attention, SwiGLU, tied or untied head. It knows shapes and the
+ * order of kernels; parameters, gradients and optimizer belong to the engine. */
+#ifndef INTELLECT_NODE_MODEL_H
+#define INTELLECT_NODE_MODEL_H
+
+#include "kernels/kernels.h"
+#include "proto/err.h"
+#include "proto/messages.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct model;
+
+/* Take the arena of activations for B sequences of T tokens, once.
+ *
+ * m         checked with proto_model_check; copied.
+ * T         tokens per sequence in [1, m->sequence].
+ * training  1 keeps what the backward pass needs of every layer; 0 keeps one layer's worth.
+ * kernels   borrowed until model_destroy.
+ * Returns the model, or NULL with ERR_MEMORY (msg says how many bytes). */
+struct model *model_create(const struct msg_model *m, const struct kernels *kernels, int B, int T,
+                           int training, struct err *err);
+void model_destroy(struct model *model); /* NULL is fine */
+
+/* Bytes that model_create takes for its arena. */
+size_t model_arena_bytes(const struct msg_model *m, int B, int T, int training);
+
+/* Forward pass up to the logits, which the caller owns until the next call: [B,T,vocabulary] in
+ * the backend's memory. Where only the last position counts, last_only = 1 computes that row of
+ * each sequence: [B,1,vocabulary].
+ * params  canonical vector in the backend's memory.
+ * tokens  [B,T] host memory, each in [0, vocabulary): the caller checked. B and T may be at most
+ *         those of model_create. */
+const float *model_logits(struct model *model, const float *params, const int32_t *tokens, int B,
+                          int T, int last_only);
+
+/* Sum of the loss in nats over B*T targets, as double, through *loss. tokens [B,T+1]: position t
+ * predicts t+1. No gradient. Asks the backend for its first failure. */
+int model_loss(struct model *model, const float *params, const int32_t *tokens, int B, int T,
+               double *loss, struct err *err);
+
+/* Forward and backward: the same sum of losses, and the gradient of (sum * grad_scale).
+ * grads  canonical vector in the backend's memory; replaced (KERNELS_SET) or added to.
+ * The model must have been created for training. */
+int model_backward(struct model *model, const float *params, float *grads, const int32_t *tokens,
+                   int B, int T, float grad_scale, enum kernels_write write, double *loss,
+                   struct err *err);
+
+/* Initial parameters [first, first + n) of the canonical vector, host memory: norm weights are 1,
+ * matrices are N(0, std) from outer_init_normal(seed), whose stream is indexed by canonical
+ * element, so every machine derives the same bits for any range.
+ * The range must lie inside the vector. */
+void model_init_elements(const struct msg_model *m, float std, uint64_t seed, uint64_t first,
+                         size_t n, float *out);
+
+#endif

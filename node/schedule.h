@@ -1,0 +1,25 @@
+/* schedule.h - the learning rate as a function of the run's committed tokens: warm-up, stable,
+ * decay (WSD, arXiv:2404.06395), with the 1-sqrt decay of arXiv:2405.18392. No state: every member
+ * at the same position has the same rate, whenever it joined. */
+#ifndef INTELLECT_NODE_SCHEDULE_H
+#define INTELLECT_NODE_SCHEDULE_H
+
+#include "proto/messages.h"
+
+#include <stdint.h>
+
+/* The rate at position `tokens`. With w = warmup_tokens, d = decay_tokens, n = total_tokens:
+ *
+ *   tokens < w            lr * (SCHEDULE_WARMUP_FLOOR + (1 - SCHEDULE_WARMUP_FLOOR) * tokens / w)
+ *   w <= tokens < n - d   lr
+ *   n - d <= tokens < n   lr * max(1 - sqrt((tokens - (n - d)) / d), SCHEDULE_END_FLOOR)
+ *   tokens >= n           lr * SCHEDULE_END_FLOOR (lr where d = 0)
+ *
+ * Where warm-up and decay overlap the smaller rate counts. The floor of the warm-up is there
+ * because position moves only when a round commits: from zero, the whole first round would train
+ * at a rate of zero. n = 0 means no end: constant after the warm-up. */
+#define SCHEDULE_WARMUP_FLOOR 0.1
+#define SCHEDULE_END_FLOOR 0.01
+double schedule_lr(const struct msg_inner *inner, uint64_t tokens);
+
+#endif

@@ -1,0 +1,23 @@
+/* tools.h - the commands around a model, as node/cli calls them. Each parses its own arguments
+ * (argv[0] is the command's name; --help teaches), prints results to stdout (one JSON object with
+ * --json) and errors to stderr, and returns the exit code: 0, 1 (failed), 2 (wrong use). */
+#ifndef INTELLECT_NODE_TOOLS_H
+#define INTELLECT_NODE_TOOLS_H
+
+/* data --out DIR [--sequence N] [--heldout F] [--tokenizer NAME] FILE...: tokenise text files. */
+int tool_data(int argc, char **argv);
+
+/* eval CHECKPOINT --text FILE [--sequence N] [--threads N] [--json]: mean loss per token. */
+int tool_eval(int argc, char **argv);
+
+/* generate CHECKPOINT --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--seed N]. */
+int tool_generate(int argc, char **argv);
+
+/* bigram CORPUS [--json]: loss of an order-2 byte model of the training text on the held-out
+ * slice: what a network must beat to have learnt more than letter statistics. */
+int tool_bigram(int argc, char **argv);
+
+/* train CORPUS [--model PRESET] [--steps N] [--threads N] ...: one process alone, no run. */
+int tool_train(int argc, char **argv);
+
+#endif

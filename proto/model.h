@@ -1,0 +1,83 @@
+/* model.h - the network as everybody outside a device sees it: presets by name, a check of what a
+ * person wrote, and the canonical order of its parameters. Anchor, fragments, contributions and
+ * checkpoints are element ranges of this one vector, so every program must agree on it.
+ *
+ * The order is that of Hugging Face's LlamaForCausalLM, layer by layer:
+ *
+ *   model.embed_tokens.weight                          [vocabulary, width]
+ *   model.layers.N.input_layernorm.weight              [width]
+ *   model.layers.N.self_attn.q_proj.weight             [width, width]
+ *   model.layers.N.self_attn.k_proj.weight, v_proj     [kv_heads * head, width]
+ *   model.layers.N.self_attn.o_proj.weight             [width, width]
+ *   model.layers.N.post_attention_layernorm.weight     [width]
+ *   model.layers.N.mlp.gate_proj.weight, up_proj       [ffn, width]
+ *   model.layers.N.mlp.down_proj.weight                [width, ffn]
+ *   model.norm.weight                                  [width]
+ *   lm_head.weight, unless tied                        [vocabulary, width]
+ *
+ * with head = width / heads. Matrices are [out, in], row-major. Rotary embedding pairs dimension i
+ * with i + head/2 of a head, as Hugging Face's rotate_half does, so no weight is ever permuted. */
+#ifndef INTELLECT_PROTO_MODEL_H
+#define INTELLECT_PROTO_MODEL_H
+
+#include "proto/err.h"
+#include "proto/messages.h"
+
+#define PROTO_TENSOR_NAME_BYTES_MAX 64 /* with its final NUL */
+#define PROTO_MODEL_TENSORS_PER_LAYER 9
+
+/* What stands where in a layer; also the index of the tensor within its layer. */
+enum proto_model_role {
+    MODEL_INPUT_NORM, MODEL_Q, MODEL_K, MODEL_V, MODEL_O, MODEL_POST_NORM, MODEL_GATE, MODEL_UP,
+    MODEL_DOWN, MODEL_EMBED, MODEL_FINAL_NORM, MODEL_HEAD
+};
+
+struct proto_tensor {
+    char name[PROTO_TENSOR_NAME_BYTES_MAX]; /* Hugging Face's */
+    enum proto_model_role role;
+    uint32_t layer;    /* 0 where the role has none */
+    int dims;          /* 1 (norm weights) or 2 (matrices) */
+    uint64_t shape[2]; /* [out, in], or [width, 1] where dims is 1 */
+    uint64_t offset;   /* first element in the canonical vector */
+    uint64_t count;    /* elements, shape[0] * shape[1] */
+};
+
+/* Fill *m from a preset: debug (1.3M parameters, bytes), 10m, 150m (bytes), 1b, 8b, 10b (Llama 3
+ * vocabulary of 128256). Returns 0, or -1 with ERR_CONFIG naming every preset. */
+int proto_model_preset(const char *name, struct msg_model *m, struct err *err);
+
+/* The names above in one line, for help texts and comments in run.yaml. */
+const char *proto_model_preset_names(void);
+
+/* Fill *inner and *init_std with the settings that were tuned for a preset. The token counts of
+ * the schedule are a proposal for a corpus of total_tokens: 1 % warm-up, 20 % decay.
+ * total_tokens  > 0; what the run will train on in all.
+ * Returns 0, or -1 with ERR_CONFIG. */
+int proto_inner_preset(const char *name, uint64_t total_tokens, struct msg_inner *inner,
+                       float *init_std, struct err *err);
+
+/* Can this network be built: nothing is zero, heads divide width, kv_heads divide heads, the head
+ * is even (rotation works on pairs), rope_theta > 1, norm_eps > 0, sizes fit the wire's limits.
+ * Everything below assumes that it passed. Returns 0, or -1 with ERR_CONFIG naming the key. */
+int proto_model_check(const struct msg_model *m, struct err *err);
+
+/* Are these settings usable: batch > 0, rates and betas in range, warm-up and decay fit into the
+ * total. Returns 0, or -1 with ERR_CONFIG naming the key and what is allowed. */
+int proto_inner_check(const struct msg_inner *inner, struct err *err);
+
+/* Elements of the whole vector. Constant time. */
+uint64_t proto_model_elements(const struct msg_model *m);
+
+/* Number of tensors, and the i-th of them (asserts i < count). Constant time, so a loop over all
+ * tensors is linear. */
+uint32_t proto_model_tensor_count(const struct msg_model *m);
+void proto_model_tensor(const struct msg_model *m, uint32_t i, struct proto_tensor *out);
+
+/* The tensor called `name`. Returns 0, or -1 with ERR_NOT_FOUND. Linear in the tensors. */
+int proto_model_tensor_find(const struct msg_model *m, const char *name, struct proto_tensor *out,
+                            struct err *err);
+
+/* Index of the tensor that element `element` of the vector lies in (asserts that it lies in one). */
+uint32_t proto_model_tensor_at(const struct msg_model *m, uint64_t element);
+
+#endif
