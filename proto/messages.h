@@ -198,6 +198,9 @@
     F(U8, codec, 15) L(contributor, contributors, PROTO_MEMBERS_MAX)                               \
     L(shard, shards, PROTO_SHARDS_MAX) L(address, addresses, PROTO_SHARDS_MAX)
 
+/* C->aggregators: finish the round without what has not yet arrived from this contributor. */
+#define FIELDS_drop(F, L) F(U32, fragment, 0) F(U64, round, 0) F(U32, member, 0)
+
 /* N->C, from the aggregator and from the second holder, each after writing to disk. */
 #define FIELDS_shard_report(F, L)                                                                  \
     F(U32, fragment, 0) F(U64, round, 0) F(U32, shard, PROTO_SHARDS_MAX)                           \
@@ -281,7 +284,7 @@
     M(HOLDERS, holders, 15) M(ROOT, root, 16) M(RESET, reset, 17) M(RESYNC, resync, 18)            \
     M(CHECKPOINT_WRITE, checkpoint_write, 19) M(CHECKPOINT_SIGN, checkpoint_sign, 20)              \
     M(CHECKPOINT_SIGNED, checkpoint_signed, 21) M(CHECKPOINT_DONE, checkpoint_done, 22)            \
-    M(LEAVE, leave, 23) M(BYE, bye, 24)                                                            \
+    M(LEAVE, leave, 23) M(BYE, bye, 24) M(DROP, drop, 25)                                                            \
     M(LEAVES, leaves, 32) M(WANT, want, 33) M(CHUNK, chunk, 34) M(RESULT_GET, result_get, 35)      \
     M(RESULT_LEAVES, result_leaves, 36) M(RESULT, result, 37) M(STATE_GET, state_get, 38)          \
     M(STATE, state, 39) M(MOMENTS_GET, moments_get, 40) M(MOMENTS, moments, 41) M(NONE, none, 42)
