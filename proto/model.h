@@ -49,7 +49,8 @@ int proto_model_preset(const char *name, struct msg_model *m, struct err *err);
 /* The names above in one line, for help texts and comments in run.yaml. */
 const char *proto_model_preset_names(void);
 
-/* Fill *inner and *init_std with the settings that were tuned for a preset. The token counts of
+/* Fill *inner and *init_std with the settings that were tuned for a preset. For all but debug
+ * they come from the literature, untested here. The token counts of
  * the schedule are a proposal for a corpus of total_tokens: 1 % warm-up, 20 % decay.
  * total_tokens  > 0; what the run will train on in all.
  * Returns 0, or -1 with ERR_CONFIG. */
