@@ -1,16 +1,16 @@
 /* kernels.h - numerics on tensors. Two halves:
  *
- * 1. `struct kernels`, a backend: one table of functions with everything a Llama network needs forward
- *    and backward, its optimizer, and the memory its tensors live in. kernels_reference() is plain
- *    loops with double accumulators, the specification; kernels_cpu_create() is the fast CPU one,
- *    tested against it. A GPU backend is one more table of the same type.
- * 2. `outer_*`, the arithmetic of the outer step: codec, exact sum, Nesterov, mixing, initial values.
- *    Same bytes in, same bits out, on every compiler and machine. CPU only, host memory.
+ * 1. `struct kernels`, a backend: one table of functions with everything a Llama network needs
+ *    forward and backward, its optimizer, and the memory its tensors live in. kernels_reference()
+ *    is plain loops with double accumulators, the specification; kernels_cpu_create() is the fast
+ *    CPU one, tested against it. A GPU backend is one more table of the same type.
+ * 2. `outer_*`, the arithmetic of the outer step: codec, exact sum, Nesterov, mixing, initial
+ *    values. Same bytes in, same bits out, on every compiler and machine. CPU only, host memory.
  *
  * No model, no network, no file. Tensors are dense and row-major, their shape is written [B,T,C]:
- * batch, tokens, channels; `rows` is B*T where a kernel does not care. H are query heads, KV key/value
- * heads (H a multiple of KV), D the head size (even), F the hidden width of the feed-forward part, V
- * the vocabulary. Pointers may not overlap unless an entry says so. */
+ * batch, tokens, channels; `rows` is B*T where a kernel does not care. H are query heads, KV
+ * key/value heads (H a multiple of KV), D the head size (even), F the hidden width of the
+ * feed-forward part, V the vocabulary. Pointers may not overlap unless an entry says so. */
 #ifndef INTELLECT_KERNELS_H
 #define INTELLECT_KERNELS_H
 
@@ -22,14 +22,14 @@
 /* The type of weights and activations that a backend's entries take. */
 enum kernels_dtype { KERNELS_FP32 = 0, KERNELS_BF16 = 1 };
 
-/* Whether a gradient kernel replaces its output or adds to it. The first micro-batch of a step writes,
- * the others add, so nobody has to clear a gradient first. */
+/* Whether a gradient kernel replaces its output or adds to it. The first micro-batch of a step
+ * writes, the others add, so nobody has to clear a gradient first. */
 enum kernels_write { KERNELS_SET = 0, KERNELS_ADD = 1 };
 
 /* One AdamW step, arXiv:1711.05101. The bias corrections are handed in, because a joiner that took
  * over another member's second moments counts the steps of m and v separately. */
 struct kernels_adamw {
-    float lr;           /* this step's learning rate; times weight_decay it is what shrinks a weight */
+    float lr;           /* this step's learning rate; it scales the weight decay too */
     float beta1, beta2; /* decay of m and v, in [0,1) */
     float eps;          /* added to sqrt(v / v_correction), so it must be > 0 */
     float weight_decay; /* decoupled; 0 for norms and embeddings if the caller wants that */
@@ -39,93 +39,96 @@ struct kernels_adamw {
 };
 
 /* A backend. Call an entry as k->matmul_forward(k, ...). All pointers to tensors are memory from
- * k->alloc(); `host` pointers are ordinary memory. Entries run in order; on a GPU they return before
- * they are done. They return nothing: a backend keeps its first failure, later calls may then do
- * nothing, and check() reports it, so a training step asks once at its end. A table is used by one
- * thread at a time; two tables are independent. Scratch belongs to the backend and grows at the first
- * use of a shape; after that no entry but alloc() takes memory. */
+ * k->alloc(); `host` pointers are ordinary memory. Entries run in order; on a GPU they return
+ * before they are done. They return nothing: a backend keeps its first failure, later calls may
+ * then do nothing, and check() reports it, so a training step asks once at its end. A table is used
+ * by one thread at a time; two tables are independent. Scratch belongs to the backend and grows at
+ * the first use of a shape; after that no entry but alloc() takes memory. */
 struct kernels {
-    const char *name;        /* "reference", "cpu", "cuda" */
-    const char *description; /* one line for people: library version, instruction set, threads */
+    const char *name;         /* "reference", "cpu", "cuda" */
+    const char *description;  /* one line for people: library version, instruction set, threads */
     enum kernels_dtype dtype; /* KERNELS_FP32 so far */
 
-    /* --- memory. alloc: `bytes` of zeroes aligned to 64, or NULL with ERR_MEMORY. free takes NULL. --- */
+    /* Memory. alloc: `bytes` of zeroes aligned to 64, or NULL with ERR_MEMORY. free takes NULL. */
     void *(*alloc)(const struct kernels *k, size_t bytes, struct err *err);
     void (*free)(const struct kernels *k, void *p);
     void (*copy_in)(const struct kernels *k, void *to, const void *host, size_t bytes);
     void (*copy_out)(const struct kernels *k, void *host, const void *from, size_t bytes);
     void (*zero)(const struct kernels *k, void *p, size_t bytes);
-    /* Wait for everything asked for so far. 0, or -1 with the first failure since the last check(). */
+    /* Wait for everything asked for so far: 0, or -1 with the first failure since last time. */
     int (*check)(const struct kernels *k, struct err *err);
     void (*destroy)(struct kernels *k); /* no-op for the reference; frees k; k may be NULL */
 
-    /* --- matrix products: every weight is [OC,C], "out x in", as in a checkpoint --- */
+    /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. */
     /* out[rows,OC] = x[rows,C] * w[OC,C]^T. Adjacent weights (q,k,v or gate,up) are one w with a
      * larger OC, their outputs then lie side by side in each row. */
     void (*matmul_forward)(const struct kernels *k, float *out, const float *x, const float *w,
                            int rows, int C, int OC);
     /* dx[rows,C] = or += dout[rows,OC] * w[OC,C] */
-    void (*matmul_backward_input)(const struct kernels *k, float *dx, const float *dout, const float *w,
-                                  int rows, int C, int OC, enum kernels_write write);
+    void (*matmul_backward_input)(const struct kernels *k, float *dx, const float *dout,
+                                  const float *w, int rows, int C, int OC,
+                                  enum kernels_write write);
     /* dw[OC,C] = or += dout[rows,OC]^T * x[rows,C] */
-    void (*matmul_backward_weight)(const struct kernels *k, float *dw, const float *dout, const float *x,
-                                   int rows, int C, int OC, enum kernels_write write);
+    void (*matmul_backward_weight)(const struct kernels *k, float *dw, const float *dout,
+                                   const float *x, int rows, int C, int OC,
+                                   enum kernels_write write);
 
-    /* --- embedding: out[rows,C] = w[V,C] at tokens[rows]; every token in [0,V), a caller bug else --- */
+    /* Embedding: out[rows,C] = w[V,C] at tokens[rows]; a token outside [0,V) is a caller bug. */
     void (*embedding_forward)(const struct kernels *k, float *out, const int32_t *tokens,
                               const float *w, int rows, int C, int V);
     /* dw[V,C] += dout[rows,C] at tokens; rows are added in order, so repeats give the same bits. */
     void (*embedding_backward)(const struct kernels *k, float *dw, const float *dout,
                                const int32_t *tokens, int rows, int C, int V);
 
-    /* --- RMSNorm, arXiv:1910.07467: out = x * rstd * w, rstd[rows] = 1/sqrt(mean(x^2) + eps), kept --- */
+    /* RMSNorm, arXiv:1910.07467: out = x * rstd * w; rstd[rows] = 1/sqrt(mean(x^2) + eps), kept. */
     void (*rmsnorm_forward)(const struct kernels *k, float *out, float *rstd, const float *x,
                             const float *w, float eps, int rows, int C);
     /* dx[rows,C] += (dx holds the residual stream's gradient), dw[C] +=. */
     void (*rmsnorm_backward)(const struct kernels *k, float *dx, float *dw, const float *dout,
                              const float *x, const float *w, const float *rstd, int rows, int C);
 
-    /* --- rotary embedding, arXiv:2104.09864, Hugging Face convention: element d of a head is paired
-     * with d + D/2. In place on the query and key heads of qkv[B,T,H+2KV,D]; value heads untouched.
-     * cos, sin: [T,D/2] from kernels_rope_tables(), copied in. --- */
-    void (*rope_forward)(const struct kernels *k, float *qkv, const float *cos, const float *sin, int B,
-                         int T, int H, int KV, int D);
+    /* Rotary embedding, arXiv:2104.09864, Hugging Face convention: element d of a head is
+     * paired with d + D/2. In place on the query and key heads of qkv[B,T,H+2KV,D]; value heads
+     * untouched. cos, sin: [T,D/2] from kernels_rope_tables(), copied in. */
+    void (*rope_forward)(const struct kernels *k, float *qkv, const float *cos, const float *sin,
+                         int B, int T, int H, int KV, int D);
     /* The transposed (inverse) rotation, in place on the gradient of qkv. */
     void (*rope_backward)(const struct kernels *k, float *dqkv, const float *cos, const float *sin,
                           int B, int T, int H, int KV, int D);
 
-    /* --- causal grouped-query attention, scale 1/sqrt(D). qkv: [B,T,H+2KV,D], a row holds the query
-     * heads, then key heads, then value heads; query head h reads key/value head h / (H/KV).
-     * out: [B,T,H,D]. lse: [B,H,T], natural log of the sum of exponentials, kept for backward. --- */
-    void (*attention_forward)(const struct kernels *k, float *out, float *lse, const float *qkv, int B,
-                              int T, int H, int KV, int D);
-    /* dqkv is overwritten in full. Scores are computed again from qkv and lse (arXiv:2205.14135). */
+    /* Causal grouped-query attention, scale 1/sqrt(D). qkv: [B,T,H+2KV,D], a row holds the
+     * query heads, then key heads, then value heads; query head h reads key/value head h / (H/KV).
+     * out: [B,T,H,D]. lse: [B,H,T], natural log of the sum of exponentials, kept. */
+    void (*attention_forward)(const struct kernels *k, float *out, float *lse, const float *qkv,
+                              int B, int T, int H, int KV, int D);
+    /* dqkv is overwritten in full. Scores come again from qkv and lse (arXiv:2205.14135). */
     void (*attention_backward)(const struct kernels *k, float *dqkv, const float *dout,
                                const float *qkv, const float *out, const float *lse, int B, int T,
                                int H, int KV, int D);
 
-    /* --- SwiGLU, arXiv:2002.05202. gate_up: [rows,2F], a row holds F gates, then F ups.
-     * out[rows,F] = silu(gate) * up. Backward overwrites dgate_up; dgate_up may be gate_up. --- */
-    void (*swiglu_forward)(const struct kernels *k, float *out, const float *gate_up, int rows, int F);
+    /* SwiGLU, arXiv:2002.05202. gate_up: [rows,2F], a row holds F gates, then F ups.
+     * out[rows,F] = silu(gate) * up. Backward overwrites dgate_up; dgate_up may be gate_up. */
+    void (*swiglu_forward)(const struct kernels *k, float *out, const float *gate_up, int rows,
+                           int F);
     void (*swiglu_backward)(const struct kernels *k, float *dgate_up, const float *dout,
                             const float *gate_up, int rows, int F);
 
-    /* --- elementwise --- */
-    void (*add)(const struct kernels *k, float *out, const float *a, const float *b, size_t n); /* out may be a or b */
+    /* out = a + b; out may be a or b */
+    void (*add)(const struct kernels *k, float *out, const float *a, const float *b, size_t n);
     void (*scale)(const struct kernels *k, float *x, float factor, size_t n);
 
-    /* --- softmax and cross-entropy in one. loss[rows] = -log softmax(logits)[target], in nats;
+    /* Softmax and cross-entropy in one. loss[rows] = -log softmax(logits)[target], in nats;
      * logits[rows,V] become their gradient (softmax - onehot) * grad_scale, where grad_scale is
-     * usually 1 / (targets that count). A target of -1 is ignored: loss and gradient 0. For evaluation
-     * alone pass grad_scale 0 and drop the logits. --- */
-    void (*cross_entropy)(const struct kernels *k, float *loss, float *logits, const int32_t *targets,
-                          float grad_scale, int rows, int V);
+     * usually 1 / (targets that count). A target of -1 is ignored: loss and gradient 0. For
+     * evaluation alone pass grad_scale 0 and drop the logits. */
+    void (*cross_entropy)(const struct kernels *k, float *loss, float *logits,
+                          const int32_t *targets, float grad_scale, int rows, int V);
 
-    /* --- optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) --- */
+    /* Optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) */
     void (*adamw)(const struct kernels *k, float *param, const float *grad, float *m, float *v,
                   size_t n, const struct kernels_adamw *a);
-    /* Sum of x[i]^2 in double, in an order that does not depend on the number of threads. Waits. A
-     * value that is not finite makes the result not finite: the engine's check for a lost gradient. */
+    /* Sum of x[i]^2 in double, in an order that does not depend on the number of threads. Waits. An
+     * element that is not finite makes the result not finite, so it also finds a lost gradient. */
     double (*sum_squares)(const struct kernels *k, const float *x, size_t n);
 };
 
@@ -139,18 +142,21 @@ const struct kernels *kernels_reference(void);
  * ERR_UNSUPPORTED (oneDNN has no engine here). */
 struct kernels *kernels_cpu_create(int threads, struct err *err);
 
-/* Fill cos and sin [T,D/2], host memory: angle = position * theta^(-2i/D), in double, rounded once. */
+/* Fill cos and sin [T,D/2], host memory, at angle position * theta^(-2i/D), computed in double. */
 void kernels_rope_tables(float *cos, float *sin, int T, int D, double theta);
 
 /* ================================================================================================
  * The outer step. fp32 and double IEEE operations in a fixed order, round to nearest even, no fused
- * multiply-add, no libm: every function below gives the same bits on every machine, whatever rounding
- * or flush-to-zero mode the calling thread has. Arrays of n elements; n may be 0. Nothing allocates. */
+ * multiply-add, no libm: every function below gives the same bits on every machine, whatever
+ * rounding or flush-to-zero mode the calling thread has. Arrays of n elements; n may be 0. Nothing
+ * allocates. */
 
 /* Set the calling thread's floating-point environment to round-to-nearest with subnormals kept, and
- * put back what was there. The outer_* functions do it themselves; a caller needs the pair only around
- * arithmetic of its own that must give the same bits everywhere. */
-struct outer_fp { uint64_t saved; };
+ * put back what was there. The outer_* functions do it themselves; a caller needs the pair only
+ * around arithmetic of its own that must give the same bits everywhere. */
+struct outer_fp {
+    uint64_t saved;
+};
 void outer_fp_begin(struct outer_fp *fp);
 void outer_fp_end(const struct outer_fp *fp);
 
@@ -162,9 +168,10 @@ void outer_fp_end(const struct outer_fp *fp);
 enum outer_codec { OUTER_FP32 = 0, OUTER_INT8 = 1 };
 #define OUTER_BLOCK 256
 
-/* The bounds that keep an exact sum exact: one element on the grid is below 2^38 in magnitude and the
- * weights of one round add up to less than 2^24 (the caller chooses their unit), so a sum stays below
- * 2^62. A grid exponent e = 37 - ceil(log2(largest clipped |x| of the round)) uses the room well. */
+/* The bounds that keep an exact sum exact: one element on the grid is below 2^38 in magnitude and
+ * the weights of one round add up to less than 2^24 (the caller chooses their unit), so a sum stays
+ * below 2^62. A grid exponent e = 37 - ceil(log2(largest clipped |x| of the round)) uses the room
+ * well. */
 #define OUTER_GRID_LIMIT ((int64_t)1 << 38)
 #define OUTER_WEIGHT_LIMIT ((uint32_t)1 << 24)
 #define OUTER_GRID_EXPONENT_MAX 200 /* in either direction */
@@ -173,11 +180,11 @@ enum outer_codec { OUTER_FP32 = 0, OUTER_INT8 = 1 };
 size_t outer_encoded_bytes(enum outer_codec codec, size_t n);
 
 /* out = (anchor - local) + residual; residual may be NULL. out may be any of the inputs. */
-void outer_pseudo_gradient(float *out, const float *anchor, const float *local, const float *residual,
-                           size_t n);
+void outer_pseudo_gradient(float *out, const float *anchor, const float *local,
+                           const float *residual, size_t n);
 
-/* Encode x into bytes[outer_encoded_bytes(codec, n)]. -1 with ERR_CORRUPT if an element, or a value it
- * would decode to, is not finite (err->msg has the index); bytes are then undefined. */
+/* Encode x into bytes[outer_encoded_bytes(codec, n)]. -1 with ERR_CORRUPT if an element, or a value
+ * it would decode to, is not finite (err->msg has the index); bytes are then undefined. */
 int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec codec, struct err *err);
 
 /* Check bytes from a stranger: known codec, length = outer_encoded_bytes(codec, n), every scale and
@@ -189,7 +196,8 @@ int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec 
 int outer_decode(float *x, const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
                  struct err *err);
 
-/* What the encoding lost: residual = x - decode(bytes). residual may be x. Errors as outer_decode(). */
+/* What the encoding lost: residual = x - decode(bytes). residual may be x. Errors as
+ * outer_decode(). */
 int outer_residual(float *residual, const float *x, const uint8_t *bytes, size_t length, size_t n,
                    enum outer_codec codec, struct err *err);
 
@@ -204,8 +212,8 @@ int outer_accumulate(int64_t *sum, const uint8_t *bytes, size_t length, size_t n
                      enum outer_codec codec, uint32_t weight, float clip, int grid_exponent,
                      struct err *err);
 
-/* Add a partial sum of total weight `weight`: sum[i] += partial[i]. -1 with ERR_CORRUPT if an element
- * is larger than that weight allows (weight * OUTER_GRID_LIMIT); sum is then as before. */
+/* Add a partial sum of total weight `weight`: sum[i] += partial[i]. -1 with ERR_CORRUPT if an
+ * element is larger than that weight allows (weight * OUTER_GRID_LIMIT); sum is then as before. */
 int outer_accumulate_partial(int64_t *sum, const int64_t *partial, size_t n, uint32_t weight,
                              struct err *err);
 
@@ -215,21 +223,22 @@ void outer_mean(float *out, const int64_t *sum, size_t n, uint64_t weight, int g
 
 /* Nesterov SGD as PyTorch writes it: momentum = mu * momentum + mean, then
  * anchor = anchor - lr * (mean + mu * momentum); each operation rounds to fp32, in this order. */
-void outer_nesterov(float *anchor, float *momentum, const float *mean, size_t n, float lr, float mu);
+void outer_nesterov(float *anchor, float *momentum, const float *mean, size_t n, float lr,
+                    float mu);
 
-/* local = alpha * local + (1 - alpha) * anchor_new (arXiv:2501.18512). alpha 0 copies the anchor. */
+/* local = alpha * local + (1 - alpha) * anchor_new (arXiv:2501.18512). alpha 0 is a copy. */
 void outer_mix(float *local, const float *anchor_new, size_t n, float alpha);
 
 /* local = local + (anchor_new - anchor_old): a member that was not summed keeps its work. */
 void outer_add_delta(float *local, const float *anchor_new, const float *anchor_old, size_t n);
 
-/* Sum of squares in double, and largest magnitude. Not finite if an element is not. The norm of several
- * chunks is the square root of their sums added in chunk order. */
+/* Sum of squares in double, and largest magnitude. Not finite if an element is not. The norm of
+ * several chunks is the square root of their sums added in chunk order. */
 double outer_norm2(const float *x, size_t n);
 float outer_absmax(const float *x, size_t n);
 
-/* Initial parameters: out[i] is element first_element + i of the stream `seed`, so chunks of any size
- * give the same values. Approximately normal (twelve 16-bit uniforms, so within 6 std), mean 0. */
+/* Initial parameters: out[i] is element first_element + i of the stream `seed`, so chunks of any
+ * size give the same values. About normal with mean 0: twelve 16-bit uniforms, so within 6 std. */
 void outer_init_normal(float *out, uint64_t seed, uint64_t first_element, size_t n, float std);
 
 #endif

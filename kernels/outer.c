@@ -1,0 +1,567 @@
+/* outer.c - the arithmetic of the outer step. The same bits come out on every machine because
+ *  - each operation is one IEEE fp32 or double operation (no x87, no fused multiply-add, no
+ *  fast-math),
+ *    in an order that the source fixes; where a sum could go in any order, its lanes are written
+ *    out;
+ *  - the floating-point environment is set around each public function. The work is done in
+ *  noinline
+ *    functions, so no compiler moves arithmetic out of that bracket;
+ *  - contributions are added as integers. */
+#include "kernels/kernels.h"
+#include "kernels/wide.h"
+
+#include <assert.h>
+#include <endian.h>
+#include <fenv.h>
+#include <float.h>
+#include <string.h>
+
+#ifdef __FAST_MATH__
+#error "the outer step must not be compiled with -ffast-math"
+#endif
+#if FLT_EVAL_METHOD != 0
+#error "fp32 and double operations must round once (on 32-bit x86: -mfpmath=sse)"
+#endif
+
+/* ---- floating-point environment ---- */
+
+#if defined(__x86_64__)
+#define MXCSR_DEFAULT 0x1f80u /* round to nearest even, subnormals kept, every exception masked */
+static uint64_t fp_get(void) {
+    uint32_t mxcsr;
+    __asm__ volatile("stmxcsr %0" : "=m"(mxcsr) : : "memory");
+    return mxcsr;
+}
+static void fp_set(uint64_t value) {
+    uint32_t mxcsr = (uint32_t)value;
+    __asm__ volatile("ldmxcsr %0" : : "m"(mxcsr) : "memory");
+}
+#define FP_STRICT MXCSR_DEFAULT
+#elif defined(__aarch64__)
+static uint64_t fp_get(void) {
+    uint64_t fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr) : : "memory");
+    return fpcr;
+}
+static void fp_set(uint64_t value) {
+    __asm__ volatile("msr fpcr, %0" : : "r"(value) : "memory");
+}
+#define FP_STRICT 0u
+#else
+static uint64_t fp_get(void) {
+    return (uint64_t)fegetround();
+}
+static void fp_set(uint64_t value) {
+    fesetround((int)value);
+}
+#define FP_STRICT FE_TONEAREST
+#endif
+
+void outer_fp_begin(struct outer_fp *fp) {
+    fp->saved = fp_get();
+    fp_set(FP_STRICT);
+}
+
+void outer_fp_end(const struct outer_fp *fp) {
+    fp_set(fp->saved);
+}
+
+/* ---- bits ---- */
+
+static inline uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static inline float float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+static inline int64_t bits_of_double(double x) {
+    int64_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static inline float load_float(const uint8_t *p) {
+    uint32_t u;
+    memcpy(&u, p, sizeof u);
+    return float_of(le32toh(u));
+}
+
+static inline void store_float(uint8_t *p, float x) {
+    uint32_t u = htole32(bits_of(x));
+    memcpy(p, &u, sizeof u);
+}
+
+#define SIGN_BIT 0x80000000u
+#define INFINITY_BITS 0x7f800000u /* as a magnitude: this or more is an infinity or a NaN */
+
+/* Adding 1.5 * 2^23 (2^52) leaves no bits for a fraction, so the sum is x rounded to the nearest
+ * even integer, and the integer stands in its low bits. Exact for |x| < 2^22 (2^51), and unlike
+ * rint() and a conversion to int64 every vector unit can do it. */
+#define ROUND_FLOAT 12582912.0f
+#define ROUND_DOUBLE 6755399441055744.0
+
+static inline int32_t round_to_int32(float x) {
+    return (int32_t)(bits_of(x + ROUND_FLOAT) - bits_of(ROUND_FLOAT));
+}
+
+static inline int64_t round_to_int64(double x) {
+    return bits_of_double(x + ROUND_DOUBLE) - bits_of_double(ROUND_DOUBLE);
+}
+
+/* 2^exponent, |exponent| <= 1022. */
+static double power_of_two(int exponent) {
+    uint64_t u = (uint64_t)(exponent + 1023) << 52;
+    double x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+/* ---- codecs ---- */
+
+static size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+size_t outer_encoded_bytes(enum outer_codec codec, size_t n) {
+    switch (codec) {
+    case OUTER_FP32:
+        return 4 * n;
+    case OUTER_INT8:
+        return n + 4 * ((n + OUTER_BLOCK - 1) / OUTER_BLOCK);
+    }
+    return 0;
+}
+
+WIDE static uint32_t largest_magnitude(const float *x, size_t n) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < n; i++) {
+        int32_t magnitude = (int32_t)(bits_of(x[i]) & ~SIGN_BIT);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return (uint32_t)largest;
+}
+
+/* The clamp matters only where the scale is subnormal and so coarse that x / scale exceeds 127. */
+WIDE static void quantise_block(uint8_t *out, const float *x, float scale, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) {
+        int32_t q = round_to_int32(x[i] / scale);
+        q = q > 127 ? 127 : q;
+        q = q < -127 ? -127 : q;
+        out[i] = (uint8_t)q;
+    }
+}
+
+static int scale_is_valid(float scale) {
+    return !(bits_of(scale) & SIGN_BIT) && bits_of(scale * 127.0f) < INFINITY_BITS;
+}
+
+/* Encode block by block. Returns how many elements were done before one that cannot be encoded. */
+__attribute__((noinline)) static size_t encode_int8(uint8_t *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i += OUTER_BLOCK) {
+        size_t len = smaller(n - i, OUTER_BLOCK);
+        uint32_t magnitude = largest_magnitude(x + i, len);
+        float scale = float_of(magnitude) / 127.0f;
+        if (magnitude >= INFINITY_BITS || !scale_is_valid(scale)) return i;
+        store_float(out, scale);
+        if (scale == 0.0f) memset(out + 4, 0, len);
+        else quantise_block(out + 4, x + i, scale, len);
+        out += 4 + len;
+    }
+    return n;
+}
+
+WIDE static void store_floats(uint8_t *out, const float *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) store_float(out + 4 * i, x[i]);
+}
+
+/* The first element of x that is not finite, or the first too large for a scale of its own. */
+static size_t first_not_encodable(const float *x, size_t n) {
+    size_t i = 0;
+    while (i < n && (bits_of(x[i]) & ~SIGN_BIT) < INFINITY_BITS &&
+           scale_is_valid(float_of(bits_of(x[i]) & ~SIGN_BIT) / 127.0f))
+        i++;
+    return i;
+}
+
+int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec codec,
+                 struct err *err) {
+    struct outer_fp fp;
+    size_t done = n;
+    assert(codec == OUTER_FP32 || codec == OUTER_INT8);
+    outer_fp_begin(&fp);
+    if (codec == OUTER_INT8) done = encode_int8(bytes, x, n);
+    else if (largest_magnitude(x, n) >= INFINITY_BITS) done = 0;
+    else store_floats(bytes, x, n);
+    if (done < n) done += first_not_encodable(x + done, n - done);
+    outer_fp_end(&fp);
+    if (done == n) return 0;
+    return err_set(err, ERR_CORRUPT, "element %zu of %zu is %g, which codec %d cannot carry", done,
+                   n, (double)x[done], (int)codec);
+}
+
+/* Smallest and largest int8 of a block, for its largest magnitude and to find a -128. */
+WIDE static void extremes(const int8_t *q, size_t n, int *min, int *max) {
+    int8_t low = 0, high = 0;
+#pragma omp simd reduction(min : low) reduction(max : high)
+    for (size_t i = 0; i < n; i++) {
+        low = q[i] < low ? q[i] : low;
+        high = q[i] > high ? q[i] : high;
+    }
+    *min = low;
+    *max = high;
+}
+
+/* Check every block and find the largest magnitude that it decodes to. */
+__attribute__((noinline)) static int inspect_int8(const uint8_t *bytes, size_t n, float *absmax,
+                                                  struct err *err) {
+    for (size_t i = 0; i < n; i += OUTER_BLOCK) {
+        size_t len = smaller(n - i, OUTER_BLOCK);
+        float scale = load_float(bytes);
+        int min, max;
+        if (!scale_is_valid(scale))
+            return err_set(err, ERR_CORRUPT, "scale of block %zu is %g, must be finite and >= 0",
+                           i / OUTER_BLOCK, (double)scale);
+        extremes((const int8_t *)bytes + 4, len, &min, &max);
+        if (min == -128)
+            return err_set(err, ERR_CORRUPT, "block %zu holds a -128", i / OUTER_BLOCK);
+        float largest = scale * (float)(max > -min ? max : -min);
+        if (largest > *absmax) *absmax = largest;
+        bytes += 4 + len;
+    }
+    return 0;
+}
+
+WIDE static uint32_t largest_magnitude_encoded(const uint8_t *bytes, size_t n) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < n; i++) {
+        int32_t magnitude = (int32_t)(bits_of(load_float(bytes + 4 * i)) & ~SIGN_BIT);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return (uint32_t)largest;
+}
+
+/* outer_check(), which also finds the largest magnitude among the decoded values. */
+static int inspect(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
+                   float *absmax, struct err *err) {
+    *absmax = 0.0f;
+    if (codec != OUTER_FP32 && codec != OUTER_INT8)
+        return err_set(err, ERR_CORRUPT, "codec %d does not exist", (int)codec);
+    if (n > SIZE_MAX / 8 || length != outer_encoded_bytes(codec, n))
+        return err_set(err, ERR_CORRUPT, "%zu bytes for %zu elements of codec %d, must be %zu",
+                       length, n, (int)codec, outer_encoded_bytes(codec, n));
+    if (codec == OUTER_INT8) return inspect_int8(bytes, n, absmax, err);
+    uint32_t magnitude = largest_magnitude_encoded(bytes, n);
+    if (magnitude >= INFINITY_BITS)
+        return err_set(err, ERR_CORRUPT, "a value among %zu is not finite", n);
+    *absmax = float_of(magnitude);
+    return 0;
+}
+
+int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
+                struct err *err) {
+    struct outer_fp fp;
+    float absmax;
+    outer_fp_begin(&fp);
+    int rc = inspect(bytes, length, n, codec, &absmax, err);
+    outer_fp_end(&fp);
+    return rc;
+}
+
+/* minus: NULL for out = value, else out = minus - value. */
+WIDE static void decode_int8(float *out, const float *minus, const int8_t *q, float scale,
+                             size_t n) {
+    if (minus) {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) out[i] = minus[i] - scale * (float)q[i];
+    } else {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) out[i] = scale * (float)q[i];
+    }
+}
+
+WIDE static void decode_fp32(float *out, const float *minus, const uint8_t *bytes, size_t n) {
+    if (minus) {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) out[i] = minus[i] - load_float(bytes + 4 * i);
+    } else {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) out[i] = load_float(bytes + 4 * i);
+    }
+}
+
+static int decode(float *out, const float *minus, const uint8_t *bytes, size_t length, size_t n,
+                  enum outer_codec codec, struct err *err) {
+    float absmax;
+    if (inspect(bytes, length, n, codec, &absmax, err) != 0) return -1;
+    if (codec == OUTER_FP32) {
+        decode_fp32(out, minus, bytes, n);
+        return 0;
+    }
+    for (size_t i = 0; i < n; i += OUTER_BLOCK) {
+        size_t len = smaller(n - i, OUTER_BLOCK);
+        decode_int8(out + i, minus ? minus + i : NULL, (const int8_t *)bytes + 4, load_float(bytes),
+                    len);
+        bytes += 4 + len;
+    }
+    return 0;
+}
+
+int outer_decode(float *x, const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
+                 struct err *err) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    int rc = decode(x, NULL, bytes, length, n, codec, err);
+    outer_fp_end(&fp);
+    return rc;
+}
+
+int outer_residual(float *residual, const float *x, const uint8_t *bytes, size_t length, size_t n,
+                   enum outer_codec codec, struct err *err) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    int rc = decode(residual, x, bytes, length, n, codec, err);
+    outer_fp_end(&fp);
+    return rc;
+}
+
+/* ---- exact sum ---- */
+
+/* The product of value (24 bits), clip (24 bits) and a power of two is exact in double, so the only
+ * rounding is the one to an integer, and every machine takes the same one. */
+WIDE static void add_int8(int64_t *sum, const int8_t *q, float scale, double factor, int64_t weight,
+                          size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++)
+        sum[i] += round_to_int64((double)(scale * (float)q[i]) * factor) * weight;
+}
+
+WIDE static void add_fp32(int64_t *sum, const uint8_t *bytes, double factor, int64_t weight,
+                          size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++)
+        sum[i] += round_to_int64((double)load_float(bytes + 4 * i) * factor) * weight;
+}
+
+static int check_terms(uint32_t weight, float clip, int grid_exponent, struct err *err) {
+    if (weight >= OUTER_WEIGHT_LIMIT)
+        return err_set(err, ERR_CORRUPT, "weight %u, must be below %u", weight, OUTER_WEIGHT_LIMIT);
+    if (!(clip >= 0.0f && clip <= 1.0f))
+        return err_set(err, ERR_CORRUPT, "clip factor %g, must be in [0,1]", (double)clip);
+    if (grid_exponent < -OUTER_GRID_EXPONENT_MAX || grid_exponent > OUTER_GRID_EXPONENT_MAX)
+        return err_set(err, ERR_CORRUPT, "grid exponent %d, must be within +-%d", grid_exponent,
+                       OUTER_GRID_EXPONENT_MAX);
+    return 0;
+}
+
+static int accumulate(int64_t *sum, const uint8_t *bytes, size_t length, size_t n,
+                      enum outer_codec codec, uint32_t weight, double factor, struct err *err) {
+    float absmax;
+    if (inspect(bytes, length, n, codec, &absmax, err) != 0) return -1;
+    /* From limit - 0.5 up, rounding to even gives the limit. */
+    if (!((double)absmax * factor < (double)OUTER_GRID_LIMIT - 0.5))
+        return err_set(err, ERR_CORRUPT, "largest value %g does not fit the round's grid of 1/%g",
+                       (double)absmax, factor);
+    if (codec == OUTER_FP32) {
+        add_fp32(sum, bytes, factor, weight, n);
+        return 0;
+    }
+    for (size_t i = 0; i < n; i += OUTER_BLOCK) {
+        size_t len = smaller(n - i, OUTER_BLOCK);
+        add_int8(sum + i, (const int8_t *)bytes + 4, load_float(bytes), factor, weight, len);
+        bytes += 4 + len;
+    }
+    return 0;
+}
+
+int outer_accumulate(int64_t *sum, const uint8_t *bytes, size_t length, size_t n,
+                     enum outer_codec codec, uint32_t weight, float clip, int grid_exponent,
+                     struct err *err) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    int rc = check_terms(weight, clip, grid_exponent, err);
+    if (rc == 0)
+        rc = accumulate(sum, bytes, length, n, codec, weight,
+                        (double)clip * power_of_two(grid_exponent), err);
+    outer_fp_end(&fp);
+    return rc;
+}
+
+WIDE static int any_beyond(const int64_t *x, size_t n, int64_t limit) {
+    int64_t beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (size_t i = 0; i < n; i++) beyond |= (int64_t)(x[i] > limit) | (int64_t)(x[i] < -limit);
+    return beyond != 0;
+}
+
+WIDE static void add_int64(int64_t *sum, const int64_t *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) sum[i] += x[i];
+}
+
+int outer_accumulate_partial(int64_t *sum, const int64_t *partial, size_t n, uint32_t weight,
+                             struct err *err) {
+    if (weight >= OUTER_WEIGHT_LIMIT)
+        return err_set(err, ERR_CORRUPT, "weight %u, must be below %u", weight, OUTER_WEIGHT_LIMIT);
+    if (any_beyond(partial, n, (OUTER_GRID_LIMIT - 1) * weight))
+        return err_set(err, ERR_CORRUPT, "a partial sum is larger than its weight %u allows",
+                       weight);
+    add_int64(sum, partial, n);
+    return 0;
+}
+
+WIDE static void mean_of(float *out, const int64_t *sum, size_t n, double divisor) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = (float)((double)sum[i] / divisor);
+}
+
+void outer_mean(float *out, const int64_t *sum, size_t n, uint64_t weight, int grid_exponent) {
+    struct outer_fp fp;
+    assert(weight > 0 && weight < OUTER_WEIGHT_LIMIT);
+    assert(grid_exponent >= -OUTER_GRID_EXPONENT_MAX && grid_exponent <= OUTER_GRID_EXPONENT_MAX);
+    outer_fp_begin(&fp);
+    mean_of(out, sum, n,
+            (double)weight * power_of_two(grid_exponent)); /* exact: a 24-bit integer */
+    outer_fp_end(&fp);
+}
+
+/* ---- elementwise steps ---- */
+
+WIDE static void pseudo_gradient(float *out, const float *anchor, const float *local,
+                                 const float *residual, size_t n) {
+    if (residual) {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) out[i] = (anchor[i] - local[i]) + residual[i];
+    } else {
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) out[i] = anchor[i] - local[i];
+    }
+}
+
+void outer_pseudo_gradient(float *out, const float *anchor, const float *local,
+                           const float *residual, size_t n) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    pseudo_gradient(out, anchor, local, residual, n);
+    outer_fp_end(&fp);
+}
+
+WIDE static void nesterov(float *anchor, float *momentum, const float *mean, size_t n, float lr,
+                          float mu) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) {
+        momentum[i] = mu * momentum[i] + mean[i];
+        anchor[i] = anchor[i] - lr * (mean[i] + mu * momentum[i]);
+    }
+}
+
+void outer_nesterov(float *anchor, float *momentum, const float *mean, size_t n, float lr,
+                    float mu) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    nesterov(anchor, momentum, mean, n, lr, mu);
+    outer_fp_end(&fp);
+}
+
+WIDE static void mix(float *local, const float *anchor_new, size_t n, float alpha) {
+    float rest = 1.0f - alpha;
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) local[i] = alpha * local[i] + rest * anchor_new[i];
+}
+
+void outer_mix(float *local, const float *anchor_new, size_t n, float alpha) {
+    struct outer_fp fp;
+    if (alpha == 0.0f) { /* also where local is not finite or the anchor is -0 */
+        memcpy(local, anchor_new, n * sizeof *local);
+        return;
+    }
+    outer_fp_begin(&fp);
+    mix(local, anchor_new, n, alpha);
+    outer_fp_end(&fp);
+}
+
+WIDE static void add_delta(float *local, const float *anchor_new, const float *anchor_old,
+                           size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) local[i] = local[i] + (anchor_new[i] - anchor_old[i]);
+}
+
+void outer_add_delta(float *local, const float *anchor_new, const float *anchor_old, size_t n) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    add_delta(local, anchor_new, anchor_old, n);
+    outer_fp_end(&fp);
+}
+
+/* ---- norms ---- */
+
+/* Element i goes to lane i % 16; the lanes are then added in halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+#define LANES 16
+
+WIDE static double sum_of_squares(const float *x, size_t n) {
+    double lane[LANES] = { 0 };
+    size_t whole = n / LANES * LANES;
+    for (size_t i = 0; i < whole; i += LANES)
+#pragma omp simd
+        for (int j = 0; j < LANES; j++) lane[j] += (double)x[i + j] * (double)x[i + j];
+    for (size_t i = whole; i < n; i++) lane[i % LANES] += (double)x[i] * (double)x[i];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    return lane[0];
+}
+
+double outer_norm2(const float *x, size_t n) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    double sum = sum_of_squares(x, n);
+    outer_fp_end(&fp);
+    return sum;
+}
+
+float outer_absmax(const float *x, size_t n) {
+    return float_of(largest_magnitude(x, n));
+}
+
+/* ---- initial values ---- */
+
+/* splitmix64 (Steele, Lea, Flood 2014) as a function of a counter. */
+static inline uint64_t splitmix64(uint64_t counter) {
+    uint64_t z = counter * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+static inline uint32_t sum_of_16_bit_parts(uint64_t u) {
+    return (uint32_t)(u & 0xffff) + (uint32_t)(u >> 16 & 0xffff) + (uint32_t)(u >> 32 & 0xffff) +
+           (uint32_t)(u >> 48);
+}
+
+/* Twelve uniforms on 0..65535 have mean 12 * 32767.5 and variance 65536^2 - 1: one sigma is 2^16.
+ * */
+WIDE static void init_normal(float *out, uint64_t base, uint64_t first, size_t n, float std) {
+    for (size_t i = 0; i < n; i++) {
+        uint64_t counter = base + 3 * (first + i);
+        uint32_t sum = sum_of_16_bit_parts(splitmix64(counter)) +
+                       sum_of_16_bit_parts(splitmix64(counter + 1)) +
+                       sum_of_16_bit_parts(splitmix64(counter + 2));
+        out[i] = (float)((int32_t)sum - 393210) * 0x1p-16f * std;
+    }
+}
+
+void outer_init_normal(float *out, uint64_t seed, uint64_t first_element, size_t n, float std) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    /* Mixing the seed first keeps the counters of neighbouring seeds far apart. */
+    init_normal(out, splitmix64(seed ^ 0x6f75746572u), first_element, n, std);
+    outer_fp_end(&fp);
+}
