@@ -35,15 +35,78 @@ TSAN_TESTS := $(filter %channel %sync %ckpt %core %segment %agent,$(TESTS))
 
 # The simulator compiles the two state machines once more, with the deliberate faults in.
 SIM_PURE := $(wildcard coordinator/core*.c node/sync*.c)
-SIM_O := $(patsubst %.c,$(BUILD)/faulty/%.o,$(SIM_PURE)) $(call objects,tests/sim)
+SIM_O := $(patsubst %.c,$(BUILD)/faulty/%.o,$(SIM_PURE)) $(patsubst %.c,$(BUILD)/faulty/%.o,$(wildcard tests/sim/*.c))
 SIM_LIB_O := $(filter-out $(patsubst %.c,$(BUILD)/%.o,$(SIM_PURE)),$(LIB_O))
 
-.PHONY: all setup help test unit demo lint asan tsan sim bench install clean
+.PHONY: all setup help test unit integration demo lint asan tsan sim churn bench install clean
 .DEFAULT_GOAL := all
 
 all: $(PROGRAMS) ## build both programs
-	@$(if $(NVCC),echo "nvcc found: $(NVCC) (the CUDA backend is not part of this build yet)",echo "nvcc not found: CPU build")
 
+help: ## this list, and what was found
+	@echo "make TARGET [CC=clang] [CFLAGS=...] [BUILD=dir]"; echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo; CC="$(CC)" NVCC="$(NVCC)" PACKAGES="$(PACKAGES)" docker/found.sh
+
+setup: ## install the missing Debian packages (asks sudo unless root)
+	@docker/setup-debian.sh
+
+# The recipes re-enter make after `setup`: pkg-config is asked when the Makefile is read.
+test: setup ## set up, build, and pass all tests (about 10 minutes on 2 cores)
+	@$(MAKE) --no-print-directory -j2 unit-build
+	@tests/run.sh $(BUILD) all
+
+demo: setup ## set up, build, and watch four nodes train, one die, one join, the coordinator restart
+	@$(MAKE) --no-print-directory -j2 all
+	@BUILD=$(BUILD) tests/demo.sh
+
+.PHONY: unit-build
+unit-build: $(PROGRAMS) $(TESTS) $(BUILD)/sim
+
+unit: unit-build ## unit, twin and reference-vector tests only
+	@tests/run.sh $(BUILD) unit
+
+integration: unit-build ## tests with real processes only
+	@tests/run.sh $(BUILD) integration
+
+churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
+	@BUILD=$(BUILD) tests/churn.sh
+
+sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each deliberate fault
+	$(BUILD)/sim --seeds $(SEEDS) --jobs 2
+	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
+
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests tests/sim,$(wildcard $(d)/*.c))
+
+lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
+	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
+	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr \
+	    --suppress=missingIncludeSystem -I. --std=c11 -j2 proto kernels ckpt coordinator node
+	@printf '%s\n' $(SOURCES) | xargs -P2 -n4 clang-tidy --quiet 2>&1 -- -std=gnu11 -I. -fopenmp $(PKG_CFLAGS) \
+	    > $(BUILD)/clang-tidy.log; if grep -E 'warning:|error:' $(BUILD)/clang-tidy.log; then exit 1; fi
+
+SANITIZE := -O1 -g -fno-omit-frame-pointer
+asan: ## the CPU tests under address and undefined-behaviour sanitizers
+	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)-asan CFLAGS="$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	    LDFLAGS="-fsanitize=address,undefined" unit-build
+	@ASAN_OPTIONS=detect_leaks=1 tests/run.sh $(BUILD)-asan unit
+
+tsan: ## network, sync and checkpoint tests under thread sanitizer
+	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)-tsan CFLAGS="$(SANITIZE) -fsanitize=thread" \
+	    LDFLAGS="-fsanitize=thread" $(patsubst $(BUILD)/%,$(BUILD)-tsan/%,$(TSAN_TESTS))
+	@OMP_NUM_THREADS=1 tests/run.sh $(BUILD)-tsan unit
+
+bench: all $(BUILD)/tests/bench ## rates beside their floors, as a table and JSON
+	@$(BUILD)/tests/bench --json $(BUILD)/bench.json
+
+install: all ## install both programs under PREFIX (/usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(PROGRAMS) $(DESTDIR)$(PREFIX)/bin
+
+clean: ## remove what was built
+	rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-clang
+
+# nvcc is optional: the CUDA backend will be a plugin that the CPU build does not need.
 $(BUILD)/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
 	$(CC) -o $@ $^ $(ALL_LIBS)
 
@@ -52,6 +115,9 @@ $(BUILD)/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) 
 
 $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(LIB_O)
 	$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
+
+$(BUILD)/tests/bench: $(BUILD)/tests/bench.o $(LIB_O)
+	$(CC) -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/sim: $(SIM_O) $(SIM_LIB_O)
 	$(CC) -o $@ $^ $(ALL_LIBS)
@@ -65,6 +131,3 @@ $(BUILD)/%.o: %.c
 	$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
-
-clean: ## remove build products
-	rm -rf $(BUILD)
