@@ -1,0 +1,215 @@
+/* ckpt.h - a checkpoint: the state of a run at one ledger index, as objects in a store, with a
+ * signed manifest that is put last; so a checkpoint is there whole or not at all. Who wants one,
+ * and when, is not known here. The format is described in docs/checkpoint.md.
+ *
+ *   STORE/latest                                  names the newest complete checkpoint
+ *   STORE/step-000000000042/                      the ledger index, 12 digits
+ *     config.json generation_config.json          Hugging Face: LlamaForCausalLM opens the folder
+ *     tokenizer.json tokenizer_config.json
+ *     model-00001-of-00002.safetensors ...        the anchor, fp32
+ *     model.safetensors.index.json
+ *     momentum-00001-of-00002.safetensors ...     the outer momentum, fp32, same tensor names
+ *     momentum.safetensors.index.json
+ *     cursor.json                                 spent samples, tokens, round, ledger index
+ *     genesis.bin ledger.bin                      what makes the state checkable
+ *     manifest.sig manifest.json                  every object with size and BLAKE2b; last */
+#ifndef INTELLECT_CKPT_H
+#define INTELLECT_CKPT_H
+
+#include "ckpt/store.h"
+#include "proto/err.h"
+#include "proto/messages.h"
+
+/* Like Hugging Face's default: a file never grows over this, except for one tensor alone. */
+#define CKPT_SHARD_BYTES 5000000000ull
+/* Above this a caller that has a choice should wait before it puts more; see below. */
+#define CKPT_BACKLOG_BYTES (64u << 20)
+#define CKPT_MANIFEST_BYTES_MAX PROTO_BLOB_BYTES_MAX
+#define CKPT_LEDGER_BYTES_MAX (1u << 30)
+#define CKPT_PREFIX_BYTES_MAX 63
+
+/* "step-000000000042": the folder of the checkpoint at a ledger index, below the store's URL. */
+void ckpt_prefix(uint64_t index, char out[CKPT_PREFIX_BYTES_MAX + 1]);
+
+/* The URL of that checkpoint, as it stands in the ledger. ERR_CONFIG when it would be too long. */
+int ckpt_url(const char *store_url, uint64_t index, char out[PROTO_URL_BYTES_MAX + 1],
+             struct err *err);
+
+/* ---- writing -----------------------------------------------------------------------------------
+ * Made for an event loop that must not stop. The caller hands over element ranges of the canonical
+ * vector in any order and speed, each element once. Instead of keeping a copy of the state, it
+ * hands a chunk over right before a new commit overwrites it; the rest when it has time:
+ *
+ *   w = ckpt_writer_create(store, &meta, 0, err)
+ *   before chunk c changes:   if (ckpt_writer_wants(w, first, n)) ckpt_writer_put(w, first, n, ...)
+ *   when idle:                if (ckpt_writer_backlog_bytes(w) < CKPT_BACKLOG_BYTES) put another
+ *   all put:                  ckpt_writer_finish(w)                   CKPT_TAKING -> CKPT_FINISHING
+ *   fd readable, poll says:   CKPT_UNSIGNED: send ckpt_writer_manifest() away to be signed
+ *   signature came:           ckpt_writer_publish(w, ...)              -> CKPT_PUBLISHING
+ *   fd readable, poll says:   CKPT_PUBLISHED
+ *   ckpt_writer_destroy(w)    at any time: removes everything unless it is published
+ *
+ * A thread of the writer's own syncs, hashes (reading back what the store has) and publishes; it
+ * runs at low priority and blocks all signals. Calls below do no more on the caller's thread than
+ * copy bytes into the page cache: about 0.5 ms per MiB. All calls come from one thread. */
+
+/* What to write beside the tensors. All of it is copied or encoded by ckpt_writer_create. */
+struct ckpt_meta {
+    uint64_t index;           /* ledger index whose state this is */
+    struct digest state_root; /* of the digest tree over anchor and momentum at that index */
+    uint64_t round;
+    uint64_t tokens_committed;
+    /* Samples spent by commits up to index; any order, adjacent ranges are joined. */
+    const struct msg_range *spent;
+    uint32_t spent_count;
+    /* The encoded msg_genesis: names the run, the model, the tokenizer and the root key. */
+    struct proto_bytes genesis;
+    /* Consecutive entries as signed, the last one that with `index`; at least that one. */
+    const struct msg_signed_entry *ledger;
+    uint32_t ledger_count;
+};
+
+enum ckpt_state {
+    CKPT_TAKING,     /* ranges are being put */
+    CKPT_FINISHING,  /* syncing and hashing */
+    CKPT_UNSIGNED,   /* the manifest is ready to be signed */
+    CKPT_PUBLISHING, /* manifest and `latest` are on their way */
+    CKPT_PUBLISHED,  /* the end: a reader can open it */
+    CKPT_FAILED      /* the end: ckpt_writer_poll says why */
+};
+
+struct ckpt_writer;
+
+/* Begin the checkpoint of meta->index and reserve its space.
+ *
+ * store        borrowed until ckpt_writer_destroy.
+ * shard_bytes  limit of one safetensors file; 0 = CKPT_SHARD_BYTES. Smaller files make more
+ *              objects, larger ones longer uploads to start again.
+ * Leftovers of an earlier attempt at the same index are removed first; that attempt, should it
+ * still live somewhere, fails with ERR_STALE and harms nothing.
+ * Returns NULL: ERR_REFUSED (the checkpoint exists), ERR_FULL (msg says how many bytes it needs),
+ * ERR_CORRUPT (genesis, ledger or ranges make no sense), ERR_UNSUPPORTED (tokenizer), ERR_IO. */
+struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ckpt_meta *meta,
+                                       uint64_t shard_bytes, struct err *err);
+
+/* Stop, wait for the thread (at most the fsync it is in) and free. What was not published is
+ * removed from the store as far as possible; ckpt_sweep finds the rest. NULL is fine. */
+void ckpt_writer_destroy(struct ckpt_writer *w);
+
+/* Is any of the elements [first, first + n) still to be put? False once the writer failed. */
+bool ckpt_writer_wants(const struct ckpt_writer *w, uint64_t first, uint64_t n);
+
+/* Hand over elements [first, first + n): fp32 anchor and momentum, n each, taken before return.
+ * ERR_REFUSED: one of them was put before, or the range is outside the vector; nothing was
+ * written. Another error is the end of this checkpoint (state CKPT_FAILED). */
+int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float *anchor,
+                    const float *momentum, struct err *err);
+
+/* Bytes put that are not yet known to be on disk. */
+uint64_t ckpt_writer_backlog_bytes(const struct ckpt_writer *w);
+
+/* Every element is there: start to sync and hash. ERR_REFUSED names the first element missing. */
+int ckpt_writer_finish(struct ckpt_writer *w, struct err *err);
+
+/* An eventfd, owned by the writer, that becomes readable when the state changed. */
+int ckpt_writer_fd(const struct ckpt_writer *w);
+
+/* The state; makes the fd unreadable again. On CKPT_FAILED, *err is filled. */
+enum ckpt_state ckpt_writer_poll(struct ckpt_writer *w, struct err *err);
+
+/* The manifest as it must be signed (purpose "manifest"), in CKPT_UNSIGNED. The writer's memory. */
+const void *ckpt_writer_manifest(const struct ckpt_writer *w, size_t *length);
+
+/* Publish, in CKPT_UNSIGNED: manifest.sig, then manifest.json, then `latest`, which never moves
+ * back to a lower ledger index.
+ *
+ * term, signature, key  of the coordinator that signed the manifest's bytes.
+ * delegation            encoded msg_delegation of key, with the root key's signature of it.
+ * ERR_REFUSED, and the state stays CKPT_UNSIGNED, where the chain from the genesis' root key to
+ * the signature does not hold: nothing is published that a reader would refuse. */
+int ckpt_writer_publish(struct ckpt_writer *w, uint64_t term, const struct proto_sig *signature,
+                        const struct proto_key *key, struct proto_bytes delegation,
+                        const struct proto_sig *delegation_signature, struct err *err);
+
+/* Remove what crashed writers left: folders step-* without a manifest in which nothing changed for
+ * stale_s seconds (0 = all of them: only where nobody writes), and all but the `keep` newest
+ * complete checkpoints (0 = keep all; the one that `latest` names stays in any case).
+ * *removed, which may be NULL, receives the number of folders. Takes long; any thread. */
+int ckpt_sweep(struct ckpt_store *store, int64_t stale_s, uint32_t keep, uint32_t *removed,
+               struct err *err);
+
+/* ---- reading ----------------------------------------------------------------------------------- */
+
+struct ckpt;
+
+enum ckpt_which { CKPT_ANCHOR, CKPT_MOMENTUM };
+
+/* Open a checkpoint.
+ *
+ * url  of a checkpoint, of a store (then `latest` decides) or of a plain Hugging Face Llama folder;
+ *      a path without "://" is a folder.
+ * run  the run it must belong to, or NULL: then the signature only shows that the checkpoint is
+ *      what the root key in its own genesis.bin stands for. A plain folder has no run: refused.
+ * Checked here: the signatures (root key, delegation, online key, manifest), the size of every
+ * object, digests of the small ones, safetensors headers against the model. Not checked: digests
+ * of tensor data and ledger, see ckpt_verify().
+ * Returns NULL: ERR_NOT_FOUND (nothing there, or no manifest), ERR_CORRUPT or ERR_TRUNCATED (msg
+ * names object and numbers), ERR_REFUSED (another run, bad signature), ERR_UNSUPPORTED (a model
+ * that is no plain Llama; msg names the key of config.json). */
+struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *err);
+void ckpt_close(struct ckpt *c); /* NULL is fine */
+
+/* A Hugging Face folder without manifest: no momentum, cursor, ledger or digests. */
+bool ckpt_is_plain(const struct ckpt *c);
+
+/* The folder's URL, with `latest` resolved. */
+const char *ckpt_where(const struct ckpt *c);
+
+/* The network, from config.json. */
+const struct msg_model *ckpt_model(const struct ckpt *c);
+
+/* Name of the tokenizer ("bytes"), or "" where a plain folder does not say it in our words. */
+const char *ckpt_tokenizer(const struct ckpt *c);
+
+/* Elements [first, first + n) of the canonical vector as fp32 into out; fp16 and bf16 files are
+ * widened. The range must lie inside the vector. ERR_NOT_FOUND: momentum of a plain folder.
+ * May be called from several threads at once. */
+int ckpt_read(const struct ckpt *c, enum ckpt_which which, uint64_t first, size_t n, float *out,
+              struct err *err);
+
+/* Check every object against its digest, and that ledger.bin ends in the ledger head. Reads all,
+ * in blocks; keeps no memory.
+ * progress  may be NULL; called before each object and after each block with bytes done of all.
+ * ERR_CORRUPT or ERR_TRUNCATED: msg names the first wrong object and both digests. ERR_NOT_FOUND
+ * on a plain folder, which has no digests. */
+int ckpt_verify(const struct ckpt *c,
+                void (*progress)(void *arg, const char *object, uint64_t done, uint64_t total),
+                void *arg, struct err *err);
+
+/* What the manifest says. Only for a checkpoint (asserts that it is not plain). */
+struct ckpt_facts {
+    struct digest run, state_root, ledger_head, manifest; /* manifest: digest of its bytes */
+    uint64_t index, round, tokens_committed;
+    struct proto_key signer;
+    uint64_t term;
+};
+const struct ckpt_facts *ckpt_facts(const struct ckpt *c);
+
+/* The decoded genesis (NULL on a plain folder), and its bytes. */
+const struct msg_genesis *ckpt_genesis(const struct ckpt *c);
+struct proto_bytes ckpt_genesis_bytes(const struct ckpt *c);
+
+/* Spent samples, ascending and disjoint. The checkpoint's memory. */
+const struct msg_range *ckpt_spent(const struct ckpt *c, uint32_t *count);
+
+/* The signed ledger entries; the first call reads and checks the digest. The checkpoint's memory,
+ * not to be called from two threads. Their signatures are the caller's to check (ledger_chain). */
+int ckpt_ledger(struct ckpt *c, const struct msg_signed_entry **entries, uint32_t *count,
+                struct err *err);
+
+/* Copy what makes a Hugging Face folder (tensors, index, config, tokenizer) into the new or empty
+ * folder `dir`: no momentum, cursor, ledger or signature. Digests are checked on the way.
+ * ERR_REFUSED: dir has something in it. A failed export leaves an empty folder. */
+int ckpt_export(const struct ckpt *c, const char *dir, struct err *err);
+
+#endif

@@ -1,0 +1,92 @@
+/* store.h - where the objects of checkpoints lie: one table of functions, so that a folder, S3 or
+ * a read-only web server look alike. Names and bytes; nothing here knows what a checkpoint is.
+ *
+ * An object has a name ("step-000000000042/config.json": components of A-Z a-z 0-9 . _ - that do
+ * not begin with a dot, joined by '/', at most CKPT_NAME_BYTES_MAX in all) and appears whole or
+ * not at all: a reader never sees half of one. Functions refuse other names with ERR_REFUSED.
+ *
+ * Calls may come from any thread. Each is complete by itself: after it returned 0, what it did
+ * survives a power failure, except where it says otherwise. */
+#ifndef INTELLECT_CKPT_STORE_H
+#define INTELLECT_CKPT_STORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/err.h"
+
+#define CKPT_NAME_BYTES_MAX 255
+#define CKPT_VERSION_BYTES_MAX 95
+
+struct ckpt_object {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    uint64_t bytes;
+    int64_t modified_s;                       /* seconds since 1970, by the store's clock */
+    char version[CKPT_VERSION_BYTES_MAX + 1]; /* changes whenever the object is replaced */
+    bool unfinished;                          /* an upload begun and not completed (list only) */
+};
+
+struct ckpt_store;
+struct ckpt_upload; /* an object on its way: invisible to readers until complete */
+
+struct ckpt_store_ops {
+    /* Bytes [offset, offset + n) of an object into out. ERR_NOT_FOUND, or ERR_TRUNCATED when the
+     * object ends before. */
+    int (*get)(struct ckpt_store *s, const char *name, uint64_t offset, void *out, size_t n,
+               struct err *err);
+
+    /* What get would find. ERR_NOT_FOUND. */
+    int (*stat)(struct ckpt_store *s, const char *name, struct ckpt_object *out, struct err *err);
+
+    /* Put a whole object of n bytes. version: NULL replaces whatever is there, CKPT_ABSENT only
+     * where there is nothing, a version from stat only where that is what is there; otherwise
+     * ERR_STALE and nothing changes. */
+    int (*put)(struct ckpt_store *s, const char *name, const void *bytes, size_t n,
+               const char *version, struct err *err);
+
+    /* Begin an object of exactly `bytes` bytes, which are reserved where the store can do that:
+     * ERR_FULL comes here rather than halfway. NULL on failure. */
+    struct ckpt_upload *(*upload_begin)(struct ckpt_store *s, const char *name, uint64_t bytes,
+                                        struct err *err);
+    /* Any piece, in any order; pieces may not overlap. Not durable before complete. May be called
+     * in one thread while another calls upload_sync on the same upload. */
+    int (*upload_put)(struct ckpt_upload *u, uint64_t offset, const void *bytes, size_t n,
+                      struct err *err);
+    /* Push what was put so far towards the disk. May take long: not for an event loop. */
+    int (*upload_sync)(struct ckpt_upload *u, struct err *err);
+    /* Make the object visible, where none of that name is: ERR_STALE otherwise. Takes long. */
+    int (*upload_complete)(struct ckpt_upload *u, struct err *err);
+    /* Free u; what was not completed is removed. NULL is fine. */
+    void (*upload_destroy)(struct ckpt_upload *u);
+
+    /* Call visit for every object whose name begins with prefix ("" = all), in no order, and for
+     * every unfinished upload. visit returns -1, with err filled, to stop. */
+    int (*list)(struct ckpt_store *s, const char *prefix,
+                int (*visit)(void *arg, const struct ckpt_object *o, struct err *err), void *arg,
+                struct err *err);
+
+    /* Remove an object or unfinished upload by the name that list gave. Nothing there is fine. */
+    int (*remove)(struct ckpt_store *s, const char *name, struct err *err);
+
+    void (*close)(struct ckpt_store *s);
+};
+#define CKPT_ABSENT ""
+
+/* A store begins with this; its own fields follow. */
+struct ckpt_store {
+    const struct ckpt_store_ops *ops;
+    char url[1025]; /* without a final '/'; names are appended with one */
+};
+
+/* Open the store at a URL: file:///ABSOLUTE/DIR, or a path without "://", which means a folder.
+ *
+ * create  make the folder (and its parents) where it is missing; otherwise ERR_NOT_FOUND.
+ * Returns the store, closed with s->ops->close(s), or NULL: ERR_CONFIG (scheme unknown; msg names
+ * those there are), ERR_NOT_FOUND, ERR_IO. */
+struct ckpt_store *ckpt_store_open(const char *url, bool create, struct err *err);
+
+/* Is this a name an object can have? */
+bool ckpt_name_valid(const char *name);
+
+#endif
