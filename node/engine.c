@@ -1,0 +1,387 @@
+/* engine.c - one device's inner steps: gradient, clipping, AdamW, saved state; see engine.h. */
+#include "node/engine.h"
+
+#include "kernels/kernels.h"
+#include "node/model.h"
+#include "node/schedule.h"
+#include "proto/model.h"
+#include "proto/proto.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "saved states and wire are little-endian");
+
+struct engine {
+    const struct kernels *k;
+    struct msg_model config;
+    struct msg_inner inner;
+    struct model *model;
+    uint32_t micro_batch; /* samples at once */
+    size_t n;             /* elements */
+    float *params, *grads, *m, *v;
+    uint64_t steps, m_count, v_count;
+};
+
+/* ---- life -------------------------------------------------------------------------------------- */
+
+static uint32_t pick_micro_batch(const struct msg_model *m, uint32_t batch) {
+    uint32_t micro = batch;
+    while (micro > 1 &&
+           model_arena_bytes(m, (int)micro, (int)m->sequence, 1) > ENGINE_ACTIVATION_BYTES_MAX)
+        micro = (micro + 1) / 2;
+    return micro;
+}
+
+static int take_memory(struct engine *e, struct err *err) {
+    float **vectors[] = { &e->params, &e->grads, &e->m, &e->v };
+    for (size_t i = 0; i < 4; i++)
+        if (!(*vectors[i] = e->k->alloc(e->k, e->n * sizeof(float), err))) {
+            err_prefix(err, "training %zu parameters takes %zu bytes and activations", e->n,
+                       4 * e->n * sizeof(float));
+            return -1;
+        }
+    e->micro_batch = pick_micro_batch(&e->config, e->inner.batch);
+    e->model = model_create(&e->config, e->k, (int)e->micro_batch, (int)e->config.sequence, 1, err);
+    return e->model ? 0 : -1;
+}
+
+struct engine *engine_create(const struct msg_model *model, const struct msg_inner *inner,
+                             const struct kernels *kernels, struct err *err) {
+    if (proto_model_check(model, err) || proto_inner_check(inner, err)) return NULL;
+    struct engine *e = calloc(1, sizeof *e);
+    if (!e) {
+        err_set(err, ERR_MEMORY, "no memory for an engine");
+        return NULL;
+    }
+    e->k = kernels;
+    e->config = *model;
+    e->inner = *inner;
+    e->n = (size_t)proto_model_elements(model);
+    if (take_memory(e, err)) {
+        engine_destroy(e);
+        return NULL;
+    }
+    return e;
+}
+
+void engine_destroy(struct engine *e) {
+    if (!e) return;
+    model_destroy(e->model);
+    e->k->free(e->k, e->params);
+    e->k->free(e->k, e->grads);
+    e->k->free(e->k, e->m);
+    e->k->free(e->k, e->v);
+    free(e);
+}
+
+const struct msg_model *engine_model(const struct engine *e) {
+    return &e->config;
+}
+
+const struct msg_inner *engine_inner(const struct engine *e) {
+    return &e->inner;
+}
+
+size_t engine_elements(const struct engine *e) {
+    return e->n;
+}
+
+uint64_t engine_steps(const struct engine *e) {
+    return e->steps;
+}
+
+/* ---- parameters and moments -------------------------------------------------------------------- */
+
+void engine_params_read(const struct engine *e, size_t first, size_t n, float *out) {
+    assert(first <= e->n && n <= e->n - first);
+    e->k->copy_out(e->k, out, e->params + first, n * sizeof *out);
+}
+
+void engine_params_write(struct engine *e, size_t first, size_t n, const float *in) {
+    assert(first <= e->n && n <= e->n - first);
+    e->k->copy_in(e->k, e->params + first, in, n * sizeof *in);
+}
+
+void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,
+                                uint64_t *count) {
+    assert(first <= e->n && n <= e->n - first);
+    e->k->copy_out(e->k, out, e->v + first, n * sizeof *out);
+    *count = e->v_count;
+}
+
+int engine_second_moments_write(struct engine *e, size_t first, size_t n, const float *in,
+                                uint64_t count, struct err *err) {
+    if (first > e->n || n > e->n - first)
+        return err_set(err, ERR_CORRUPT, "second moments [%zu, %zu) of a model of %zu", first, first + n,
+                       e->n);
+    for (size_t i = 0; i < n; i++)
+        if (!(in[i] >= 0 && isfinite(in[i])))
+            return err_set(err, ERR_CORRUPT, "second moment %zu is %g", first + i, (double)in[i]);
+    e->k->copy_in(e->k, e->v + first, in, n * sizeof *in);
+    e->v_count = count;
+    return 0;
+}
+
+void engine_reset_moments(struct engine *e) {
+    e->k->zero(e->k, e->m, e->n * sizeof *e->m);
+    e->k->zero(e->k, e->v, e->n * sizeof *e->v);
+    e->m_count = e->v_count = 0;
+}
+
+/* ---- a step ------------------------------------------------------------------------------------ */
+
+static int check_tokens(const struct engine *e, const int32_t *tokens, uint32_t samples,
+                        struct err *err) {
+    size_t n = (size_t)samples * ((size_t)e->config.sequence + 1);
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= e->config.vocabulary)
+            return err_set(err, ERR_CORRUPT, "token %zu of the batch is %d, the model's vocabulary has %u",
+                           i, tokens[i], e->config.vocabulary);
+    return 0;
+}
+
+/* Loss and gradient of the mean over all tokens, micro-batch by micro-batch. */
+static int gradient(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
+                    struct err *err) {
+    uint32_t T = e->config.sequence;
+    double targets = (double)samples * T, sum = 0;
+    for (uint32_t i = 0; i < samples; i += e->micro_batch) {
+        uint32_t B = samples - i < e->micro_batch ? samples - i : e->micro_batch;
+        double part;
+        if (model_backward(e->model, e->params, e->grads, tokens + (size_t)i * (T + 1), (int)B, (int)T,
+                           (float)(1 / targets), i ? KERNELS_ADD : KERNELS_SET, &part, err))
+            return -1;
+        sum += part;
+    }
+    *loss = sum / targets;
+    return 0;
+}
+
+/* Tensors that decay and tensors that do not alternate; neighbours of one kind go together. */
+static void adamw(struct engine *e, double lr, double grad_scale) {
+    const struct msg_inner *in = &e->inner;
+    struct kernels_adamw a = {
+        .lr = (float)lr, .beta1 = (float)in->beta1, .beta2 = (float)in->beta2, .eps = (float)in->eps,
+        .m_correction = (float)(1 - pow(in->beta1, (double)++e->m_count)),
+        .v_correction = (float)(1 - pow(in->beta2, (double)++e->v_count)),
+        .grad_scale = (float)grad_scale,
+    };
+    uint32_t tensors = proto_model_tensor_count(&e->config);
+    size_t first = 0;
+    for (uint32_t i = 0; i < tensors; i++) {
+        struct proto_tensor t, next = { .dims = 0 };
+        proto_model_tensor(&e->config, i, &t);
+        if (i + 1 < tensors) proto_model_tensor(&e->config, i + 1, &next);
+        int decays = t.dims == 2 && t.role != MODEL_EMBED;
+        if (next.dims && decays == (next.dims == 2)) continue;
+        size_t end = (size_t)(t.offset + t.count);
+        a.weight_decay = decays ? (float)in->weight_decay : 0;
+        e->k->adamw(e->k, e->params + first, e->grads + first, e->m + first, e->v + first, end - first, &a);
+        first = end;
+    }
+}
+
+int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint64_t position,
+                struct engine_result *result, struct err *err) {
+    assert(samples >= 1 && samples <= e->inner.batch);
+    double loss;
+    if (check_tokens(e, tokens, samples, err)) return -1;
+    if (gradient(e, tokens, samples, &loss, err)) return -1;
+    double norm = sqrt(e->k->sum_squares(e->k, e->grads, e->n));
+    if (!isfinite(loss) || !isfinite(norm))
+        return err_set(err, ERR_CORRUPT, "inner step %llu: loss %g, gradient norm %g",
+                       (unsigned long long)e->steps + 1, loss, norm);
+    double clip = e->inner.clip, lr = schedule_lr(&e->inner, position);
+    adamw(e, lr, clip > 0 && norm > clip ? clip / norm : 1);
+    if (e->k->check(e->k, err)) return -1;
+    *result = (struct engine_result){ .loss = loss, .grad_norm = norm, .lr = lr, .step = ++e->steps,
+                                      .tokens = (uint64_t)samples * e->config.sequence };
+    return 0;
+}
+
+int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
+                     struct err *err) {
+    assert(samples >= 1);
+    uint32_t T = e->config.sequence;
+    double sum = 0, part;
+    if (check_tokens(e, tokens, samples, err)) return -1;
+    for (uint32_t i = 0; i < samples; i += e->micro_batch) {
+        uint32_t B = samples - i < e->micro_batch ? samples - i : e->micro_batch;
+        if (model_loss(e->model, e->params, tokens + (size_t)i * (T + 1), (int)B, (int)T, &part, err))
+            return -1;
+        sum += part;
+    }
+    *loss = sum / ((double)samples * T);
+    return 0;
+}
+
+/* ---- saved state ------------------------------------------------------------------------------- */
+
+#define STATE_MAGIC 0x31304e4947544e49u /* "INTGIN01" */
+#define BLOCK_ELEMENTS ((size_t)1 << 18)
+
+/* File: this, then parameters, first and second moments, then the digest of all before it. */
+struct state_header {
+    uint64_t magic;
+    struct digest model; /* of the encoded msg_model */
+    uint64_t elements, steps, m_count, v_count, tag;
+};
+
+static int model_digest(const struct msg_model *m, struct digest *out, struct err *err) {
+    struct proto_buffer b;
+    proto_buffer_init(&b, 4096);
+    int rc = proto_encode(&b, RECORD_model, m, err);
+    if (rc == 0) *out = digest_of(b.data, b.length);
+    proto_buffer_release(&b);
+    return rc;
+}
+
+static int write_all(int fd, const void *bytes, size_t n, const char *path, struct err *err) {
+    for (const char *p = bytes; n;) {
+        ssize_t done = write(fd, p, n);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return err_set_errno(err, "write %.150s", path);
+        p += done;
+        n -= (size_t)done;
+    }
+    return 0;
+}
+
+static int read_all(int fd, void *bytes, size_t n, const char *path, struct err *err) {
+    for (char *p = bytes; n;) {
+        ssize_t done = read(fd, p, n);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return err_set_errno(err, "read %.150s", path);
+        if (done == 0) return err_set(err, ERR_TRUNCATED, "%.150s: %zu bytes are missing", path, n);
+        p += done;
+        n -= (size_t)done;
+    }
+    return 0;
+}
+
+static int write_state(const struct engine *e, int fd, const char *path, uint64_t tag, float *block,
+                       struct err *err) {
+    struct state_header h = { .magic = STATE_MAGIC, .elements = e->n, .steps = e->steps,
+                              .m_count = e->m_count, .v_count = e->v_count, .tag = tag };
+    const float *vectors[] = { e->params, e->m, e->v };
+    struct digest_stream s;
+    if (model_digest(&e->config, &h.model, err)) return -1;
+    digest_stream_init(&s);
+    digest_stream_update(&s, &h, sizeof h);
+    if (write_all(fd, &h, sizeof h, path, err)) return -1;
+    for (int i = 0; i < 3; i++)
+        for (size_t at = 0, n; at < e->n; at += n) {
+            n = e->n - at < BLOCK_ELEMENTS ? e->n - at : BLOCK_ELEMENTS;
+            e->k->copy_out(e->k, block, vectors[i] + at, n * sizeof *block);
+            if (e->k->check(e->k, err)) return -1;
+            digest_stream_update(&s, block, n * sizeof *block);
+            if (write_all(fd, block, n * sizeof *block, path, err)) return -1;
+        }
+    struct digest d = digest_stream_final(&s);
+    return write_all(fd, &d, sizeof d, path, err);
+}
+
+static int sync_folder_of(const char *path, struct err *err) {
+    char folder[4096];
+    snprintf(folder, sizeof folder, "%s", path);
+    char *slash = strrchr(folder, '/');
+    if (slash)
+        slash[slash == folder] = '\0';
+    else
+        strcpy(folder, ".");
+    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return err_set_errno(err, "open %.150s", folder);
+    int rc = fsync(fd) ? err_set_errno(err, "fsync %.150s", folder) : 0;
+    close(fd);
+    return rc;
+}
+
+int engine_save(const struct engine *e, const char *path, uint64_t tag, struct err *err) {
+    char temporary[4096];
+    if ((size_t)snprintf(temporary, sizeof temporary, "%s.new", path) >= sizeof temporary)
+        return err_set(err, ERR_CONFIG, "path too long: %.100s...", path);
+    float *block = malloc(BLOCK_ELEMENTS * sizeof *block);
+    if (!block) return err_set(err, ERR_MEMORY, "no memory to save %.150s", path);
+    int rc = -1, fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0) {
+        err_set_errno(err, "create %.150s", temporary);
+        goto out;
+    }
+    rc = write_state(e, fd, temporary, tag, block, err);
+    if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", temporary);
+    close(fd);
+    if (rc == 0 && rename(temporary, path)) rc = err_set_errno(err, "rename %.150s", temporary);
+    if (rc == 0) rc = sync_folder_of(path, err);
+    if (rc) unlink(temporary);
+out:
+    free(block);
+    return rc;
+}
+
+/* Pass 1: header of the right model, right length, right digest. */
+static int check_state(const struct engine *e, int fd, const char *path, struct state_header *h,
+                       float *block, struct err *err) {
+    struct digest model, found, stored;
+    struct digest_stream s;
+    if (model_digest(&e->config, &model, err) || read_all(fd, h, sizeof *h, path, err)) return -1;
+    if (h->magic != STATE_MAGIC) return err_set(err, ERR_CORRUPT, "%.150s is not a saved state", path);
+    if (!digest_equal(&h->model, &model) || h->elements != e->n)
+        return err_set(err, ERR_CONFIG, "%.150s is the state of another model (%llu parameters, not %zu)",
+                       path, (unsigned long long)h->elements, e->n);
+    digest_stream_init(&s);
+    digest_stream_update(&s, h, sizeof *h);
+    for (size_t left = 3 * e->n, n; left; left -= n) {
+        n = left < BLOCK_ELEMENTS ? left : BLOCK_ELEMENTS;
+        if (read_all(fd, block, n * sizeof *block, path, err)) return -1;
+        digest_stream_update(&s, block, n * sizeof *block);
+    }
+    if (read_all(fd, &stored, sizeof stored, path, err)) return -1;
+    found = digest_stream_final(&s);
+    if (!digest_equal(&found, &stored))
+        return err_set(err, ERR_CORRUPT, "%.150s does not have the digest it was saved with", path);
+    return 0;
+}
+
+/* Pass 2: into the engine. */
+static int read_state(struct engine *e, int fd, const char *path, float *block, struct err *err) {
+    float *vectors[] = { e->params, e->m, e->v };
+    if (lseek(fd, sizeof(struct state_header), SEEK_SET) < 0)
+        return err_set_errno(err, "seek %.150s", path);
+    for (int i = 0; i < 3; i++)
+        for (size_t at = 0, n; at < e->n; at += n) {
+            n = e->n - at < BLOCK_ELEMENTS ? e->n - at : BLOCK_ELEMENTS;
+            if (read_all(fd, block, n * sizeof *block, path, err)) return -1;
+            e->k->copy_in(e->k, vectors[i] + at, block, n * sizeof *block);
+            if (e->k->check(e->k, err)) return -1;
+        }
+    return 0;
+}
+
+int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *err) {
+    struct state_header h;
+    float *block = malloc(BLOCK_ELEMENTS * sizeof *block);
+    if (!block) return err_set(err, ERR_MEMORY, "no memory to load %.150s", path);
+    int rc = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        err_set_errno(err, "open %.150s", path);
+        goto out;
+    }
+    rc = check_state(e, fd, path, &h, block, err);
+    if (rc == 0) rc = read_state(e, fd, path, block, err);
+    close(fd);
+    if (rc) goto out;
+    e->steps = h.steps;
+    e->m_count = h.m_count;
+    e->v_count = h.v_count;
+    *tag = h.tag;
+out:
+    free(block);
+    return rc;
+}

@@ -1,0 +1,392 @@
+/* model.c - the Llama network as a sequence of kernel calls on one arena; see model.h. */
+#include "node/model.h"
+
+#include "proto/model.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Logits are the largest tensor of a model with a large vocabulary, so the head works on so many
+ * rows at a time that they stay under this many elements; loss and gradient are done before the
+ * next rows. */
+#define HEAD_ELEMENTS_MAX ((size_t)16 << 20)
+
+/* What one layer keeps for its backward pass; rows = B*T. */
+struct activations {
+    float *in;         /* [rows,C] residual stream before the layer */
+    float *norm_att;   /* [rows,C] */
+    float *rstd_att;   /* [rows] */
+    float *qkv;        /* [rows,(H+2KV)D], queries and keys rotated */
+    float *att;        /* [rows,C] heads side by side */
+    float *lse;        /* [B,H,T] */
+    float *middle;     /* [rows,C] residual stream between attention and feed-forward */
+    float *norm_ffn;   /* [rows,C] */
+    float *rstd_ffn;   /* [rows] */
+    float *gate_up;    /* [rows,2F]; the backward pass writes its gradient over it */
+    float *swiglu;     /* [rows,F] */
+};
+
+/* Element offsets of the weights; a layer's are relative to the start of its layer. q, k, v and
+ * gate, up are neighbours in the canonical order, so each group is one matrix product. */
+struct offsets {
+    size_t layers, layer_size;
+    size_t norm_att, qkv, o, norm_ffn, gate_up, down;
+    size_t norm, head; /* head is 0, the embedding, where tied */
+};
+
+struct model {
+    const struct kernels *k;
+    struct msg_model config;
+    int B, T, C, H, KV, D, F, V;
+    int QKV; /* (H + 2 KV) D */
+    int training;
+    size_t head_rows;
+    struct offsets at;
+    void *arena;
+    struct activations *layer; /* [layers]; all the same storage unless training */
+    float *cos, *sin;          /* [T,D/2] */
+    int32_t *tokens, *targets; /* [rows] */
+    float *out;                /* [rows,C] residual stream after the last layer */
+    float *norm, *rstd;        /* [rows,C], [rows] final norm */
+    float *logits;             /* [head_rows,V] */
+    float *loss;               /* [rows] */
+    float *branch;             /* [rows,C] what a branch adds to the residual stream */
+    float *dx, *dbranch;       /* [rows,C] */
+    float *dqkv;               /* [rows,QKV] */
+    float *dswiglu;            /* [rows,F] */
+    float *host_loss;          /* [rows] */
+    int32_t *host_tokens;      /* [2,rows] inputs, targets: a copy may still be on its way */
+};
+
+/* ---- storage ----------------------------------------------------------------------------------- */
+
+/* With base NULL it only counts, so that size and layout cannot disagree. */
+struct arena {
+    char *base;
+    size_t used;
+};
+
+static void *carve(struct arena *a, size_t bytes) {
+    void *p = a->base ? a->base + a->used : NULL;
+    a->used += (bytes + 63) / 64 * 64;
+    return p;
+}
+
+static float *carve_floats(struct arena *a, size_t rows, size_t width) {
+    return carve(a, rows * width * sizeof(float));
+}
+
+static void carve_layer(const struct model *m, struct arena *a, struct activations *l) {
+    size_t rows = (size_t)m->B * (size_t)m->T, C = (size_t)m->C;
+    l->norm_att = carve_floats(a, rows, C);
+    l->rstd_att = carve_floats(a, rows, 1);
+    l->qkv = carve_floats(a, rows, (size_t)m->QKV);
+    l->att = carve_floats(a, rows, C);
+    l->lse = carve_floats(a, rows, (size_t)m->H);
+    l->middle = carve_floats(a, rows, C);
+    l->norm_ffn = carve_floats(a, rows, C);
+    l->rstd_ffn = carve_floats(a, rows, 1);
+    l->gate_up = carve_floats(a, rows, 2 * (size_t)m->F);
+    l->swiglu = carve_floats(a, rows, (size_t)m->F);
+}
+
+/* Inference walks through one layer's storage again and again; the residual stream then lives in
+ * `out` from end to end. */
+static size_t carve_all(struct model *m, struct activations *layer, void *base) {
+    struct arena a = { base, 0 };
+    size_t rows = (size_t)m->B * (size_t)m->T, C = (size_t)m->C, half = (size_t)m->D / 2;
+    m->cos = carve_floats(&a, (size_t)m->T, half);
+    m->sin = carve_floats(&a, (size_t)m->T, half);
+    m->tokens = carve(&a, rows * sizeof(int32_t));
+    m->targets = carve(&a, rows * sizeof(int32_t));
+    m->out = carve_floats(&a, rows, C);
+    m->norm = carve_floats(&a, rows, C);
+    m->rstd = carve_floats(&a, rows, 1);
+    m->logits = carve_floats(&a, m->head_rows, (size_t)m->V);
+    m->loss = carve_floats(&a, rows, 1);
+    m->branch = carve_floats(&a, rows, C);
+    for (uint32_t i = 0; i < m->config.layers; i++) {
+        struct activations unused, *l = layer ? &layer[i] : &unused;
+        if (m->training || i == 0) carve_layer(m, &a, l);
+        if (!m->training && i > 0 && layer) *l = layer[0];
+        float *in = m->training ? carve_floats(&a, rows, C) : m->out;
+        l->in = in;
+    }
+    if (m->training) {
+        m->dx = carve_floats(&a, rows, C);
+        m->dbranch = carve_floats(&a, rows, C);
+        m->dqkv = carve_floats(&a, rows, (size_t)m->QKV);
+        m->dswiglu = carve_floats(&a, rows, (size_t)m->F);
+    }
+    return a.used;
+}
+
+static size_t tensor_offset(const struct msg_model *m, uint32_t i) {
+    struct proto_tensor t;
+    proto_model_tensor(m, i, &t);
+    return (size_t)t.offset;
+}
+
+static struct offsets offsets_of(const struct msg_model *m) {
+    uint32_t last = m->layers * PROTO_MODEL_TENSORS_PER_LAYER;
+    struct offsets at = { .layers = tensor_offset(m, 1), .norm = tensor_offset(m, last + 1) };
+    at.layer_size = (at.norm - at.layers) / m->layers;
+    at.norm_att = tensor_offset(m, 1 + MODEL_INPUT_NORM) - at.layers;
+    at.qkv = tensor_offset(m, 1 + MODEL_Q) - at.layers;
+    at.o = tensor_offset(m, 1 + MODEL_O) - at.layers;
+    at.norm_ffn = tensor_offset(m, 1 + MODEL_POST_NORM) - at.layers;
+    at.gate_up = tensor_offset(m, 1 + MODEL_GATE) - at.layers;
+    at.down = tensor_offset(m, 1 + MODEL_DOWN) - at.layers;
+    at.head = m->tied ? 0 : tensor_offset(m, last + 2);
+    return at;
+}
+
+static void set_shape(struct model *m, const struct msg_model *c, int B, int T, int training) {
+    m->config = *c;
+    m->B = B;
+    m->T = T;
+    m->training = training;
+    m->C = (int)c->width;
+    m->H = (int)c->heads;
+    m->KV = (int)c->kv_heads;
+    m->D = m->C / m->H;
+    m->F = (int)c->ffn;
+    m->V = (int)c->vocabulary;
+    m->QKV = (m->H + 2 * m->KV) * m->D;
+    size_t rows = (size_t)B * (size_t)T, head_rows = HEAD_ELEMENTS_MAX / c->vocabulary;
+    m->head_rows = head_rows < rows ? head_rows : rows;
+    m->at = offsets_of(c);
+}
+
+size_t model_arena_bytes(const struct msg_model *c, int B, int T, int training) {
+    struct model m = { 0 };
+    set_shape(&m, c, B, T, training);
+    return carve_all(&m, NULL, NULL);
+}
+
+/* The tables go to the device once; the arena's logits have nothing to hold yet, but may be too
+ * small, so the host copy is separate. */
+static int fill_rope(struct model *m, struct err *err) {
+    size_t n = (size_t)m->T * (size_t)m->D / 2;
+    float *table = malloc(2 * n * sizeof *table);
+    if (!table) return err_set(err, ERR_MEMORY, "no memory for a rotary table of %d positions", m->T);
+    kernels_rope_tables(table, table + n, m->T, m->D, m->config.rope_theta);
+    m->k->copy_in(m->k, m->cos, table, n * sizeof *table);
+    m->k->copy_in(m->k, m->sin, table + n, n * sizeof *table);
+    int rc = m->k->check(m->k, err);
+    free(table);
+    return rc;
+}
+
+struct model *model_create(const struct msg_model *config, const struct kernels *kernels, int B,
+                           int T, int training, struct err *err) {
+    assert(B > 0 && T > 0 && (uint32_t)T <= config->sequence);
+    struct model *m = calloc(1, sizeof *m);
+    size_t rows = (size_t)B * (size_t)T;
+    if (!m) goto no_memory;
+    m->k = kernels;
+    set_shape(m, config, B, T, training);
+    m->layer = calloc(config->layers, sizeof *m->layer);
+    m->host_loss = malloc(rows * sizeof *m->host_loss);
+    m->host_tokens = malloc(2 * rows * sizeof *m->host_tokens);
+    if (!m->layer || !m->host_loss || !m->host_tokens) goto no_memory;
+    size_t bytes = model_arena_bytes(config, B, T, training);
+    if (!(m->arena = kernels->alloc(kernels, bytes, err))) {
+        err_prefix(err, "activations of %d x %d tokens, %zu bytes", B, T, bytes);
+        goto fail;
+    }
+    carve_all(m, m->layer, m->arena);
+    if (fill_rope(m, err)) goto fail;
+    return m;
+no_memory:
+    err_set(err, ERR_MEMORY, "no memory for a model of %u layers", config->layers);
+fail:
+    model_destroy(m);
+    return NULL;
+}
+
+void model_destroy(struct model *m) {
+    if (!m) return;
+    m->k->free(m->k, m->arena);
+    free(m->layer);
+    free(m->host_loss);
+    free(m->host_tokens);
+    free(m);
+}
+
+/* ---- forward ----------------------------------------------------------------------------------- */
+
+static void layer_forward(struct model *m, const float *w, const struct activations *l, float *out,
+                          int B, int T) {
+    const struct kernels *k = m->k;
+    int rows = B * T, C = m->C, F = m->F;
+    float eps = (float)m->config.norm_eps;
+    size_t stream = (size_t)rows * (size_t)C;
+    k->rmsnorm_forward(k, l->norm_att, l->rstd_att, l->in, w + m->at.norm_att, eps, rows, C);
+    k->matmul_forward(k, l->qkv, l->norm_att, w + m->at.qkv, rows, C, m->QKV);
+    k->rope_forward(k, l->qkv, m->cos, m->sin, B, T, m->H, m->KV, m->D);
+    k->attention_forward(k, l->att, l->lse, l->qkv, B, T, m->H, m->KV, m->D);
+    k->matmul_forward(k, m->branch, l->att, w + m->at.o, rows, C, C);
+    k->add(k, l->middle, l->in, m->branch, stream);
+    k->rmsnorm_forward(k, l->norm_ffn, l->rstd_ffn, l->middle, w + m->at.norm_ffn, eps, rows, C);
+    k->matmul_forward(k, l->gate_up, l->norm_ffn, w + m->at.gate_up, rows, C, 2 * F);
+    k->swiglu_forward(k, l->swiglu, l->gate_up, rows, F);
+    k->matmul_forward(k, m->branch, l->swiglu, w + m->at.down, rows, F, C);
+    k->add(k, out, l->middle, m->branch, stream);
+}
+
+/* Everything but the head: m->norm holds the final norm's output. */
+static void forward(struct model *m, const float *params, int B, int T) {
+    const struct kernels *k = m->k;
+    uint32_t layers = m->config.layers;
+    int rows = B * T;
+    k->embedding_forward(k, m->layer[0].in, m->tokens, params, rows, m->C, m->V);
+    for (uint32_t i = 0; i < layers; i++)
+        layer_forward(m, params + m->at.layers + i * m->at.layer_size, &m->layer[i],
+                      i + 1 < layers ? m->layer[i + 1].in : m->out, B, T);
+    k->rmsnorm_forward(k, m->norm, m->rstd, m->out, params + m->at.norm, (float)m->config.norm_eps,
+                       rows, m->C);
+}
+
+/* Columns [first, first + T) of host rows of `width` tokens go to the device as [B,T]; first is 0
+ * for inputs, 1 for targets. */
+static void tokens_in(struct model *m, int32_t *to, const int32_t *tokens, int B, int T, int first,
+                      int width) {
+    int32_t *host = m->host_tokens + (size_t)first * (size_t)m->B * (size_t)m->T;
+    for (int b = 0; b < B; b++)
+        memcpy(host + (size_t)b * (size_t)T, tokens + (size_t)b * (size_t)width + first,
+               (size_t)T * sizeof *tokens);
+    m->k->copy_in(m->k, to, host, (size_t)B * (size_t)T * sizeof *tokens);
+}
+
+int model_logits(struct model *m, const float *params, const int32_t *tokens, int B, int T,
+                 float *out, struct err *err) {
+    assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
+    size_t V = (size_t)m->V;
+    tokens_in(m, m->tokens, tokens, B, T, 0, T);
+    forward(m, params, B, T);
+    for (int b = 0; b < B; b++) {
+        const float *row = m->norm + ((size_t)(b + 1) * (size_t)T - 1) * (size_t)m->C;
+        m->k->matmul_forward(m->k, m->logits, row, params + m->at.head, 1, m->C, m->V);
+        m->k->copy_out(m->k, out + (size_t)b * V, m->logits, V * sizeof *out);
+    }
+    return m->k->check(m->k, err);
+}
+
+/* ---- loss and backward ------------------------------------------------------------------------- */
+
+/* Head, cross-entropy and, where grads is not NULL, their gradients: the head's into grads, that of
+ * the final norm's output into m->dbranch. */
+static void head(struct model *m, const float *params, float *grads, int rows, float grad_scale,
+                 enum kernels_write write) {
+    const struct kernels *k = m->k;
+    const float *w = params + m->at.head;
+    for (size_t r = 0; r < (size_t)rows; r += m->head_rows) {
+        int n = (int)((size_t)rows - r < m->head_rows ? (size_t)rows - r : m->head_rows);
+        const float *x = m->norm + r * (size_t)m->C;
+        k->matmul_forward(k, m->logits, x, w, n, m->C, m->V);
+        k->cross_entropy(k, m->loss + r, m->logits, m->targets + r, grads ? grad_scale : 0, n, m->V);
+        if (!grads) continue;
+        k->matmul_backward_input(k, m->dbranch + r * (size_t)m->C, m->logits, w, n, m->C, m->V,
+                                 KERNELS_SET);
+        k->matmul_backward_weight(k, grads + m->at.head, m->logits, x, n, m->C, m->V,
+                                  r ? KERNELS_ADD : write);
+    }
+}
+
+static int loss_sum(struct model *m, int rows, double *loss, struct err *err) {
+    m->k->copy_out(m->k, m->host_loss, m->loss, (size_t)rows * sizeof *m->host_loss);
+    if (m->k->check(m->k, err)) return -1;
+    *loss = 0;
+    for (int i = 0; i < rows; i++) *loss += m->host_loss[i];
+    return 0;
+}
+
+int model_loss(struct model *m, const float *params, const int32_t *tokens, int B, int T,
+               double *loss, struct err *err) {
+    assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
+    tokens_in(m, m->tokens, tokens, B, T, 0, T + 1);
+    tokens_in(m, m->targets, tokens, B, T, 1, T + 1);
+    forward(m, params, B, T);
+    head(m, params, NULL, B * T, 0, KERNELS_SET);
+    return loss_sum(m, B * T, loss, err);
+}
+
+/* m->dx comes in as the gradient of the layer's output and leaves as that of its input. */
+static void layer_backward(struct model *m, const float *w, float *g, const struct activations *l,
+                           int B, int T, enum kernels_write write) {
+    const struct kernels *k = m->k;
+    int rows = B * T, C = m->C, F = m->F;
+    k->matmul_backward_weight(k, g + m->at.down, m->dx, l->swiglu, rows, F, C, write);
+    k->matmul_backward_input(k, m->dswiglu, m->dx, w + m->at.down, rows, F, C, KERNELS_SET);
+    k->swiglu_backward(k, l->gate_up, m->dswiglu, l->gate_up, rows, F);
+    k->matmul_backward_weight(k, g + m->at.gate_up, l->gate_up, l->norm_ffn, rows, C, 2 * F, write);
+    k->matmul_backward_input(k, m->dbranch, l->gate_up, w + m->at.gate_up, rows, C, 2 * F, KERNELS_SET);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, m->dbranch, l->middle, w + m->at.norm_ffn,
+                        l->rstd_ffn, rows, C);
+    k->matmul_backward_weight(k, g + m->at.o, m->dx, l->att, rows, C, C, write);
+    k->matmul_backward_input(k, m->dbranch, m->dx, w + m->at.o, rows, C, C, KERNELS_SET);
+    k->attention_backward(k, m->dqkv, m->dbranch, l->qkv, l->att, l->lse, B, T, m->H, m->KV, m->D);
+    k->rope_backward(k, m->dqkv, m->cos, m->sin, B, T, m->H, m->KV, m->D);
+    k->matmul_backward_weight(k, g + m->at.qkv, m->dqkv, l->norm_att, rows, C, m->QKV, write);
+    k->matmul_backward_input(k, m->dbranch, m->dqkv, w + m->at.qkv, rows, C, m->QKV, KERNELS_SET);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, m->dbranch, l->in, w + m->at.norm_att,
+                        l->rstd_att, rows, C);
+}
+
+/* The gradients whose kernels only add: all norm weights, and the embedding unless the tied head
+ * writes there first. */
+static void zero_added_grads(struct model *m, float *grads) {
+    const struct kernels *k = m->k;
+    size_t norm_bytes = (size_t)m->C * sizeof *grads;
+    for (uint32_t i = 0; i < m->config.layers; i++) {
+        float *g = grads + m->at.layers + i * m->at.layer_size;
+        k->zero(k, g + m->at.norm_att, norm_bytes);
+        k->zero(k, g + m->at.norm_ffn, norm_bytes);
+    }
+    k->zero(k, grads + m->at.norm, norm_bytes);
+    if (!m->config.tied) k->zero(k, grads, (size_t)m->V * norm_bytes);
+}
+
+int model_backward(struct model *m, const float *params, float *grads, const int32_t *tokens, int B,
+                   int T, float grad_scale, enum kernels_write write, double *loss,
+                   struct err *err) {
+    assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
+    const struct kernels *k = m->k;
+    int rows = B * T, C = m->C;
+    if (write == KERNELS_SET) zero_added_grads(m, grads);
+    tokens_in(m, m->tokens, tokens, B, T, 0, T + 1);
+    tokens_in(m, m->targets, tokens, B, T, 1, T + 1);
+    forward(m, params, B, T);
+    head(m, params, grads, rows, grad_scale, write);
+    k->zero(k, m->dx, (size_t)rows * (size_t)C * sizeof *m->dx);
+    k->rmsnorm_backward(k, m->dx, grads + m->at.norm, m->dbranch, m->out, params + m->at.norm,
+                        m->rstd, rows, C);
+    for (uint32_t i = m->config.layers; i-- > 0;) {
+        size_t layer = m->at.layers + i * m->at.layer_size;
+        layer_backward(m, params + layer, grads + layer, &m->layer[i], B, T, write);
+    }
+    k->embedding_backward(k, grads, m->dx, m->tokens, rows, C, m->V);
+    return loss_sum(m, rows, loss, err);
+}
+
+/* ---- initial values ---------------------------------------------------------------------------- */
+
+void model_init_elements(const struct msg_model *m, float std, uint64_t seed, uint64_t first,
+                         size_t n, float *out) {
+    assert(first + n <= proto_model_elements(m));
+    while (n) {
+        struct proto_tensor t;
+        proto_model_tensor(m, proto_model_tensor_at(m, first), &t);
+        uint64_t left = t.offset + t.count - first;
+        size_t count = left < n ? (size_t)left : n;
+        if (t.dims == 2)
+            outer_init_normal(out, seed, first, count, std);
+        else
+            for (size_t i = 0; i < count; i++) out[i] = 1.0f;
+        first += count;
+        out += count;
+        n -= count;
+    }
+}
