@@ -29,7 +29,7 @@
 enum core_table {
     CORE_LEDGER,   /* ledger index -> entry (bytes of msg_entry; the shell signs it and stores msg_signed_entry) */
     CORE_LEASE,    /* lease id -> msg_spend (member 0: returned, free to lease again under its next generation) */
-    CORE_INVITE,   /* invite id -> msg_invite_record (coordinator/store.h); written by `invite` and by enrolments */
+    CORE_INVITE,   /* invite id -> msg_invite_record; written by `invite` and by enrolments; not fed to core_load */
     CORE_META,     /* see enum core_meta; u64 little-endian */
     CORE_TABLES
 };
@@ -49,8 +49,8 @@ struct core_write {
 struct core_invite {
     bool found, expired;
     uint64_t id;
-    uint32_t uses_left;
-    bool aggregate_only;      /* an invite may be for the coordinator's own aggregate-only node */
+    struct msg_invite_record record; /* an enrolment writes it back with one use less; aggregate_only: it
+                                      * is for the coordinator's own aggregate-only node */
 };
 
 enum core_event_type {

@@ -140,6 +140,11 @@
     F(U64, at_index, 0) F(DIGEST, state_root, 0) F(STR, url, PROTO_URL_BYTES_MAX)                  \
     F(DIGEST, manifest, 0) F(U64, tokens_committed, 0)
 
+/* An invite as the store keeps it; its id is the first 8 bytes of secret_digest (LE, below 2^63).
+ * expires_ms: wall clock, Unix time. Never on the wire, never in the ledger. */
+#define FIELDS_invite_record(F, L)                                                                 \
+    F(DIGEST, secret_digest, 0) F(U32, uses_left, 0) F(U64, expires_ms, 0) F(U8, aggregate_only, 1)
+
 #define FIELDS_revocation(F, L) F(U32, member, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
 
 /* ---- coordinator and member ---------------------------------------------------------------- */
@@ -273,7 +278,8 @@
 #define PROTO_RECORDS(R)                                                                           \
     R(model) R(inner) R(outer) R(corpus) R(genesis) R(delegation) R(enrolment) R(lease) R(spend)   \
     R(range) R(digest_item) R(contributor) R(shard) R(address) R(summed) R(member)                 \
-    R(signed_entry) R(entry) R(commit) R(checkpoint) R(revocation) R(roster_body)
+    R(signed_entry) R(entry) R(commit) R(checkpoint) R(revocation) R(roster_body)                  \
+    R(invite_record)
 
 /* M(NAME, record, number): number is the type byte of the frame and never changes its meaning. */
 #define PROTO_MESSAGES(M)                                                                          \
