@@ -1,0 +1,41 @@
+/* checkpoint.h - writes one checkpoint at a time beside everything else: feeds ckpt_writer some
+ * chunks per turn of the agent's loop, and each chunk right before a new commit changes it. When to
+ * write one, and who signs it, is the coordinator's business. */
+#ifndef INTELLECT_NODE_CHECKPOINT_H
+#define INTELLECT_NODE_CHECKPOINT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "node/sync.h"
+#include "node/uplink.h"
+#include "proto/proto.h"
+
+struct event_base;
+struct checkpoint;
+
+struct checkpoint_ops {
+    /* The manifest must be signed: answer with checkpoint_signed(). */
+    void (*on_manifest)(void *arg, const void *manifest, size_t length);
+    /* The end: ok, or why not (text, one line: "no space left ..."). manifest: digest, zero if not ok. */
+    void (*on_done)(void *arg, bool ok, const struct digest *manifest, const char *text);
+};
+
+struct checkpoint *checkpoint_create(struct event_base *base, const struct checkpoint_ops *ops,
+                                     void *arg);
+/* What was not published is removed. NULL is fine. */
+void checkpoint_destroy(struct checkpoint *c);
+
+/* Begin to write the state of `s` as msg says. Failures, one in progress included, are told through
+ * on_done, never from within this call. s: borrowed until on_done. */
+void checkpoint_begin(struct checkpoint *c, const struct sync *s, const struct msg_genesis *genesis,
+                      struct proto_bytes genesis_bytes, const struct msg_checkpoint_write *msg);
+
+/* The hook for sync_set_before_change(): saves the chunk if it is still to be written. */
+void checkpoint_before_change(void *checkpoint, uint32_t chunk);
+
+/* The signature by the coordinator that showed `w`, under `term`. */
+void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term, const struct proto_sig *signature,
+                       const struct uplink_welcome *w);
+
+#endif

@@ -1,0 +1,33 @@
+/* console.h - what an agent tells its person. On a terminal one live line, redrawn in place, with
+ * events as lines above it; elsewhere one dated line per event and per round; or JSON lines. */
+#ifndef INTELLECT_NODE_CONSOLE_H
+#define INTELLECT_NODE_CONSOLE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "node/sync.h"
+
+struct console;
+
+/* json: JSON lines on stdout, whatever it is. quiet: warnings, errors and the last word only. */
+struct console *console_create(bool json, bool quiet);
+void console_destroy(struct console *c); /* wipes the live line; NULL is fine */
+
+/* An event. In JSON it is {"time","event":name,"level","text"}. */
+void console_say(struct console *c, enum sync_level level, const char *name, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+/* What the live line and the round's line show. */
+struct console_figures {
+    struct sync_view view;
+    uint64_t step;          /* inner steps of this node's trainer */
+    double loss, tokens_per_s;
+    bool trains, connected;
+};
+/* Redraw the live line; nothing elsewhere. */
+void console_live(struct console *c, const struct console_figures *f);
+/* A round was applied. */
+void console_round(struct console *c, const struct console_figures *f);
+
+#endif

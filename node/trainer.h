@@ -1,0 +1,25 @@
+/* trainer.h - the trainer process: owns one device, trains on the samples it is given, and moves
+ * parameters through the segment at step boundaries. Everything it does is asked for by its agent;
+ * it knows no run state, no network and no other trainer, and it dies with its agent.
+ *
+ * An inner step takes inner.batch samples. Fewer are trained only when a FREEZE finds some left
+ * over, so that the end of the data is used too.
+ *
+ * Moments and counters are saved to setup.inner_state while it waits frozen for an outer step, at
+ * most every TRAINER_SAVE_S seconds, or between two steps where it was never frozen for
+ * TRAINER_SAVE_LATE_S. A new trainer starts from them; its parameters come with the first RESET. */
+#ifndef INTELLECT_NODE_TRAINER_H
+#define INTELLECT_NODE_TRAINER_H
+
+#define TRAINER_SAVE_S 30
+#define TRAINER_SAVE_LATE_S 600
+
+/* A step whose loss or gradient is not finite is skipped, its samples with it; so many in a row are
+ * the end of the trainer. */
+#define TRAINER_BAD_STEPS_MAX 8
+
+/* The trainer's main: serves the segment behind descriptor `fd` (segment.h) until told to stop.
+ * Returns the exit status: 0, 1 (it said why through the segment), 2 (`fd` is no segment). */
+int trainer_main(int fd);
+
+#endif
