@@ -57,7 +57,7 @@ struct kernels {
     void (*zero)(const struct kernels *k, void *p, size_t bytes);
     /* Wait for everything asked for so far: 0, or -1 with the first failure since last time. */
     int (*check)(const struct kernels *k, struct err *err);
-    void (*destroy)(struct kernels *k); /* no-op for the reference; frees k; k may be NULL */
+    void (*destroy)(struct kernels *k); /* frees k; does nothing for the reference */
 
     /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. */
     /* out[rows,OC] = x[rows,C] * w[OC,C]^T. Adjacent weights (q,k,v or gate,up) are one w with a
@@ -138,8 +138,7 @@ const struct kernels *kernels_reference(void);
 /* The fast CPU backend: oneDNN matrix products, OpenMP for the rest, fp32.
  * threads  OpenMP threads it uses, >= 1; 0 takes what OpenMP would (cores, or OMP_NUM_THREADS).
  * End with k->destroy(k). The program should set OMP_WAIT_POLICY=passive before its first OpenMP
- * call where it shares its cores, else waiting threads spin. Returns NULL with ERR_MEMORY or
- * ERR_UNSUPPORTED (oneDNN has no engine here). */
+ * call where it shares its cores, else waiting threads spin. Returns NULL with ERR_MEMORY. */
 struct kernels *kernels_cpu_create(int threads, struct err *err);
 
 /* Fill cos and sin [T,D/2], host memory, at angle position * theta^(-2i/D), computed in double. */

@@ -1,0 +1,211 @@
+/* cpu.c - the CPU backend: its state, matrix products (oneDNN), elementwise kernels and the
+ * optimizer. cpu_rows.c has the kernels that work row by row, cpu_attention.c attention. Memory and
+ * copies are the reference's. */
+#include "kernels/cpu.h"
+
+#include <assert.h>
+#include <math.h>
+#include <oneapi/dnnl/dnnl.h>
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* ---- state ---- */
+
+float *cpu_scratch(struct cpu *cpu, size_t floats) {
+    floats = (floats + 15) / 16 * 16; /* no two threads in one cache line */
+    if (floats <= cpu->scratch_floats) return cpu->scratch;
+    struct err err;
+    float *grown = cpu->table.alloc(&cpu->table, floats * cpu->threads * sizeof *grown, &err);
+    if (!grown) {
+        if (cpu->failure.code == ERR_NONE) cpu->failure = err;
+        return NULL;
+    }
+    cpu->table.free(&cpu->table, cpu->scratch);
+    cpu->scratch = grown;
+    cpu->scratch_floats = floats;
+    return grown;
+}
+
+static int check(const struct kernels *k, struct err *err) {
+    struct cpu *cpu = cpu_of(k);
+    if (cpu->failure.code == ERR_NONE) return 0;
+    if (err) *err = cpu->failure;
+    cpu->failure.code = ERR_NONE;
+    return -1;
+}
+
+static void destroy(struct kernels *k) {
+    k->free(k, cpu_of(k)->scratch);
+    free(k);
+}
+
+/* ---- matrix products ---- */
+
+int cpu_use_threads(int threads) {
+    int before = omp_get_max_threads();
+    if (threads != before) omp_set_num_threads(threads);
+    return before;
+}
+
+/* dnnl_sgemm packs its operands itself and reaches the machine's rate in all three layouts; cached
+ * matmul primitives were as fast within the noise, so there is no cache to keep. It is the same
+ * function in oneDNN 2.6 and 3.x. */
+void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float alpha,
+              const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C,
+              size_t ldc) {
+    dnnl_status_t status = dnnl_sgemm(op_a, op_b, m, n, k, alpha, A, (dnnl_dim_t)lda, B,
+                                      (dnnl_dim_t)ldb, beta, C, (dnnl_dim_t)ldc);
+    if (status == dnnl_success) return;
+#pragma omp critical(cpu_gemm_failure)
+    if (cpu->failure.code == ERR_NONE)
+        err_set(&cpu->failure, status == dnnl_out_of_memory ? ERR_MEMORY : ERR_UNSUPPORTED,
+                "dnnl_sgemm(%c, %c, m=%d, n=%d, k=%d) failed with status %d", op_a, op_b, m, n, k,
+                (int)status);
+}
+
+static void matmul_forward(const struct kernels *k, float *out, const float *x, const float *w,
+                           int rows, int C, int OC) {
+    int before = cpu_use_threads(cpu_of(k)->threads);
+    cpu_gemm(cpu_of(k), 'N', 'T', rows, OC, C, 1.0f, x, C, w, C, 0.0f, out, OC);
+    cpu_use_threads(before);
+}
+
+static void matmul_backward_input(const struct kernels *k, float *dx, const float *dout,
+                                  const float *w, int rows, int C, int OC,
+                                  enum kernels_write write) {
+    int before = cpu_use_threads(cpu_of(k)->threads);
+    float beta = write == KERNELS_ADD ? 1.0f : 0.0f;
+    cpu_gemm(cpu_of(k), 'N', 'N', rows, C, OC, 1.0f, dout, OC, w, C, beta, dx, C);
+    cpu_use_threads(before);
+}
+
+static void matmul_backward_weight(const struct kernels *k, float *dw, const float *dout,
+                                   const float *x, int rows, int C, int OC,
+                                   enum kernels_write write) {
+    int before = cpu_use_threads(cpu_of(k)->threads);
+    float beta = write == KERNELS_ADD ? 1.0f : 0.0f;
+    cpu_gemm(cpu_of(k), 'T', 'N', OC, C, rows, 1.0f, dout, OC, x, C, beta, dw, C);
+    cpu_use_threads(before);
+}
+
+/* ---- elementwise ---- */
+
+static size_t slice_at(size_t i, size_t n) {
+    return n - i < CPU_SLICE ? n - i : CPU_SLICE;
+}
+
+WIDE static void add_slice(float *out, const float *a, const float *b, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+}
+
+static void add(const struct kernels *k, float *out, const float *a, const float *b, size_t n) {
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE) add_slice(out + i, a + i, b + i, slice_at(i, n));
+}
+
+WIDE static void scale_slice(float *x, float factor, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
+}
+
+static void scale(const struct kernels *k, float *x, float factor, size_t n) {
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE) scale_slice(x + i, factor, slice_at(i, n));
+}
+
+WIDE static void adamw_slice(float *param, const float *grad, float *m, float *v, size_t n,
+                             const struct kernels_adamw *a) {
+    float m_rest = (float)(1.0 - (double)a->beta1), v_rest = (float)(1.0 - (double)a->beta2);
+    float m_unbias = 1.0f / a->m_correction, v_unbias = 1.0f / a->v_correction;
+    float beta1 = a->beta1, beta2 = a->beta2, grad_scale = a->grad_scale, eps = a->eps, lr = a->lr;
+    float keep = 1.0f - a->lr * a->weight_decay;
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) {
+        float g = grad[i] * grad_scale;
+        m[i] = beta1 * m[i] + m_rest * g;
+        v[i] = beta2 * v[i] + v_rest * g * g;
+        param[i] = keep * param[i] - lr * (m[i] * m_unbias / (sqrtf(v[i] * v_unbias) + eps));
+    }
+}
+
+static void adamw(const struct kernels *k, float *param, const float *grad, float *m, float *v,
+                  size_t n, const struct kernels_adamw *a) {
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE)
+        adamw_slice(param + i, grad + i, m + i, v + i, slice_at(i, n), a);
+}
+
+WIDE static double sum_squares_slice(const float *x, size_t n) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sum;
+}
+
+/* The parts depend on n alone and are added in order, so the thread count changes no bit. */
+static double sum_squares(const struct kernels *k, const float *x, size_t n) {
+    enum { PARTS = 64 };
+    double part[PARTS], sum = 0.0;
+    size_t each = (n + PARTS - 1) / PARTS;
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t p = 0; p < PARTS; p++) {
+        size_t begin = p * each < n ? p * each : n, end = n - begin < each ? n : begin + each;
+        part[p] = sum_squares_slice(x + begin, end - begin);
+    }
+    for (int p = 0; p < PARTS; p++) sum += part[p];
+    return sum;
+}
+
+/* ---- the table ---- */
+
+static const char *instruction_set(void) {
+    unsigned isa = (unsigned)dnnl_get_effective_cpu_isa();
+    unsigned avx512 = (unsigned)dnnl_cpu_isa_avx512_core, avx2 = (unsigned)dnnl_cpu_isa_avx2;
+    if ((isa & avx512) == avx512) return "AVX-512";
+    return (isa & avx2) == avx2 ? "AVX2" : "no AVX2";
+}
+
+static void describe(struct cpu *cpu) {
+    const dnnl_version_t *version = dnnl_version();
+    snprintf(cpu->description, sizeof cpu->description, "oneDNN %d.%d.%d, %s, %d thread%s",
+             version->major, version->minor, version->patch, instruction_set(), cpu->threads,
+             cpu->threads == 1 ? "" : "s");
+}
+
+struct kernels *kernels_cpu_create(int threads, struct err *err) {
+    assert(threads >= 0);
+    struct cpu *cpu = calloc(1, sizeof *cpu);
+    if (!cpu) {
+        err_set(err, ERR_MEMORY, "no memory for the CPU backend");
+        return NULL;
+    }
+    cpu->threads = threads ? threads : omp_get_max_threads();
+    describe(cpu);
+    struct kernels *k = &cpu->table;
+    *k = *kernels_reference(); /* for the memory entries; every kernel is replaced */
+    k->name = "cpu";
+    k->description = cpu->description;
+    k->check = check;
+    k->destroy = destroy;
+    k->matmul_forward = matmul_forward;
+    k->matmul_backward_input = matmul_backward_input;
+    k->matmul_backward_weight = matmul_backward_weight;
+    k->embedding_forward = cpu_embedding_forward;
+    k->embedding_backward = cpu_embedding_backward;
+    k->rmsnorm_forward = cpu_rmsnorm_forward;
+    k->rmsnorm_backward = cpu_rmsnorm_backward;
+    k->rope_forward = cpu_rope_forward;
+    k->rope_backward = cpu_rope_backward;
+    k->attention_forward = cpu_attention_forward;
+    k->attention_backward = cpu_attention_backward;
+    k->swiglu_forward = cpu_swiglu_forward;
+    k->swiglu_backward = cpu_swiglu_backward;
+    k->add = add;
+    k->scale = scale;
+    k->cross_entropy = cpu_cross_entropy;
+    k->adamw = adamw;
+    k->sum_squares = sum_squares;
+    return k;
+}

@@ -1,0 +1,105 @@
+/* cpu.h - private to kernels/cpu*.c: the CPU backend's state and what its files share. */
+#ifndef INTELLECT_KERNELS_CPU_H
+#define INTELLECT_KERNELS_CPU_H
+
+#include "kernels/kernels.h"
+#include "kernels/wide.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Whether work is worth a parallel region. With OMP_WAIT_POLICY=passive waking a thread takes some
+ * 40 microseconds, in which one core adds 400,000 numbers, or takes the exponential of 50,000. */
+#define CPU_WORTH_IT(elements) ((size_t)(elements) >= 400000)
+#define CPU_WORTH_IT_EXP(elements) ((size_t)(elements) >= 50000)
+#define CPU_SLICE 8192 /* elements one thread takes at a time in elementwise kernels */
+
+struct cpu {
+    struct kernels table; /* first, so that a table is its backend */
+    int threads;
+    float *scratch; /* threads x scratch_floats; attention's blocks of scores */
+    size_t scratch_floats;
+    struct err failure; /* the first since the last check(); ERR_NONE if none */
+    char description[160];
+};
+
+static inline struct cpu *cpu_of(const struct kernels *k) {
+    return (struct cpu *)k;
+}
+
+/* Make sure every thread has `floats` of scratch. Returns the first thread's, the others' follow,
+ * or NULL with the failure kept for check(). */
+float *cpu_scratch(struct cpu *cpu, size_t floats);
+
+/* C[m,n] = alpha * op(A) * op(B) + beta * C, row-major, op is 'N' or 'T'; lda, ldb, ldc: row
+ * strides. Inside a parallel region it runs on the calling thread alone. */
+void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float alpha,
+              const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C,
+              size_t ldc);
+
+/* oneDNN takes as many threads as OpenMP would; make that the backend's number and return what it
+ * was, to be put back by another call. */
+int cpu_use_threads(int threads);
+
+/* e^x within 2 units in the last place for x in [-87.3, 88], clamped outside; NaN stays NaN.
+ * Written to be vectorised: Cephes expf's reduction and polynomial, no table, no branch. */
+__attribute__((always_inline)) static inline float cpu_exp(float x) {
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer */
+    x = x < -87.3f ? -87.3f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + round, n = shifted - round;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits, exponent;
+    memcpy(&bits, &p, sizeof bits);
+    memcpy(&exponent, &shifted, sizeof exponent);
+    bits += (exponent & 0x1ff) << 23; /* the low bits of `shifted` are n in two's complement */
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+/* Largest of n values. In lanes by hand: compilers may not reorder a float maximum on their own. */
+__attribute__((always_inline)) static inline float cpu_max(const float *x, int n) {
+    float lane[16], max;
+    int whole = n / 16 * 16;
+    for (int j = 0; j < 16; j++) lane[j] = -INFINITY;
+    for (int i = 0; i < whole; i += 16)
+#pragma omp simd
+        for (int j = 0; j < 16; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (int i = whole; i < n; i++) lane[i % 16] = x[i] > lane[i % 16] ? x[i] : lane[i % 16];
+    max = lane[0];
+    for (int j = 1; j < 16; j++) max = lane[j] > max ? lane[j] : max;
+    return max;
+}
+
+/* Entries of the table that live in other files than cpu.c. */
+void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv, int B,
+                           int T, int H, int KV, int D);
+void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *dout,
+                            const float *qkv, const float *out, const float *lse, int B, int T,
+                            int H, int KV, int D);
+void cpu_embedding_forward(const struct kernels *k, float *out, const int32_t *tokens,
+                           const float *w, int rows, int C, int V);
+void cpu_embedding_backward(const struct kernels *k, float *dw, const float *dout,
+                            const int32_t *tokens, int rows, int C, int V);
+void cpu_rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x,
+                         const float *w, float eps, int rows, int C);
+void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout,
+                          const float *x, const float *w, const float *rstd, int rows, int C);
+void cpu_rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
+                      int B, int T, int H, int KV, int D);
+void cpu_rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
+                       int B, int T, int H, int KV, int D);
+void cpu_swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows, int F);
+void cpu_swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout,
+                         const float *gate_up, int rows, int F);
+void cpu_cross_entropy(const struct kernels *k, float *loss, float *logits, const int32_t *targets,
+                       float grad_scale, int rows, int V);
+
+#endif

@@ -1,0 +1,147 @@
+/* cpu_attention.c - causal grouped-query attention of the CPU backend. Queries are taken in blocks
+ * of BLOCK rows against all keys up to the block's end, so a thread holds BLOCK x T scores (two of
+ * them backward), never [T,T] for every head. The products are oneDNN's, one thread each; threads
+ * share out the heads. */
+#include "kernels/cpu.h"
+
+#include <math.h>
+#include <omp.h>
+
+#define BLOCK 64
+
+/* One head of one batch element: rows of q, k, v are `stride` floats apart, rows of out
+ * `out_stride`. */
+struct head {
+    size_t stride, out_stride, q, k, v, out, lse; /* offsets into qkv, out and lse */
+};
+
+static struct head head_at(int b, int h, int T, int H, int KV, int D) {
+    int kv = h / (H / KV);
+    struct head at = { .stride = (size_t)(H + 2 * KV) * D, .out_stride = (size_t)H * D };
+    size_t row = (size_t)b * T;
+    at.q = row * at.stride + (size_t)h * D;
+    at.k = row * at.stride + (size_t)(H + kv) * D;
+    at.v = row * at.stride + (size_t)(H + KV + kv) * D;
+    at.out = row * at.out_stride + (size_t)h * D;
+    at.lse = ((size_t)b * H + h) * T;
+    return at;
+}
+
+static int block_at(int t, int T) {
+    return T - t < BLOCK ? T - t : BLOCK;
+}
+
+/* Turn the first `valid` scores of a row into probabilities, the rest into 0. Returns the row's
+ * log-sum-exp. */
+WIDE static float softmax_row(float *score, int valid, int n) {
+    float max = cpu_max(score, valid), sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int u = 0; u < valid; u++) {
+        score[u] = cpu_exp(score[u] - max);
+        sum += score[u];
+    }
+    float inverse = 1.0f / sum;
+#pragma omp simd
+    for (int u = 0; u < valid; u++) score[u] *= inverse;
+    for (int u = valid; u < n; u++) score[u] = 0.0f;
+    return max + logf(sum);
+}
+
+static void forward_block(struct cpu *cpu, float *out, float *lse, const float *qkv, float *score,
+                          struct head at, int t, int len, int D) {
+    int keys = t + len;
+    cpu_gemm(cpu, 'N', 'T', len, keys, D, 1.0f / sqrtf((float)D), qkv + at.q + t * at.stride,
+             at.stride, qkv + at.k, at.stride, 0.0f, score, keys);
+    for (int i = 0; i < len; i++)
+        lse[at.lse + t + i] = softmax_row(score + (size_t)i * keys, t + i + 1, keys);
+    cpu_gemm(cpu, 'N', 'N', len, D, keys, 1.0f, score, keys, qkv + at.v, at.stride, 0.0f,
+             out + at.out + t * at.out_stride, at.out_stride);
+}
+
+void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv, int B,
+                           int T, int H, int KV, int D) {
+    struct cpu *cpu = cpu_of(k);
+    float *scratch = cpu_scratch(cpu, (size_t)BLOCK * T);
+    if (!scratch) return;
+    int before = cpu_use_threads(cpu->threads), blocks = (T + BLOCK - 1) / BLOCK;
+    /* Late blocks have more keys: take them first, one by one, so that threads end together. */
+#pragma omp parallel for num_threads(cpu->threads) collapse(3) schedule(dynamic)
+    for (int i = blocks - 1; i >= 0; i--)
+        for (int b = 0; b < B; b++)
+            for (int h = 0; h < H; h++)
+                forward_block(cpu, out, lse, qkv,
+                              scratch + omp_get_thread_num() * cpu->scratch_floats,
+                              head_at(b, h, T, H, KV, D), i * BLOCK, block_at(i * BLOCK, T), D);
+    cpu_use_threads(before);
+}
+
+/* p = exp(score - lse) for the valid part, 0 for the rest; dscore = p * (dp - delta), in place of
+ * dp. */
+WIDE static void backward_row(float *p, float *dp, float lse, float delta, int valid, int n) {
+#pragma omp simd
+    for (int u = 0; u < valid; u++) {
+        p[u] = cpu_exp(p[u] - lse);
+        dp[u] = p[u] * (dp[u] - delta);
+    }
+    for (int u = valid; u < n; u++) p[u] = dp[u] = 0.0f;
+}
+
+WIDE static float dot(const float *a, const float *b, int n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static void backward_block(struct cpu *cpu, float *dqkv, const float *dout, const float *qkv,
+                           const float *out, const float *lse, float *p, float *dp, struct head at,
+                           int t, int len, int D) {
+    int keys = t + len;
+    float scale = 1.0f / sqrtf((float)D);
+    const float *q = qkv + at.q + t * at.stride, *key = qkv + at.k, *value = qkv + at.v;
+    const float *o = out + at.out + t * at.out_stride, *d_o = dout + at.out + t * at.out_stride;
+    cpu_gemm(cpu, 'N', 'T', len, keys, D, scale, q, at.stride, key, at.stride, 0.0f, p, keys);
+    cpu_gemm(cpu, 'N', 'T', len, keys, D, 1.0f, d_o, at.out_stride, value, at.stride, 0.0f, dp,
+             keys);
+    for (int i = 0; i < len; i++)
+        backward_row(p + (size_t)i * keys, dp + (size_t)i * keys, lse[at.lse + t + i],
+                     dot(d_o + i * at.out_stride, o + i * at.out_stride, D), t + i + 1, keys);
+    cpu_gemm(cpu, 'T', 'N', keys, D, len, 1.0f, p, keys, d_o, at.out_stride, 1.0f, dqkv + at.v,
+             at.stride);
+    cpu_gemm(cpu, 'T', 'N', keys, D, len, scale, dp, keys, q, at.stride, 1.0f, dqkv + at.k,
+             at.stride);
+    cpu_gemm(cpu, 'N', 'N', len, D, keys, scale, dp, keys, key, at.stride, 0.0f,
+             dqkv + at.q + t * at.stride, at.stride);
+}
+
+/* All query heads of one key/value head, so that nobody else adds to its dk and dv. */
+static void backward_group(struct cpu *cpu, float *dqkv, const float *dout, const float *qkv,
+                           const float *out, const float *lse, float *scratch, int b, int kv, int T,
+                           int H, int KV, int D) {
+    int group = H / KV;
+    struct head at = head_at(b, kv * group, T, H, KV, D);
+    for (int t = 0; t < T; t++) {
+        memset(dqkv + at.k + t * at.stride, 0, (size_t)D * sizeof *dqkv);
+        memset(dqkv + at.v + t * at.stride, 0, (size_t)D * sizeof *dqkv);
+    }
+    for (int h = kv * group; h < (kv + 1) * group; h++)
+        for (int t = 0; t < T; t += BLOCK)
+            backward_block(cpu, dqkv, dout, qkv, out, lse, scratch, scratch + (size_t)BLOCK * T,
+                           head_at(b, h, T, H, KV, D), t, block_at(t, T), D);
+}
+
+void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *dout,
+                            const float *qkv, const float *out, const float *lse, int B, int T,
+                            int H, int KV, int D) {
+    struct cpu *cpu = cpu_of(k);
+    float *scratch = cpu_scratch(cpu, 2 * (size_t)BLOCK * T);
+    if (!scratch) return;
+    int before = cpu_use_threads(cpu->threads);
+#pragma omp parallel for num_threads(cpu->threads) collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int kv = 0; kv < KV; kv++)
+            backward_group(cpu, dqkv, dout, qkv, out, lse,
+                           scratch + omp_get_thread_num() * cpu->scratch_floats, b, kv, T, H, KV,
+                           D);
+    cpu_use_threads(before);
+}
