@@ -1,0 +1,746 @@
+/* test_proto.c - digests, identities, invites, messages: what comes in is hostile until decoded. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "proto/proto.h"
+
+/* Every record is tested from one list. */
+#define ID_OF_RECORD(record) RECORD_##record,
+#define ID_OF_MESSAGE(NAME, record, number) RECORD_##record,
+
+static uint64_t random_state = 1;
+static uint64_t random_u64(void) { /* xorshift64*, so that a failure comes back */
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return random_state * UINT64_C(2685821657736338717);
+}
+/* In [0, max], often at an end or of a short width, where encodings change form. */
+static uint64_t random_up_to(uint64_t max) {
+    uint64_t r = random_u64() >> (random_u64() % 64);
+    if (random_u64() % 8 == 0) return max;
+    if (random_u64() % 8 == 0) return 0;
+    return max == UINT64_MAX ? r : r % (max + 1);
+}
+
+/* ---- allocations, counted: what a decoder takes must be bounded by what it was given
+ * ------------- */
+
+static size_t calloc_bytes;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CALLOC_COUNTED 0 /* the sanitizer owns calloc */
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define CALLOC_COUNTED 0
+#endif
+#endif
+#ifndef CALLOC_COUNTED
+#define CALLOC_COUNTED 1
+void *__libc_calloc(size_t count, size_t size);
+void *calloc(size_t count, size_t size) {
+    calloc_bytes += count * size;
+    return __libc_calloc(count, size);
+}
+#endif
+
+/* ---- random records, generated from the field lists themselves
+ * ------------------------------------ */
+
+#define ITEMS_MAX 5u
+static uint8_t junk[4096];
+
+static void random_bytes_field(struct proto_bytes *b, uint64_t max) {
+    b->length = (uint32_t)random_up_to(max < 600 ? max : 600);
+    b->data = junk + random_u64() % (sizeof junk - 600);
+}
+static void random_text_field(struct proto_bytes *b, uint64_t max) {
+    static const char text[] =
+        "h\xc3\xa9llo, \xe4\xb8\x96\xe7\x95\x8c \xf0\x9f\x90\xab wide enough for "
+        "every short form there is and some longer ones than those";
+    b->data = (const uint8_t *)text;
+    b->length = (uint32_t)random_up_to(max < sizeof text - 1 ? max : sizeof text - 1);
+    while (b->length && (b->data[b->length] & 0xc0) == 0x80) b->length--;
+}
+static double random_double(void) {
+    return ldexp((double)(int64_t)random_u64(), (int)(random_u64() % 60) - 90);
+}
+
+#define RANDOM_U8(p, max) (*(p) = (uint8_t)random_up_to((max) != 0 ? (max) : UINT8_MAX))
+#define RANDOM_U32(p, max) (*(p) = (uint32_t)random_up_to((max) != 0 ? (max) : UINT32_MAX))
+#define RANDOM_U64(p, max) (*(p) = random_up_to((max) != 0 ? (max) : UINT64_MAX))
+#define RANDOM_I32(p, max) (*(p) = (int32_t)random_u64() >> (random_u64() % 32))
+#define RANDOM_F32(p, max) (*(p) = (float)random_double())
+#define RANDOM_F64(p, max) (*(p) = random_double())
+#define RANDOM_DIGEST(p, max) memcpy((p)->b, junk + random_u64() % 1000, 32)
+#define RANDOM_KEY(p, max) memcpy((p)->b, junk + random_u64() % 1000, 32)
+#define RANDOM_SIG(p, max) memcpy((p)->b, junk + random_u64() % 1000, 64)
+#define RANDOM_BYTES(p, max) random_bytes_field(p, max)
+#define RANDOM_STR(p, max) random_text_field(p, max)
+#define RANDOM_FIELD(kind, name, max) RANDOM_##kind(&m->name, max);
+#define RANDOM_LIST(record, name, max)                                                             \
+    m->name##_count = (uint32_t)random_up_to((max) < ITEMS_MAX ? (max) : ITEMS_MAX);               \
+    m->name = m->name##_count ? calloc(m->name##_count, sizeof *m->name) : NULL;                   \
+    for (uint32_t i = 0; i < m->name##_count; i++) make_random_##record(&m->name[i]);
+#define RANDOM_RECORD(record)                                                                      \
+    static void make_random_##record(struct msg_##record *m) {                                     \
+        memset(m, 0, sizeof *m);                                                                   \
+        FIELDS_##record(RANDOM_FIELD, RANDOM_LIST)                                                 \
+    }
+#define RANDOM_MESSAGE(NAME, record, number) RANDOM_RECORD(record)
+PROTO_RECORDS(RANDOM_RECORD)
+PROTO_MESSAGES(RANDOM_MESSAGE)
+
+#define CASE_RANDOM(record)                                                                        \
+    case RECORD_##record:                                                                          \
+        make_random_##record(m);                                                                   \
+        break;
+#define CASE_RANDOM_MESSAGE(NAME, record, number) CASE_RANDOM(record)
+static void random_of(enum proto_record which, void *m) {
+    switch (which) {
+        PROTO_RECORDS(CASE_RANDOM)
+        PROTO_MESSAGES(CASE_RANDOM_MESSAGE)
+    default: fail();
+    }
+}
+
+union any_record {
+    uint8_t bytes[1024];
+    uint64_t align;
+};
+
+static struct proto_buffer encoded(enum proto_record which, const void *m) {
+    struct proto_buffer b;
+    struct err err = {0};
+    proto_buffer_init(&b, PROTO_FRAME_BYTES_MAX);
+    if (proto_encode(&b, which, m, &err)) fail_msg("%s", err.msg);
+    return b;
+}
+
+static void assert_hex(const uint8_t *bytes, size_t length, const char *hex) {
+    char got[2049] = "";
+    assert_true(length * 2 < sizeof got);
+    for (size_t i = 0; i < length; i++) snprintf(got + 2 * i, 3, "%02x", bytes[i]);
+    assert_string_equal(got, hex);
+}
+
+#define assert_refused(call, want_code, want_text)                                                 \
+    do {                                                                                           \
+        struct err e_ = {0}, *err = &e_;                                                           \
+        assert_int_equal(call, -1);                                                                \
+        if (e_.code != (want_code) || !strstr(e_.msg, want_text))                                  \
+            fail_msg("code %d, \"%s\"; wanted %d, \"%s\"", (int)e_.code, e_.msg, want_code,        \
+                     want_text);                                                                   \
+    } while (0)
+
+/* ---- digests ------------------------------------------------------------------------------------
+ */
+
+/* Other implementations must get the same names for the same bytes: RFC 7693's function with 32
+ * bytes out, checked against `b2sum -l 256`. */
+static void digest_is_blake2b_256(void **state) {
+    (void)state;
+    struct digest d = digest_of("abc", 3);
+    assert_hex(d.b, 32, "bddd813c634239723171ef3fee98579b94964e3bb1cb3e427262c8c068d52319");
+    struct digest_stream s;
+    digest_stream_init(&s);
+    digest_stream_update(&s, "a", 1);
+    digest_stream_update(&s, "bc", 2);
+    struct digest e = digest_stream_final(&s);
+    assert_true(digest_equal(&d, &e));
+    assert_false(digest_is_zero(&d));
+}
+
+static void digest_text_goes_both_ways(void **state) {
+    (void)state;
+    char hex[DIGEST_HEX_BYTES];
+    struct digest d = digest_of("abc", 3), e;
+    struct err none = {0};
+    digest_hex(&d, hex);
+    assert_int_equal(digest_parse(hex, &e, &none), 0);
+    assert_true(digest_equal(&d, &e));
+    assert_refused(digest_parse("abcd", &e, err), ERR_CONFIG, "64 hexadecimal digits, this has 4");
+    hex[10] = 'g';
+    assert_refused(digest_parse(hex, &e, err), ERR_CONFIG, "hexadecimal digits only");
+}
+
+static struct digest node(const struct digest *a, const struct digest *b) {
+    uint8_t joined[65] = {1};
+    memcpy(joined + 1, a->b, 32);
+    memcpy(joined + 33, b->b, 32);
+    return digest_of(joined, sizeof joined);
+}
+
+/* The tree as proto.h words it, level by level; digest.c folds subtrees instead. */
+static struct digest root_by_levels(const struct msg_digest_item *leaves, size_t count) {
+    struct digest level[70];
+    for (size_t i = 0; i < count; i++) level[i] = leaves[i].digest;
+    while (count > 1) {
+        size_t n = 0;
+        for (size_t i = 0; i < count; i += 2)
+            level[n++] = i + 1 < count ? node(&level[i], &level[i + 1]) : level[i];
+        count = n;
+    }
+    return level[0];
+}
+
+/* Path verification is what lets a joiner take a chunk from anyone, so every leaf of every shape
+ * must verify and nothing else may. */
+static void tree_paths_of_all_sizes_verify(void **state) {
+    (void)state;
+    struct msg_digest_item leaves[70], path[DIGEST_PATH_MAX];
+    for (size_t i = 0; i < 70; i++) leaves[i].digest = digest_leaf(i, &i, sizeof i);
+    for (size_t count = 1; count <= 70; count++) {
+        struct digest root = digest_tree_root(leaves, count),
+                      by_levels = root_by_levels(leaves, count);
+        assert_true(digest_equal(&root, &by_levels));
+        for (size_t i = 0; i < count; i++) {
+            const struct digest *leaf = &leaves[i].digest, *other = &leaves[(i + 1) % 70].digest;
+            size_t n = digest_tree_path(leaves, count, i, path);
+            assert_true(digest_tree_verify(&root, leaf, i, count, path, n));
+            assert_false(digest_tree_verify(&root, other, i, count, path, n));
+            if (count > 1) {
+                assert_false(digest_tree_verify(&root, leaf, i ^ 1, count, path, n));
+                assert_false(digest_tree_verify(&root, leaf, i, count, path, n - 1));
+            }
+            assert_false(digest_tree_verify(&root, leaf, i, count, path, n + 1));
+            assert_false(digest_tree_verify(&root, leaf, i + count, count, path, n));
+        }
+    }
+    struct digest empty = digest_tree_root(NULL, 0);
+    assert_true(digest_is_zero(&empty));
+    assert_false(digest_tree_verify(&empty, &leaves[0].digest, 0, 0, NULL, 0));
+}
+
+/* The index in the leaf keeps equal chunks from being exchanged, and the first byte keeps a leaf
+ * from passing as a node. */
+static void leaves_are_bound_to_their_place(void **state) {
+    (void)state;
+    struct digest a = digest_leaf(1, "xyz", 3), b = digest_leaf(2, "xyz", 3);
+    struct digest pieces = digest_leaf2(1, "x", 1, "yz", 2);
+    assert_false(digest_equal(&a, &b));
+    assert_true(digest_equal(&a, &pieces));
+    struct digest by_hand = digest_of("\0\1\0\0\0\0\0\0\0xyz", 12);
+    assert_true(digest_equal(&a, &by_hand));
+}
+
+/* ---- identities ---------------------------------------------------------------------------------
+ */
+
+static char folder[] = "/tmp/test-proto-XXXXXX";
+static char identity_path[64];
+
+static int make_folder(void **state) {
+    (void)state;
+    struct err err;
+    for (size_t i = 0; i < sizeof junk; i++) junk[i] = (uint8_t)random_u64();
+    if (proto_init(&err) || !mkdtemp(folder)) return -1;
+    snprintf(identity_path, sizeof identity_path, "%s/identity", folder);
+    return 0;
+}
+static int remove_folder(void **state) {
+    (void)state;
+    unlink(identity_path);
+    return rmdir(folder);
+}
+
+static void identity_survives_its_file(void **state) {
+    (void)state;
+    struct identity id, loaded;
+    struct stat st;
+    struct err none = {0};
+    unlink(identity_path);
+    identity_create(&id);
+    assert_int_equal(identity_save(&id, identity_path, &none), 0);
+    assert_int_equal(stat(identity_path, &st), 0);
+    assert_int_equal(st.st_mode & 07777, 0600);
+    assert_int_equal(identity_load(&loaded, identity_path, &none), 0);
+    assert_memory_equal(&id, &loaded, sizeof id);
+    /* A second node started in the same folder by mistake must not take the first one's name. */
+    assert_refused(identity_save(&id, identity_path, err), ERR_IO, "File exists");
+}
+
+static void identity_others_may_read_is_refused(void **state) {
+    (void)state;
+    struct identity id;
+    struct err none = {0};
+    unlink(identity_path);
+    identity_create(&id);
+    assert_int_equal(identity_save(&id, identity_path, &none), 0);
+    for (mode_t extra = 1; extra <= 040; extra *= 2) {
+        chmod(identity_path, 0600 | extra);
+        assert_refused(identity_load(&id, identity_path, err), ERR_REFUSED, "chmod 600");
+    }
+    chmod(identity_path, 0400);
+    assert_int_equal(identity_load(&id, identity_path, &none), 0);
+}
+
+static void write_file(const char *text, size_t length) {
+    unlink(identity_path);
+    int fd = open(identity_path, O_WRONLY | O_CREAT, 0600);
+    assert_int_equal(write(fd, text, length), length);
+    close(fd);
+}
+
+static void identity_file_must_be_whole(void **state) {
+    (void)state;
+    struct identity id;
+    char line[] =
+        "intellect-identity-1 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff\n";
+    struct err none = {0};
+    write_file(line, sizeof line - 1);
+    assert_int_equal(identity_load(&id, identity_path, &none), 0);
+    for (size_t n = 0; n < sizeof line - 1; n++) {
+        write_file(line, n);
+        assert_refused(identity_load(&id, identity_path, err), ERR_CORRUPT, "is not an identity");
+    }
+    write_file(line, sizeof line); /* one byte more */
+    assert_refused(identity_load(&id, identity_path, err), ERR_CORRUPT, "is not an identity");
+    line[30] = 'x';
+    write_file(line, sizeof line - 1);
+    assert_refused(identity_load(&id, identity_path, err), ERR_CORRUPT, "is not an identity");
+    unlink(identity_path);
+    assert_refused(identity_load(&id, identity_path, err), ERR_NOT_FOUND, identity_path);
+    mkdir(identity_path, 0700);
+    assert_refused(identity_load(&id, identity_path, err), ERR_CORRUPT, "not a regular file");
+    rmdir(identity_path);
+}
+
+/* Anything signed for one purpose, run or term must be worthless in every other. */
+static void signature_covers_purpose_run_term_and_bytes(void **state) {
+    (void)state;
+    struct identity id, other;
+    struct digest run = digest_of("run", 3), run2 = digest_of("run2", 4);
+    struct proto_sig sig;
+    uint8_t seed[32] = {7};
+    identity_from_seed(&id, seed);
+    identity_create(&other);
+    proto_sign(&id, "ledger", &run, 3, "bytes", 5, &sig);
+    assert_true(proto_verify(&id.key, "ledger", &run, 3, "bytes", 5, &sig));
+    assert_false(proto_verify(&other.key, "ledger", &run, 3, "bytes", 5, &sig));
+    assert_false(proto_verify(&id.key, "roster", &run, 3, "bytes", 5, &sig));
+    assert_false(proto_verify(&id.key, "ledger", &run2, 3, "bytes", 5, &sig));
+    assert_false(proto_verify(&id.key, "ledger", &run, 4, "bytes", 5, &sig));
+    assert_false(proto_verify(&id.key, "ledger", &run, 3, "bytez", 5, &sig));
+    assert_false(proto_verify(&id.key, "ledger", &run, 3, "bytes", 4, &sig));
+    sig.b[5] ^= 1;
+    assert_false(proto_verify(&id.key, "ledger", &run, 3, "bytes", 5, &sig));
+}
+
+/* ---- invites
+ * -------------------------------------------------------------------------------------- */
+
+#define HEX32 "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
+
+static void invite_goes_both_ways(void **state) {
+    (void)state;
+    static const char *const hosts[] = {"run.example.org", "203.0.113.7", "2001:db8::7",
+                                        "fe80::1%eth0"};
+    struct err err = {0};
+    for (size_t i = 0; i < 4; i++) {
+        struct invite in = {.port = 7400, .run = digest_of("r", 1), .secret = digest_of("s", 1)},
+                      out;
+        char line[INVITE_BYTES_MAX], pasted[INVITE_BYTES_MAX + 8];
+        strcpy(in.host, hosts[i]);
+        assert_int_equal(invite_format(&in, line, &err), 0);
+        snprintf(pasted, sizeof pasted, "  %s \r\n", line); /* as people paste it */
+        assert_int_equal(invite_parse(pasted, &out, &err), 0);
+        assert_string_equal(in.host, out.host);
+        assert_int_equal(in.port, out.port);
+        assert_true(digest_equal(&in.run, &out.run) && digest_equal(&in.secret, &out.secret));
+    }
+    struct invite v6;
+    assert_int_equal(invite_parse("intellect://[::1]:1/" HEX32 "#" HEX32, &v6, &err), 0);
+    assert_string_equal(v6.host, "::1");
+}
+
+/* An invite is typed and pasted by people: each mistake gets its own sentence. */
+static void wrong_invites_say_what_is_wrong(void **state) {
+    (void)state;
+    static const char *const wrong[][2] = {
+        {"", "starts with \"intellect://\""},
+        {"https://a:1/" HEX32 "#" HEX32, "starts with \"intellect://\""},
+        {"intellect://", "no host name"},
+        {"intellect://:7400/" HEX32 "#" HEX32, "no host name"},
+        {"intellect://a b:7400/" HEX32 "#" HEX32, "no host name"},
+        {"intellect://a/" HEX32 "#" HEX32, "no \":PORT\""},
+        {"intellect://[::1/" HEX32 "#" HEX32, "no host name"},
+        {"intellect://a:/" HEX32 "#" HEX32, "port \"\", allowed are 1 to 65535"},
+        {"intellect://a:0/" HEX32 "#" HEX32, "port \"0\", allowed"},
+        {"intellect://a:65536/" HEX32 "#" HEX32, "port \"65536\", allowed"},
+        {"intellect://a:99999999999999999999/" HEX32 "#" HEX32, "allowed are 1 to 65535"},
+        {"intellect://a:74x0/" HEX32 "#" HEX32, "no '/' before the run name"},
+        {"intellect://a:7400", "no '/' before the run name"},
+        {"intellect://a:7400/0011#" HEX32, "run name has 4 hexadecimal digits"},
+        {"intellect://a:7400/" HEX32, "no '#' before the secret"},
+        {"intellect://a:7400/" HEX32 "#0011", "secret has 4 hexadecimal digits, needed are 64"},
+        {"intellect://a:7400/" HEX32 "#" HEX32 "0", "secret has 65 hexadecimal digits"},
+        {"intellect://a:7400/" HEX32 "#" HEX32 " x", "1 unexpected characters after the secret"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        struct invite out;
+        assert_refused(invite_parse(wrong[i][0], &out, err), ERR_CONFIG, wrong[i][1]);
+    }
+    struct invite bad = {.host = "a\nb", .port = 1};
+    char line[INVITE_BYTES_MAX];
+    assert_refused(invite_format(&bad, line, err), ERR_CONFIG, "not a host name");
+    strcpy(bad.host, "a");
+    bad.port = 0;
+    assert_refused(invite_format(&bad, line, err), ERR_CONFIG, "port 0");
+}
+
+/* ---- encoding -----------------------------------------------------------------------------------
+ */
+
+/* Bytes on the wire are a contract with nodes in other languages: they may not change by accident.
+ */
+static void golden_bytes(void **state) {
+    (void)state;
+    struct proto_buffer b = encoded(RECORD_enrolled, &(struct msg_enrolled){.member = 300});
+    assert_hex(b.data, b.length, "91cd012c");
+    proto_buffer_release(&b);
+
+    struct msg_heartbeat hb = {.progress = 127,
+                               .step = 128,
+                               .loss = 1.5,
+                               .tokens_per_s = -2,
+                               .phase = 255,
+                               .trainer_restarts = 65536,
+                               .state_index = UINT64_C(1) << 32};
+    b = encoded(RECORD_heartbeat, &hb);
+    assert_hex(b.data, b.length,
+               "977fcc80cb3ff8000000000000cbc000000000000000ccffce00010000cf0000000100000000");
+    proto_buffer_release(&b);
+
+    struct msg_lease leases[2] = {{1, 2, 3, 4}, {500, 0, 70000, 255}};
+    b = encoded(RECORD_leases, &(struct msg_leases){leases, 2});
+    assert_hex(b.data, b.length,
+               "91929401020304"
+               "94cd01f400ce00011170ccff");
+    proto_buffer_release(&b);
+
+    struct msg_bye bye = {.code = 6, .final = 1, .reason = proto_str("h\xc3\xa9")};
+    b = encoded(RECORD_bye, &bye);
+    assert_hex(b.data, b.length, "930601a368c3a9");
+    proto_buffer_release(&b);
+
+    struct msg_want want = {.round = 1, .chunks = {(const uint8_t *)"\xff\x01", 2}};
+    b = encoded(RECORD_want, &want);
+    assert_hex(b.data, b.length, "930001c402ff01");
+    proto_buffer_release(&b);
+
+    static const int32_t grids[] = {0, 127, 128, -1, -32, -33, -128, -129, -32768, -32769, 70000};
+    static const char *const forms[] = {"00",     "7f",         "cc80",      "ff",
+                                        "e0",     "d0df",       "d080",      "d1ff7f",
+                                        "d18000", "d2ffff7fff", "ce00011170"};
+    for (size_t i = 0; i < sizeof grids / sizeof *grids; i++) {
+        struct msg_plan plan = {.grid_exponent = grids[i]};
+        char hex[64];
+        snprintf(hex, sizeof hex, "98000000%s00909090", forms[i]);
+        b = encoded(RECORD_plan, &plan);
+        assert_hex(b.data, b.length, hex);
+        struct msg_plan back;
+        struct err err;
+        assert_int_equal(proto_decode(b.data, b.length, RECORD_plan, &back, &err), 0);
+        assert_int_equal(back.grid_exponent, grids[i]);
+        proto_decoded_release(RECORD_plan, &back);
+        proto_buffer_release(&b);
+    }
+}
+
+/* Every record, with contents nobody would think of, comes back as it went, also through a deep
+ * copy; and its encoding is never longer than proto_record_bytes_max() says. */
+static void every_record_goes_round(void **state) {
+    (void)state;
+    for (enum proto_record which = 0; which < RECORD_COUNT; which++) {
+        for (int turn = 0; turn < 40; turn++) {
+            union any_record in, out, copy;
+            struct err err = {0};
+            assert_true(proto_record_size(which) <= sizeof in);
+            random_of(which, &in);
+            struct proto_buffer b = encoded(which, &in), c, d;
+            assert_true(b.length <= proto_record_bytes_max(which));
+            if (proto_decode(b.data, b.length, which, &out, &err)) fail_msg("%s", err.msg);
+            c = encoded(which, &out);
+            assert_int_equal(b.length, c.length);
+            assert_memory_equal(b.data, c.data, b.length);
+            assert_int_equal(proto_copy(which, &out, &copy, &err), 0);
+            proto_decoded_release(which, &out);
+            memset(c.data, 0xee, c.length);
+            proto_buffer_release(&c);
+            d = encoded(which, &copy); /* the copy needs neither the record nor the payload */
+            assert_int_equal(b.length, d.length);
+            assert_memory_equal(b.data, d.data, b.length);
+            proto_copy_release(which, &copy);
+            proto_decoded_release(which, &in);
+            proto_buffer_release(&b);
+            proto_buffer_release(&d);
+        }
+    }
+}
+
+/* A payload that stops anywhere is refused with a sentence, and nothing leaks (asan). */
+static void every_truncation_is_refused(void **state) {
+    (void)state;
+    for (enum proto_record which = 0; which < RECORD_COUNT; which++) {
+        union any_record in, out;
+        random_of(which, &in);
+        struct proto_buffer b = encoded(which, &in);
+        for (size_t n = 0; n < b.length; n++) {
+            uint8_t *exact = malloc(n ? n : 1); /* so that asan sees a read past the end */
+            memcpy(exact, b.data, n);
+            assert_refused(proto_decode(exact, n, which, &out, err), ERR_PROTOCOL,
+                           proto_record_name(which));
+            free(exact);
+        }
+        proto_buffer_append(&b, "\0", 1);
+        assert_refused(proto_decode(b.data, b.length, which, &out, err), ERR_PROTOCOL,
+                       "bytes follow its end");
+        proto_decoded_release(which, &in);
+        proto_buffer_release(&b);
+    }
+}
+
+static void mutate(uint8_t *bytes, size_t length) {
+    static const uint8_t nasty[] = {0xdd, 0xdc, 0xdf, 0xde, 0xc6, 0xdb, 0xc9, 0xc1, 0xcf,
+                                    0xd3, 0xff, 0x9f, 0xca, 0xcb, 0xc0, 0x00, 0x7f, 0x80};
+    for (uint64_t n = 1 + random_u64() % 3; n; n--) {
+        uint8_t *at = bytes + random_u64() % (length < 64 || random_u64() % 2 ? length : 64);
+        if (random_u64() % 2)
+            *at = nasty[random_u64() % sizeof nasty];
+        else
+            *at ^= (uint8_t)(1u << random_u64() % 8);
+    }
+}
+
+/* Random damage: no crash, no memory beyond a small multiple of the payload, and what is accepted
+ * is canonical: it encodes to the very bytes that came. */
+static void damaged_payloads_are_harmless(void **state) {
+    (void)state;
+    unsigned accepted = 0, refused = 0;
+    for (int turn = 0; turn < 40000; turn++) {
+        enum proto_record which = (enum proto_record)(random_u64() % RECORD_COUNT);
+        union any_record in, out;
+        struct err err = {0};
+        random_of(which, &in);
+        struct proto_buffer b = encoded(which, &in);
+        uint8_t *exact = malloc(b.length);
+        memcpy(exact, b.data, b.length);
+        mutate(exact, b.length);
+        calloc_bytes = 0;
+        if (proto_decode(exact, b.length, which, &out, &err) == 0) {
+            struct proto_buffer c = encoded(which, &out);
+            assert_int_equal(b.length, c.length);
+            assert_memory_equal(exact, c.data, b.length);
+            proto_buffer_release(&c);
+            proto_decoded_release(which, &out);
+            accepted++;
+        } else {
+            assert_int_equal(err.code, ERR_PROTOCOL);
+            refused++;
+        }
+        assert_true(calloc_bytes <= 8 * b.length);
+        free(exact);
+        proto_decoded_release(which, &in);
+        proto_buffer_release(&b);
+    }
+    assert_true(accepted > 1000 && refused > 1000); /* else the damage says nothing */
+}
+
+static int decode_hex(const char *hex, enum proto_record which, struct err *err) {
+    uint8_t bytes[512];
+    union any_record out;
+    size_t n = strlen(hex) / 2;
+    for (size_t i = 0; i < n; i++) sscanf(hex + 2 * i, "%2hhx", &bytes[i]);
+    int result = proto_decode(bytes, n, which, &out, err);
+    if (result == 0) proto_decoded_release(which, &out);
+    return result;
+}
+
+#define ZERO32 "c4200000000000000000000000000000000000000000000000000000000000000000"
+
+/* What exactly is refused, and that the message names the record and the field. */
+static void refusals_name_record_and_field(void **state) {
+    (void)state;
+    static const struct {
+        enum proto_record which;
+        const char *hex, *text;
+    } wrong[] = {
+        {RECORD_lease_ask, "", "LEASE_ASK: the payload of 0 bytes ends here"},
+        {RECORD_lease_ask, "91", "LEASE_ASK.samples: the payload of 1 bytes ends here"},
+        {RECORD_lease_ask, "91c1", "LEASE_ASK.samples: byte 0xc1 is not msgpack"},
+        {RECORD_lease_ask, "90", "LEASE_ASK: 0 fields, not 1"},
+        {RECORD_lease_ask, "920101", "LEASE_ASK: 2 fields, not 1"},
+        {RECORD_lease_ask, "8101", "LEASE_ASK: a map, not an array"},
+        {RECORD_lease_ask, "05", "LEASE_ASK: an integer, not an array"},
+        {RECORD_lease_ask, "dc000105", "LEASE_ASK: an array that is not in its shortest form"},
+        {RECORD_lease_ask, "91ce00100001", "LEASE_ASK.samples: 1048577, at most 1048576"},
+        {RECORD_lease_ask, "91ce00000005",
+         "LEASE_ASK.samples: an integer that is not in its shortest"},
+        {RECORD_lease_ask, "91ff",
+         "LEASE_ASK.samples: a negative integer, not an unsigned integer"},
+        {RECORD_lease_ask, "91d005",
+         "LEASE_ASK.samples: a negative integer, not an unsigned integer"},
+        {RECORD_lease_ask, "91c3", "LEASE_ASK.samples: a boolean, not an unsigned integer"},
+        {RECORD_lease_ask, "91c0", "LEASE_ASK.samples: nil, not an unsigned integer"},
+        {RECORD_lease_ask, "91d40500", "LEASE_ASK.samples: an extension, not"},
+        {RECORD_lease_ask, "91cb3ff0000000000000", "LEASE_ASK.samples: a float64, not an unsigned"},
+        {RECORD_lease_ask, "910100", "LEASE_ASK: 1 bytes follow its end"},
+        {RECORD_leases, "91910102030405", "LEASES.leases[0]: an integer, not an array"},
+        {RECORD_leases, "91929401020304940102c003", "LEASES.leases[1].start: nil, not an unsigned"},
+        {RECORD_leases, "91dc0101", "LEASES.leases: 257 records, at most 256"},
+        {RECORD_leases, "91dc0100", "LEASES.leases: 256 records do not fit into the 0 bytes left"},
+        {RECORD_leases, "91ddffffffff", "LEASES.leases: 4294967295 records, at most 256"},
+        {RECORD_bye, "930601a2c3", "BYE.reason: the payload of 5 bytes ends here"},
+        {RECORD_bye, "930601a2c328", "BYE.reason: not UTF-8 without control characters"},
+        {RECORD_bye, "930601c4026868", "BYE.reason: a byte string, not a string"},
+        {RECORD_bye, "930602a0", "BYE.final: 2, at most 1"},
+        {RECORD_bye, "93cd010001a0", "BYE.code: 256, at most 255"},
+        {RECORD_root, "9201c4020000", "ROOT.root: 2 bytes, not 32"},
+        {RECORD_root, "9201a0", "ROOT.root: a string, not a byte string"},
+        {RECORD_root, "92d30000000000000001" ZERO32, "ROOT.index: a negative integer, not"},
+        {RECORD_moments_get, "91cf0000000100000000",
+         "MOMENTS_GET.fragment: 4294967296, at most 4294967295"},
+        {RECORD_plan,
+         "9800000"
+         "0d3ffffffff7fffffff00909090",
+         "PLAN.grid_exponent: outside 32 bits"},
+        {RECORD_plan, "98000000ce8000000000909090", "PLAN.grid_exponent: outside 32 bits"},
+        {RECORD_plan, "98000000d2ffffffff00909090",
+         "PLAN.grid_exponent: a negative integer that is not"},
+        {RECORD_heartbeat, "970000cb7ff0000000000000cb000000000000000000000000",
+         "loss: not a finite"},
+        {RECORD_heartbeat, "970000cbfff8000000000000cb000000000000000000000000",
+         "loss: not a finite"},
+        {RECORD_heartbeat, "970000ca3f800000cb000000000000000000000000",
+         "loss: a float32, not a float64"},
+        {RECORD_contributor, "950101cb3ff000000000000001" ZERO32,
+         "contributor.clip: a float64, not a float32"},
+        {RECORD_contributor, "950101ca7f80000001" ZERO32, "contributor.clip: not a finite number"},
+        {RECORD_want, "930001c60000000100",
+         "WANT.chunks: a byte string that is not in its shortest form"},
+        {RECORD_want, "930001c60000200100", "WANT.chunks: the payload of 9 bytes ends here"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        assert_refused(decode_hex(wrong[i].hex, wrong[i].which, err), ERR_PROTOCOL, wrong[i].text);
+    struct err none = {0};
+    assert_int_equal(decode_hex("91ce00100000", RECORD_lease_ask, &none), 0);
+    assert_int_equal(decode_hex("930601a0", RECORD_bye, &none), 0);
+}
+
+/* Our own slips are caught before they are signed or sent, and leave the buffer as it was. */
+static void encoder_keeps_the_limits_too(void **state) {
+    (void)state;
+    struct proto_buffer b;
+    proto_buffer_init(&b, 64);
+    proto_buffer_append(&b, "before", 6);
+    struct msg_bye bye = {.final = 2};
+    assert_refused(proto_encode(&b, RECORD_bye, &bye, err), ERR_PROTOCOL,
+                   "BYE.final: 2, at most 1");
+    bye = (struct msg_bye){.reason = proto_str("two\nlines")};
+    assert_refused(proto_encode(&b, RECORD_bye, &bye, err), ERR_PROTOCOL, "BYE.reason: not UTF-8");
+    char much[PROTO_TEXT_BYTES_MAX + 2];
+    memset(much, 'x', sizeof much);
+    much[sizeof much - 1] = '\0';
+    bye.reason = proto_str(much);
+    assert_refused(proto_encode(&b, RECORD_bye, &bye, err), ERR_PROTOCOL,
+                   "BYE.reason: 241 bytes, at most 240");
+    bye.reason.length = 100;
+    assert_refused(proto_encode(&b, RECORD_bye, &bye, err), ERR_FULL, "does not fit into 64 bytes");
+    struct msg_heartbeat hb = {.loss = (double)NAN};
+    assert_refused(proto_encode(&b, RECORD_heartbeat, &hb, err), ERR_PROTOCOL,
+                   "HEARTBEAT.loss: not a finite");
+    struct msg_lease lease[300] = {{0}};
+    struct msg_leases leases = {lease, 257};
+    assert_refused(proto_encode(&b, RECORD_leases, &leases, err), ERR_PROTOCOL,
+                   "257 records, at most 256");
+    assert_int_equal(b.length, 6);
+    assert_false(b.failed);
+    bye.reason.length = 10;
+    assert_int_equal(proto_encode(&b, RECORD_bye, &bye, NULL), 0);
+    proto_buffer_release(&b);
+}
+
+static void text_must_be_plain_utf8(void **state) {
+    (void)state;
+    static const struct {
+        const char *text;
+        bool ok;
+    } cases[] = {
+        {"plain", true},
+        {"\xc2\xa0", true},
+        {"\xed\x9f\xbf", true},
+        {"\xf4\x8f\xbf\xbf", true},
+        {"tab\there", false},
+        {"\x7f", false},
+        {"\xc2\x85", false},
+        {"\xc0\xaf", false},
+        {"\xe0\x80\xaf", false},
+        {"\xed\xa0\x80", false},
+        {"\xf4\x90\x80\x80", false},
+        {"\xf8\x88\x80\x80\x80", false},
+        {"\x80", false},
+        {"\xe4\xb8", false},
+        {"\x1b[31m", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct proto_buffer b;
+        proto_buffer_init(&b, 100);
+        struct msg_bye bye = {.reason = proto_str(cases[i].text)};
+        assert_int_equal(proto_encode(&b, RECORD_bye, &bye, NULL) == 0, cases[i].ok);
+        proto_buffer_release(&b);
+    }
+    char out[6];
+    proto_str_copy(proto_str("abcd\xc3\xa9"), out, sizeof out); /* never half a character */
+    assert_string_equal(out, "abcd");
+    proto_str_copy(proto_str("abc\xc3\xa9"), out, sizeof out);
+    assert_string_equal(out, "abc\xc3\xa9");
+}
+
+static void types_have_names(void **state) {
+    (void)state;
+    assert_string_equal(proto_type_name(MSG_READY), "READY");
+    assert_string_equal(proto_type_name(200), "unknown");
+    assert_int_equal(proto_record_of_type(MSG_READY), RECORD_ready);
+    assert_int_equal(proto_record_of_type(0), -1);
+    assert_string_equal(proto_record_name(RECORD_lease), "lease");
+    /* A link between members must carry the largest message members exchange. */
+    assert_true(proto_record_bytes_max(RECORD_chunk) <= PROTO_FRAME_BYTES_MAX);
+    assert_true(proto_record_bytes_max(RECORD_state) <= PROTO_FRAME_BYTES_MAX);
+    assert_true(proto_record_bytes_max(RECORD_enrol) <= PROTO_STRANGER_BYTES_MAX);
+    assert_true(proto_record_bytes_max(RECORD_hello) <= PROTO_STRANGER_BYTES_MAX);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(digest_is_blake2b_256),
+        cmocka_unit_test(digest_text_goes_both_ways),
+        cmocka_unit_test(tree_paths_of_all_sizes_verify),
+        cmocka_unit_test(leaves_are_bound_to_their_place),
+        cmocka_unit_test(identity_survives_its_file),
+        cmocka_unit_test(identity_others_may_read_is_refused),
+        cmocka_unit_test(identity_file_must_be_whole),
+        cmocka_unit_test(signature_covers_purpose_run_term_and_bytes),
+        cmocka_unit_test(invite_goes_both_ways),
+        cmocka_unit_test(wrong_invites_say_what_is_wrong),
+        cmocka_unit_test(golden_bytes),
+        cmocka_unit_test(every_record_goes_round),
+        cmocka_unit_test(every_truncation_is_refused),
+        cmocka_unit_test(damaged_payloads_are_harmless),
+        cmocka_unit_test(refusals_name_record_and_field),
+        cmocka_unit_test(encoder_keeps_the_limits_too),
+        cmocka_unit_test(text_must_be_plain_utf8),
+        cmocka_unit_test(types_have_names),
+    };
+    return cmocka_run_group_tests_name("proto", tests, make_folder, remove_folder);
+}
