@@ -18,7 +18,7 @@ struct preset {
  * whose inner rate it also has. debug was tuned for the least loss per CPU second of `make demo`;
  * the small ones have a vocabulary of bytes, the tokenizer there is. */
 static const struct preset presets[] = {
-    { "debug", { 4, 160, 5, 5, 448, 256, 128, 1e4, 1e-5, 1 }, 16, 3e-3 },
+    { "debug", { 5, 128, 4, 4, 384, 256, 128, 1e4, 1e-5, 1 }, 8, 4e-3 },
     { "10m", { 12, 256, 8, 4, 832, 256, 256, 1e4, 1e-5, 1 }, 16, 1.5e-3 },
     { "150m", { 13, 1024, 16, 4, 2816, 256, 1024, 1e5, 1e-5, 1 }, 16, 6e-4 },
     { "1b", { 16, 2048, 32, 8, 8192, 128256, 8192, 5e5, 1e-5, 1 }, 32, 4e-4 },

@@ -42,16 +42,15 @@ struct proto_tensor {
     uint64_t count;    /* elements, shape[0] * shape[1] */
 };
 
-/* Fill *m from a preset: debug (1.3M parameters, bytes), 10m, 150m (bytes), 1b, 8b, 10b (Llama 3
+/* Fill *m from a preset: debug (1.1M parameters, bytes), 10m, 150m (bytes), 1b, 8b, 10b (Llama 3
  * vocabulary of 128256). Returns 0, or -1 with ERR_CONFIG naming every preset. */
 int proto_model_preset(const char *name, struct msg_model *m, struct err *err);
 
 /* The names above in one line, for help texts and comments in run.yaml. */
 const char *proto_model_preset_names(void);
 
-/* Fill *inner and *init_std with the settings that were tuned for a preset. For all but debug
- * they come from the literature, untested here. The token counts of
- * the schedule are a proposal for a corpus of total_tokens: 1 % warm-up, 20 % decay.
+/* Fill *inner and *init_std with the settings that were tuned for a preset; for all but debug
+ * they come from the literature. The schedule is a proposal: 1 % of the tokens warm-up, 20 % decay.
  * total_tokens  > 0; what the run will train on in all.
  * Returns 0, or -1 with ERR_CONFIG. */
 int proto_inner_preset(const char *name, uint64_t total_tokens, struct msg_inner *inner,

@@ -1,0 +1,336 @@
+/* The network: canonical order and checks (proto/model.h), forward and backward (node/model.h)
+ * against finite differences and against Hugging Face's LlamaForCausalLM (tests/reference). */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+#include "node/model.h"
+#include "proto/model.h"
+
+static struct msg_model tiny(uint8_t tied) {
+    return (struct msg_model){ .layers = 2, .width = 12, .heads = 2, .kv_heads = 1, .ffn = 10,
+                               .vocabulary = 11, .sequence = 6, .rope_theta = 100, .norm_eps = 1e-5,
+                               .tied = tied };
+}
+
+/* ---- canonical order --------------------------------------------------------------------------- */
+
+/* Fragments and checkpoints address elements by these offsets: no gap, no overlap, every preset. */
+static void tensors_tile_the_vector_in_order(void **state) {
+    (void)state;
+    const char *names[] = { "debug", "10m", "150m", "1b", "8b", "10b" };
+    for (size_t p = 0; p < 6; p++) {
+        struct msg_model m;
+        uint64_t next = 0;
+        assert_int_equal(proto_model_preset(names[p], &m, NULL), 0);
+        assert_int_equal(proto_model_check(&m, NULL), 0);
+        for (uint32_t i = 0; i < proto_model_tensor_count(&m); i++) {
+            struct proto_tensor t, found;
+            proto_model_tensor(&m, i, &t);
+            assert_int_equal(t.offset, next);
+            assert_int_equal(t.count, t.shape[0] * t.shape[1]);
+            assert_int_equal(proto_model_tensor_at(&m, t.offset), i);
+            assert_int_equal(proto_model_tensor_at(&m, t.offset + t.count - 1), i);
+            assert_int_equal(proto_model_tensor_find(&m, t.name, &found, NULL), 0);
+            assert_int_equal(found.offset, t.offset);
+            next += t.count;
+        }
+        assert_int_equal(next, proto_model_elements(&m));
+    }
+}
+
+/* The reference run's size, and Llama 3 8B's as published: 8,030,261,248. */
+static void presets_have_their_sizes(void **state) {
+    (void)state;
+    struct msg_model m;
+    assert_int_equal(proto_model_preset("8b", &m, NULL), 0);
+    assert_int_equal(proto_model_elements(&m), 8030261248u);
+    assert_int_equal(proto_model_preset("1b", &m, NULL), 0);
+    assert_int_equal(proto_model_elements(&m), 1235814400u);
+    assert_int_equal(proto_model_preset("10b", &m, NULL), 0);
+    assert_in_range(proto_model_elements(&m), 10000000000u, 10300000000u);
+    assert_int_equal(proto_model_preset("debug", &m, NULL), 0);
+    assert_in_range(proto_model_elements(&m), 1000000, 1300000);
+}
+
+static void names_are_hugging_faces(void **state) {
+    (void)state;
+    struct msg_model m = tiny(0);
+    struct proto_tensor t;
+    proto_model_tensor(&m, 0, &t);
+    assert_string_equal(t.name, "model.embed_tokens.weight");
+    proto_model_tensor(&m, 1 + 9 + MODEL_K, &t);
+    assert_string_equal(t.name, "model.layers.1.self_attn.k_proj.weight");
+    assert_int_equal(t.shape[0], 6);
+    assert_int_equal(t.shape[1], 12);
+    proto_model_tensor(&m, proto_model_tensor_count(&m) - 1, &t);
+    assert_string_equal(t.name, "lm_head.weight");
+    struct err err;
+    assert_int_equal(proto_model_tensor_find(&m, "model.bias", &t, &err), -1);
+    assert_int_equal(err.code, ERR_NOT_FOUND);
+}
+
+/* A person writes these numbers: each mistake must be named, not crash later. */
+static void impossible_networks_are_refused(void **state) {
+    (void)state;
+    const struct { size_t offset; uint32_t value; const char *key; } wrong[] = {
+        { offsetof(struct msg_model, layers), 0, "layers" },
+        { offsetof(struct msg_model, heads), 5, "heads" },
+        { offsetof(struct msg_model, heads), 12, "odd" },
+        { offsetof(struct msg_model, kv_heads), 3, "kv_heads" },
+        { offsetof(struct msg_model, vocabulary), 1u << 21, "vocabulary" },
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        struct msg_model m = tiny(0);
+        struct err err = { 0 };
+        memcpy((char *)&m + wrong[i].offset, &wrong[i].value, sizeof wrong[i].value);
+        assert_int_equal(proto_model_check(&m, &err), -1);
+        assert_int_equal(err.code, ERR_CONFIG);
+        assert_non_null(strstr(err.msg, wrong[i].key));
+    }
+    struct msg_model m;
+    struct err err = { 0 };
+    assert_int_equal(proto_model_preset("7b", &m, &err), -1);
+    assert_non_null(strstr(err.msg, "150m"));
+}
+
+/* ---- initial values ---------------------------------------------------------------------------- */
+
+/* Every machine derives the initial anchor by itself, in chunks of its own choosing. */
+static void initial_values_do_not_depend_on_the_ranges_asked_for(void **state) {
+    (void)state;
+    struct msg_model m = tiny(0);
+    size_t n = (size_t)proto_model_elements(&m);
+    float *whole = malloc(n * sizeof *whole), *parts = malloc(n * sizeof *parts);
+    model_init_elements(&m, 0.02f, 7, 0, n, whole);
+    for (size_t first = 0; first < n; first += 37)
+        model_init_elements(&m, 0.02f, 7, first, n - first < 37 ? n - first : 37, parts + first);
+    assert_memory_equal(whole, parts, n * sizeof *whole);
+    struct proto_tensor norm;
+    assert_int_equal(proto_model_tensor_find(&m, "model.norm.weight", &norm, NULL), 0);
+    assert_true(whole[norm.offset] == 1.0f && whole[norm.offset + 11] == 1.0f);
+    assert_true(fabsf(whole[0]) < 0.2f && whole[0] != whole[1]);
+    free(whole);
+    free(parts);
+}
+
+/* ---- gradients --------------------------------------------------------------------------------- */
+
+static void fill_tokens(int32_t *tokens, size_t n, uint32_t vocabulary) {
+    for (size_t i = 0; i < n; i++) tokens[i] = (int32_t)((i * 7 + i * i * 3 + 5) % vocabulary);
+}
+
+static double loss_at(struct model *model, const float *params, const int32_t *tokens) {
+    double loss;
+    assert_int_equal(model_loss(model, params, tokens, 2, 6, &loss, NULL), 0);
+    return loss;
+}
+
+/* Along one random direction per tensor: (loss(p + hu) - loss(p - hu)) / 2h = gradient . u. */
+static void check_tensor(struct model *model, float *params, const float *grads,
+                         const struct proto_tensor *t, const int32_t *tokens) {
+    float *u = malloc(t->count * sizeof *u), *saved = malloc(t->count * sizeof *saved);
+    const float h = 4e-3f;
+    double expected = 0;
+    outer_init_normal(u, 99, t->offset, (size_t)t->count, 1.0f);
+    memcpy(saved, params + t->offset, t->count * sizeof *saved);
+    for (size_t i = 0; i < t->count; i++) expected += (double)grads[t->offset + i] * u[i];
+    for (size_t i = 0; i < t->count; i++) params[t->offset + i] = saved[i] + h * u[i];
+    double up = loss_at(model, params, tokens);
+    for (size_t i = 0; i < t->count; i++) params[t->offset + i] = saved[i] - h * u[i];
+    double down = loss_at(model, params, tokens);
+    memcpy(params + t->offset, saved, t->count * sizeof *saved);
+    double found = (up - down) / (2 * h);
+    if (fabs(found - expected) > 0.01 * fabs(expected) + 0.02)
+        fail_msg("%s: finite difference %g, gradient %g", t->name, found, expected);
+    free(u);
+    free(saved);
+}
+
+static void gradients_match_finite_differences(void **state) {
+    (void)state;
+    for (uint8_t tied = 0; tied <= 1; tied++) {
+        struct msg_model m = tiny(tied);
+        size_t n = (size_t)proto_model_elements(&m);
+        float *params = malloc(n * sizeof *params), *grads = malloc(n * sizeof *grads);
+        int32_t tokens[2 * 7];
+        double loss;
+        fill_tokens(tokens, 14, m.vocabulary);
+        model_init_elements(&m, 0.3f, 3, 0, n, params);
+        struct model *model = model_create(&m, kernels_reference(), 2, 6, 1, NULL);
+        assert_non_null(model);
+        memset(grads, 0x7f, n * sizeof *grads); /* KERNELS_SET must leave nothing of this */
+        assert_int_equal(model_backward(model, params, grads, tokens, 2, 6, 1.0f, KERNELS_SET, &loss,
+                                        NULL), 0);
+        assert_true(fabs(loss - loss_at(model, params, tokens)) < 1e-9);
+        for (uint32_t i = 0; i < proto_model_tensor_count(&m); i++) {
+            struct proto_tensor t;
+            proto_model_tensor(&m, i, &t);
+            check_tensor(model, params, grads, &t, tokens);
+        }
+        model_destroy(model);
+        free(params);
+        free(grads);
+    }
+}
+
+/* Micro-batches: the gradient of two samples is the sum of those of each. */
+static void gradients_of_micro_batches_add_up(void **state) {
+    (void)state;
+    struct msg_model m = tiny(1);
+    size_t n = (size_t)proto_model_elements(&m);
+    float *params = malloc(n * sizeof *params), *once = malloc(n * sizeof *once), *twice = malloc(n * sizeof *twice);
+    int32_t tokens[2 * 7];
+    double both, first, second;
+    fill_tokens(tokens, 14, m.vocabulary);
+    model_init_elements(&m, 0.3f, 3, 0, n, params);
+    struct model *model = model_create(&m, kernels_reference(), 2, 6, 1, NULL);
+    assert_int_equal(model_backward(model, params, once, tokens, 2, 6, 0.1f, KERNELS_SET, &both, NULL), 0);
+    assert_int_equal(model_backward(model, params, twice, tokens, 1, 6, 0.1f, KERNELS_SET, &first, NULL), 0);
+    assert_int_equal(model_backward(model, params, twice, tokens + 7, 1, 6, 0.1f, KERNELS_ADD, &second,
+                                    NULL), 0);
+    assert_true(fabs(both - first - second) < 1e-5);
+    for (size_t i = 0; i < n; i++)
+        if (fabsf(once[i] - twice[i]) > 1e-5f) fail_msg("element %zu: %g, %g", i, (double)once[i], (double)twice[i]);
+    model_destroy(model);
+    free(params);
+    free(once);
+    free(twice);
+}
+
+/* ---- against PyTorch --------------------------------------------------------------------------- */
+
+struct vectors {
+    struct msg_model m;
+    int batch;
+    int32_t tokens[64];
+    double loss;
+    size_t n, logits_n;
+    float *params, *grads, *logits;
+};
+
+static void read_floats(FILE *f, float **out, size_t n) {
+    assert_non_null(*out = malloc(n * sizeof **out));
+    assert_int_equal(fread(*out, sizeof **out, n, f), n);
+}
+
+static void vectors_read(struct vectors *v, const char *path) {
+    char line[4096];
+    FILE *f = fopen(path, "rb");
+    if (!f) fail_msg("%s is missing: run from the repository's root", path);
+    assert_non_null(fgets(line, sizeof line, f));
+    json_t *tokens, *o = json_loads(line, 0, NULL);
+    int tied;
+    memset(v, 0, sizeof *v);
+    assert_int_equal(json_unpack(o, "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:F,s:F,s:i,s:i,s:o,s:F}", "layers", &v->m.layers,
+                                 "width", &v->m.width, "heads", &v->m.heads, "kv_heads", &v->m.kv_heads, "ffn",
+                                 &v->m.ffn, "vocabulary", &v->m.vocabulary, "sequence", &v->m.sequence, "rope_theta",
+                                 &v->m.rope_theta, "norm_eps", &v->m.norm_eps, "tied", &tied, "batch", &v->batch,
+                                 "tokens", &tokens, "loss", &v->loss), 0);
+    v->m.tied = (uint8_t)tied;
+    for (size_t i = 0; i < json_array_size(tokens); i++)
+        v->tokens[i] = (int32_t)json_integer_value(json_array_get(tokens, i));
+    json_decref(o);
+    v->n = (size_t)proto_model_elements(&v->m);
+    v->logits_n = (size_t)v->batch * v->m.sequence * v->m.vocabulary;
+    read_floats(f, &v->params, v->n);
+    read_floats(f, &v->grads, v->n);
+    read_floats(f, &v->logits, v->logits_n);
+    assert_int_equal(fgetc(f), EOF);
+    fclose(f);
+}
+
+static void vectors_release(struct vectors *v) {
+    free(v->params);
+    free(v->grads);
+    free(v->logits);
+}
+
+/* Both sides compute in fp32; 2e-5 of the largest value is about 200 roundings. */
+static void assert_close(const char *what, const float *found, const float *expected, size_t n) {
+    float largest = outer_absmax(expected, n);
+    for (size_t i = 0; i < n; i++)
+        if (!(fabsf(found[i] - expected[i]) <= 2e-5f * largest))
+            fail_msg("%s %zu: %g, PyTorch has %g", what, i, (double)found[i], (double)expected[i]);
+}
+
+/* Logits at every position, by asking for the last one of every prefix: also shows that nothing
+ * looks ahead. */
+static void check_logits(const struct kernels *k, const struct vectors *v, const float *params) {
+    int T = (int)v->m.sequence;
+    size_t V = v->m.vocabulary;
+    float *found = malloc(v->logits_n * sizeof *found);
+    struct model *model = model_create(&v->m, k, 1, T, 0, NULL);
+    for (int b = 0; b < v->batch; b++)
+        for (int t = 0; t < T; t++)
+            assert_int_equal(model_logits(model, params, v->tokens + b * (T + 1), 1, t + 1,
+                                          found + ((size_t)b * (size_t)T + (size_t)t) * V, NULL), 0);
+    assert_close("logit", found, v->logits, v->logits_n);
+    model_destroy(model);
+    free(found);
+}
+
+static void check_vectors(const struct kernels *k, const char *path) {
+    struct vectors v;
+    vectors_read(&v, path);
+    int T = (int)v.m.sequence;
+    double targets = (double)v.batch * T, loss;
+    float *params = k->alloc(k, v.n * sizeof(float), NULL), *grads = k->alloc(k, v.n * sizeof(float), NULL);
+    float *found = malloc(v.n * sizeof *found);
+    k->copy_in(k, params, v.params, v.n * sizeof(float));
+    check_logits(k, &v, params);
+    struct model *model = model_create(&v.m, k, v.batch, T, 1, NULL);
+    assert_int_equal(model_backward(model, params, grads, v.tokens, v.batch, T, (float)(1 / targets), KERNELS_SET,
+                                    &loss, NULL), 0);
+    if (fabs(loss / targets - v.loss) > 1e-5) fail_msg("loss %g, PyTorch has %g", loss / targets, v.loss);
+    k->copy_out(k, found, grads, v.n * sizeof *found);
+    for (uint32_t i = 0; i < proto_model_tensor_count(&v.m); i++) {
+        struct proto_tensor t;
+        proto_model_tensor(&v.m, i, &t);
+        assert_close(t.name, found + t.offset, v.grads + t.offset, (size_t)t.count);
+    }
+    model_destroy(model);
+    k->free(k, params);
+    k->free(k, grads);
+    free(found);
+    vectors_release(&v);
+}
+
+static void network_is_hugging_faces_llama(void **state) {
+    (void)state;
+    check_vectors(kernels_reference(), "tests/reference/llama-tied.bin");
+    check_vectors(kernels_reference(), "tests/reference/llama-untied.bin");
+}
+
+static void network_is_hugging_faces_llama_on_the_fast_backend(void **state) {
+    (void)state;
+    struct kernels *k = kernels_cpu_create(2, NULL);
+    assert_non_null(k);
+    check_vectors(k, "tests/reference/llama-tied.bin");
+    check_vectors(k, "tests/reference/llama-untied.bin");
+    k->destroy(k);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(tensors_tile_the_vector_in_order),
+        cmocka_unit_test(presets_have_their_sizes),
+        cmocka_unit_test(names_are_hugging_faces),
+        cmocka_unit_test(impossible_networks_are_refused),
+        cmocka_unit_test(initial_values_do_not_depend_on_the_ranges_asked_for),
+        cmocka_unit_test(gradients_match_finite_differences),
+        cmocka_unit_test(gradients_of_micro_batches_add_up),
+        cmocka_unit_test(network_is_hugging_faces_llama),
+        cmocka_unit_test(network_is_hugging_faces_llama_on_the_fast_backend),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
