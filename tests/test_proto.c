@@ -721,6 +721,64 @@ static void types_have_names(void **state) {
     assert_true(proto_record_bytes_max(RECORD_hello) <= PROTO_STRANGER_BYTES_MAX);
 }
 
+/* ---- frames -----------------------------------------------------------------------------------
+ */
+
+static void frame_header_goes_both_ways(void **state) {
+    (void)state;
+    struct frame in = {
+        .type = MSG_CHUNK, .length = 70000, .term = 3, .session = 0x0102030405060708, .plan = 9};
+    struct frame out;
+    uint8_t bytes[PROTO_FRAME_HEADER_BYTES];
+    struct err err = {0};
+    frame_write(&in, bytes);
+    assert_hex(bytes, sizeof bytes,
+               "49544c31"
+               "01"
+               "22"
+               "0000"
+               "70110100"
+               "0300000000000000"
+               "0807060504030201"
+               "0900000000000000");
+    assert_int_equal(frame_read(bytes, 70000, &out, &err), 0);
+    assert_int_equal(out.type, in.type);
+    assert_int_equal(out.length, in.length);
+    assert_int_equal(out.term, in.term);
+    assert_int_equal(out.session, in.session);
+    assert_int_equal(out.plan, in.plan);
+}
+
+/* These are the first words two strangers exchange, so each mistake gets its own sentence. */
+static void wrong_frames_say_what_is_wrong(void **state) {
+    (void)state;
+    static const struct {
+        size_t at;
+        const char *put, *text;
+    } wrong[] = {
+        {0, "GET / HTTP/1.1\r\n", "this looks like HTTP"},
+        {0, "\x16\x03\x01\x02", "TLS inside TLS"},
+        {0, "ITL2", "another generation"},
+        {0, "xxxx", "starts with 78 78 78 78: this is not the intellect protocol"},
+        {4, "\x02", "protocol version 2, this program speaks 1"},
+        {5, "\xc8", "unknown type 200"},
+        {6, "\x01", "LEASE_ASK frame: reserved bytes"},
+        {8, "\x65", "LEASE_ASK frame of 101 bytes, allowed are 1 to 100"},
+        {11, "\xff", "allowed are 1 to 100"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        struct frame f = {.type = MSG_LEASE_ASK, .length = 100};
+        uint8_t bytes[PROTO_FRAME_HEADER_BYTES];
+        frame_write(&f, bytes);
+        memcpy(bytes + wrong[i].at, wrong[i].put, strlen(wrong[i].put));
+        assert_refused(frame_read(bytes, 100, &f, err), ERR_PROTOCOL, wrong[i].text);
+    }
+    struct frame empty = {.type = MSG_BYE};
+    uint8_t bytes[PROTO_FRAME_HEADER_BYTES];
+    frame_write(&empty, bytes);
+    assert_refused(frame_read(bytes, 100, &empty, err), ERR_PROTOCOL, "BYE frame of 0 bytes");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(digest_is_blake2b_256),
@@ -741,6 +799,8 @@ int main(void) {
         cmocka_unit_test(encoder_keeps_the_limits_too),
         cmocka_unit_test(text_must_be_plain_utf8),
         cmocka_unit_test(types_have_names),
+        cmocka_unit_test(frame_header_goes_both_ways),
+        cmocka_unit_test(wrong_frames_say_what_is_wrong),
     };
     return cmocka_run_group_tests_name("proto", tests, make_folder, remove_folder);
 }
