@@ -20,7 +20,7 @@ struct agent_options {
     int nice;                     /* of the trainer, 0..19 */
     int listen_port;              /* for other members; 0 = any free port, -1 = none (dials only) */
     const char *corpus;           /* where this machine has the corpus; NULL = where the run says */
-    bool log_json, quiet;
+    bool log_json, quiet, verbose; /* quiet: warnings and errors only; verbose: SYNC_DEBUG too */
 };
 
 /* Be a node until the run is over or its owner stops it. Prints through console.h.

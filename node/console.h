@@ -10,8 +10,9 @@
 
 struct console;
 
-/* json: JSON lines on stdout, whatever it is. quiet: warnings, errors and the last word only. */
-struct console *console_create(bool json, bool quiet);
+/* json: JSON lines on stdout, whatever it is. least: events below this level are not shown. Returns
+ * NULL when there is no memory. */
+struct console *console_create(bool json, enum sync_level least);
 void console_destroy(struct console *c); /* wipes the live line; NULL is fine */
 
 /* An event. In JSON it is {"time","event":name,"level","text"}. */

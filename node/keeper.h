@@ -21,8 +21,8 @@ struct keeper_ops {
     /* The process is gone (why: "killed by signal 9"); the in slot is the agent's again. A restart
      * follows after wait_ms, or none (keeper_stop was called). */
     void (*on_end)(void *arg, const char *why, uint32_t wait_ms);
-    /* It failed KEEPER_FAILURES_MAX times in a row before its first step, or said itself that it
-     * would fail again. No restart follows. */
+    /* It failed KEEPER_FAILURES_MAX times in a row, within seconds and before its first step, or
+     * could not even be set up, which would not be better the next time. No restart follows. */
     void (*on_give_up)(void *arg, const struct err *why);
 };
 #define KEEPER_FAILURES_MAX 5

@@ -1,0 +1,174 @@
+/* console.c - live line, plain lines or JSON lines on stdout; see console.h. */
+#include "node/console.h"
+
+#include <jansson.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define LINE_BYTES 512
+#define REDRAW_MS 100
+
+struct console {
+    bool json, live;      /* live: stdout is a terminal and not JSON */
+    enum sync_level least;
+    bool drawn;           /* the live line stands on the screen */
+    uint64_t drawn_at_ms;
+    char line[LINE_BYTES];
+};
+
+struct console *console_create(bool json, enum sync_level least) {
+    struct console *c = calloc(1, sizeof *c);
+    if (!c) return NULL;
+    c->json = json;
+    c->least = least;
+    c->live = !json && least <= SYNC_INFO && isatty(STDOUT_FILENO);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    return c;
+}
+
+static void wipe(struct console *c) {
+    if (c->drawn) fputs("\r\033[K", stdout);
+    c->drawn = false;
+}
+
+void console_destroy(struct console *c) {
+    if (!c) return;
+    wipe(c);
+    fflush(stdout);
+    free(c);
+}
+
+/* ---- lines ------------------------------------------------------------------------------------------ */
+
+static const char *level_name(enum sync_level level) {
+    static const char *name[] = { "debug", "info", "warning", "error" };
+    return name[level];
+}
+
+static void date(char *out, size_t size) {
+    struct timespec now;
+    struct tm utc;
+    char seconds[32];
+    clock_gettime(CLOCK_REALTIME, &now);
+    gmtime_r(&now.tv_sec, &utc);
+    strftime(seconds, sizeof seconds, "%Y-%m-%dT%H:%M:%S", &utc);
+    snprintf(out, size, "%s.%03ldZ", seconds, now.tv_nsec / 1000000);
+}
+
+/* Takes over `object`. */
+static void print_json(json_t *object) {
+    char when[64];
+    date(when, sizeof when);
+    if (object) json_object_set_new(object, "time", json_string(when));
+    char *text = object ? json_dumps(object, JSON_COMPACT | JSON_PRESERVE_ORDER) : NULL;
+    if (text) puts(text);
+    free(text);
+    json_decref(object);
+}
+
+static void print_line(struct console *c, enum sync_level level, const char *text) {
+    char when[64];
+    date(when, sizeof when);
+    when[19] = 0; /* milliseconds are for programs */
+    if (c->drawn) fputs("\r\033[K", stdout);
+    const char *mark = level >= SYNC_WARNING ? level_name(level) : "";
+    printf("%s %s%s%s\n", c->live ? when + 11 : when, mark, *mark ? ": " : "", text);
+    if (c->drawn) fputs(c->line, stdout);
+    fflush(stdout);
+}
+
+void console_say(struct console *c, enum sync_level level, const char *name, const char *format,
+                 ...) {
+    char text[1024];
+    va_list args;
+    if (level < c->least) return;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (c->json)
+        print_json(json_pack("{ss ss ss}", "event", name, "level", level_name(level), "text", text));
+    else
+        print_line(c, level, text);
+}
+
+/* ---- figures ------------------------------------------------------------------------------------------ */
+
+/* 1234567 as "1.23M": four significant places say enough on one line. */
+static const char *short_number(double x, char out[16]) {
+    static const char unit[] = { 0, 'k', 'M', 'G', 'T' };
+    size_t u = 0;
+    while (x >= 1000 && u + 1 < sizeof unit) x /= 1000, u++;
+    snprintf(out, 16, "%.*f%s", u == 0 ? 0 : x < 10 ? 2 : x < 100 ? 1 : 0, x,
+             (char[2]){ unit[u], 0 });
+    return out;
+}
+
+static void describe(const struct console_figures *f, char *out, size_t size) {
+    char rate[16], tokens[16];
+    const struct sync_view *v = &f->view;
+    int n = snprintf(out, size, "round %llu", (unsigned long long)v->round);
+    if (f->trains)
+        n += snprintf(out + n, size - (size_t)n, " | step %llu | loss %.4f | %s tokens/s",
+                      (unsigned long long)f->step, f->loss, short_number(f->tokens_per_s, rate));
+    n += snprintf(out + n, size - (size_t)n, " | %s", v->phase);
+    if (v->chunks_missing)
+        n += snprintf(out + n, size - (size_t)n, " (%u chunks to fetch)", v->chunks_missing);
+    snprintf(out + n, size - (size_t)n, " | %s tokens by all | %u members, %u peers%s",
+             short_number((double)v->tokens_committed, tokens), v->members_live, v->peers,
+             f->connected ? "" : " | coordinator out of reach");
+}
+
+static uint64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+static size_t width(void) {
+    struct winsize w;
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) || w.ws_col < 20 ? 80 : w.ws_col;
+}
+
+void console_live(struct console *c, const struct console_figures *f) {
+    char line[LINE_BYTES];
+    uint64_t now = now_ms();
+    if (!c->live || (c->drawn && now - c->drawn_at_ms < REDRAW_MS)) return;
+    describe(f, line, sizeof line);
+    if (width() <= strlen(line)) line[width() - 1] = 0; /* a second row could not be redrawn */
+    if (c->drawn && !strcmp(line, c->line)) return;
+    memcpy(c->line, line, sizeof line);
+    printf("\r\033[K%s", c->line);
+    fflush(stdout);
+    c->drawn = true;
+    c->drawn_at_ms = now;
+}
+
+static json_t *round_object(const struct console_figures *f) {
+    char root[DIGEST_HEX_BYTES];
+    const struct sync_view *v = &f->view;
+    digest_hex(&v->state_root, root);
+    return json_pack("{ss sI sI sf sf sI ss sI si si sI sI sI sI}", "event", "round", "round",
+                     (json_int_t)v->round, "step", (json_int_t)f->step, "loss", f->loss,
+                     "tokens_per_s", f->tokens_per_s, "state_index", (json_int_t)v->state_index,
+                     "state_root", root, "tokens_committed", (json_int_t)v->tokens_committed,
+                     "members_live", (int)v->members_live, "peers", (int)v->peers, "term",
+                     (json_int_t)v->term, "summed", (json_int_t)v->contributions_summed,
+                     "bytes_to_peers", (json_int_t)v->bytes_to_peers, "bytes_from_peers",
+                     (json_int_t)v->bytes_from_peers);
+}
+
+void console_round(struct console *c, const struct console_figures *f) {
+    char line[LINE_BYTES];
+    if (c->least > SYNC_INFO) return;
+    if (c->json) {
+        print_json(round_object(f));
+        return;
+    }
+    describe(f, line, sizeof line);
+    print_line(c, SYNC_INFO, line);
+}

@@ -1,0 +1,341 @@
+/* trainer.c - the trainer process; see trainer.h. One loop: take all commands, then do one inner
+ * step, or wait. A command is thus always carried out between two steps. */
+#include "node/trainer.h"
+
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kernels/kernels.h"
+#include "node/data.h"
+#include "node/engine.h"
+#include "node/segment.h"
+#include "node/sync.h"
+#include "proto/model.h"
+#include "proto/proto.h"
+
+#define RANGES_MAX 4096u
+#define WAIT_MS 500
+
+struct range {
+    uint64_t start, count;
+};
+
+struct trainer {
+    struct segment *segment;
+    struct msg_genesis genesis;
+    struct kernels *kernels;
+    struct engine *engine;
+    struct data *data;
+    int32_t *tokens;       /* [batch, sequence + 1] */
+    float *scratch;        /* [chunk_elements] */
+    struct range range[RANGES_MAX]; /* what to train on, in this order */
+    uint32_t range_count;
+    uint64_t queued;       /* samples in them */
+    uint64_t consumed;     /* since the last RESET or the APPLY that ended a FREEZE */
+    uint64_t position;     /* the run's committed tokens, as last told */
+    uint64_t tokens_since; /* own, since then */
+    uint32_t contributors;
+    bool has_parameters, frozen, stop;
+    uint32_t bad_steps;
+    double saved_at_s;
+};
+
+static double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+/* The agent may be stopped or busy: wait for room, but not for a dead agent (PR_SET_PDEATHSIG). */
+static void tell(struct trainer *t, const struct segment_message *m) {
+    while (!segment_send(t->segment, m)) usleep(10000);
+}
+
+static void note(struct trainer *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void note(struct trainer *t, const char *format, ...) {
+    struct segment_message m = { .type = SEGMENT_NOTE };
+    va_list args;
+    va_start(args, format);
+    vsnprintf(m.text, sizeof m.text, format, args);
+    va_end(args);
+    tell(t, &m);
+}
+
+/* What failed at the start will fail again: the agent need not try. */
+static int fail(struct trainer *t, const struct err *err) {
+    struct segment_message m = { .type = SEGMENT_FAILED, .code = err->code };
+    snprintf(m.text, sizeof m.text, "%.*s", (int)sizeof m.text - 1, err->msg);
+    tell(t, &m);
+    return 1;
+}
+
+/* ---- start --------------------------------------------------------------------------------------- */
+
+static int check_corpus(const struct trainer *t, struct err *err) {
+    const struct data_info *info = data_info(t->data);
+    const struct msg_model *model = t->genesis.model;
+    const struct msg_corpus *corpus = t->genesis.corpus;
+    if (info->sequence != model->sequence)
+        return err_set(err, ERR_CONFIG, "the corpus has samples of %u tokens, the model wants %u",
+                       info->sequence, model->sequence);
+    if (info->vocabulary > model->vocabulary)
+        return err_set(err, ERR_CONFIG, "the corpus has a vocabulary of %u, the model of %u",
+                       info->vocabulary, model->vocabulary);
+    if (info->samples != corpus->samples)
+        return err_set(err, ERR_CONFIG, "the corpus has %llu samples, the run says %llu",
+                       (unsigned long long)info->samples, (unsigned long long)corpus->samples);
+    return 0;
+}
+
+/* Moments of an earlier life. Anything wrong with the file costs moments, nothing else. */
+static void load_inner_state(struct trainer *t) {
+    struct err err = {0};
+    uint64_t tag;
+    const char *path = segment_setup(t->segment)->inner_state;
+    if (engine_load(t->engine, path, &tag, &err) && err.code != ERR_NOT_FOUND)
+        note(t, "starting without moments: %.200s", err.msg);
+}
+
+static int set_up(struct trainer *t, struct err *err) {
+    const struct segment_setup *setup = segment_setup(t->segment);
+    if (proto_decode(setup->genesis.data, setup->genesis.length, RECORD_genesis, &t->genesis, err))
+        return -1;
+    const struct msg_genesis *g = &t->genesis;
+    if (g->model_count != 1 || g->inner_count != 1 || g->outer_count != 1 || g->corpus_count != 1)
+        return err_set(err, ERR_CORRUPT, "the genesis lacks model, inner, outer or corpus");
+    t->data = data_open(setup->corpus, &g->corpus->manifest_digest, g->corpus->shuffle_seed, err);
+    if (!t->data) {
+        err_prefix(err, "corpus");
+        return -1;
+    }
+    if (check_corpus(t, err)) return -1;
+    if (!(t->kernels = kernels_cpu_create(setup->threads, err))) return -1;
+    if (!(t->engine = engine_create(g->model, g->inner, t->kernels, err))) return -1;
+    t->tokens = calloc((size_t)g->inner->batch * (g->model->sequence + 1), sizeof *t->tokens);
+    t->scratch = calloc(setup->chunk_elements, sizeof *t->scratch);
+    if (!t->tokens || !t->scratch) return err_set(err, ERR_MEMORY, "no memory for a batch");
+    load_inner_state(t);
+    return 0;
+}
+
+static void tear_down(struct trainer *t) {
+    engine_destroy(t->engine);
+    if (t->kernels) t->kernels->destroy(t->kernels);
+    data_close(t->data);
+    proto_decoded_release(RECORD_genesis, &t->genesis);
+    free(t->tokens);
+    free(t->scratch);
+}
+
+/* ---- inner steps ---------------------------------------------------------------------------------- */
+
+/* Take up to `want` samples off the front of the ranges into t->tokens. */
+static int take_samples(struct trainer *t, uint32_t want, struct err *err) {
+    size_t width = t->genesis.model->sequence + 1;
+    uint32_t used = 0, got = 0;
+    for (; got < want; got++) {
+        struct range *r = &t->range[used];
+        if (data_sample(t->data, r->start, t->tokens + got * width, err)) return -1;
+        r->start++;
+        if (--r->count == 0) used++;
+    }
+    memmove(t->range, t->range + used, (t->range_count - used) * sizeof *t->range);
+    t->range_count -= used;
+    t->queued -= want;
+    t->consumed += want;
+    return 0;
+}
+
+/* Train on `samples` of what is queued. -1: the trainer cannot go on. */
+static int step(struct trainer *t, uint32_t samples, struct err *err) {
+    uint64_t position = t->position + t->tokens_since * (t->contributors ? t->contributors : 1);
+    struct engine_result r;
+    struct err why = {0};
+    double begin = now_s();
+    if (take_samples(t, samples, err)) return -1;
+    if (!engine_step(t->engine, t->tokens, samples, position, &r, &why)) {
+        t->bad_steps = 0;
+    } else if (++t->bad_steps > TRAINER_BAD_STEPS_MAX) {
+        *err = why;
+        err_prefix(err, "%u steps in a row", t->bad_steps);
+        return -1;
+    } else {
+        note(t, "skipped a batch: %.200s", why.msg);
+        r = (struct engine_result){ .tokens = (uint64_t)samples * t->genesis.model->sequence };
+    }
+    t->tokens_since += r.tokens;
+    tell(t, &(struct segment_message){
+                .type = SEGMENT_STEP, .samples = t->consumed, .steps = engine_steps(t->engine),
+                .loss = r.loss, .tokens_per_s = (double)r.tokens / (now_s() - begin + 1e-9) });
+    return 0;
+}
+
+/* ---- commands ------------------------------------------------------------------------------------- */
+
+static void save(struct trainer *t) {
+    struct err err = {0};
+    t->saved_at_s = now_s();
+    if (engine_save(t->engine, segment_setup(t->segment)->inner_state, t->position, &err))
+        note(t, "moments not saved: %.200s", err.msg);
+}
+
+static void forget_samples(struct trainer *t) {
+    t->range_count = 0;
+    t->queued = 0;
+}
+
+static int on_samples(struct trainer *t, const struct segment_message *m, struct err *err) {
+    if (m->count == 0) return 0;
+    if (t->range_count == RANGES_MAX)
+        return err_set(err, ERR_FULL, "more than %u ranges of samples are queued", RANGES_MAX);
+    t->range[t->range_count++] = (struct range){ m->start, m->count };
+    t->queued += m->count;
+    return 0;
+}
+
+static int on_freeze(struct trainer *t, struct err *err) {
+    if (t->has_parameters && t->queued > 0 && t->queued < t->genesis.inner->batch &&
+        step(t, (uint32_t)t->queued, err))
+        return -1;
+    engine_params_read(t->engine, 0, engine_elements(t->engine),
+                       segment_out(t->segment, SEGMENT_OUT_PARAMETERS));
+    t->frozen = true;
+    tell(t, &(struct segment_message){ .type = SEGMENT_FROZEN, .samples = t->consumed,
+                                       .steps = engine_steps(t->engine) });
+    if (now_s() - t->saved_at_s > TRAINER_SAVE_S) save(t);
+    return 0;
+}
+
+/* Every chunk as its op says; the rest of the vector stays. */
+static void on_apply(struct trainer *t, const struct segment_message *m) {
+    const float *in = segment_in(t->segment);
+    const uint8_t *ops = segment_ops(t->segment);
+    uint64_t elements = segment_setup(t->segment)->elements;
+    size_t chunk = segment_setup(t->segment)->chunk_elements;
+    for (uint32_t c = 0; c < segment_chunks(t->segment); c++) {
+        size_t first = c * chunk, n = elements - first < chunk ? (size_t)(elements - first) : chunk;
+        if (ops[c] == SYNC_OP_KEEP) continue;
+        engine_params_read(t->engine, first, n, t->scratch);
+        if (ops[c] == SYNC_OP_MIX)
+            outer_mix(t->scratch, in + first, n, t->genesis.outer->alpha);
+        else
+            for (size_t i = 0; i < n; i++) t->scratch[i] += in[first + i];
+        engine_params_write(t->engine, first, n, t->scratch);
+    }
+    if (t->frozen) t->consumed = 0;
+    t->frozen = false;
+    t->position = m->tokens;
+    t->contributors = m->contributors;
+    t->tokens_since = 0;
+    tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
+}
+
+static void on_reset(struct trainer *t, const struct segment_message *m) {
+    engine_params_write(t->engine, 0, engine_elements(t->engine), segment_in(t->segment));
+    forget_samples(t);
+    t->has_parameters = true;
+    t->frozen = false;
+    t->consumed = 0;
+    t->position = m->tokens;
+    t->contributors = m->contributors;
+    t->tokens_since = 0;
+    tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
+}
+
+static void on_moments_export(struct trainer *t) {
+    uint64_t count = 0;
+    engine_second_moments_read(t->engine, 0, engine_elements(t->engine),
+                               segment_out(t->segment, SEGMENT_OUT_MOMENTS), &count);
+    tell(t, &(struct segment_message){ .type = SEGMENT_MOMENTS, .steps = count });
+}
+
+/* They come from another member: values that cannot be moments are refused, and it starts fresh. */
+static void on_moments_import(struct trainer *t, const struct segment_message *m) {
+    struct err err = {0};
+    engine_reset_moments(t->engine);
+    if (engine_second_moments_write(t->engine, 0, engine_elements(t->engine), segment_in(t->segment),
+                                    m->steps, &err)) {
+        engine_reset_moments(t->engine);
+        note(t, "starting without moments: %.200s", err.msg);
+    }
+    tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
+}
+
+static int on_command(struct trainer *t, const struct segment_message *m, struct err *err) {
+    switch (m->type) {
+    case SEGMENT_SAMPLES: return on_samples(t, m, err);
+    case SEGMENT_FREEZE: return on_freeze(t, err);
+    case SEGMENT_APPLY: on_apply(t, m); return 0;
+    case SEGMENT_RESET: on_reset(t, m); return 0;
+    case SEGMENT_CONTINUE: t->frozen = false; return 0;
+    case SEGMENT_MOMENTS_EXPORT: on_moments_export(t); return 0;
+    case SEGMENT_MOMENTS_IMPORT: on_moments_import(t, m); return 0;
+    case SEGMENT_STOP: t->stop = true; return 0;
+    default: return err_set(err, ERR_PROTOCOL, "the agent sent an unknown command (%u)", m->type);
+    }
+}
+
+/* ---- the loop ------------------------------------------------------------------------------------- */
+
+static int serve(struct trainer *t, struct err *err) {
+    uint32_t batch = t->genesis.inner->batch;
+    struct segment_message m;
+    tell(t, &(struct segment_message){ .type = SEGMENT_UP, .steps = engine_steps(t->engine) });
+    t->saved_at_s = now_s();
+    for (;;) {
+        while (!t->stop && segment_receive(t->segment, &m)) {
+            segment_set_busy(t->segment, true);
+            if (on_command(t, &m, err)) return -1;
+        }
+        if (t->stop) break;
+        if (!t->has_parameters || t->frozen || t->queued < batch) {
+            segment_set_busy(t->segment, false);
+            segment_wait(t->segment, WAIT_MS);
+            continue;
+        }
+        segment_set_busy(t->segment, true);
+        if (step(t, batch, err)) return -1;
+        if (now_s() - t->saved_at_s > TRAINER_SAVE_LATE_S) save(t);
+    }
+    if (t->has_parameters) save(t);
+    return 0;
+}
+
+/* A trainer must not outlive its agent, nor end before it on a Ctrl-C or SIGTERM sent to both. */
+static int bind_to_agent(const struct segment_setup *setup) {
+    signal(SIGINT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) || getppid() != setup->agent) return -1;
+    prctl(PR_SET_NAME, "intellect-train");
+    setpriority(PRIO_PROCESS, 0, setup->nice); /* where it fails, the trainer is less polite */
+    return 0;
+}
+
+int trainer_main(int fd) {
+    struct err err = {0};
+    struct trainer *t = calloc(1, sizeof *t);
+    if (!t || !(t->segment = segment_open(fd, &err)) || bind_to_agent(segment_setup(t->segment))) {
+        if (t) segment_destroy(t->segment);
+        free(t);
+        return 2;
+    }
+    int rc = 0;
+    if (set_up(t, &err)) {
+        rc = fail(t, &err);
+    } else if (serve(t, &err)) {
+        note(t, "the trainer ends: %.200s", err.msg);
+        rc = 1;
+    }
+    tear_down(t);
+    segment_destroy(t->segment);
+    free(t);
+    return rc;
+}
