@@ -11,7 +11,7 @@ CFLAGS ?= -O2 -g
 # Debian 12 names msgpack-c's file `msgpack`, newer releases `msgpack-c`.
 MSGPACK := $(shell for p in msgpack-c msgpack; do pkg-config --exists $$p && echo $$p && break; done)
 PACKAGES := $(MSGPACK) libsodium libssl libcrypto libevent libevent_openssl libevent_pthreads \
-            sqlite3 libcyaml jansson libcurl
+            sqlite3 yaml-0.1 jansson libcurl
 PKG_CFLAGS := $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null) -ldnnl -lm -lpthread
 

@@ -24,7 +24,7 @@ struct settings {
     char preset[32];
     struct msg_model model;
     uint64_t init_seed;
-    double init_std;
+    float init_std;
     /* corpus */
     char corpus[PROTO_URL_BYTES_MAX + 1]; /* manifest: path or URL */
     uint64_t shuffle_seed;
@@ -54,6 +54,8 @@ struct corpus_facts {
 
 /* Nothing given. */
 void settings_init(struct settings *s);
+/* Was the setting that is kept in this field of s given? */
+bool settings_given(const struct settings *s, const void *field);
 
 /* Take in a file, or text (path is only for messages). ERR_CONFIG: "run.yaml line 12: ..." with the
  * key and what is allowed; ERR_NOT_FOUND, ERR_IO. */
@@ -67,8 +69,17 @@ int settings_set(struct settings *s, const char *assignment, struct err *err);
 /* Read corpus.json. ERR_NOT_FOUND, ERR_CONFIG (not a corpus; says what is missing). */
 int corpus_facts_read(struct corpus_facts *out, const char *path, struct err *err);
 
-/* Fill in every setting that was not given, then check all of them together: ranges, the network,
- * that the corpus fits it. dir: absolute path of the run's folder. ERR_CONFIG names the key. */
+/* Turn s->corpus (a path below dir, or anywhere, or a file:// URL; the manifest or its folder) into
+ * the manifest's file:// URL with an absolute path, and *path into that path. ERR_NOT_FOUND,
+ * ERR_CONFIG (another scheme). */
+int settings_locate_corpus(struct settings *s, const char *dir, char *path, size_t path_size,
+                           struct err *err);
+
+/* Fill in every setting that was not given, then check all of them together: the network, the
+ * schedule, that the corpus fits both. ERR_CONFIG names the key.
+ *
+ * dir     absolute path of the run's folder.
+ * corpus  NULL where there is none yet: what depends on it stays 0 and is not checked. */
 int settings_resolve(struct settings *s, const char *dir, const struct corpus_facts *corpus,
                      struct err *err);
 
@@ -90,8 +101,9 @@ struct settings_genesis {
 void settings_to_genesis(const struct settings *s, const struct corpus_facts *corpus,
                          struct settings_genesis *out);
 
-/* The way back: what a sealed run was given, every sealed setting marked as given. */
-void settings_from_genesis(struct settings *s, const struct msg_genesis *genesis);
+/* The way back, for comparing: only the sealed settings are filled in. ERR_UNSUPPORTED (version),
+ * ERR_CORRUPT. */
+int settings_from_genesis(struct settings *s, const struct msg_genesis *genesis, struct err *err);
 void corpus_facts_from_genesis(struct corpus_facts *out, const struct msg_genesis *genesis);
 
 /* The first sealed setting in which two resolved settings differ. Returns true when there is none;

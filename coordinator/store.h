@@ -69,9 +69,11 @@ int store_raise_term(struct store *s, uint64_t *term, struct err *err);
 int store_commit(struct store *s, uint64_t term, const struct core_write *writes, uint32_t count,
                  struct err *err);
 
+/* Has anybody enrolled: does the ledger hold more than genesis and delegations? */
+int store_begun(struct store *s, bool *begun, struct err *err);
+
 /* Throw away every table and document, put these in their place and set the term to 0, in one
- * transaction: `init` seals a run. documents: [STORE_DOCUMENTS]. ERR_REFUSED once a member has
- * enrolled (the ledger holds more than its first `ledger_count` kinds GENESIS and DELEGATION). */
+ * transaction: `init` seals a run. documents: [STORE_DOCUMENTS]. ERR_REFUSED once store_begun(). */
 int store_seal(struct store *s, const struct proto_bytes *documents, const struct core_write *writes,
                uint32_t count, struct err *err);
 
