@@ -18,6 +18,7 @@ struct audit {
     uint32_t sequence;       /* tokens of a sample, from the genesis */
     uint64_t samples;        /* of the corpus */
     uint64_t entries, commits, checkpoints, tokens, samples_spent;
+    uint64_t last_commit;    /* ledger index, 0 = none */
     struct audit_member *member;
     uint32_t member_count;
     uint8_t *spent;          /* one bit per sample */

@@ -1,0 +1,229 @@
+/* audit.c - a ledger is checked entry by entry, from its bytes alone: it shares no code with the
+ * core that wrote it. */
+#include "coordinator/audit.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define FAULT(index, ...) fault(err, index, __VA_ARGS__)
+
+static int fault(struct err *err, uint64_t index, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+static int fault(struct err *err, uint64_t index, const char *format, ...) {
+    char text[200];
+    va_list ap;
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    return err_set(err, ERR_CORRUPT, "ledger entry %llu: %s", (unsigned long long)index, text);
+}
+
+void audit_init(struct audit *a, const struct digest *run) {
+    memset(a, 0, sizeof *a);
+    ledger_chain_init(&a->chain, run);
+}
+
+void audit_release(struct audit *a) {
+    free(a->member);
+    free(a->spent);
+    a->member = NULL;
+    a->spent = NULL;
+}
+
+static struct audit_member *find_member(struct audit *a, uint32_t id) {
+    return id >= 1 && id <= a->member_count ? &a->member[id - 1] : NULL;
+}
+
+/* ---- one kind after the other ------------------------------------------------------------------- */
+
+static int take_genesis(struct audit *a, const struct msg_genesis *g, struct err *err) {
+    if (g->model_count != 1 || g->corpus_count != 1 || !g->corpus->samples)
+        return FAULT(0, "a genesis without a model or a corpus");
+    a->sequence = g->model->sequence;
+    a->samples = g->corpus->samples;
+    a->spent = calloc(a->samples / 8 + 1, 1);
+    if (!a->spent)
+        return err_set(err, ERR_MEMORY, "no memory to follow %llu samples",
+                       (unsigned long long)a->samples);
+    return 0;
+}
+
+static int take_enrolment(struct audit *a, uint64_t index, const struct msg_enrolment *e,
+                          struct err *err) {
+    if (e->member != a->member_count + 1 || e->member > PROTO_MEMBERS_MAX)
+        return FAULT(index, "enrols member %u, %u is next", e->member, a->member_count + 1);
+    for (uint32_t i = 0; i < a->member_count; i++)
+        if (!memcmp(&a->member[i].key, &e->key, sizeof e->key))
+            return FAULT(index, "enrols the key of member %u again", i + 1);
+    struct audit_member *grown = realloc(a->member, (a->member_count + 1) * sizeof *grown);
+    if (!grown) return err_set(err, ERR_MEMORY, "no memory for %u members", e->member);
+    a->member = grown;
+    struct audit_member *m = &a->member[a->member_count++];
+    *m = (struct audit_member){ .member = e->member, .key = e->key };
+    proto_str_copy(e->name, m->name, sizeof m->name);
+    return 0;
+}
+
+static int check_place(const struct audit *a, uint64_t index, const struct msg_commit *c,
+                       struct err *err) {
+    if (c->fragment != 0 || c->round != a->commits)
+        return FAULT(index, "commits round %llu of fragment %u, round %llu of fragment 0 is next",
+                     (unsigned long long)c->round, c->fragment, (unsigned long long)a->commits);
+    if (c->base_index != a->last_commit)
+        return FAULT(index, "is based on entry %llu, the last commit is entry %llu",
+                     (unsigned long long)c->base_index, (unsigned long long)a->last_commit);
+    for (uint32_t i = 0; i < c->shards_count; i++)
+        if (c->shards[i].aggregator == c->shards[i].holder)
+            return FAULT(index, "shard %u was held by member %u alone", i, c->shards[i].holder);
+    return 0;
+}
+
+/* Are the contributors members, each named once; and does each run of chunks have the weight of
+ * those who are in it? summed: [PROTO_SET_BYTES_MAX], who is in at least one chunk. */
+static int check_summed(struct audit *a, uint64_t index, const struct msg_commit *c,
+                        uint8_t *summed, struct err *err) {
+    for (uint32_t i = 0; i < c->contributors_count; i++) {
+        if (!find_member(a, c->contributors[i].member))
+            return FAULT(index, "contributor %u is no member", c->contributors[i].member);
+        for (uint32_t j = 0; j < i; j++)
+            if (c->contributors[j].member == c->contributors[i].member)
+                return FAULT(index, "contributor %u stands there twice", c->contributors[i].member);
+    }
+    for (uint32_t r = 0; r < c->summed_count; r++) {
+        const struct msg_summed *s = &c->summed[r];
+        uint64_t weight = 0;
+        for (uint32_t i = 0; i < s->set.length * 8; i++) {
+            if (!proto_set_has(s->set.data, i)) continue;
+            if (i >= c->contributors_count) return FAULT(index, "sums a contributor it does not name");
+            weight += c->contributors[i].weight;
+            proto_set_add(summed, i);
+        }
+        if (!weight || weight != s->weight)
+            return FAULT(index, "chunks with weight %llu, their contributors have %llu",
+                         (unsigned long long)s->weight, (unsigned long long)weight);
+    }
+    return 0;
+}
+
+static int spend(struct audit *a, uint64_t index, const struct msg_spend *s, struct err *err) {
+    if (!s->count || s->start >= a->samples || s->count > a->samples - s->start)
+        return FAULT(index, "member %u spends samples %llu to %llu of %llu", s->member,
+                     (unsigned long long)s->start, (unsigned long long)(s->start + s->count),
+                     (unsigned long long)a->samples);
+    for (uint64_t i = s->start; i < s->start + s->count; i++) {
+        if (a->spent[i / 8] >> (i % 8) & 1)
+            return FAULT(index, "member %u spends sample %llu a second time", s->member,
+                         (unsigned long long)i);
+        a->spent[i / 8] |= (uint8_t)(1u << (i % 8));
+    }
+    a->samples_spent += s->count;
+    return 0;
+}
+
+/* Every spent sample belongs to a contributor that was summed, and each one's tokens are those of
+ * its samples. */
+static int check_spent(struct audit *a, uint64_t index, const struct msg_commit *c,
+                       const uint8_t *summed, struct err *err) {
+    uint64_t samples[PROTO_MEMBERS_MAX] = {0}, tokens = 0;
+    for (uint32_t i = 0; i < c->spent_count; i++) {
+        const struct msg_spend *s = &c->spent[i];
+        uint32_t j = 0;
+        while (j < c->contributors_count && c->contributors[j].member != s->member) j++;
+        if (j == c->contributors_count || !proto_set_has(summed, j))
+            return FAULT(index, "member %u spends samples and was not summed", s->member);
+        samples[j] += s->count;
+        if (spend(a, index, s, err)) return -1;
+    }
+    for (uint32_t j = 0; j < c->contributors_count; j++) {
+        if (!proto_set_has(summed, j)) continue;
+        const struct msg_contributor *k = &c->contributors[j];
+        if (k->tokens != samples[j] * a->sequence)
+            return FAULT(index, "member %u has %llu tokens for %llu samples of %u", k->member,
+                         (unsigned long long)k->tokens, (unsigned long long)samples[j], a->sequence);
+        struct audit_member *m = find_member(a, k->member);
+        m->tokens += k->tokens;
+        m->rounds++;
+        tokens += k->tokens;
+    }
+    if (tokens != c->tokens || c->tokens_committed != a->tokens + tokens)
+        return FAULT(index, "says %llu tokens, %llu in all; its contributors have %llu, %llu in all",
+                     (unsigned long long)c->tokens, (unsigned long long)c->tokens_committed,
+                     (unsigned long long)tokens, (unsigned long long)(a->tokens + tokens));
+    return 0;
+}
+
+static int take_commit(struct audit *a, uint64_t index, const struct msg_commit *c,
+                       struct err *err) {
+    uint8_t summed[PROTO_SET_BYTES_MAX] = {0};
+    if (check_place(a, index, c, err) || check_summed(a, index, c, summed, err) ||
+        check_spent(a, index, c, summed, err))
+        return -1;
+    a->commits++;
+    a->last_commit = index;
+    a->tokens = c->tokens_committed;
+    return 0;
+}
+
+static int take_checkpoint(struct audit *a, uint64_t index, const struct msg_checkpoint *c,
+                           struct err *err) {
+    if (c->at_index > a->last_commit || c->tokens_committed > a->tokens)
+        return FAULT(index, "a checkpoint of entry %llu, the last commit is entry %llu",
+                     (unsigned long long)c->at_index, (unsigned long long)a->last_commit);
+    a->checkpoints++;
+    return 0;
+}
+
+/* ---- the entry ------------------------------------------------------------------------------------ */
+
+union body {
+    struct msg_genesis genesis;
+    struct msg_delegation delegation;
+    struct msg_enrolment enrolment;
+    struct msg_revocation revocation;
+    struct msg_commit commit;
+    struct msg_checkpoint checkpoint;
+};
+
+static const enum proto_record record_of_kind[] = {
+    [LEDGER_GENESIS] = RECORD_genesis,       [LEDGER_DELEGATION] = RECORD_delegation,
+    [LEDGER_ENROLMENT] = RECORD_enrolment,   [LEDGER_REVOCATION] = RECORD_revocation,
+    [LEDGER_COMMIT] = RECORD_commit,         [LEDGER_CHECKPOINT] = RECORD_checkpoint,
+};
+#define KINDS (sizeof record_of_kind / sizeof *record_of_kind)
+
+static int take_body(struct audit *a, const struct msg_entry *e, const union body *body,
+                     struct err *err) {
+    switch (e->kind) {
+    case LEDGER_GENESIS: return take_genesis(a, &body->genesis, err);
+    case LEDGER_ENROLMENT: return take_enrolment(a, e->index, &body->enrolment, err);
+    case LEDGER_COMMIT: return take_commit(a, e->index, &body->commit, err);
+    case LEDGER_CHECKPOINT: return take_checkpoint(a, e->index, &body->checkpoint, err);
+    default: return 0; /* delegations are the chain's; a revocation changes no sum */
+    }
+}
+
+int audit_take(struct audit *a, const struct msg_signed_entry *signed_entry, struct err *err) {
+    struct msg_entry e = {0};
+    union body body;
+    memset(&body, 0, sizeof body);
+    struct err why = {0};
+    if (ledger_chain_take(&a->chain, signed_entry, &e, &why))
+        return err_set(err, ERR_CORRUPT, "%s", why.msg); /* ERR_STALE too: an index twice */
+    int result = -1;
+    if (e.kind >= KINDS) {
+        FAULT(e.index, "unknown kind %u", e.kind);
+        goto out;
+    }
+    enum proto_record which = record_of_kind[e.kind];
+    if (proto_decode(e.body.data, e.body.length, which, &body, &why))
+        FAULT(e.index, "%s", why.msg);
+    else
+        result = take_body(a, &e, &body, err);
+    proto_decoded_release(which, &body);
+    if (result == 0) a->entries++;
+out:
+    proto_decoded_release(RECORD_entry, &e);
+    return result;
+}
