@@ -1,0 +1,515 @@
+/* test_kernels.c - both backends against vectors saved from PyTorch, and the CPU backend against
+ * the reference on odd shapes. Gradients against finite differences are in test_gradients.c. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <endian.h>
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+/* An fp32 sum of n terms in any order is off by about sqrt(n) * 2^-24 of its terms' size, here at
+ * most 3e-6; the rest is room for cpu_exp and for values that cancel. A wrong term is off by 1e-2.
+ * */
+#define TOLERANCE 2e-5
+
+static void assert_close(const char *what, const float *got, const float *want, size_t n) {
+    float largest = 1e-3f;
+    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(want[i]));
+    for (size_t i = 0; i < n; i++)
+        if (!(fabs((double)got[i] - want[i]) <= TOLERANCE * largest))
+            fail_msg("%s[%zu] is %.9g, should be %.9g", what, i, (double)got[i], (double)want[i]);
+}
+
+/* A tensor of n values, about normal with the given size; freed at exit of the test by free(). */
+static float *draw(size_t n, float std) {
+    static uint64_t seed = 1;
+    float *x = malloc((n ? n : 1) * sizeof *x);
+    assert_non_null(x);
+    outer_init_normal(x, seed++, 0, n, std);
+    return x;
+}
+
+static float *copy_of(const float *x, size_t n) {
+    return memcpy(malloc(n * sizeof *x), x, n * sizeof *x);
+}
+
+/* What a kernel must overwrite holds NaN before. */
+static float *unwritten(size_t n) {
+    float *x = malloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = NAN;
+    return x;
+}
+
+static struct kernels *cpu_with(int threads) {
+    struct err err;
+    struct kernels *k = kernels_cpu_create(threads, &err);
+    if (!k) fail_msg("%s", err.msg);
+    return k;
+}
+
+static void finish(struct kernels *k) {
+    struct err err;
+    if (k->check(k, &err) != 0) fail_msg("%s", err.msg);
+    k->destroy(k);
+}
+
+/* ---- PyTorch's vectors, tests/reference/make_kernel_vectors.py ---- */
+
+enum { VB = 2, VT = 7, VH = 4, VKV = 2, VD = 6, VC = 24, VF = 10, VV = 13, VROWS = VB * VT };
+enum { VQKV = VROWS * (VH + 2 * VKV) * VD, VOUT = VROWS * VH * VD };
+
+static float vector_values[20000];
+static struct {
+    char name[32];
+    const float *values;
+    uint32_t n;
+} vectors[64];
+static size_t vector_count;
+
+static int read_vectors(void **state) {
+    (void)state;
+    FILE *f = fopen("tests/reference/kernel_vectors.bin", "rb");
+    uint32_t n;
+    float *to = vector_values;
+    if (!f) return -1; /* tests run from the root of the tree */
+    while (vector_count < 64 && fread(vectors[vector_count].name, 32, 1, f) == 1) {
+        if (fread(&n, 4, 1, f) != 1) return -1;
+        n = le32toh(n);
+        if (fread(to, 4, n, f) != n) return -1;
+        vectors[vector_count].values = to;
+        vectors[vector_count++].n = n;
+        to += n;
+    }
+    fclose(f);
+    return 0;
+}
+
+static const float *vector(const char *name, size_t n) {
+    for (size_t i = 0; i < vector_count; i++)
+        if (strcmp(vectors[i].name, name) == 0) {
+            assert_int_equal(vectors[i].n, n);
+            return vectors[i].values;
+        }
+    fail_msg("no vector %s", name);
+    return NULL;
+}
+
+static void ints_of(int32_t *out, const char *name, size_t n) {
+    const float *x = vector(name, n);
+    for (size_t i = 0; i < n; i++) out[i] = (int32_t)x[i];
+}
+
+static void matmul_like_pytorch(const struct kernels *k) {
+    const float *x = vector("matmul.x", VROWS * VC), *w = vector("matmul.w", VF * VC);
+    const float *dout = vector("matmul.dout", VROWS * VF);
+    float out[VROWS * VF], dx[VROWS * VC], dw[VF * VC];
+    k->matmul_forward(k, out, x, w, VROWS, VC, VF);
+    k->matmul_backward_input(k, dx, dout, w, VROWS, VC, VF, KERNELS_SET);
+    k->matmul_backward_weight(k, dw, dout, x, VROWS, VC, VF, KERNELS_SET);
+    assert_close("matmul.out", out, vector("matmul.out", VROWS * VF), VROWS * VF);
+    assert_close("matmul.dx", dx, vector("matmul.dx", VROWS * VC), VROWS * VC);
+    assert_close("matmul.dw", dw, vector("matmul.dw", VF * VC), VF * VC);
+}
+
+static void embedding_like_pytorch(const struct kernels *k) {
+    int32_t tokens[VROWS];
+    float out[VROWS * VC], dw[VV * VC] = { 0 };
+    ints_of(tokens, "embedding.tokens", VROWS);
+    k->embedding_forward(k, out, tokens, vector("embedding.w", VV * VC), VROWS, VC, VV);
+    k->embedding_backward(k, dw, vector("embedding.dout", VROWS * VC), tokens, VROWS, VC, VV);
+    assert_close("embedding.out", out, vector("embedding.out", VROWS * VC), VROWS * VC);
+    assert_close("embedding.dw", dw, vector("embedding.dw", VV * VC), VV * VC);
+}
+
+static void rmsnorm_like_pytorch(const struct kernels *k) {
+    const float *x = vector("rmsnorm.x", VROWS * VC), *w = vector("rmsnorm.w", VC);
+    float out[VROWS * VC], rstd[VROWS], dx[VROWS * VC] = { 0 }, dw[VC] = { 0 };
+    k->rmsnorm_forward(k, out, rstd, x, w, 1e-5f, VROWS, VC);
+    k->rmsnorm_backward(k, dx, dw, vector("rmsnorm.dout", VROWS * VC), x, w, rstd, VROWS, VC);
+    assert_close("rmsnorm.out", out, vector("rmsnorm.out", VROWS * VC), VROWS * VC);
+    assert_close("rmsnorm.dx", dx, vector("rmsnorm.dx", VROWS * VC), VROWS * VC);
+    assert_close("rmsnorm.dw", dw, vector("rmsnorm.dw", VC), VC);
+}
+
+/* Rotary embedding and attention as one chain, as the network runs them. */
+static void attention_like_pytorch(const struct kernels *k) {
+    float cosine[VT * VD / 2], sine[VT * VD / 2], qkv[VQKV], out[VOUT], lse[VB * VH * VT],
+        dqkv[VQKV];
+    kernels_rope_tables(cosine, sine, VT, VD, 500000.0);
+    memcpy(qkv, vector("attention.qkv", VQKV), sizeof qkv);
+    k->rope_forward(k, qkv, cosine, sine, VB, VT, VH, VKV, VD);
+    k->attention_forward(k, out, lse, qkv, VB, VT, VH, VKV, VD);
+    k->attention_backward(k, dqkv, vector("attention.dout", VOUT), qkv, out, lse, VB, VT, VH, VKV,
+                          VD);
+    k->rope_backward(k, dqkv, cosine, sine, VB, VT, VH, VKV, VD);
+    assert_close("attention.rotated", qkv, vector("attention.rotated", VQKV), VQKV);
+    assert_close("attention.out", out, vector("attention.out", VOUT), VOUT);
+    assert_close("attention.lse", lse, vector("attention.lse", VB * VH * VT), VB * VH * VT);
+    assert_close("attention.dqkv", dqkv, vector("attention.dqkv", VQKV), VQKV);
+}
+
+static void swiglu_like_pytorch(const struct kernels *k) {
+    const float *gate_up = vector("swiglu.gate_up", VROWS * 2 * VF);
+    float out[VROWS * VF], dgate_up[VROWS * 2 * VF];
+    k->swiglu_forward(k, out, gate_up, VROWS, VF);
+    k->swiglu_backward(k, dgate_up, vector("swiglu.dout", VROWS * VF), gate_up, VROWS, VF);
+    assert_close("swiglu.out", out, vector("swiglu.out", VROWS * VF), VROWS * VF);
+    assert_close("swiglu.dgate_up", dgate_up, vector("swiglu.dgate_up", VROWS * 2 * VF),
+                 VROWS * 2 * VF);
+}
+
+static void cross_entropy_like_pytorch(const struct kernels *k) {
+    int32_t targets[VROWS];
+    float logits[VROWS * VV], loss[VROWS];
+    ints_of(targets, "cross_entropy.targets", VROWS);
+    memcpy(logits, vector("cross_entropy.logits", VROWS * VV), sizeof logits);
+    k->cross_entropy(k, loss, logits, targets, 1.0f / (VROWS - 2), VROWS, VV); /* two are ignored */
+    assert_close("cross_entropy.loss", loss, vector("cross_entropy.loss", VROWS), VROWS);
+    assert_close("cross_entropy.dlogits", logits, vector("cross_entropy.dlogits", VROWS * VV),
+                 VROWS * VV);
+}
+
+/* Three steps, with the clip factor folded in: gradients twice too large, halved. */
+static void adamw_like_pytorch(const struct kernels *k) {
+    float param[40], grad[40], m[40] = { 0 }, v[40] = { 0 };
+    memcpy(param, vector("adamw.param", 40), sizeof param);
+    for (int step = 0; step < 3; step++) {
+        char name[32];
+        snprintf(name, sizeof name, "adamw.grad%d", step);
+        for (int i = 0; i < 40; i++) grad[i] = 2.0f * vector(name, 40)[i];
+        struct kernels_adamw a = { .lr = 0.01f,
+                                   .beta1 = 0.9f,
+                                   .beta2 = 0.95f,
+                                   .eps = 1e-8f,
+                                   .weight_decay = 0.1f,
+                                   .grad_scale = 0.5f,
+                                   .m_correction = (float)(1.0 - pow(0.9, step + 1)),
+                                   .v_correction = (float)(1.0 - pow(0.95, step + 1)) };
+        k->adamw(k, param, grad, m, v, 40, &a);
+    }
+    assert_close("adamw.after", param, vector("adamw.after", 40), 40);
+    assert_close("adamw.m", m, vector("adamw.m", 40), 40);
+    assert_close("adamw.v", v, vector("adamw.v", 40), 40);
+}
+
+static void all_kernels_like_pytorch(const struct kernels *k) {
+    matmul_like_pytorch(k);
+    embedding_like_pytorch(k);
+    rmsnorm_like_pytorch(k);
+    attention_like_pytorch(k);
+    swiglu_like_pytorch(k);
+    cross_entropy_like_pytorch(k);
+    adamw_like_pytorch(k);
+}
+
+static void reference_agrees_with_pytorch(void **state) {
+    (void)state;
+    all_kernels_like_pytorch(kernels_reference());
+}
+
+static void cpu_backend_agrees_with_pytorch(void **state) {
+    (void)state;
+    struct kernels *k = cpu_with(2);
+    all_kernels_like_pytorch(k);
+    finish(k);
+}
+
+/* The outer optimizer is "Nesterov as PyTorch writes it"; what bits it gives is test_outer.c's. */
+static void outer_nesterov_agrees_with_pytorch(void **state) {
+    (void)state;
+    float anchor[40], momentum[40] = { 0 };
+    memcpy(anchor, vector("nesterov.anchor", 40), sizeof anchor);
+    for (int step = 0; step < 3; step++) {
+        char name[32];
+        snprintf(name, sizeof name, "nesterov.mean%d", step);
+        outer_nesterov(anchor, momentum, vector(name, 40), 40, 0.7f, 0.9f);
+    }
+    assert_close("nesterov.after", anchor, vector("nesterov.after", 40), 40);
+    assert_close("nesterov.momentum", momentum, vector("nesterov.momentum", 40), 40);
+}
+
+/* ---- the CPU backend against the reference ----
+ * Shapes are odd on purpose: one row, one column, not a multiple of a vector or of a block, more
+ * threads than work. */
+
+static const struct kernels *ref;
+
+static void compare_matmul(const struct kernels *k, int rows, int C, int OC) {
+    size_t nx = (size_t)rows * C, nw = (size_t)OC * C, no = (size_t)rows * OC;
+    float *x = draw(nx, 1), *w = draw(nw, 1), *dout = draw(no, 1);
+    float *got = unwritten(no), *want = unwritten(no);
+    k->matmul_forward(k, got, x, w, rows, C, OC);
+    ref->matmul_forward(ref, want, x, w, rows, C, OC);
+    assert_close("matmul out", got, want, no);
+    for (int add = 0; add <= 1; add++) {
+        float *dx = add ? draw(nx, 1) : unwritten(nx), *dw = add ? draw(nw, 1) : unwritten(nw);
+        float *dx_want = copy_of(dx, nx), *dw_want = copy_of(dw, nw);
+        enum kernels_write write = add ? KERNELS_ADD : KERNELS_SET;
+        k->matmul_backward_input(k, dx, dout, w, rows, C, OC, write);
+        ref->matmul_backward_input(ref, dx_want, dout, w, rows, C, OC, write);
+        k->matmul_backward_weight(k, dw, dout, x, rows, C, OC, write);
+        ref->matmul_backward_weight(ref, dw_want, dout, x, rows, C, OC, write);
+        assert_close("matmul dx", dx, dx_want, nx);
+        assert_close("matmul dw", dw, dw_want, nw);
+        free(dx), free(dw), free(dx_want), free(dw_want);
+    }
+    free(x), free(w), free(dout), free(got), free(want);
+}
+
+static void compare_embedding(const struct kernels *k, int rows, int C, int V) {
+    size_t n = (size_t)rows * C, nw = (size_t)V * C;
+    int32_t *tokens = malloc((size_t)rows * sizeof *tokens);
+    for (int r = 0; r < rows; r++) tokens[r] = (int32_t)((unsigned)r * 2654435761u % (unsigned)V);
+    float *w = draw(nw, 1), *dout = draw(n, 1), *got = unwritten(n), *want = unwritten(n);
+    float *dw = draw(nw, 1), *dw_want = copy_of(dw, nw);
+    k->embedding_forward(k, got, tokens, w, rows, C, V);
+    ref->embedding_forward(ref, want, tokens, w, rows, C, V);
+    assert_memory_equal(got, want, n * sizeof *got);
+    k->embedding_backward(k, dw, dout, tokens, rows, C, V);
+    ref->embedding_backward(ref, dw_want, dout, tokens, rows, C, V);
+    assert_memory_equal(dw, dw_want, nw * sizeof *dw); /* rows in order, so the same bits */
+    free(tokens), free(w), free(dout), free(got), free(want), free(dw), free(dw_want);
+}
+
+static void compare_rmsnorm(const struct kernels *k, int rows, int C) {
+    size_t n = (size_t)rows * C;
+    float *x = draw(n, 3), *w = draw(C, 1), *dout = draw(n, 1), *out = unwritten(n);
+    float *out_want = unwritten(n), *rstd = unwritten(rows), *rstd_want = unwritten(rows);
+    float *dx = draw(n, 1), *dx_want = copy_of(dx, n), *dw = draw(C, 1), *dw_want = copy_of(dw, C);
+    k->rmsnorm_forward(k, out, rstd, x, w, 1e-5f, rows, C);
+    ref->rmsnorm_forward(ref, out_want, rstd_want, x, w, 1e-5f, rows, C);
+    k->rmsnorm_backward(k, dx, dw, dout, x, w, rstd, rows, C);
+    ref->rmsnorm_backward(ref, dx_want, dw_want, dout, x, w, rstd_want, rows, C);
+    assert_close("rmsnorm out", out, out_want, n);
+    assert_close("rmsnorm rstd", rstd, rstd_want, rows);
+    assert_close("rmsnorm dx", dx, dx_want, n);
+    assert_close("rmsnorm dw", dw, dw_want, C);
+    free(x), free(w), free(dout), free(out), free(out_want), free(rstd), free(rstd_want);
+    free(dx), free(dx_want), free(dw), free(dw_want);
+}
+
+static void compare_rope(const struct kernels *k, int B, int T, int H, int KV, int D) {
+    size_t n = (size_t)B * T * (H + 2 * KV) * D, angles = (size_t)T * D / 2;
+    float *qkv = draw(n, 1), *want = copy_of(qkv, n);
+    float *cosine = unwritten(angles), *sine = unwritten(angles);
+    kernels_rope_tables(cosine, sine, T, D, 10000.0);
+    k->rope_forward(k, qkv, cosine, sine, B, T, H, KV, D);
+    ref->rope_forward(ref, want, cosine, sine, B, T, H, KV, D);
+    assert_close("rope forward", qkv, want, n);
+    k->rope_backward(k, qkv, cosine, sine, B, T, H, KV, D);
+    ref->rope_backward(ref, want, cosine, sine, B, T, H, KV, D);
+    assert_close("rope backward", qkv, want, n);
+    free(qkv), free(want), free(cosine), free(sine);
+}
+
+static void compare_attention(const struct kernels *k, int B, int T, int H, int KV, int D) {
+    size_t n = (size_t)B * T * (H + 2 * KV) * D, no = (size_t)B * T * H * D, nl = (size_t)B * H * T;
+    float *qkv = draw(n, 2), *dout = draw(no, 1);
+    float *out = unwritten(no), *out_want = unwritten(no), *lse = unwritten(nl);
+    float *lse_want = unwritten(nl), *dqkv = unwritten(n), *dqkv_want = unwritten(n);
+    k->attention_forward(k, out, lse, qkv, B, T, H, KV, D);
+    ref->attention_forward(ref, out_want, lse_want, qkv, B, T, H, KV, D);
+    k->attention_backward(k, dqkv, dout, qkv, out, lse, B, T, H, KV, D);
+    ref->attention_backward(ref, dqkv_want, dout, qkv, out_want, lse_want, B, T, H, KV, D);
+    assert_close("attention out", out, out_want, no);
+    assert_close("attention lse", lse, lse_want, nl);
+    assert_close("attention dqkv", dqkv, dqkv_want, n);
+    free(qkv), free(dout), free(out), free(out_want), free(lse), free(lse_want);
+    free(dqkv), free(dqkv_want);
+}
+
+static void compare_swiglu(const struct kernels *k, int rows, int F) {
+    size_t n = (size_t)rows * F;
+    float *gate_up = draw(2 * n, 8), *dout = draw(n, 1), *out = unwritten(n), *want = unwritten(n);
+    float *dgate_up = unwritten(2 * n), *dwant = unwritten(2 * n);
+    gate_up[0] = -200.0f; /* where exp() over- and underflows */
+    k->swiglu_forward(k, out, gate_up, rows, F);
+    ref->swiglu_forward(ref, want, gate_up, rows, F);
+    k->swiglu_backward(k, dgate_up, dout, gate_up, rows, F);
+    ref->swiglu_backward(ref, dwant, dout, gate_up, rows, F);
+    assert_close("swiglu out", out, want, n);
+    assert_close("swiglu dgate_up", dgate_up, dwant, 2 * n);
+    k->swiglu_backward(k, gate_up, dout, gate_up, rows, F);
+    assert_memory_equal(gate_up, dgate_up, 2 * n * sizeof *gate_up);
+    free(gate_up), free(dout), free(out), free(want), free(dgate_up), free(dwant);
+}
+
+static void compare_cross_entropy(const struct kernels *k, int rows, int V, float std) {
+    size_t n = (size_t)rows * V;
+    int32_t *targets = malloc((size_t)rows * sizeof *targets);
+    for (int r = 0; r < rows; r++) targets[r] = r % 5 == 4 ? -1 : (r * 17 + V - 1) % V;
+    float *logits = draw(n, std), *want = copy_of(logits, n);
+    float *loss = unwritten(rows), *loss_want = unwritten(rows);
+    k->cross_entropy(k, loss, logits, targets, 0.25f, rows, V);
+    ref->cross_entropy(ref, loss_want, want, targets, 0.25f, rows, V);
+    assert_close("cross_entropy loss", loss, loss_want, rows);
+    assert_close("cross_entropy dlogits", logits, want, n);
+    free(targets), free(logits), free(want), free(loss), free(loss_want);
+}
+
+static void compare_elementwise(const struct kernels *k, size_t n) {
+    float *a = draw(n, 1), *b = draw(n, 1), *out = copy_of(a, n), *v = draw(n, 1);
+    k->add(k, out, out, b, n); /* in place */
+    k->scale(k, out, 0.75f, n);
+    for (size_t i = 0; i < n; i++) assert_true(out[i] == (a[i] + b[i]) * 0.75f);
+    for (size_t i = 0; i < n; i++) v[i] *= v[i];
+    struct kernels_adamw step = { .lr = 0.01f,
+                                  .beta1 = 0.9f,
+                                  .beta2 = 0.95f,
+                                  .eps = 1e-8f,
+                                  .weight_decay = 0.1f,
+                                  .m_correction = 0.19f,
+                                  .v_correction = 0.0975f,
+                                  .grad_scale = 0.5f };
+    float *p = copy_of(out, n), *m = copy_of(b, n), *v_want = copy_of(v, n),
+          *m_want = copy_of(b, n);
+    k->adamw(k, p, a, m, v, n, &step);
+    ref->adamw(ref, out, a, m_want, v_want, n, &step);
+    assert_close("adamw param", p, out, n);
+    assert_close("adamw m", m, m_want, n);
+    assert_close("adamw v", v, v_want, n);
+    double got = k->sum_squares(k, a, n), want = ref->sum_squares(ref, a, n);
+    assert_true(fabs(got - want) <= 1e-12 * want);
+    free(a), free(b), free(out), free(v), free(p), free(m), free(v_want), free(m_want);
+}
+
+static void cpu_backend_agrees_with_the_reference_on_odd_shapes(void **state) {
+    (void)state;
+    static const int shape[][3] = { { 1, 1, 1 }, { 1, 64, 3 }, { 37, 19, 1 }, { 129, 65, 130 } };
+    for (int threads = 1; threads <= 3; threads++) {
+        struct kernels *k = cpu_with(threads);
+        for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
+            const int *s = shape[i];
+            compare_matmul(k, s[0], s[1], s[2]);
+            compare_embedding(k, s[0], s[1], s[2]);
+            compare_rmsnorm(k, s[0], s[1]);
+            compare_swiglu(k, s[0], s[1]);
+            compare_cross_entropy(k, s[0], s[2], 4.0f);
+            compare_elementwise(k, (size_t)s[0] * s[1] * s[2]);
+        }
+        finish(k);
+    }
+}
+
+/* One token; a group of one and of all heads; one below, at and one above the block of 64 queries;
+ * a short sequence after a long one, which reuses a scratch that is larger than it needs. */
+static void cpu_attention_agrees_with_the_reference_on_odd_shapes(void **state) {
+    (void)state;
+    static const int shape[][5] = { { 1, 1, 1, 1, 2 },   { 2, 63, 4, 2, 6 },   { 1, 64, 2, 2, 16 },
+                                    { 3, 65, 3, 1, 10 }, { 1, 130, 4, 2, 32 }, { 2, 5, 6, 3, 4 } };
+    for (int threads = 1; threads <= 3; threads += 2) {
+        struct kernels *k = cpu_with(threads);
+        for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
+            const int *s = shape[i];
+            compare_attention(k, s[0], s[1], s[2], s[3], s[4]);
+            compare_rope(k, s[0], s[1], s[2], s[3], s[4]);
+        }
+        finish(k);
+    }
+}
+
+/* Sizes at which the backend really starts threads (elements from some 400,000, exponentials
+ * 50,000). */
+static void cpu_backend_agrees_with_the_reference_on_large_shapes(void **state) {
+    (void)state;
+    struct kernels *k = cpu_with(2);
+    compare_embedding(k, 3000, 150, 11);
+    compare_rmsnorm(k, 3001, 150);
+    compare_rope(k, 2, 1500, 3, 1, 34);
+    compare_swiglu(k, 301, 333);
+    compare_cross_entropy(k, 9, 50021, 4.0f);
+    compare_cross_entropy(k, 9, 50021, 1000.0f); /* a diverged model: exp() must not overflow */
+    compare_elementwise(k, 500001);
+    finish(k);
+}
+
+/* Gradient clipping must not depend on how many cores a member has. */
+static void sum_of_squares_has_the_same_bits_for_every_thread_count(void **state) {
+    (void)state;
+    size_t n = 1000003;
+    float *x = draw(n, 1);
+    struct kernels *one = cpu_with(1), *three = cpu_with(3);
+    double a = one->sum_squares(one, x, n), b = three->sum_squares(three, x, n);
+    assert_memory_equal(&a, &b, sizeof a);
+    finish(one);
+    finish(three);
+    free(x);
+}
+
+/* A lost gradient must show in the norm, whichever element it hides in. */
+static void sum_of_squares_is_not_finite_when_an_element_is_not(void **state) {
+    (void)state;
+    struct kernels *k = cpu_with(1);
+    float *x = draw(1000, 1);
+    static const float bad[] = { NAN, INFINITY, -INFINITY };
+    for (int i = 0; i < 3; i++) {
+        float kept = x[997];
+        x[997] = bad[i];
+        assert_false(isfinite(k->sum_squares(k, x, 1000)));
+        assert_false(isfinite(ref->sum_squares(ref, x, 1000)));
+        x[997] = kept;
+    }
+    assert_true(isfinite(k->sum_squares(k, x, 1000)));
+    finish(k);
+    free(x);
+}
+
+/* A NaN in the network must reach the loss and not be hidden by a maximum or a clamp. */
+static void a_nan_logit_gives_a_nan_loss(void **state) {
+    (void)state;
+    struct kernels *k = cpu_with(1);
+    for (int at = 0; at < 40; at++) {
+        float *logits = draw(40, 1), loss;
+        logits[at] = NAN;
+        k->cross_entropy(k, &loss, logits, &(int32_t){ 7 }, 1.0f, 1, 40);
+        assert_true(isnan(loss));
+        free(logits);
+    }
+    finish(k);
+}
+
+static void memory_is_zeroed_and_aligned_and_a_refusal_is_an_error(void **state) {
+    (void)state;
+    const struct kernels *k = ref;
+    struct err err = { 0 };
+    float *x = k->alloc(k, 100 * sizeof *x, &err), host[100], back[100];
+    assert_non_null(x);
+    assert_int_equal((uintptr_t)x % 64, 0);
+    for (int i = 0; i < 100; i++) {
+        assert_true(x[i] == 0.0f);
+        host[i] = (float)i;
+    }
+    k->copy_in(k, x, host, sizeof host);
+    k->copy_out(k, back, x, sizeof back);
+    assert_memory_equal(host, back, sizeof host);
+    k->zero(k, x, sizeof host);
+    assert_true(x[99] == 0.0f);
+    k->free(k, x);
+    k->free(k, NULL);
+    assert_null(k->alloc(k, SIZE_MAX, &err));
+    assert_int_equal(err.code, ERR_MEMORY);
+}
+
+int main(void) {
+    ref = kernels_reference();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(reference_agrees_with_pytorch),
+        cmocka_unit_test(cpu_backend_agrees_with_pytorch),
+        cmocka_unit_test(outer_nesterov_agrees_with_pytorch),
+        cmocka_unit_test(cpu_backend_agrees_with_the_reference_on_odd_shapes),
+        cmocka_unit_test(cpu_attention_agrees_with_the_reference_on_odd_shapes),
+        cmocka_unit_test(cpu_backend_agrees_with_the_reference_on_large_shapes),
+        cmocka_unit_test(sum_of_squares_has_the_same_bits_for_every_thread_count),
+        cmocka_unit_test(sum_of_squares_is_not_finite_when_an_element_is_not),
+        cmocka_unit_test(a_nan_logit_gives_a_nan_loss),
+        cmocka_unit_test(memory_is_zeroed_and_aligned_and_a_refusal_is_an_error),
+    };
+    return cmocka_run_group_tests(tests, read_vectors, NULL);
+}
