@@ -180,7 +180,7 @@ int ckpt_read(const struct ckpt *c, enum ckpt_which which, uint64_t first, size_
 /* Check every object against its digest, and that ledger.bin ends in the ledger head. Reads all,
  * in blocks; keeps no memory.
  * progress  may be NULL; called before each object and after each block with bytes done of all.
- * ERR_CORRUPT or ERR_TRUNCATED: msg names the first wrong object and both digests. ERR_NOT_FOUND
+ * ERR_CORRUPT or ERR_TRUNCATED: msg names the first wrong object and the starts of both digests. ERR_NOT_FOUND
  * on a plain folder, which has no digests. */
 int ckpt_verify(const struct ckpt *c,
                 void (*progress)(void *arg, const char *object, uint64_t done, uint64_t total),

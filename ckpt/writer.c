@@ -1,0 +1,652 @@
+/* writer.c - writes one checkpoint beside an event loop. The caller's thread copies ranges into
+ * files; a thread of our own does everything that waits for a disk, in one straight story
+ * (worker_main): small objects, syncing as bytes come, completing, hashing, and after the
+ * signature came, publishing.
+ *
+ * Two attempts at one index may meet, when a member that was told to write one is slow and another
+ * was asked instead. No object is ever replaced, and `claim` holds the number of the attempt that
+ * owns the folder: it is read before objects appear and before the manifest does. */
+#define _GNU_SOURCE /* gettid */
+#include "ckpt/internal.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#define SYNC_BYTES (16u << 20) /* put into one file before it is worth a sync */
+#define WORKER_NICE 10
+#define LATEST_TRIES_MAX 8
+#define SMALL_MAX 16
+#define CLAIM_BYTES 16
+
+/* A safetensors file: header, then elements [first, first + count) of anchor or momentum. */
+struct file {
+    char name[CKPT_NAME_BYTES_MAX + 1]; /* with the prefix */
+    struct ckpt_upload *upload;
+    uint64_t header_bytes, first, count;
+    uint64_t dirty_bytes; /* put and not synced; under the mutex */
+    bool completed;
+};
+
+struct small {
+    const char *name;
+    struct ckpt_blob blob;
+    bool put;
+};
+
+struct range {
+    uint64_t first, end;
+};
+
+struct ckpt_writer {
+    struct ckpt_store *store;
+    char prefix[CKPT_PREFIX_BYTES_MAX + 1];
+    uint8_t claim[CLAIM_BYTES];
+    struct msg_genesis genesis;
+    uint64_t elements;
+    struct manifest manifest; /* objects in the order they were added; digests come in the end */
+
+    struct file *file; /* anchor's shards, then momentum's */
+    uint32_t shards;
+    struct small small[SMALL_MAX];
+    uint32_t small_count;
+
+    struct range *taken; /* ascending, disjoint, not touching; the caller's thread only */
+    size_t taken_count, taken_capacity;
+
+    struct ckpt_blob manifest_bytes;
+    struct manifest_sig sig;
+    bool manifest_tried; /* from here on it may be there, and we remove nothing */
+
+    int event;
+    pthread_t thread;
+    bool thread_runs;
+    pthread_mutex_t mutex; /* guards state, abort, failure and every dirty_bytes */
+    pthread_cond_t changed;
+    enum ckpt_state state;
+    bool abort;
+    struct err failure;
+};
+
+/* ---- state ------------------------------------------------------------------------------------- */
+
+static void notify(struct ckpt_writer *w) {
+    uint64_t one = 1;
+    ssize_t n = write(w->event, &one, sizeof one); /* full only if nobody reads: readable anyway */
+    (void)n;
+}
+
+static enum ckpt_state state_of(const struct ckpt_writer *w) {
+    pthread_mutex_t *mutex = (pthread_mutex_t *)(uintptr_t)&w->mutex;
+    pthread_mutex_lock(mutex);
+    enum ckpt_state state = w->state;
+    pthread_mutex_unlock(mutex);
+    return state;
+}
+
+/* The first failure is the one that counts. */
+static void enter(struct ckpt_writer *w, enum ckpt_state state, const struct err *why) {
+    pthread_mutex_lock(&w->mutex);
+    if (w->state != CKPT_FAILED) {
+        w->state = state;
+        if (why) w->failure = *why;
+    }
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->mutex);
+    notify(w);
+}
+
+static bool aborted(struct ckpt_writer *w, struct err *err) {
+    pthread_mutex_lock(&w->mutex);
+    bool abort = w->abort || w->state == CKPT_FAILED;
+    pthread_mutex_unlock(&w->mutex);
+    if (abort) err_set(err, ERR_REFUSED, "%s: given up", w->prefix);
+    return abort;
+}
+
+/* ---- the worker -------------------------------------------------------------------------------- */
+
+static int check_claim(struct ckpt_writer *w, struct err *err) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    uint8_t now[CLAIM_BYTES];
+    object_name(w->prefix, "claim", name);
+    if (!w->store->ops->get(w->store, name, 0, now, sizeof now, NULL) &&
+        !memcmp(now, w->claim, sizeof now))
+        return 0;
+    return err_set(err, ERR_STALE, "%s: another writer has taken it over", w->prefix);
+}
+
+/* The genesis is first: with it in the folder, no reader takes an unfinished one for a plain
+ * Hugging Face folder. */
+static int put_small_objects(struct ckpt_writer *w, struct err *err) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    object_name(w->prefix, "claim", name);
+    if (w->store->ops->put(w->store, name, w->claim, sizeof w->claim, NULL, err)) return -1;
+    for (uint32_t i = 0; i < w->small_count; i++) {
+        struct small *s = &w->small[i];
+        if (aborted(w, err)) return -1;
+        object_name(w->prefix, s->name, name);
+        if (w->store->ops->put(w->store, name, s->blob.data, s->blob.length, CKPT_ABSENT, err)) return -1;
+        s->put = true;
+        w->manifest.object[2 * w->shards + i].digest = digest_of(s->blob.data, s->blob.length);
+    }
+    return 0;
+}
+
+static struct file *most_dirty(struct ckpt_writer *w) {
+    struct file *most = NULL;
+    for (uint32_t i = 0; i < 2 * w->shards; i++)
+        if (w->file[i].dirty_bytes >= SYNC_BYTES &&
+            (!most || w->file[i].dirty_bytes > most->dirty_bytes))
+            most = &w->file[i];
+    return most;
+}
+
+/* While ranges come: keep few bytes in memory that are not on disk, so that the last sync is
+ * short and the caller's writes never wait for the disk. Returns when nothing more will come. */
+static int sync_while_taking(struct ckpt_writer *w, struct err *err) {
+    int r = 0;
+    pthread_mutex_lock(&w->mutex);
+    while (!r && w->state == CKPT_TAKING && !w->abort) {
+        struct file *f = most_dirty(w);
+        if (!f) {
+            pthread_cond_wait(&w->changed, &w->mutex);
+            continue;
+        }
+        uint64_t bytes = f->dirty_bytes;
+        pthread_mutex_unlock(&w->mutex);
+        r = w->store->ops->upload_sync(f->upload, err);
+        pthread_mutex_lock(&w->mutex);
+        f->dirty_bytes -= bytes;
+    }
+    pthread_mutex_unlock(&w->mutex);
+    return r || aborted(w, err) ? -1 : 0;
+}
+
+struct hashing {
+    struct ckpt_writer *writer;
+    struct digest_stream stream;
+};
+
+static int hash_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
+    struct hashing *h = arg;
+    (void)offset;
+    digest_stream_update(&h->stream, data, n);
+    return aborted(h->writer, err) ? -1 : 0;
+}
+
+/* What is hashed is what the store gives back. */
+static int complete_files(struct ckpt_writer *w, struct err *err) {
+    if (check_claim(w, err)) return -1;
+    for (uint32_t i = 0; i < 2 * w->shards; i++) {
+        struct file *f = &w->file[i];
+        struct hashing h = {.writer = w};
+        if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
+        f->completed = true;
+        digest_stream_init(&h.stream);
+        if (object_stream(w->store, f->name, w->manifest.object[i].bytes, hash_block, &h, err)) return -1;
+        w->manifest.object[i].digest = digest_stream_final(&h.stream);
+    }
+    return 0;
+}
+
+/* `latest` only moves forward; who loses the race for it looks again. */
+static int move_latest(struct ckpt_writer *w, struct err *err) {
+    struct latest now, mine = {.index = w->manifest.facts.index};
+    char version[CKPT_VERSION_BYTES_MAX + 1];
+    struct ckpt_blob blob;
+    memcpy(mine.prefix, w->prefix, sizeof mine.prefix);
+    mine.manifest = digest_of(w->manifest_bytes.data, w->manifest_bytes.length);
+    if (latest_format(&mine, &blob, err)) return -1;
+    struct err e = {.code = ERR_STALE};
+    int r = -1;
+    for (int i = 0; r && e.code == ERR_STALE && i < LATEST_TRIES_MAX; i++) {
+        bool readable = !latest_read(w->store, &now, version, &e);
+        if (readable && now.index >= mine.index) r = 0;
+        else if (readable || e.code == ERR_CORRUPT) /* nonsense is better replaced */
+            r = w->store->ops->put(w->store, "latest", blob.data, blob.length, version, &e);
+        else if (e.code == ERR_NOT_FOUND)
+            r = w->store->ops->put(w->store, "latest", blob.data, blob.length, CKPT_ABSENT, &e);
+    }
+    free(blob.data);
+    if (r && err) {
+        *err = e;
+        err_prefix(err, "%s is complete, but `latest` does not name it", w->prefix);
+    }
+    return r;
+}
+
+static int publish(struct ckpt_writer *w, struct err *err) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    struct ckpt_blob sig;
+    if (check_claim(w, err) || manifest_sig_format(&w->sig, &sig, err)) return -1;
+    object_name(w->prefix, "manifest.sig", name);
+    int r = w->store->ops->put(w->store, name, sig.data, sig.length, CKPT_ABSENT, err);
+    free(sig.data);
+    if (r) return -1;
+    w->manifest_tried = true;
+    object_name(w->prefix, "manifest.json", name);
+    if (w->store->ops->put(w->store, name, w->manifest_bytes.data, w->manifest_bytes.length, CKPT_ABSENT, err))
+        return -1;
+    if (move_latest(w, err)) return -1;
+    object_name(w->prefix, "claim", name);
+    w->store->ops->remove(w->store, name, NULL); /* of no use any more, and of no harm */
+    return 0;
+}
+
+static int wait_for_signature(struct ckpt_writer *w, struct err *err) {
+    pthread_mutex_lock(&w->mutex);
+    while (w->state == CKPT_UNSIGNED && !w->abort) pthread_cond_wait(&w->changed, &w->mutex);
+    pthread_mutex_unlock(&w->mutex);
+    return aborted(w, err) ? -1 : 0;
+}
+
+static void *worker_main(void *arg) {
+    struct ckpt_writer *w = arg;
+    struct err err = {0};
+    setpriority(PRIO_PROCESS, (id_t)gettid(), WORKER_NICE); /* on Linux: of this thread */
+    if (put_small_objects(w, &err) || sync_while_taking(w, &err) || complete_files(w, &err) ||
+        manifest_format(&w->manifest, &w->manifest_bytes, &err))
+        goto failed;
+    if (w->manifest_bytes.length > CKPT_MANIFEST_BYTES_MAX) {
+        err_set(&err, ERR_FULL, "%s: manifest of %zu bytes, at most %u fit a message: use larger files",
+                w->prefix, w->manifest_bytes.length, CKPT_MANIFEST_BYTES_MAX);
+        goto failed;
+    }
+    enter(w, CKPT_UNSIGNED, NULL);
+    if (wait_for_signature(w, &err) || publish(w, &err)) goto failed;
+    enter(w, CKPT_PUBLISHED, NULL);
+    return NULL;
+failed:
+    enter(w, CKPT_FAILED, &err);
+    return NULL;
+}
+
+static int start_worker(struct ckpt_writer *w, struct err *err) {
+    sigset_t all, before; /* signals are the caller's business */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int e = pthread_create(&w->thread, NULL, worker_main, w);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    errno = e;
+    if (e) return err_set_errno(err, "%s: start a thread", w->prefix);
+    w->thread_runs = true;
+    return 0;
+}
+
+/* ---- create ------------------------------------------------------------------------------------ */
+
+static int add_object(struct ckpt_writer *w, const char *name, uint64_t bytes, struct err *err) {
+    struct manifest *m = &w->manifest;
+    if (m->count == CKPT_OBJECTS_MAX)
+        return err_set(err, ERR_FULL, "%s: more than %u files: use larger ones", w->prefix, CKPT_OBJECTS_MAX);
+    m->object[m->count].bytes = bytes;
+    snprintf(m->object[m->count++].name, sizeof m->object->name, "%s", name);
+    return 0;
+}
+
+static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_shard *s,
+                      const struct ckpt_blob *header, struct file *f, struct err *err) {
+    uint64_t bytes = header->length + s->count * 4;
+    if (add_object(w, name, bytes, err)) return -1;
+    object_name(w->prefix, name, f->name);
+    f->header_bytes = header->length;
+    f->first = s->first;
+    f->count = s->count;
+    f->upload = w->store->ops->upload_begin(w->store, f->name, bytes, err);
+    if (!f->upload) return -1;
+    return w->store->ops->upload_put(f->upload, 0, header->data, header->length, err);
+}
+
+static int begin_files(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
+    const struct msg_model *m = w->genesis.model;
+    for (uint32_t i = 0; i < 2 * w->shards; i++) {
+        const struct hf_shard *s = &shards[i % w->shards];
+        struct ckpt_blob header;
+        char name[64];
+        hf_shard_name(i < w->shards ? "model" : "momentum", i % w->shards, w->shards, name);
+        if (safetensors_format(m, s->first_tensor, s->end_tensor, &header, err)) return -1;
+        int r = begin_file(w, name, s, &header, &w->file[i], err);
+        free(header.data);
+        if (r) return -1;
+    }
+    return 0;
+}
+
+/* Take over *blob, whose making gave `failed`. */
+static int add_small(struct ckpt_writer *w, const char *name, int failed,
+                     const struct ckpt_blob *blob, struct err *err) {
+    if (failed) return -1;
+    assert(w->small_count < SMALL_MAX);
+    w->small[w->small_count++] = (struct small){.name = name, .blob = *blob};
+    return add_object(w, name, blob->length, err);
+}
+
+static int add_cursor(struct ckpt_writer *w, const struct ckpt_meta *meta, struct err *err) {
+    struct ckpt_blob b = {0};
+    uint32_t count = meta->spent_count;
+    struct msg_range *spent = calloc(count + 1u, sizeof *spent);
+    if (!spent) return err_set(err, ERR_MEMORY, "out of memory for %u ranges", count);
+    if (count) memcpy(spent, meta->spent, count * sizeof *spent);
+    int r = ranges_normalise(spent, &count, err) ||
+            cursor_format(&w->manifest.facts, spent, count, &b, err);
+    free(spent);
+    return add_small(w, "cursor.json", r, &b, err);
+}
+
+static int add_genesis(struct ckpt_writer *w, const struct ckpt_meta *meta, struct err *err) {
+    struct ckpt_blob b = {malloc(meta->genesis.length + 1u), meta->genesis.length};
+    if (!b.data) return err_set(err, ERR_MEMORY, "out of memory for the genesis");
+    memcpy(b.data, meta->genesis.data, b.length);
+    return add_small(w, "genesis.bin", 0, &b, err);
+}
+
+static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta,
+                             const struct hf_shard *shards, struct err *err) {
+    const struct msg_model *m = w->genesis.model;
+    struct ckpt_blob b = {0};
+    return add_genesis(w, meta, err) ||
+           add_small(w, "ledger.bin", ledger_format(meta->ledger, meta->ledger_count, &b, err), &b, err) ||
+           add_cursor(w, meta, err) ||
+           add_small(w, "config.json", hf_config_format(m, w->genesis.init_std, &b, err), &b, err) ||
+           add_small(w, "generation_config.json", hf_generation_config_format(&b, err), &b, err) ||
+           add_small(w, "tokenizer.json", hf_tokenizer_format(&b, err), &b, err) ||
+           add_small(w, "tokenizer_config.json", hf_tokenizer_config_format(m, &b, err), &b, err) ||
+           add_small(w, "model.safetensors.index.json",
+                     hf_index_format(m, "model", shards, w->shards, &b, err), &b, err) ||
+           add_small(w, "momentum.safetensors.index.json",
+                     hf_index_format(m, "momentum", shards, w->shards, &b, err), &b, err)
+               ? -1 : 0;
+}
+
+/* Everything about the run that the manifest says, from the caller's meta. */
+static int take_meta(struct ckpt_writer *w, const struct ckpt_meta *meta, struct err *err) {
+    struct ckpt_facts *f = &w->manifest.facts;
+    char *tokenizer = w->manifest.tokenizer;
+    if (proto_decode(meta->genesis.data, meta->genesis.length, RECORD_genesis, &w->genesis, err)) {
+        if (err) err->code = ERR_CORRUPT;
+        return -1;
+    }
+    if (w->genesis.model_count != 1 || w->genesis.corpus_count != 1)
+        return err_set(err, ERR_CORRUPT, "genesis: a model and a corpus are expected");
+    if (proto_model_check(w->genesis.model, err)) return -1;
+    if (meta->index > INT64_MAX || meta->round > INT64_MAX || meta->tokens_committed > INT64_MAX)
+        return err_set(err, ERR_CORRUPT, "checkpoint of ledger index %" PRIu64 ", round %" PRIu64
+                       ", %" PRIu64 " tokens: numbers end at 2^63", meta->index, meta->round,
+                       meta->tokens_committed);
+    proto_str_copy(w->genesis.corpus->tokenizer, tokenizer, sizeof w->manifest.tokenizer);
+    if (strcmp(tokenizer, CKPT_TOKENIZER_BYTES) != 0)
+        return err_set(err, ERR_UNSUPPORTED, "tokenizer \"%s\": a checkpoint can be written with \"%s\"",
+                       tokenizer, CKPT_TOKENIZER_BYTES);
+    f->run = digest_of(meta->genesis.data, meta->genesis.length);
+    f->state_root = meta->state_root;
+    f->index = meta->index;
+    f->round = meta->round;
+    f->tokens_committed = meta->tokens_committed;
+    w->elements = proto_model_elements(w->genesis.model);
+    ckpt_prefix(meta->index, w->prefix);
+    return ledger_check(meta->ledger, meta->ledger_count, meta->index, &f->ledger_head, err);
+}
+
+static int clear_folder(struct ckpt_writer *w, struct err *err) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    struct ckpt_object o;
+    struct err e = {0};
+    object_name(w->prefix, "manifest.json", name);
+    if (!w->store->ops->stat(w->store, name, &o, &e))
+        return err_set(err, ERR_REFUSED, "%s: this checkpoint is there already", name);
+    if (e.code == ERR_NOT_FOUND) return object_remove_all(w->store, w->prefix, err);
+    if (err) *err = e;
+    return -1;
+}
+
+static int begin(struct ckpt_writer *w, const struct ckpt_meta *meta, uint64_t shard_bytes,
+                 struct err *err) {
+    struct hf_shard *shards = NULL;
+    if (take_meta(w, meta, err) ||
+        hf_shards(w->genesis.model, shard_bytes ? shard_bytes : CKPT_SHARD_BYTES, &shards, &w->shards, err))
+        return -1;
+    w->file = calloc(2 * (size_t)w->shards, sizeof *w->file);
+    w->manifest.object = calloc(CKPT_OBJECTS_MAX, sizeof *w->manifest.object);
+    int r = -1;
+    if (!w->file || !w->manifest.object) err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
+    else if (getrandom(w->claim, sizeof w->claim, 0) != CLAIM_BYTES) err_set_errno(err, "getrandom");
+    else if ((w->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) err_set_errno(err, "eventfd");
+    else r = clear_folder(w, err) || begin_files(w, shards, err) ||
+             add_small_objects(w, meta, shards, err) || start_worker(w, err) ? -1 : 0;
+    free(shards);
+    return r;
+}
+
+struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ckpt_meta *meta,
+                                       uint64_t shard_bytes, struct err *err) {
+    struct ckpt_writer *w = calloc(1, sizeof *w);
+    if (!w) {
+        err_set(err, ERR_MEMORY, "checkpoint: out of memory");
+        return NULL;
+    }
+    w->store = store;
+    w->event = -1;
+    pthread_mutex_init(&w->mutex, NULL);
+    pthread_cond_init(&w->changed, NULL);
+    if (!begin(w, meta, shard_bytes, err)) return w;
+    err_prefix(err, "checkpoint %" PRIu64, meta->index);
+    ckpt_writer_destroy(w);
+    return NULL;
+}
+
+/* ---- destroy ----------------------------------------------------------------------------------- */
+
+/* What we put and nobody can use. Not where another attempt owns the folder by now. */
+static void remove_objects(struct ckpt_writer *w) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    if (!w->thread_runs || check_claim(w, NULL)) return;
+    for (uint32_t i = 0; i < 2 * w->shards; i++)
+        if (w->file[i].completed) w->store->ops->remove(w->store, w->file[i].name, NULL);
+    for (uint32_t i = 0; i < w->small_count; i++) {
+        if (!w->small[i].put) continue;
+        object_name(w->prefix, w->small[i].name, name);
+        w->store->ops->remove(w->store, name, NULL);
+    }
+    object_name(w->prefix, "manifest.sig", name);
+    w->store->ops->remove(w->store, name, NULL);
+    object_name(w->prefix, "claim", name);
+    w->store->ops->remove(w->store, name, NULL);
+}
+
+/* A put of the manifest that failed may have left it nevertheless. */
+static bool manifest_there(struct ckpt_writer *w) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    struct ckpt_object o;
+    struct err e = {0};
+    if (!w->manifest_tried) return false;
+    object_name(w->prefix, "manifest.json", name);
+    return !w->store->ops->stat(w->store, name, &o, &e) || e.code != ERR_NOT_FOUND;
+}
+
+void ckpt_writer_destroy(struct ckpt_writer *w) {
+    if (!w) return;
+    if (w->thread_runs) {
+        pthread_mutex_lock(&w->mutex);
+        w->abort = true;
+        pthread_cond_broadcast(&w->changed);
+        pthread_mutex_unlock(&w->mutex);
+        pthread_join(w->thread, NULL);
+    }
+    for (uint32_t i = 0; w->file && i < 2 * w->shards; i++)
+        w->store->ops->upload_destroy(w->file[i].upload);
+    if (!manifest_there(w)) remove_objects(w);
+    for (uint32_t i = 0; i < w->small_count; i++) free(w->small[i].blob.data);
+    free(w->file);
+    free(w->taken);
+    free(w->manifest_bytes.data);
+    manifest_sig_release(&w->sig);
+    manifest_release(&w->manifest);
+    proto_decoded_release(RECORD_genesis, &w->genesis);
+    if (w->event >= 0) close(w->event);
+    pthread_mutex_destroy(&w->mutex);
+    pthread_cond_destroy(&w->changed);
+    free(w);
+}
+
+/* ---- put --------------------------------------------------------------------------------------- */
+
+/* Index of the first taken range that ends after `first`. */
+static size_t taken_after(const struct ckpt_writer *w, uint64_t first) {
+    size_t low = 0, high = w->taken_count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (w->taken[middle].end <= first) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* Room for one more, so that nothing can fail between writing a range and noting it. */
+static int reserve_taken(struct ckpt_writer *w, struct err *err) {
+    if (w->taken_count < w->taken_capacity) return 0;
+    size_t more = w->taken_capacity ? 2 * w->taken_capacity : 64;
+    struct range *grown = realloc(w->taken, more * sizeof *grown);
+    if (!grown) return err_set(err, ERR_MEMORY, "%s: out of memory for %zu ranges", w->prefix, more);
+    w->taken = grown;
+    w->taken_capacity = more;
+    return 0;
+}
+
+static void note_taken(struct ckpt_writer *w, uint64_t first, uint64_t end) {
+    size_t at = taken_after(w, first);
+    bool joins_before = at > 0 && w->taken[at - 1].end == first;
+    bool joins_after = at < w->taken_count && w->taken[at].first == end;
+    if (joins_before && joins_after) {
+        w->taken[at - 1].end = w->taken[at].end;
+        memmove(&w->taken[at], &w->taken[at + 1], (--w->taken_count - at) * sizeof *w->taken);
+    } else if (joins_before) {
+        w->taken[at - 1].end = end;
+    } else if (joins_after) {
+        w->taken[at].first = first;
+    } else {
+        memmove(&w->taken[at + 1], &w->taken[at], (w->taken_count++ - at) * sizeof *w->taken);
+        w->taken[at] = (struct range){first, end};
+    }
+}
+
+bool ckpt_writer_wants(const struct ckpt_writer *w, uint64_t first, uint64_t n) {
+    size_t at = taken_after(w, first);
+    bool all = at < w->taken_count && w->taken[at].first <= first && w->taken[at].end >= first + n;
+    return n > 0 && !all && state_of(w) == CKPT_TAKING;
+}
+
+/* The part of elements [first, first + n) that lies in f. */
+static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint64_t n,
+                    const float *values, struct err *err) {
+    uint64_t from = first > f->first ? first : f->first;
+    uint64_t end = first + n < f->first + f->count ? first + n : f->first + f->count;
+    if (from >= end) return 0;
+    if (w->store->ops->upload_put(f->upload, f->header_bytes + (from - f->first) * 4,
+                                  values + (from - first), (size_t)(end - from) * 4, err))
+        return -1;
+    pthread_mutex_lock(&w->mutex);
+    f->dirty_bytes += (end - from) * 4;
+    if (f->dirty_bytes >= SYNC_BYTES) pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->mutex);
+    return 0;
+}
+
+int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float *anchor,
+                    const float *momentum, struct err *err) {
+    pthread_mutex_lock(&w->mutex);
+    enum ckpt_state state = w->state;
+    if (state == CKPT_FAILED && err) *err = w->failure;
+    pthread_mutex_unlock(&w->mutex);
+    if (state == CKPT_FAILED) return -1;
+    if (state != CKPT_TAKING)
+        return err_set(err, ERR_REFUSED, "%s: all elements were put before", w->prefix);
+    if (first > w->elements || n > w->elements - first)
+        return err_set(err, ERR_REFUSED, "%s: %zu elements from %" PRIu64 ", the vector has %" PRIu64,
+                       w->prefix, n, first, w->elements);
+    size_t at = taken_after(w, first);
+    if (n > 0 && at < w->taken_count && w->taken[at].first < first + n)
+        return err_set(err, ERR_REFUSED, "%s: element %" PRIu64 " was put before", w->prefix,
+                       w->taken[at].first > first ? w->taken[at].first : first);
+    struct err e = {0};
+    int r = reserve_taken(w, &e);
+    for (uint32_t i = 0; !r && i < w->shards; i++)
+        r = put_part(w, &w->file[i], first, n, anchor, &e) ||
+            put_part(w, &w->file[w->shards + i], first, n, momentum, &e) ? -1 : 0;
+    if (r) {
+        enter(w, CKPT_FAILED, &e);
+        if (err) *err = e;
+        return -1;
+    }
+    if (n) note_taken(w, first, first + n);
+    return 0;
+}
+
+uint64_t ckpt_writer_backlog_bytes(const struct ckpt_writer *w) {
+    pthread_mutex_t *mutex = (pthread_mutex_t *)(uintptr_t)&w->mutex;
+    uint64_t sum = 0;
+    pthread_mutex_lock(mutex);
+    for (uint32_t i = 0; i < 2 * w->shards; i++) sum += w->file[i].dirty_bytes;
+    pthread_mutex_unlock(mutex);
+    return sum;
+}
+
+/* ---- the end ----------------------------------------------------------------------------------- */
+
+int ckpt_writer_finish(struct ckpt_writer *w, struct err *err) {
+    enum ckpt_state state = ckpt_writer_poll(w, err);
+    if (state == CKPT_FAILED) return -1;
+    assert(state == CKPT_TAKING); /* finished twice */
+    uint64_t missing = w->taken_count && w->taken[0].first == 0 ? w->taken[0].end : 0;
+    if (missing != w->elements)
+        return err_set(err, ERR_REFUSED, "%s: element %" PRIu64 " of %" PRIu64 " is still missing",
+                       w->prefix, missing, w->elements);
+    enter(w, CKPT_FINISHING, NULL);
+    return 0;
+}
+
+int ckpt_writer_fd(const struct ckpt_writer *w) { return w->event; }
+
+enum ckpt_state ckpt_writer_poll(struct ckpt_writer *w, struct err *err) {
+    uint64_t count;
+    ssize_t n = read(w->event, &count, sizeof count); /* before the look: no change is missed */
+    (void)n;
+    pthread_mutex_lock(&w->mutex);
+    enum ckpt_state state = w->state;
+    if (state == CKPT_FAILED && err) *err = w->failure;
+    pthread_mutex_unlock(&w->mutex);
+    return state;
+}
+
+const void *ckpt_writer_manifest(const struct ckpt_writer *w, size_t *length) {
+    assert(state_of(w) == CKPT_UNSIGNED);
+    *length = w->manifest_bytes.length;
+    return w->manifest_bytes.data;
+}
+
+int ckpt_writer_publish(struct ckpt_writer *w, uint64_t term, const struct proto_sig *signature,
+                        const struct proto_key *key, struct proto_bytes delegation,
+                        const struct proto_sig *delegation_signature, struct err *err) {
+    assert(state_of(w) == CKPT_UNSIGNED);
+    struct manifest_sig s = {*key, term, *signature, *delegation_signature,
+                             {malloc(delegation.length + 1u), delegation.length}};
+    if (!s.delegation.data) return err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
+    memcpy(s.delegation.data, delegation.data, delegation.length);
+    if (term > INT64_MAX) err_set(err, ERR_REFUSED, "%s: term %" PRIu64, w->prefix, term);
+    else if (!manifest_sig_check(&s, &w->genesis, &w->manifest.facts.run, &w->manifest_bytes, err)) {
+        w->sig = s;
+        enter(w, CKPT_PUBLISHING, NULL);
+        return 0;
+    }
+    manifest_sig_release(&s);
+    return -1;
+}
