@@ -51,7 +51,8 @@ struct sync_config {
 /* ---- events ------------------------------------------------------------------------------------- */
 
 enum sync_event_type {
-    SYNC_EV_CONNECTED,        /* to the coordinator, WELCOME checked (by the agent); HELLO follows */
+    SYNC_EV_CONNECTED,        /* to the coordinator, WELCOME checked (by the agent): frame = the WELCOME's
+                               * (its term); HELLO follows */
     SYNC_EV_MESSAGE,          /* frame + msg from the coordinator */
     SYNC_EV_DISCONNECTED,
     SYNC_EV_PEER_OPEN,        /* a link asked for by SYNC_ACT_PEER_DIAL is up, or a peer dialled us */
@@ -60,12 +61,15 @@ enum sync_event_type {
     SYNC_EV_PEER_DRAINED,     /* little is unsent to `peer`: more may be emitted */
     SYNC_EV_WORK,             /* go on with queued work; ask sync_has_work() whether there is some */
     SYNC_EV_TICK,             /* about every SYNC_TICK_MS */
-    SYNC_EV_TRAINER_UP,       /* trainer processes run and wait for parameters; also after a restart */
-    SYNC_EV_TRAINER_STEP,     /* one inner step done: samples = consumed since the last reset/summed freeze, in all */
-    SYNC_EV_TRAINER_FROZEN,   /* answer to TRAINER_FREEZE: local = parameters [elements], valid until return */
-    SYNC_EV_TRAINER_APPLIED,  /* answer to TRAINER_APPLY / TRAINER_RESET: its slot may be rewritten */
-    SYNC_EV_TRAINER_MOMENTS,  /* answer to TRAINER_MOMENTS_EXPORT: local = second moments, steps */
-    SYNC_EV_TRAINER_DOWN,     /* died or was stopped: its inner state is lost */
+    SYNC_EV_TRAINER_UP,       /* trainer processes run and wait for parameters; also after a restart. steps: as
+                               * found in its saved inner state; 0 = it has no moments, so peers are asked */
+    SYNC_EV_TRAINER_STEP,     /* one inner step done: samples, steps, loss, tokens_per_s */
+    SYNC_EV_TRAINER_FROZEN,   /* answer to TRAINER_FREEZE: samples, steps; local = parameters [elements], encoded
+                               * piece by piece: valid until the next TRAINER_FREEZE or TRAINER_DOWN */
+    SYNC_EV_TRAINER_APPLIED,  /* answer to TRAINER_APPLY, _RESET or _MOMENTS_IMPORT: its slot may be rewritten */
+    SYNC_EV_TRAINER_MOMENTS,  /* answer to TRAINER_MOMENTS_EXPORT: local = second moments [elements], served to
+                               * peers piece by piece: valid until the next EXPORT or TRAINER_DOWN; steps */
+    SYNC_EV_TRAINER_DOWN,     /* died or was stopped: its parameters and queued samples are lost */
     SYNC_EV_CHECKPOINT,       /* the agent's writer: see done, manifest, text */
     SYNC_EV_LEAVE             /* the owner wants to leave in order: LEAVE is sent, then nothing more */
 };
@@ -77,7 +81,8 @@ struct sync_event {
     struct frame frame;
     const void *msg;              /* borrowed until return */
     const float *local;
-    uint64_t samples, steps;      /* TRAINER_STEP, _FROZEN: samples consumed since the trainer's last RESET or APPLY-of-a-freeze */
+    uint64_t samples;             /* consumed since the trainer's last RESET, or APPLY that had a SYNC_OP_MIX, in all */
+    uint64_t steps;               /* inner steps it ever did, or went into its moments */
     double loss, tokens_per_s;
     /* SYNC_EV_CHECKPOINT: either manifest bytes to be signed (done = false) or the end (done = true, ok) */
     bool done, ok;
