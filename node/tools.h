@@ -17,7 +17,4 @@ int tool_generate(int argc, char **argv);
  * slice: what a network must beat to have learnt more than letter statistics. */
 int tool_bigram(int argc, char **argv);
 
-/* train CORPUS [--model PRESET] [--steps N] [--threads N] ...: one process alone, no run. */
-int tool_train(int argc, char **argv);
-
 #endif
