@@ -17,25 +17,30 @@ struct checkpoint;
 struct checkpoint_ops {
     /* The manifest must be signed: answer with checkpoint_signed(). */
     void (*on_manifest)(void *arg, const void *manifest, size_t length);
-    /* The end: ok, or why not (text, one line: "no space left ..."). manifest: digest, zero if not ok. */
+    /* The end: ok, or why not (text, one line: "no space left ..."). manifest: digest of its bytes,
+     * zero if not ok. */
     void (*on_done)(void *arg, bool ok, const struct digest *manifest, const char *text);
 };
 
-struct checkpoint *checkpoint_create(struct event_base *base, const struct checkpoint_ops *ops,
+/* elements, chunk_elements: of the state that will be written. NULL: no memory. */
+struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
+                                     uint32_t chunk_elements, const struct checkpoint_ops *ops,
                                      void *arg);
 /* What was not published is removed. NULL is fine. */
 void checkpoint_destroy(struct checkpoint *c);
 
-/* Begin to write the state of `s` as msg says. Failures, one in progress included, are told through
- * on_done, never from within this call. s: borrowed until on_done. */
-void checkpoint_begin(struct checkpoint *c, const struct sync *s, const struct msg_genesis *genesis,
-                      struct proto_bytes genesis_bytes, const struct msg_checkpoint_write *msg);
+/* Begin to write the state of `s`, which is that of msg->index, to the store that msg->url lies in.
+ * One that is still being written is given up first, without a word: whoever asks again has
+ * forgotten it. Failures are told through on_done, never from within this call. s is borrowed until
+ * on_done. */
+void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_bytes genesis,
+                      const struct msg_checkpoint_write *msg);
 
 /* The hook for sync_set_before_change(): saves the chunk if it is still to be written. */
 void checkpoint_before_change(void *checkpoint, uint32_t chunk);
 
-/* The signature by the coordinator that showed `w`, under `term`. */
-void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term, const struct proto_sig *signature,
-                       const struct uplink_welcome *w);
+/* The manifest was signed under `term` by the coordinator that showed `w`. */
+void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,
+                       const struct proto_sig *signature, const struct uplink_welcome *w);
 
 #endif

@@ -49,7 +49,7 @@ struct segment_message {
     uint32_t type;
     uint32_t contributors; /* APPLY, RESET: members whose tokens grow the run between commits */
     uint64_t start, count; /* SAMPLES */
-    uint64_t samples;      /* consumed since the last RESET or the APPLY that ended a FREEZE */
+    uint64_t samples;      /* consumed since the last RESET or the last APPLY that mixed a chunk */
     uint64_t steps;
     uint64_t tokens;       /* APPLY, RESET: the run's committed tokens */
     double loss, tokens_per_s;

@@ -38,7 +38,8 @@ struct trainer {
     struct range range[RANGES_MAX]; /* what to train on, in this order */
     uint32_t range_count;
     uint64_t queued;       /* samples in them */
-    uint64_t consumed;     /* since the last RESET or the APPLY that ended a FREEZE */
+    uint64_t consumed;     /* what is in the parameters and not yet in the anchor */
+    double queued_at_s;    /* when samples last came */
     uint64_t position;     /* the run's committed tokens, as last told */
     uint64_t tokens_since; /* own, since then */
     uint32_t contributors;
@@ -197,6 +198,7 @@ static int on_samples(struct trainer *t, const struct segment_message *m, struct
         return err_set(err, ERR_FULL, "more than %u ranges of samples are queued", RANGES_MAX);
     t->range[t->range_count++] = (struct range){ m->start, m->count };
     t->queued += m->count;
+    t->queued_at_s = now_s();
     return 0;
 }
 
@@ -213,23 +215,26 @@ static int on_freeze(struct trainer *t, struct err *err) {
     return 0;
 }
 
-/* Every chunk as its op says; the rest of the vector stays. */
+/* Every chunk as its op says; the rest of the vector stays. A chunk that is mixed says that this
+ * member's work was summed: it is in the anchor now. */
 static void on_apply(struct trainer *t, const struct segment_message *m) {
     const float *in = segment_in(t->segment);
     const uint8_t *ops = segment_ops(t->segment);
     uint64_t elements = segment_setup(t->segment)->elements;
     size_t chunk = segment_setup(t->segment)->chunk_elements;
+    bool summed = false;
     for (uint32_t c = 0; c < segment_chunks(t->segment); c++) {
         size_t first = c * chunk, n = elements - first < chunk ? (size_t)(elements - first) : chunk;
         if (ops[c] == SYNC_OP_KEEP) continue;
         engine_params_read(t->engine, first, n, t->scratch);
+        summed |= ops[c] == SYNC_OP_MIX;
         if (ops[c] == SYNC_OP_MIX)
             outer_mix(t->scratch, in + first, n, t->genesis.outer->alpha);
         else
             for (size_t i = 0; i < n; i++) t->scratch[i] += in[first + i];
         engine_params_write(t->engine, first, n, t->scratch);
     }
-    if (t->frozen) t->consumed = 0;
+    if (summed) t->consumed = 0;
     t->frozen = false;
     t->position = m->tokens;
     t->contributors = m->contributors;
@@ -284,8 +289,15 @@ static int on_command(struct trainer *t, const struct segment_message *m, struct
 
 /* ---- the loop ------------------------------------------------------------------------------------- */
 
-static int serve(struct trainer *t, struct err *err) {
+/* How many samples to train on now; 0 = wait. */
+static uint32_t samples_due(const struct trainer *t) {
     uint32_t batch = t->genesis.inner->batch;
+    if (!t->has_parameters || t->frozen) return 0;
+    if (t->queued >= batch) return batch;
+    return now_s() - t->queued_at_s > TRAINER_PARTIAL_S ? (uint32_t)t->queued : 0;
+}
+
+static int serve(struct trainer *t, struct err *err) {
     struct segment_message m;
     tell(t, &(struct segment_message){ .type = SEGMENT_UP, .steps = engine_steps(t->engine) });
     t->saved_at_s = now_s();
@@ -295,13 +307,14 @@ static int serve(struct trainer *t, struct err *err) {
             if (on_command(t, &m, err)) return -1;
         }
         if (t->stop) break;
-        if (!t->has_parameters || t->frozen || t->queued < batch) {
+        uint32_t samples = samples_due(t);
+        if (samples == 0) {
             segment_set_busy(t->segment, false);
             segment_wait(t->segment, WAIT_MS);
             continue;
         }
         segment_set_busy(t->segment, true);
-        if (step(t, batch, err)) return -1;
+        if (step(t, samples, err)) return -1;
         if (now_s() - t->saved_at_s > TRAINER_SAVE_LATE_S) save(t);
     }
     if (t->has_parameters) save(t);

@@ -49,8 +49,8 @@ void uplink_destroy(struct uplink *u); /* NULL is fine; what is queued is still 
 /* Show this secret before the HELLO, from the next WELCOME on, until a member id was given. */
 void uplink_set_enrol(struct uplink *u, const struct digest *secret, const char *name,
                       bool aggregate_only);
-/* No frame for so long: the connection is dead. 0 = never (the default). Time in which this process
- * itself did not run does not count. */
+/* No frame for so long: the connection is dead (default 30 s). Time in which this process itself did
+ * not run does not count. */
 void uplink_set_silence(struct uplink *u, uint32_t silence_ms);
 
 /* Queue a message. Dropped when there is no connection: on_down was called. */

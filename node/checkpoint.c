@@ -1,0 +1,222 @@
+/* checkpoint.c - drives ckpt_writer from the agent's loop; see checkpoint.h. */
+#include "node/checkpoint.h"
+
+#include <event2/event.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ckpt/ckpt.h"
+
+#define BACKLOG_WAIT_MS 5
+
+struct checkpoint {
+    struct event_base *base;
+    uint64_t elements;
+    uint32_t chunk_elements, chunks;
+    const struct checkpoint_ops *ops;
+    void *arg;
+    struct event *work;         /* puts chunks; also tells of a failure at the beginning */
+    /* The checkpoint in progress; store is NULL when there is none. */
+    struct ckpt_store *store;
+    struct ckpt_writer *writer;
+    struct event *ready;        /* the writer's fd */
+    const struct sync *sync;
+    uint64_t index;
+    uint32_t next;              /* the chunk to look at next */
+    bool finishing;
+    struct err failed;          /* code != ERR_NONE: to be told */
+};
+
+static void add_timer(struct event *ev, uint32_t ms) {
+    struct timeval tv = { .tv_usec = (suseconds_t)ms * 1000 };
+    event_add(ev, &tv);
+}
+
+static void close_writer(struct checkpoint *c) {
+    if (c->ready) event_free(c->ready);
+    ckpt_writer_destroy(c->writer);
+    if (c->store) c->store->ops->close(c->store);
+    c->ready = NULL;
+    c->writer = NULL;
+    c->store = NULL;
+    c->sync = NULL;
+    c->finishing = false;
+    event_del(c->work);
+}
+
+static void fail(struct checkpoint *c, const struct err *err) {
+    close_writer(c);
+    c->failed = *err;
+    add_timer(c->work, 0);
+}
+
+/* ---- putting ------------------------------------------------------------------------------------------ */
+
+/* Hand over a chunk unless that was done. -1: the writer failed and was closed. */
+static int put(struct checkpoint *c, uint32_t chunk) {
+    struct err err = {0};
+    uint64_t first = (uint64_t)chunk * c->chunk_elements;
+    size_t n = c->elements - first < c->chunk_elements ? (size_t)(c->elements - first)
+                                                       : c->chunk_elements;
+    if (!ckpt_writer_wants(c->writer, first, n)) return 0;
+    if (!ckpt_writer_put(c->writer, first, n, sync_anchor(c->sync) + first,
+                         sync_momentum(c->sync) + first, &err))
+        return 0;
+    fail(c, &err);
+    return -1;
+}
+
+void checkpoint_before_change(void *checkpoint, uint32_t chunk) {
+    struct checkpoint *c = checkpoint;
+    if (c->writer && !c->finishing) put(c, chunk);
+}
+
+static void tell_failure(struct checkpoint *c) {
+    struct err err = c->failed;
+    struct digest none = {0};
+    c->failed.code = ERR_NONE;
+    c->ops->on_done(c->arg, false, &none, err.msg);
+}
+
+/* One chunk a turn: about a millisecond per MiB. */
+static void on_work(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct checkpoint *c = arg;
+    struct err err = {0};
+    if (c->failed.code != ERR_NONE) {
+        tell_failure(c);
+        return;
+    }
+    if (ckpt_writer_backlog_bytes(c->writer) >= CKPT_BACKLOG_BYTES) {
+        add_timer(c->work, BACKLOG_WAIT_MS);
+        return;
+    }
+    if (c->next < c->chunks) {
+        if (!put(c, c->next++)) add_timer(c->work, 0);
+        return;
+    }
+    c->finishing = true;
+    if (ckpt_writer_finish(c->writer, &err)) fail(c, &err);
+}
+
+/* ---- the writer's own progress --------------------------------------------------------------------------- */
+
+static void on_published(struct checkpoint *c) {
+    size_t length;
+    const void *manifest = ckpt_writer_manifest(c->writer, &length);
+    struct digest digest = digest_of(manifest, length);
+    char where[PROTO_URL_BYTES_MAX + 1] = "";
+    ckpt_url(c->store->url, c->index, where, NULL);
+    close_writer(c);
+    c->ops->on_done(c->arg, true, &digest, where);
+}
+
+static void on_ready(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct checkpoint *c = arg;
+    struct err err = {0};
+    size_t length;
+    const void *manifest;
+    switch (ckpt_writer_poll(c->writer, &err)) {
+    case CKPT_UNSIGNED:
+        manifest = ckpt_writer_manifest(c->writer, &length);
+        c->ops->on_manifest(c->arg, manifest, length);
+        break;
+    case CKPT_PUBLISHED: on_published(c); break;
+    case CKPT_FAILED: fail(c, &err); break;
+    case CKPT_TAKING: case CKPT_FINISHING: case CKPT_PUBLISHING: break;
+    }
+}
+
+void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,
+                       const struct proto_sig *signature, const struct uplink_welcome *w) {
+    struct err err = {0};
+    if (!c->writer || index != c->index || ckpt_writer_poll(c->writer, &err) != CKPT_UNSIGNED) return;
+    if (ckpt_writer_publish(c->writer, term, signature, &w->key, w->delegation,
+                            &w->delegation_signature, &err))
+        fail(c, &err);
+}
+
+/* ---- beginning ----------------------------------------------------------------------------------------------- */
+
+/* The URL may name the store or the checkpoint's own folder in it. */
+static void store_url(const struct msg_checkpoint_write *msg, char out[PROTO_URL_BYTES_MAX + 1]) {
+    char prefix[CKPT_PREFIX_BYTES_MAX + 1];
+    proto_str_copy(msg->url, out, PROTO_URL_BYTES_MAX + 1);
+    ckpt_prefix(msg->index, prefix);
+    size_t n = strlen(out), p = strlen(prefix);
+    if (n > p + 1 && !strcmp(out + n - p, prefix) && out[n - p - 1] == '/') out[n - p - 1] = 0;
+}
+
+/* The entries up to the one with the checkpoint's index. */
+static int pick_ledger(const struct sync *s, uint64_t index, struct ckpt_meta *meta, struct err *err) {
+    uint32_t count = sync_ledger_count(s);
+    struct msg_entry first;
+    if (count == 0) return err_set(err, ERR_CORRUPT, "there is no ledger to put into a checkpoint");
+    meta->ledger = sync_ledger_entry(s, 0);
+    if (proto_decode(meta->ledger->bytes.data, meta->ledger->bytes.length, RECORD_entry, &first, err))
+        return -1;
+    uint64_t begin = first.index;
+    proto_decoded_release(RECORD_entry, &first);
+    if (index < begin || index - begin >= count)
+        return err_set(err, ERR_CORRUPT, "the ledger here has no entry %llu", (unsigned long long)index);
+    meta->ledger_count = (uint32_t)(index - begin + 1);
+    return 0;
+}
+
+static int begin(struct checkpoint *c, struct proto_bytes genesis,
+                 const struct msg_checkpoint_write *msg, struct err *err) {
+    char url[PROTO_URL_BYTES_MAX + 1];
+    struct ckpt_meta meta = { .index = msg->index, .state_root = msg->root, .round = msg->round,
+                              .tokens_committed = msg->tokens_committed, .spent = msg->spent,
+                              .spent_count = msg->spent_count, .genesis = genesis };
+    store_url(msg, url);
+    if (pick_ledger(c->sync, msg->index, &meta, err)) return -1;
+    if (!(c->store = ckpt_store_open(url, true, err))) return -1;
+    if (!(c->writer = ckpt_writer_create(c->store, &meta, 0, err))) return -1;
+    c->ready = event_new(c->base, ckpt_writer_fd(c->writer), EV_READ | EV_PERSIST, on_ready, c);
+    if (!c->ready || event_add(c->ready, NULL))
+        return err_set(err, ERR_MEMORY, "no memory for a checkpoint's event");
+    return 0;
+}
+
+void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_bytes genesis,
+                      const struct msg_checkpoint_write *msg) {
+    struct err err = {0};
+    close_writer(c);
+    c->failed.code = ERR_NONE;
+    c->sync = s;
+    c->index = msg->index;
+    c->next = 0;
+    if (begin(c, genesis, msg, &err))
+        fail(c, &err);
+    else
+        add_timer(c->work, 0);
+}
+
+/* ---- life ------------------------------------------------------------------------------------------------------ */
+
+struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
+                                     uint32_t chunk_elements, const struct checkpoint_ops *ops,
+                                     void *arg) {
+    struct checkpoint *c = calloc(1, sizeof *c);
+    if (!c || !(c->work = evtimer_new(base, on_work, c))) {
+        free(c);
+        return NULL;
+    }
+    c->base = base;
+    c->elements = elements;
+    c->chunk_elements = chunk_elements;
+    c->chunks = (uint32_t)((elements + chunk_elements - 1) / chunk_elements);
+    c->ops = ops;
+    c->arg = arg;
+    return c;
+}
+
+void checkpoint_destroy(struct checkpoint *c) {
+    if (!c) return;
+    close_writer(c);
+    event_free(c->work);
+    free(c);
+}
