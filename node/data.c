@@ -373,7 +373,8 @@ static int parse_file(json_t *o, struct token_file *f, struct err *err) {
     strcpy(f->name, name);
     f->tokens = (uint64_t)tokens;
     f->samples = (uint64_t)samples;
-    return digest_parse(hex, &f->digest, err);
+    if (digest_parse(hex, &f->digest, err)) return err_set(err, ERR_CORRUPT, "%s: digest '%.70s'", name, hex);
+    return 0;
 }
 
 static int parse_files(struct data *d, json_t *list, struct err *err) {

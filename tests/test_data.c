@@ -1,0 +1,319 @@
+/* The corpus: preparing, checking, sample order. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "node/data.h"
+#include "node/tokenizer.h"
+#include "proto/proto.h"
+
+#define SEQUENCE 10
+
+static char folder[] = "/tmp/intellect-test-data-XXXXXX";
+
+static const char *in_folder(const char *name) {
+    static char path[4][256];
+    static int next;
+    char *p = path[next++ % 4];
+    snprintf(p, sizeof path[0], "%s/%s", folder, name);
+    return p;
+}
+
+static void write_file(const char *path, const void *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    assert_non_null(f);
+    assert_int_equal(fwrite(bytes, 1, n, f), n);
+    fclose(f);
+}
+
+/* Text whose byte at i names its place: 26 letters would repeat, so any byte value may come. */
+static void write_text(const char *path, size_t n, unsigned start) {
+    unsigned char *text = malloc(n);
+    for (size_t i = 0; i < n; i++) text[i] = (unsigned char)(start + i + i / 251);
+    write_file(path, text, n);
+    free(text);
+}
+
+static int make_folder(void **state) {
+    (void)state;
+    if (!mkdtemp(folder)) return -1;
+    write_text(in_folder("a.txt"), 1000, 0);
+    write_text(in_folder("b.txt"), 437, 100);
+    return 0;
+}
+
+static int remove_folder(void **state) {
+    (void)state;
+    char command[300];
+    snprintf(command, sizeof command, "rm -r '%s'", folder);
+    return system(command) != 0;
+}
+
+static void prepare(struct data_info *info) {
+    const char *files[] = { in_folder("a.txt"), in_folder("b.txt") };
+    struct err err = { 0 };
+    if (data_prepare(in_folder("corpus"), files, 2, "bytes", SEQUENCE, 0.1, info, &err)) fail_msg("%s", err.msg);
+}
+
+/* ---- order ------------------------------------------------------------------------------------- */
+
+/* A sample that came twice, or never, would break the promise that every sample is spent once. */
+static void the_order_is_a_permutation(void **state) {
+    (void)state;
+    const uint64_t sizes[] = { 1, 2, 3, 4, 5, 16, 17, 255, 256, 257, 5000 };
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        uint64_t n = sizes[s];
+        unsigned char *seen = calloc(n, 1);
+        for (uint64_t i = 0; i < n; i++) {
+            uint64_t j = data_permute(42, n, i);
+            assert_true(j < n);
+            assert_int_equal(seen[j]++, 0);
+        }
+        free(seen);
+    }
+}
+
+/* Known answers: members of different builds must draw the same samples for the same leases. */
+static void the_order_never_changes(void **state) {
+    (void)state;
+    assert_int_equal(data_permute(1, 1000000, 0), 351241u);
+    assert_int_equal(data_permute(1, 1000000, 999999), 782596u);
+    assert_int_equal(data_permute(0xfeedfacecafebeefu, (uint64_t)1 << 40, 123456789), 975515424731u);
+}
+
+static void another_seed_is_another_order(void **state) {
+    (void)state;
+    unsigned same = 0, near = 0;
+    for (uint64_t i = 0; i < 1000; i++) {
+        uint64_t a = data_permute(1, 1000, i), b = data_permute(2, 1000, i);
+        same += a == b;
+        near += i > 0 && a == data_permute(1, 1000, i - 1) + 1;
+    }
+    assert_true(same < 10 && near < 10);
+}
+
+/* ---- samples ----------------------------------------------------------------------------------- */
+
+static void corpus_has_what_the_texts_have(void **state) {
+    (void)state;
+    struct data_info info;
+    prepare(&info);
+    assert_int_equal(info.files, 2);
+    assert_int_equal(info.heldout_tokens, 100 + 43);
+    assert_int_equal(info.tokens, 900 + 394);
+    assert_int_equal(info.samples, 899 / SEQUENCE + 393 / SEQUENCE);
+    assert_int_equal(info.vocabulary, 256);
+    assert_string_equal(info.tokenizer, "bytes");
+}
+
+/* Each token is a target at most once, targets follow inputs, and a file's last window fits. */
+static void samples_cover_the_text_without_overlap(void **state) {
+    (void)state;
+    struct data *d = data_open(in_folder("corpus"), NULL, 5, NULL);
+    assert_non_null(d);
+    unsigned char text[900], target[900] = { 0 };
+    unsigned from_a = 0;
+    for (size_t i = 0; i < sizeof text; i++) text[i] = (unsigned char)(i + i / 251);
+    for (uint64_t s = 0; s < data_info(d)->samples; s++) {
+        int32_t tokens[SEQUENCE + 1];
+        assert_int_equal(data_sample(d, s, tokens, NULL), 0);
+        for (size_t at = 0; at + SEQUENCE < sizeof text; at += SEQUENCE) {
+            size_t t = 0;
+            while (t <= SEQUENCE && tokens[t] == text[at + t]) t++;
+            if (t <= SEQUENCE || target[at + 1]) continue;
+            for (t = 1; t <= SEQUENCE; t++) assert_int_equal(target[at + t]++, 0);
+            from_a++;
+            break;
+        }
+    }
+    assert_int_equal(from_a, 89);
+    data_close(d);
+}
+
+/* The held-out text must never be leased: no sample index reaches it. */
+static void heldout_is_the_end_of_each_text(void **state) {
+    (void)state;
+    struct data *d = data_open(in_folder("corpus/corpus.json"), NULL, 5, NULL);
+    int32_t tokens[200];
+    size_t got;
+    assert_int_equal(data_heldout(d, 0, 200, tokens, &got, NULL), 0);
+    assert_int_equal(got, 143);
+    assert_int_equal(tokens[0], (900 + 900 / 251) & 255);
+    assert_int_equal(tokens[100], (100 + 394 + 394 / 251) & 255);
+    assert_int_equal(data_heldout(d, 143, 200, tokens, &got, NULL), 0);
+    assert_int_equal(got, 0);
+    data_close(d);
+}
+
+static void members_draw_the_same_samples_by_url_and_digest(void **state) {
+    (void)state;
+    char url[300];
+    int32_t a[SEQUENCE + 1], b[SEQUENCE + 1];
+    snprintf(url, sizeof url, "file://%s", in_folder("corpus"));
+    struct data *d = data_open(in_folder("corpus"), NULL, 9, NULL);
+    struct data *e = data_open(url, &data_info(d)->manifest_digest, 9, NULL);
+    assert_non_null(e);
+    for (uint64_t s = 0; s < data_info(d)->samples; s++) {
+        assert_int_equal(data_sample(d, s, a, NULL), 0);
+        assert_int_equal(data_sample(e, s, b, NULL), 0);
+        assert_memory_equal(a, b, sizeof a);
+    }
+    data_close(d);
+    data_close(e);
+}
+
+static void a_sample_outside_the_corpus_is_refused(void **state) {
+    (void)state;
+    struct data *d = data_open(in_folder("corpus"), NULL, 9, NULL);
+    int32_t tokens[SEQUENCE + 1];
+    struct err err = { 0 };
+    assert_int_equal(data_sample(d, data_info(d)->samples, tokens, &err), -1);
+    assert_int_equal(err.code, ERR_CONFIG);
+    data_close(d);
+}
+
+/* ---- what can be wrong ------------------------------------------------------------------------- */
+
+static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
+    (void)state;
+    const char *files[] = { in_folder("short.txt") };
+    struct err err = { 0 };
+    write_text(files[0], 10, 0);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), -1);
+    assert_int_equal(err.code, ERR_CONFIG);
+    assert_non_null(strstr(err.msg, "short.txt"));
+    assert_non_null(strstr(err.msg, "10 tokens"));
+    assert_non_null(strstr(err.msg, "needs 11"));
+    write_text(files[0], 11, 0);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), 0);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0.09, NULL, &err), -1);
+    assert_null(data_open(in_folder("small"), NULL, 0, &err)); /* no manifest from a failed attempt */
+    assert_int_equal(err.code, ERR_NOT_FOUND);
+}
+
+static void wrong_arguments_are_named(void **state) {
+    (void)state;
+    const char *files[] = { in_folder("missing.txt") };
+    struct err err = { 0 };
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), -1);
+    assert_int_equal(err.code, ERR_NOT_FOUND);
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "words", SEQUENCE, 0, NULL, &err), -1);
+    assert_non_null(strstr(err.msg, "bytes"));
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", 0, 0, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0.7, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 0, "bytes", SEQUENCE, 0, NULL, &err), -1);
+    assert_null(data_open("s3://bucket/corpus", NULL, 0, &err));
+    assert_int_equal(err.code, ERR_UNSUPPORTED);
+}
+
+/* A member with other bytes would train on other text than the ledger says. */
+static void changed_files_are_found(void **state) {
+    (void)state;
+    const char *path = in_folder("corpus/tokens-00001.bin");
+    struct err err = { 0 };
+    int fd = open(path, O_RDWR);
+    unsigned char byte, other;
+    assert_int_equal(pread(fd, &byte, 1, 20), 1);
+    other = byte ^ 1;
+    assert_int_equal(pwrite(fd, &other, 1, 20), 1);
+    assert_null(data_open(in_folder("corpus"), NULL, 0, &err));
+    assert_int_equal(err.code, ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "tokens-00001.bin"));
+    assert_int_equal(pwrite(fd, &byte, 1, 20), 1);
+    assert_int_equal(ftruncate(fd, 394 * 2 - 2), 0);
+    assert_null(data_open(in_folder("corpus"), NULL, 0, &err));
+    assert_int_equal(err.code, ERR_TRUNCATED);
+    close(fd);
+    prepare(NULL);
+}
+
+/* A file that is cut under a running trainer is an error of that step, not a crash. */
+static void a_file_that_shrinks_later_is_an_error(void **state) {
+    (void)state;
+    struct data *d = data_open(in_folder("corpus"), NULL, 0, NULL);
+    struct err err = { 0 };
+    int32_t tokens[SEQUENCE + 1];
+    int failed = 0;
+    assert_int_equal(truncate(in_folder("corpus/tokens-00000.bin"), 100), 0);
+    for (uint64_t s = 0; s < data_info(d)->samples; s++) failed += data_sample(d, s, tokens, &err) != 0;
+    assert_int_equal(err.code, ERR_TRUNCATED);
+    assert_int_equal(failed, 89 - 4);
+    data_close(d);
+    prepare(NULL);
+}
+
+static void another_manifest_is_refused(void **state) {
+    (void)state;
+    struct digest other = { { 1 } };
+    struct err err = { 0 };
+    assert_null(data_open(in_folder("corpus"), &other, 0, &err));
+    assert_int_equal(err.code, ERR_CORRUPT);
+}
+
+/* The manifest comes over the network one day: nothing in it may lead out of its folder or past
+ * what is there. */
+static void hostile_manifests_are_refused(void **state) {
+    (void)state;
+    static const char *const manifests[] = {
+        "", "[]", "{}", "{\"format\": 2}", "{\"format\": \"one\"}",
+#define WITH(dtype, name, tokens, samples)                                                                    \
+    "{\"format\":1,\"tokenizer\":\"bytes\",\"vocabulary\":256,\"dtype\":\"" dtype "\",\"sequence\":10,"         \
+    "\"files\":[{\"name\":\"" name "\",\"tokens\":" tokens ",\"samples\":" samples ",\"blake2b\":\"00\"}],"     \
+    "\"samples\":" samples ",\"heldout\":{\"name\":\"heldout.bin\",\"tokens\":0,\"blake2b\":\"00\"}}"
+        WITH("float", "t.bin", "11", "1"), WITH("uint16", "../t.bin", "11", "1"),
+        WITH("uint16", "t.bin", "-11", "1"), WITH("uint16", "t.bin", "11", "2"),
+        WITH("uint16", "t.bin", "11", "1"), WITH("uint16", "t.bin", "0", "0"),
+    };
+    mkdir(in_folder("hostile"), 0755);
+    for (size_t i = 0; i < sizeof manifests / sizeof *manifests; i++) {
+        struct err err = { 0 };
+        write_file(in_folder("hostile/corpus.json"), manifests[i], strlen(manifests[i]));
+        if (data_open(in_folder("hostile"), NULL, 0, &err)) fail_msg("accepted %s", manifests[i]);
+        assert_true(err.code == ERR_CORRUPT || err.code == ERR_UNSUPPORTED);
+    }
+}
+
+static void bytes_come_back_as_they_were(void **state) {
+    (void)state;
+    const struct tokenizer *t = tokenizer_find("bytes", NULL);
+    char text[256], out[TOKENIZER_TOKEN_BYTES_MAX];
+    int32_t ids[256];
+    for (int i = 0; i < 256; i++) text[i] = (char)i;
+    assert_int_equal(t->encode(text, 256, ids), 256);
+    for (int i = 0; i < 256; i++) {
+        assert_int_equal(t->decode(ids[i], out), 1);
+        assert_int_equal(out[0], text[i]);
+    }
+    assert_int_equal(t->decode(256, out), 0);
+    assert_int_equal(t->decode(-1, out), 0);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_order_is_a_permutation),
+        cmocka_unit_test(the_order_never_changes),
+        cmocka_unit_test(another_seed_is_another_order),
+        cmocka_unit_test(corpus_has_what_the_texts_have),
+        cmocka_unit_test(samples_cover_the_text_without_overlap),
+        cmocka_unit_test(heldout_is_the_end_of_each_text),
+        cmocka_unit_test(members_draw_the_same_samples_by_url_and_digest),
+        cmocka_unit_test(a_sample_outside_the_corpus_is_refused),
+        cmocka_unit_test(a_text_smaller_than_a_sequence_names_both_numbers),
+        cmocka_unit_test(wrong_arguments_are_named),
+        cmocka_unit_test(changed_files_are_found),
+        cmocka_unit_test(a_file_that_shrinks_later_is_an_error),
+        cmocka_unit_test(another_manifest_is_refused),
+        cmocka_unit_test(hostile_manifests_are_refused),
+        cmocka_unit_test(bytes_come_back_as_they_were),
+    };
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
+}
