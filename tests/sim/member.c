@@ -76,7 +76,7 @@ static void trainer_step(struct sim_world *w, struct sim_member *m) {
 static void trainer_reply(struct sim_world *w, struct sim_member *m, uint64_t what) {
     struct sim_trainer *t = &m->trainer;
     struct sync_event ev = { .type = (enum sync_event_type)what, .samples = t->samples, .steps = t->steps,
-                             .local = t->local, .loss = 5.0 };
+                             .local = what == SYNC_EV_TRAINER_MOMENTS ? t->moments : t->local, .loss = 5.0 };
     uint32_t life = t->generation;
     if (what == SYNC_EV_TRAINER_FROZEN) memcpy(m->frozen_effect, t->effect, sizeof t->effect);
     step(w, m, &ev);
@@ -293,16 +293,20 @@ void sim_member_kill(struct sim_world *w, struct sim_member *m, bool power) {
 
 /* ---- the coordinator's link ---------------------------------------------------------------------- */
 
+static void connected(struct sim_world *w, struct sim_member *m) {
+    step(w, m, &(struct sync_event){ .type = SYNC_EV_CONNECTED, .frame = { .type = MSG_WELCOME, .term = w->term } });
+}
+
 static void on_welcome(struct sim_world *w, struct sim_member *m, struct sim_conn *c) {
     if (m->id) {
-        step(w, m, &(struct sync_event){ .type = SYNC_EV_CONNECTED });
+        connected(w, m);
         return;
     }
     char name[32];
     snprintf(name, sizeof name, "slot-%u", m->slot);
     struct msg_enrol enrol = { .name = proto_str(name), .aggregate_only = !m->trains };
     memset(enrol.secret.b, (int)m->slot + 1, sizeof enrol.secret.b);
-    sim_conn_send(w, c, true, MSG_ENROL, (struct frame){ .type = MSG_ENROL }, &enrol);
+    sim_conn_send(w, c, true, MSG_ENROL, (struct frame){ .type = MSG_ENROL, .term = w->term }, &enrol);
 }
 
 static void on_core_message(struct sim_world *w, struct sim_member *m, struct sim_event *e, const void *msg) {
@@ -310,7 +314,7 @@ static void on_core_message(struct sim_world *w, struct sim_member *m, struct si
         m->id = ((const struct msg_enrolled *)msg)->member;
         sim_trace(w, "slot %u is member %u", m->slot, m->id);
         create_sync(w, m);
-        step(w, m, &(struct sync_event){ .type = SYNC_EV_CONNECTED });
+        connected(w, m);
     } else if (e->frame.type == MSG_BYE && !m->sync) {
         sim_trace(w, "slot %u turned away", m->slot);
     } else {
@@ -415,6 +419,7 @@ void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_even
     case SIM_TRAINER_UP:
         if (m->trainer.alive || !m->sync) break;
         m->trainer.alive = true;
+        for (uint32_t i = 0; i < w->elements; i++) m->trainer.moments[i] = 1e-4f * (float)(i + 1);
         step(w, m, &(struct sync_event){ .type = SYNC_EV_TRAINER_UP });
         break;
     case SIM_TRAINER_STEP: trainer_step(w, m); break;

@@ -56,7 +56,7 @@ struct sim_range {
 struct sim_trainer {
     bool alive, has_parameters, stepping, freeze_asked, frozen;
     uint32_t generation;          /* events of an earlier life are void */
-    float local[SIM_ELEMENTS_MAX];
+    float local[SIM_ELEMENTS_MAX], moments[SIM_ELEMENTS_MAX];
     struct sim_range queue[64];
     uint32_t queued;
     uint64_t samples;             /* as SYNC_EV_TRAINER_STEP counts them */
