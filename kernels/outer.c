@@ -159,8 +159,9 @@ WIDE static void quantise_block(uint8_t *out, const float *x, float scale, size_
     }
 }
 
+/* A sign bit makes the bits larger than any infinity's, so -0 and negative scales fail too. */
 static int scale_is_valid(float scale) {
-    return !(bits_of(scale) & SIGN_BIT) && bits_of(scale * 127.0f) < INFINITY_BITS;
+    return bits_of(scale * 127.0f) < INFINITY_BITS;
 }
 
 /* Encode block by block. Returns how many elements were done before one that cannot be encoded. */
@@ -546,8 +547,7 @@ static inline uint32_t sum_of_16_bit_parts(uint64_t u) {
            (uint32_t)(u >> 48);
 }
 
-/* Twelve uniforms on 0..65535 have mean 12 * 32767.5 and variance 65536^2 - 1: one sigma is 2^16.
- * */
+/* Twelve uniforms on 0..65535: mean 12 * 32767.5, variance 65536^2 - 1, so sigma is 2^16. */
 WIDE static void init_normal(float *out, uint64_t base, uint64_t first, size_t n, float std) {
     for (size_t i = 0; i < n; i++) {
         uint64_t counter = base + 3 * (first + i);
