@@ -12,6 +12,7 @@
 
 #define AGGREGATOR_FOLDER "aggregator"          /* below the run's folder: the node's home */
 #define AGGREGATOR_IDENTITY "aggregator/identity.key"
+/* Between an end and the next start; doubles, and begins anew after a start that held a minute. */
 #define AGGREGATOR_BACKOFF_MS_MIN 500
 #define AGGREGATOR_BACKOFF_MS_MAX 30000
 
@@ -22,6 +23,8 @@ struct aggregator_ops {
     /* Fill `line` with an invite and return 0, or set *line to '\0' where the node has enrolled
      * already; -1: try again later. */
     int (*invite)(void *arg, char *line, size_t size, struct err *err);
+    /* Shall it be started again? Not when the run is over. */
+    bool (*wanted)(void *arg);
 };
 
 /* program  path of intellect-node; see aggregator_find_program().

@@ -131,18 +131,18 @@ static const struct setting table[] = {
       "at once, which shows as a bump in the loss; many: its work is wasted for long." },
     { "outer", "heartbeat_seconds", SECONDS, AT(outer.heartbeat_ms), 0.05, 3600, SEALED, NULL,
       "How often a member reports its progress. Short: traffic; long: a death is noticed late." },
-    { "outer", "silence_seconds_max", SECONDS, AT(outer.silence_ms_max), 0.2, 86400, SEALED, NULL,
+    { "outer", "silence_seconds", SECONDS, AT(outer.silence_ms_max), 0.2, 86400, SEALED, NULL,
       "A member without progress for so long is lost: its data goes to others. At least three\n"
       "heartbeats, and longer than its slowest inner step, or healthy members are lost." },
     { "outer", "lease_samples", U32, AT(outer.lease_samples), 1, 1048576, SEALED, NULL,
       "Samples a member is handed at a time; it holds at most twice as many unspent. Small: it\n"
       "waits for data; large: much is handed out again when it dies." },
+    { "outer", "checkpoint_rounds", U32, AT(outer.checkpoint_rounds), 1, 1048576, SEALED, NULL,
+      "A checkpoint every so many rounds, and one at the end. 1: much disk; many: an old one to\n"
+      "fall back to." },
 
     { "checkpoint", "url", TEXT, AT(checkpoint_url), 1, PROTO_URL_BYTES_MAX, SEALED, NULL,
       "Where checkpoints go: file:///FOLDER, on the machine of the aggregate-only node." },
-    { "checkpoint", "rounds", U32, AT(outer.checkpoint_rounds), 1, 1048576, SEALED, NULL,
-      "A checkpoint every so many rounds, and one at the end. 1: much disk; many: an old one to\n"
-      "fall back to." },
 
     { "serve", "listen", TEXT, AT(listen), 1, PROTO_ADDRESS_BYTES_MAX + 7, FREE, NULL,
       "HOST:PORT to listen on; 0.0.0.0 is every IPv4 address of this machine, [::] also IPv6." },

@@ -111,8 +111,4 @@ void corpus_facts_from_genesis(struct corpus_facts *out, const struct msg_genesi
 bool settings_same_sealed(const struct settings *file, const struct settings *sealed, char *what,
                           size_t what_size);
 
-/* "HOST:PORT" or "[v6]:PORT" or, with port_optional, "HOST". ERR_CONFIG says what is wrong. */
-int settings_split_address(const char *address, bool port_optional,
-                           char host[PROTO_ADDRESS_BYTES_MAX + 1], uint16_t *port, struct err *err);
-
 #endif

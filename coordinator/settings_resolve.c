@@ -1,12 +1,13 @@
 /* settings_resolve.c - what the settings mean together: defaults that depend on each other and on
  * the corpus, the checks across them, and the genesis they are sealed into. */
-#include <errno.h>
 #include <jansson.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
+#include "coordinator/address.h"
 #include "coordinator/settings.h"
 #include "proto/model.h"
 
@@ -177,8 +178,8 @@ static void default_outer(struct settings *s) {
     DEFAULT(outer.chunk_elements, 1u << 18);
     DEFAULT(outer.clip_factor, 3.0f);
     DEFAULT(outer.ramp_rounds, 3);
-    DEFAULT(outer.heartbeat_ms, 2000);
     DEFAULT(outer.silence_ms_max, 60000);
+    DEFAULT(outer.heartbeat_ms, s->outer.silence_ms_max / 8 < 2000 ? s->outer.silence_ms_max / 8 : 2000);
     DEFAULT(outer.lease_samples, round_samples(s));
     DEFAULT(outer.checkpoint_rounds, 10);
     s->outer.fragments = 1;
@@ -229,7 +230,7 @@ static int check_outer(const struct settings *s, struct err *err) {
                        (unsigned long long)(elements / PROTO_CHUNKS_MAX / 4096 + 1) * 4096);
     if (o->silence_ms_max < 3 * (uint64_t)o->heartbeat_ms)
         return err_set(err, ERR_CONFIG,
-                       "outer.silence_seconds_max is %g, under three times outer.heartbeat_seconds %g: "
+                       "outer.silence_seconds is %g, under three times outer.heartbeat_seconds %g: "
                        "one late packet would lose a member", o->silence_ms_max / 1000.0,
                        o->heartbeat_ms / 1000.0);
     if (o->lease_samples < s->inner.batch)
@@ -240,13 +241,12 @@ static int check_outer(const struct settings *s, struct err *err) {
 }
 
 static int check_serve(const struct settings *s, struct err *err) {
-    char host[PROTO_ADDRESS_BYTES_MAX + 1];
-    uint16_t port;
-    if (settings_split_address(s->listen, false, host, &port, err)) {
+    struct address a;
+    if (address_split(s->listen, false, &a, err)) {
         err_prefix(err, "serve.listen");
         return -1;
     }
-    if (*s->address && settings_split_address(s->address, true, host, &port, err)) {
+    if (*s->address && address_split(s->address, true, &a, err)) {
         err_prefix(err, "serve.address");
         return -1;
     }
@@ -321,28 +321,4 @@ void corpus_facts_from_genesis(struct corpus_facts *out, const struct msg_genesi
     out->sequence = g->model->sequence;
     out->vocabulary = g->model->vocabulary;
     out->manifest_digest = g->corpus->manifest_digest;
-}
-
-/* ---- addresses -------------------------------------------------------------------------------- */
-
-int settings_split_address(const char *address, bool port_optional,
-                           char host[PROTO_ADDRESS_BYTES_MAX + 1], uint16_t *port,
-                           struct err *err) {
-    bool literal6 = *address == '[';
-    const char *start = address + literal6;
-    size_t length = strcspn(start, literal6 ? "]" : ":");
-    const char *rest = start + length + (literal6 && start[length] == ']');
-    *port = 0;
-    if (length == 0 || length > PROTO_ADDRESS_BYTES_MAX || (literal6 && start[length] != ']'))
-        return err_set(err, ERR_CONFIG, "'%.80s' has no host; write HOST:PORT or [IPv6]:PORT", address);
-    memcpy(host, start, length);
-    host[length] = '\0';
-    if (!*rest && port_optional) return 0;
-    size_t digits = *rest == ':' ? strspn(rest + 1, "0123456789") : 0;
-    unsigned long number = digits && digits < 6 ? strtoul(rest + 1, NULL, 10) : 0;
-    if (!digits || rest[1 + digits] || number > 65535)
-        return err_set(err, ERR_CONFIG, "'%.80s' has no port from 0 to 65535; write HOST:PORT or "
-                       "[IPv6]:PORT", address);
-    *port = (uint16_t)number;
-    return 0;
 }

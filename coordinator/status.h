@@ -5,17 +5,12 @@
 #include <jansson.h>
 #include <stdio.h>
 
-#include "coordinator/core.h"
-#include "coordinator/store.h"
+#include "coordinator/run.h"
 
-/* A new core with everything the store holds, not yet started. genesis_bytes receives what the
- * caller frees after the core. own_key: as for core_create(). */
-struct core *status_load(struct store *s, const struct proto_key *own_key, struct digest *run,
-                         struct err *err);
-
-/* {"run", "name", "serving", "term", "round", "phase", "members": [...], ...}; the caller owns it. */
-json_t *status_json(const struct core *c, uint64_t now_ms, const struct msg_genesis *genesis,
-                    const struct digest *run, bool serving);
+/* {"run", "name", "serving", "term", "round", "phase", "members": [...], ...}; the caller owns it,
+ * NULL when there is no memory. serving: the core is started, and its members are connected or not;
+ * otherwise it holds what the store says. */
+json_t *status_json(const struct core *c, uint64_t now_ms, const struct run *run, bool serving);
 void status_print(const json_t *status, FILE *out);
 
 #endif

@@ -1,0 +1,135 @@
+/* run.c - opens the folder of a run; see run.h. */
+#include "coordinator/run.h"
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "coordinator/aggregator.h"
+
+int run_path(const char *dir, const char *name, char *out, struct err *err) {
+    if (snprintf(out, RUN_PATH_BYTES, "%s/%s", dir, name) < RUN_PATH_BYTES) return 0;
+    return err_set(err, ERR_CONFIG, "the path of %s is over %d bytes long", name, RUN_PATH_BYTES);
+}
+
+static int open_folder(struct run *r, const char *dir, struct err *err) {
+    char absolute[PATH_MAX], store[RUN_PATH_BYTES];
+    struct stat st;
+    if (!realpath(dir, absolute)) return err_set_errno(err, "the run's folder %s", dir);
+    if (stat(absolute, &st)) return err_set_errno(err, "the run's folder %s", dir);
+    if (!S_ISDIR(st.st_mode)) return err_set(err, ERR_CONFIG, "%s is not a folder", dir);
+    if (snprintf(r->dir, sizeof r->dir, "%s", absolute) >= (int)sizeof r->dir)
+        return err_set(err, ERR_CONFIG, "the path of the run's folder is too long");
+    if (run_path(r->dir, STORE_FILE_NAME, store, err)) return -1;
+    if (stat(store, &st))
+        return err_set(err, ERR_NOT_FOUND,
+                       "%s holds no run; make one: intellect-coordinator init %s --corpus FILE", dir,
+                       dir);
+    return 0;
+}
+
+int run_open(struct run *r, const char *dir, struct err *err) {
+    struct err why;
+    memset(r, 0, sizeof *r);
+    if (open_folder(r, dir, err)) return -1;
+    r->store = store_open(r->dir, false, err);
+    if (!r->store) return -1;
+    if (store_get_document(r->store, STORE_GENESIS, &r->genesis_bytes, &r->genesis_length, &why)) {
+        if (why.code != ERR_NOT_FOUND) err_set(err, why.code, "%s", why.msg);
+        else err_set(err, ERR_NOT_FOUND, "the run in %s is not sealed yet; do: intellect-coordinator "
+                     "init %s --corpus FILE", dir, dir);
+        goto failed;
+    }
+    r->id = digest_of(r->genesis_bytes, r->genesis_length);
+    if (proto_decode(r->genesis_bytes, r->genesis_length, RECORD_genesis, &r->genesis, &why)) {
+        err_set(err, ERR_CORRUPT, "the store's genesis: %s", why.msg);
+        goto failed;
+    }
+    if (settings_from_genesis(&r->sealed, &r->genesis, err)) goto failed;
+    return 0;
+failed:
+    run_release(r);
+    return -1;
+}
+
+void run_release(struct run *r) {
+    proto_decoded_release(RECORD_genesis, &r->genesis);
+    free(r->genesis_bytes);
+    store_close(r->store);
+    memset(r, 0, sizeof *r);
+}
+
+/* The corpus may have moved away or lie on another machine; what was sealed counts. But where it is
+ * and is another one now, members would refuse it, so say so here. */
+static int check_corpus_unchanged(const struct run *r, struct settings *s, struct err *err) {
+    char path[PATH_MAX];
+    struct corpus_facts facts;
+    struct err ignored;
+    if (settings_locate_corpus(s, r->dir, path, sizeof path, &ignored)) {
+        memcpy(s->corpus, r->sealed.corpus, sizeof s->corpus);
+        return 0;
+    }
+    if (corpus_facts_read(&facts, path, err)) return -1;
+    if (digest_equal(&facts.manifest_digest, &r->genesis.corpus->manifest_digest)) return 0;
+    return err_set(err, ERR_CONFIG, "the corpus %.120s is another one than when the run was sealed; "
+                   "bring the old one back, or start a new run", path);
+}
+
+int run_settings(const struct run *r, struct settings *out, struct err *err) {
+    char path[RUN_PATH_BYTES], what[200];
+    struct corpus_facts facts;
+    corpus_facts_from_genesis(&facts, &r->genesis);
+    settings_init(out);
+    if (run_path(r->dir, SETTINGS_FILE_NAME, path, err) || settings_load(out, path, err)) return -1;
+    if (check_corpus_unchanged(r, out, err) || settings_resolve(out, r->dir, &facts, err)) return -1;
+    if (settings_same_sealed(out, &r->sealed, what, sizeof what)) return 0;
+    return err_set(err, ERR_CONFIG, "%s: change it back, or, before anybody has joined, seal it with "
+                   "`init`", what);
+}
+
+/* ---- the core ---------------------------------------------------------------------------------- */
+
+struct loading {
+    struct core *core;
+    enum core_table table;
+};
+
+static int load_row(void *arg, uint64_t key, const uint8_t *value, size_t length, struct err *err) {
+    struct loading *l = arg;
+    if (l->table != CORE_LEDGER) return core_load(l->core, l->table, key, value, length, err);
+    struct msg_signed_entry e = {0};
+    int result = proto_decode(value, length, RECORD_signed_entry, &e, err);
+    if (result == 0)
+        result = core_load(l->core, CORE_LEDGER, key, e.bytes.data, e.bytes.length, err);
+    proto_decoded_release(RECORD_signed_entry, &e);
+    return result;
+}
+
+static int load_tables(struct core *c, struct store *s, struct err *err) {
+    static const enum core_table order[] = { CORE_LEDGER, CORE_LEASE, CORE_META };
+    for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
+        struct loading l = { c, order[i] };
+        if (store_each(s, order[i], 0, UINT64_MAX, load_row, &l, err)) {
+            if (err && err->code == ERR_PROTOCOL) err->code = ERR_CORRUPT;
+            err_prefix(err, "the store does not hold together");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+struct core *run_core(const struct run *r, struct err *err) {
+    char path[RUN_PATH_BYTES];
+    struct identity own;
+    memset(&own, 0, sizeof own);
+    if (run_path(r->dir, AGGREGATOR_IDENTITY, path, err)) return NULL;
+    if (identity_load(&own, path, err)) return NULL;
+    struct core *c = core_create(&r->genesis, &r->id, &own.key, err);
+    identity_release(&own);
+    if (c && load_tables(c, r->store, err)) {
+        core_destroy(c);
+        return NULL;
+    }
+    return c;
+}
