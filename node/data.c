@@ -571,23 +571,39 @@ static struct token_file *file_of_sample(const struct data *d, uint64_t sample) 
     return &d->file[low];
 }
 
+static int check_once(struct data *d, struct token_file *f, struct err *err) {
+    pthread_mutex_lock(&d->lock);
+    int rc = f->checked ? 0 : check_digest(d, f, err);
+    pthread_mutex_unlock(&d->lock);
+    return rc;
+}
+
 int data_sample(struct data *d, uint64_t index, int32_t *tokens_out, struct err *err) {
     if (index >= d->info.samples)
         return err_set(err, ERR_CONFIG, "sample %llu asked for, the corpus has %llu",
                        (unsigned long long)index, (unsigned long long)d->info.samples);
     uint64_t sample = data_permute(d->seed, d->info.samples, index);
     struct token_file *f = file_of_sample(d, sample);
-    pthread_mutex_lock(&d->lock);
-    int rc = f->checked ? 0 : check_digest(d, f, err);
-    pthread_mutex_unlock(&d->lock);
-    if (rc) return -1;
+    if (check_once(d, f, err)) return -1;
     return read_tokens(d, f, (sample - f->first_sample) * d->info.sequence,
                        (size_t)d->info.sequence + 1, tokens_out, err);
 }
 
+static int read_some(const struct data *d, const struct token_file *f, uint64_t first, size_t n,
+                     int32_t *out, size_t *got, struct err *err) {
+    uint64_t left = first < f->tokens ? f->tokens - first : 0;
+    *got = left < n ? (size_t)left : n;
+    return read_tokens(d, f, first, *got, out, err);
+}
+
 int data_heldout(const struct data *d, uint64_t first, size_t n, int32_t *out, size_t *got,
                  struct err *err) {
-    uint64_t left = first < d->heldout.tokens ? d->heldout.tokens - first : 0;
-    *got = left < n ? (size_t)left : n;
-    return read_tokens(d, &d->heldout, first, *got, out, err);
+    return read_some(d, &d->heldout, first, n, out, got, err);
+}
+
+int data_text(struct data *d, uint32_t file, uint64_t first, size_t n, int32_t *out, size_t *got,
+              struct err *err) {
+    assert(file < d->info.files);
+    if (check_once(d, &d->file[file], err)) return -1;
+    return read_some(d, &d->file[file], first, n, out, got, err);
 }

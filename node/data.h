@@ -54,28 +54,40 @@ int data_prepare(const char *out_dir, const char *const *files, uint32_t n, cons
                  uint32_t sequence, double heldout_fraction, struct data_info *info,
                  struct err *err);
 
-/* Open a corpus and check every byte of it against the manifest.
+/* Open a corpus. The manifest, the size of every file and the held-out file are checked at once. So
+ * are the other files' digests where the corpus has at most DATA_CHECK_AT_OPEN_BYTES_MAX; those of a
+ * larger one are checked file by file, before the first sample of a file is handed out.
  *
  * manifest_url   a path, or file://PATH, of corpus.json or of the folder that holds it.
  * expected       digest the manifest must have; NULL to take it as it is.
  * shuffle_seed   of the run's sample order (genesis).
  *
- * The files are mapped, not read into memory; the check reads each once.
- * Returns the corpus, or NULL with ERR_NOT_FOUND, ERR_CORRUPT (manifest or file; msg says which and
- * both digests), ERR_TRUNCATED, ERR_CONFIG (a format, dtype or scheme this build does not know). */
+ * Keeps no file open and no text in memory: a sample is one pread.
+ * Returns the corpus, or NULL with ERR_NOT_FOUND, ERR_CORRUPT (manifest or file; msg says which),
+ * ERR_TRUNCATED, ERR_UNSUPPORTED (a format, dtype or scheme this build does not know). */
+#define DATA_CHECK_AT_OPEN_BYTES_MAX ((uint64_t)2 << 30)
 struct data *data_open(const char *manifest_url, const struct digest *expected,
                        uint64_t shuffle_seed, struct err *err);
 void data_close(struct data *d); /* NULL is fine */
 
 const struct data_info *data_info(const struct data *d);
 
-/* Sample `index` in the run's order: sequence + 1 tokens into tokens_out. Thread-safe.
- * Returns 0, or -1 with ERR_CONFIG where index is not in [0, samples): indices come from the
- * coordinator. */
-int data_sample(const struct data *d, uint64_t index, int32_t *tokens_out, struct err *err);
+/* Sample `index` in the run's order: sequence + 1 tokens, each in [0, vocabulary), into tokens_out.
+ * Thread-safe. Returns 0, or -1 with ERR_CONFIG where index is not in [0, samples) (it comes from
+ * the coordinator), ERR_IO, ERR_NOT_FOUND, ERR_TRUNCATED or ERR_CORRUPT where the file is no longer
+ * what the manifest says. */
+int data_sample(struct data *d, uint64_t index, int32_t *tokens_out, struct err *err);
 
-/* Held-out tokens [first, first + n) into out; returns how many there were before the end. */
-size_t data_heldout(const struct data *d, uint64_t first, size_t n, int32_t *out);
+/* Held-out tokens [first, first + n) into out; *got is how many there were before the end. Errors
+ * as data_sample. */
+int data_heldout(const struct data *d, uint64_t first, size_t n, int32_t *out, size_t *got,
+                 struct err *err);
+
+/* Training tokens of one file in the order of its text, for statistics about the corpus. file is in
+ * [0, info.files), checked by assert; the rest as data_heldout, after the file's digest was
+ * checked. */
+int data_text(struct data *d, uint32_t file, uint64_t first, size_t n, int32_t *out, size_t *got,
+              struct err *err);
 
 /* The permutation behind data_sample: where `index` in [0, n) goes under `seed`. A bijection of
  * [0, n) without tables: a balanced Feistel network of DATA_PERMUTE_ROUNDS rounds over the smallest

@@ -260,17 +260,14 @@ static void tokens_in(struct model *m, int32_t *to, const int32_t *tokens, int B
     m->k->copy_in(m->k, to, host, (size_t)B * (size_t)T * sizeof *tokens);
 }
 
-int model_logits(struct model *m, const float *params, const int32_t *tokens, int B, int T,
+int model_logits(struct model *m, const float *params, const int32_t *tokens, int T, int position,
                  float *out, struct err *err) {
-    assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
-    size_t V = (size_t)m->V;
-    tokens_in(m, m->tokens, tokens, B, T, 0, T);
-    forward(m, params, B, T);
-    for (int b = 0; b < B; b++) {
-        const float *row = m->norm + ((size_t)(b + 1) * (size_t)T - 1) * (size_t)m->C;
-        m->k->matmul_forward(m->k, m->logits, row, params + m->at.head, 1, m->C, m->V);
-        m->k->copy_out(m->k, out + (size_t)b * V, m->logits, V * sizeof *out);
-    }
+    assert(T >= 1 && T <= m->T && position >= 0 && position < T);
+    const float *row = m->norm + (size_t)position * (size_t)m->C;
+    tokens_in(m, m->tokens, tokens, 1, T, 0, T);
+    forward(m, params, 1, T);
+    m->k->matmul_forward(m->k, m->logits, row, params + m->at.head, 1, m->C, m->V);
+    m->k->copy_out(m->k, out, m->logits, (size_t)m->V * sizeof *out);
     return m->k->check(m->k, err);
 }
 

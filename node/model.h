@@ -27,14 +27,14 @@ void model_destroy(struct model *model); /* NULL is fine */
 /* Bytes that model_create takes for its arena. */
 size_t model_arena_bytes(const struct msg_model *m, int B, int T, int training);
 
-/* Forward pass up to the logits, which the caller owns until the next call: [B,T,vocabulary] in
- * the backend's memory. Where only the last position counts, last_only = 1 computes that row of
- * each sequence: [B,1,vocabulary].
+/* Logits of the token after tokens[position]: out [vocabulary], host memory.
  * params  canonical vector in the backend's memory.
- * tokens  [B,T] host memory, each in [0, vocabulary): the caller checked. B and T may be at most
- *         those of model_create. */
-const float *model_logits(struct model *model, const float *params, const int32_t *tokens, int B,
-                          int T, int last_only);
+ * tokens  [T] host memory, each in [0, vocabulary): the caller checked. Nothing looks ahead, so
+ *         those after `position` may be anything: callers that keep to a few values of T spare the
+ *         backend from preparing itself for many.
+ * Costs a whole forward pass over T: there is no cache of keys and values. */
+int model_logits(struct model *model, const float *params, const int32_t *tokens, int T,
+                 int position, float *out, struct err *err);
 
 /* Sum of the loss in nats over B*T targets, as double, through *loss. tokens [B,T+1]: position t
  * predicts t+1. No gradient. Asks the backend for its first failure. */

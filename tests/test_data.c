@@ -151,6 +151,9 @@ static void heldout_is_the_end_of_each_text(void **state) {
     assert_int_equal(tokens[100], (100 + 394 + 394 / 251) & 255);
     assert_int_equal(data_heldout(d, 143, 200, tokens, &got, NULL), 0);
     assert_int_equal(got, 0);
+    assert_int_equal(data_text(d, 1, 390, 100, tokens, &got, NULL), 0);
+    assert_int_equal(got, 4);
+    assert_int_equal(tokens[0], (100 + 390 + 390 / 251) & 255);
     data_close(d);
 }
 

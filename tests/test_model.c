@@ -263,17 +263,19 @@ static void assert_close(const char *what, const float *found, const float *expe
             fail_msg("%s %zu: %g, PyTorch has %g", what, i, (double)found[i], (double)expected[i]);
 }
 
-/* Logits at every position, by asking for the last one of every prefix: also shows that nothing
- * looks ahead. */
+/* Logits at every position; the tokens after it are replaced, to show that nothing looks ahead. */
 static void check_logits(const struct kernels *k, const struct vectors *v, const float *params) {
     int T = (int)v->m.sequence;
     size_t V = v->m.vocabulary;
     float *found = malloc(v->logits_n * sizeof *found);
     struct model *model = model_create(&v->m, k, 1, T, 0, NULL);
     for (int b = 0; b < v->batch; b++)
-        for (int t = 0; t < T; t++)
-            assert_int_equal(model_logits(model, params, v->tokens + b * (T + 1), 1, t + 1,
+        for (int t = 0; t < T; t++) {
+            int32_t tokens[64] = { 0 };
+            memcpy(tokens, v->tokens + b * (T + 1), (size_t)(t + 1) * sizeof *tokens);
+            assert_int_equal(model_logits(model, params, tokens, T, t,
                                           found + ((size_t)b * (size_t)T + (size_t)t) * V, NULL), 0);
+        }
     assert_close("logit", found, v->logits, v->logits_n);
     model_destroy(model);
     free(found);
