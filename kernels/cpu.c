@@ -15,12 +15,9 @@
 float *cpu_scratch(struct cpu *cpu, size_t floats) {
     floats = (floats + 15) / 16 * 16; /* no two threads in one cache line */
     if (floats <= cpu->scratch_floats) return cpu->scratch;
-    struct err err;
-    float *grown = cpu->table.alloc(&cpu->table, floats * cpu->threads * sizeof *grown, &err);
-    if (!grown) {
-        if (cpu->failure.code == ERR_NONE) cpu->failure = err;
-        return NULL;
-    }
+    float *grown = cpu->table.alloc(&cpu->table, floats * cpu->threads * sizeof *grown,
+                                    cpu->failure.code == ERR_NONE ? &cpu->failure : NULL);
+    if (!grown) return NULL;
     cpu->table.free(&cpu->table, cpu->scratch);
     cpu->scratch = grown;
     cpu->scratch_floats = floats;

@@ -56,10 +56,10 @@ __attribute__((always_inline)) static inline float cpu_exp(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits, exponent;
+    uint32_t bits, exponent;
     memcpy(&bits, &p, sizeof bits);
     memcpy(&exponent, &shifted, sizeof exponent);
-    bits += (exponent & 0x1ff) << 23; /* the low bits of `shifted` are n in two's complement */
+    bits += exponent << 23; /* the low bits of `shifted` are n in two's complement */
     memcpy(&p, &bits, sizeof p);
     return p;
 }
