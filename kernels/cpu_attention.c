@@ -27,23 +27,38 @@ static struct head head_at(int b, int h, int T, int H, int KV, int D) {
     return at;
 }
 
+/* One thread where the products take less than waking others would, as with a short prompt. */
+static int threads_for(const struct cpu *cpu, int B, int T, int H, int D) {
+    return CPU_WORTH_IT((size_t)B * H * T * T * D / 8) ? cpu->threads : 1;
+}
+
 static int block_at(int t, int T) {
     return T - t < BLOCK ? T - t : BLOCK;
+}
+
+/* The causal part of a row is rarely a whole number of vectors, and the rest of a loop runs element
+ * by element. So the rows below work on whole vectors, as far as the row goes, with scores of
+ * -infinity in the masked elements, and clear those in the end. */
+static int whole_vectors(int valid, int n) {
+    int up = (valid + 15) / 16 * 16;
+    return up < n ? up : n;
 }
 
 /* Turn the first `valid` scores of a row into probabilities, the rest into 0. Returns the row's
  * log-sum-exp. */
 WIDE static float softmax_row(float *score, int valid, int n) {
-    float max = cpu_max(score, valid), sum = 0.0f;
+    int end = whole_vectors(valid, n);
+    for (int u = valid; u < end; u++) score[u] = -INFINITY;
+    float max = cpu_max(score, end), sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int u = 0; u < valid; u++) {
+    for (int u = 0; u < end; u++) {
         score[u] = cpu_exp(score[u] - max);
         sum += score[u];
     }
     float inverse = 1.0f / sum;
 #pragma omp simd
-    for (int u = 0; u < valid; u++) score[u] *= inverse;
-    for (int u = valid; u < n; u++) score[u] = 0.0f;
+    for (int u = 0; u < end; u++) score[u] *= inverse;
+    memset(score + valid, 0, (size_t)(n - valid) * sizeof *score);
     return max + logf(sum);
 }
 
@@ -63,9 +78,10 @@ void cpu_attention_forward(const struct kernels *k, float *out, float *lse, cons
     struct cpu *cpu = cpu_of(k);
     float *scratch = cpu_scratch(cpu, (size_t)BLOCK * T);
     if (!scratch) return;
-    int before = cpu_use_threads(cpu->threads), blocks = (T + BLOCK - 1) / BLOCK;
+    int threads = threads_for(cpu, B, T, H, D), blocks = (T + BLOCK - 1) / BLOCK;
+    int before = cpu_use_threads(threads);
     /* Late blocks have more keys: take them first, one by one, so that threads end together. */
-#pragma omp parallel for num_threads(cpu->threads) collapse(3) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) collapse(3) schedule(dynamic)
     for (int i = blocks - 1; i >= 0; i--)
         for (int b = 0; b < B; b++)
             for (int h = 0; h < H; h++)
@@ -78,12 +94,14 @@ void cpu_attention_forward(const struct kernels *k, float *out, float *lse, cons
 /* p = exp(score - lse) for the valid part, 0 for the rest; dscore = p * (dp - delta), in place of
  * dp. */
 WIDE static void backward_row(float *p, float *dp, float lse, float delta, int valid, int n) {
+    int end = whole_vectors(valid, n);
 #pragma omp simd
-    for (int u = 0; u < valid; u++) {
+    for (int u = 0; u < end; u++) {
         p[u] = cpu_exp(p[u] - lse);
         dp[u] = p[u] * (dp[u] - delta);
     }
-    for (int u = valid; u < n; u++) p[u] = dp[u] = 0.0f;
+    memset(p + valid, 0, (size_t)(n - valid) * sizeof *p);
+    memset(dp + valid, 0, (size_t)(n - valid) * sizeof *dp);
 }
 
 WIDE static float dot(const float *a, const float *b, int n) {
@@ -136,8 +154,8 @@ void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *d
     struct cpu *cpu = cpu_of(k);
     float *scratch = cpu_scratch(cpu, 2 * (size_t)BLOCK * T);
     if (!scratch) return;
-    int before = cpu_use_threads(cpu->threads);
-#pragma omp parallel for num_threads(cpu->threads) collapse(2) schedule(dynamic)
+    int threads = threads_for(cpu, B, T, H, D), before = cpu_use_threads(threads);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int kv = 0; kv < KV; kv++)
             backward_group(cpu, dqkv, dout, qkv, out, lse,

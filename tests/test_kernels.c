@@ -402,8 +402,9 @@ static void cpu_backend_agrees_with_the_reference_on_odd_shapes(void **state) {
 static void cpu_attention_agrees_with_the_reference_on_odd_shapes(void **state) {
     (void)state;
     static const int shape[][5] = { { 1, 1, 1, 1, 2 },   { 2, 63, 4, 2, 6 },   { 1, 64, 2, 2, 16 },
-                                    { 3, 65, 3, 1, 10 }, { 1, 130, 4, 2, 32 }, { 2, 5, 6, 3, 4 } };
-    for (int threads = 1; threads <= 3; threads += 2) {
+                                    { 3, 65, 3, 1, 10 }, { 1, 130, 4, 2, 32 }, { 2, 5, 6, 3, 4 },
+                                    { 3, 150, 4, 2, 16 } };
+    for (int threads = 1; threads <= 3; threads += 2) { /* the last shape is worth threads */
         struct kernels *k = cpu_with(threads);
         for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
             const int *s = shape[i];
@@ -414,8 +415,8 @@ static void cpu_attention_agrees_with_the_reference_on_odd_shapes(void **state) 
     }
 }
 
-/* The backend's own exponential, seen through silu(gate) * 1: a few units in the last place over the
- * whole range, which a tolerance relative to the largest element would not show. */
+/* The backend's own exponential, seen through silu(gate) * 1: a few units in the last place over
+ * the whole range, which a tolerance relative to the largest element would not show. */
 static void exponential_is_accurate_everywhere(void **state) {
     (void)state;
     struct kernels *k = cpu_with(1);
