@@ -4,17 +4,23 @@
 #ifndef INTELLECT_NODE_TOOLS_H
 #define INTELLECT_NODE_TOOLS_H
 
-/* data --out DIR [--sequence N] [--heldout F] [--tokenizer NAME] FILE...: tokenise text files. */
+/* data --out DIR [--sequence N] [--heldout F] [--tokenizer NAME] [--json] FILE...
+ * Tokenise text files into a corpus. */
 int tool_data(int argc, char **argv);
 
-/* eval CHECKPOINT --text FILE [--sequence N] [--threads N] [--json]: mean loss per token. */
+/* bigram CORPUS [--json]
+ * Loss of an order-2 byte model of the training text on the held-out slice: what a network must
+ * beat to have learnt more than letter statistics. */
+int tool_bigram(int argc, char **argv);
+
+/* eval CHECKPOINT (--text FILE | --corpus CORPUS) [--sequence N] [--tokenizer NAME] [--threads N]
+ * [--json]
+ * Mean loss in nats per token, perplexity, tokens; of a text or of a corpus' held-out slice. */
 int tool_eval(int argc, char **argv);
 
-/* generate CHECKPOINT --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--seed N]. */
+/* generate CHECKPOINT --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--seed N]
+ * [--tokenizer NAME] [--threads N] [--json]
+ * Continue a text. */
 int tool_generate(int argc, char **argv);
-
-/* bigram CORPUS [--json]: loss of an order-2 byte model of the training text on the held-out
- * slice: what a network must beat to have learnt more than letter statistics. */
-int tool_bigram(int argc, char **argv);
 
 #endif

@@ -1,0 +1,19 @@
+/* tools_args.h - numbers on a command line, for the tools. Each function prints what is wrong with
+ * flag, value and what is allowed to stderr and returns -1, or returns 0. */
+#ifndef INTELLECT_NODE_TOOLS_ARGS_H
+#define INTELLECT_NODE_TOOLS_ARGS_H
+
+#include "proto/err.h"
+
+#include <stdint.h>
+
+int args_integer(const char *flag, const char *text, uint64_t min, uint64_t max, uint64_t *out);
+int args_real(const char *flag, const char *text, double min, double max, double *out);
+
+/* "NAME: message" to stderr; returns 1, the exit code. */
+int args_failed(const char *name, const struct err *err);
+
+/* "NAME: what; see NAME --help" to stderr; returns 2, the exit code of wrong use. */
+int args_wrong(const char *name, const char *what);
+
+#endif

@@ -1,0 +1,180 @@
+/* tools_data.c - the commands `data` and `bigram`; see tools.h. */
+#include "node/data.h"
+#include "node/tools.h"
+#include "node/tools_args.h"
+#include "proto/proto.h"
+
+#include <getopt.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static const char data_help[] =
+    "data --out DIR [options] FILE...\n"
+    "\n"
+    "Turn text files into a corpus that a run can train on: token files, a held-out slice that is\n"
+    "never trained on, and the manifest corpus.json, which is written last.\n"
+    "\n"
+    "  --out DIR          folder to write, made if missing\n"
+    "  --sequence N       tokens of one sample; must be the model's sequence (default 128)\n"
+    "  --heldout F        share of each file kept apart at its end, 0 to 0.5 (default 0.02)\n"
+    "  --tokenizer NAME   bytes: vocabulary 256, a token is a byte (default, and the only one yet)\n"
+    "  --json             print one JSON object\n"
+    "\n"
+    "Example: data --out corpus --sequence 128 book1.txt book2.txt\n";
+
+static void print_corpus(const char *out, const struct data_info *info, int json) {
+    char hex[DIGEST_HEX_BYTES];
+    digest_hex(&info->manifest_digest, hex);
+    if (json)
+        printf("{\"samples\": %llu, \"sequence\": %u, \"tokens\": %llu, \"heldout_tokens\": %llu, "
+               "\"files\": %u, \"manifest_digest\": \"%s\"}\n", (unsigned long long)info->samples,
+               info->sequence, (unsigned long long)info->tokens,
+               (unsigned long long)info->heldout_tokens, info->files, hex);
+    else
+        printf("%s/%s: %llu samples of %u tokens from %u files, %llu tokens held out\nmanifest digest %s\n",
+               out, DATA_MANIFEST_NAME, (unsigned long long)info->samples, info->sequence, info->files,
+               (unsigned long long)info->heldout_tokens, hex);
+}
+
+int tool_data(int argc, char **argv) {
+    static const struct option options[] = {
+        { "out", required_argument, NULL, 'o' },       { "sequence", required_argument, NULL, 's' },
+        { "heldout", required_argument, NULL, 'f' },   { "tokenizer", required_argument, NULL, 't' },
+        { "json", no_argument, NULL, 'j' },            { "help", no_argument, NULL, 'h' }, { 0 },
+    };
+    const char *out = NULL, *tokenizer = "bytes";
+    uint64_t sequence = 128;
+    double heldout = 0.02;
+    int json = 0, c;
+    struct data_info info;
+    struct err err;
+    optind = 0; /* another tool may have parsed its own arguments in this process */
+    while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
+        case 'o': out = optarg; break;
+        case 's': if (args_integer("--sequence", optarg, 1, 1u << 20, &sequence)) return 2; break;
+        case 'f': if (args_real("--heldout", optarg, 0, 0.5, &heldout)) return 2; break;
+        case 't': tokenizer = optarg; break;
+        case 'j': json = 1; break;
+        case 'h': fputs(data_help, stdout); return 0;
+        default: return args_wrong(argv[0], "wrong arguments");
+        }
+    if (!out) return args_wrong(argv[0], "--out DIR is missing");
+    if (optind == argc) return args_wrong(argv[0], "no text file given");
+    if (data_prepare(out, (const char *const *)argv + optind, (uint32_t)(argc - optind), tokenizer,
+                     (uint32_t)sequence, heldout, &info, &err))
+        return args_failed(argv[0], &err);
+    print_corpus(out, &info, json);
+    return 0;
+}
+
+/* ---- bigram ------------------------------------------------------------------------------------ */
+
+static const char bigram_help[] =
+    "bigram CORPUS [--json]\n"
+    "\n"
+    "Count which byte follows which two in a corpus' training text, and print the mean loss of these\n"
+    "statistics on its held-out slice, in nats per byte. It is what a network must beat to have\n"
+    "learnt more than letter statistics. Orders are interpolated (Witten and Bell 1991), so that\n"
+    "contexts never seen cost no more than they must. CORPUS is a folder that `data` wrote, with\n"
+    "the tokenizer bytes.\n";
+
+#define BLOCK_TOKENS 65536
+
+/* Counts of each byte after no, one and two bytes, and per context how many bytes followed it and
+ * how many different ones. */
+struct counts {
+    uint32_t after0[256], after1[256][256], after2[65536][256];
+    uint32_t total0, kinds0, total1[256], kinds1[256], total2[65536], kinds2[65536];
+};
+
+static void count(struct counts *n, const int32_t *t) {
+    int two = t[0] << 8 | t[1];
+    n->kinds0 += n->after0[t[2]]++ == 0;
+    n->kinds1[t[1]] += n->after1[t[1]][t[2]]++ == 0;
+    n->kinds2[two] += n->after2[two][t[2]]++ == 0;
+    n->total0++;
+    n->total1[t[1]]++;
+    n->total2[two]++;
+}
+
+/* Witten-Bell: a context seen `total` times with `kinds` successors keeps kinds/(total + kinds) of
+ * its probability for the shorter context. */
+static double mix(uint32_t seen, uint32_t total, uint32_t kinds, double shorter) {
+    return total ? (seen + kinds * shorter) / ((double)total + kinds) : shorter;
+}
+
+static void add_losses(const struct counts *n, const int32_t *t, double loss[3]) {
+    int two = t[0] << 8 | t[1];
+    double p0 = mix(n->after0[t[2]], n->total0, n->kinds0, 1.0 / 256);
+    double p1 = mix(n->after1[t[1]][t[2]], n->total1[t[1]], n->kinds1[t[1]], p0);
+    double p2 = mix(n->after2[two][t[2]], n->total2[two], n->kinds2[two], p1);
+    loss[0] -= log(p0);
+    loss[1] -= log(p1);
+    loss[2] -= log(p2);
+}
+
+/* Blocks overlap by two tokens, the context of the next block's first. */
+static int count_corpus(struct data *d, struct counts *n, int32_t *block, struct err *err) {
+    for (uint32_t f = 0; f < data_info(d)->files; f++) {
+        size_t got = BLOCK_TOKENS;
+        for (uint64_t at = 0; got == BLOCK_TOKENS; at += BLOCK_TOKENS - 2) {
+            if (data_text(d, f, at, BLOCK_TOKENS, block, &got, err)) return -1;
+            for (size_t i = 0; i + 2 < got; i++) count(n, block + i);
+        }
+    }
+    return 0;
+}
+
+static int heldout_losses(const struct data *d, const struct counts *n, int32_t *block, double loss[3],
+                          uint64_t *tokens, struct err *err) {
+    size_t got = BLOCK_TOKENS;
+    for (uint64_t at = 0; got == BLOCK_TOKENS; at += BLOCK_TOKENS - 2) {
+        if (data_heldout(d, at, BLOCK_TOKENS, block, &got, err)) return -1;
+        for (size_t i = 0; i + 2 < got; i++, ++*tokens) add_losses(n, block + i, loss);
+    }
+    if (!*tokens) return err_set(err, ERR_CONFIG, "the corpus has no held-out text of 3 bytes or more");
+    for (int order = 0; order < 3; order++) loss[order] /= (double)*tokens;
+    return 0;
+}
+
+static int bigram(const char *corpus, double loss[3], uint64_t *tokens, struct err *err) {
+    struct data *d = data_open(corpus, NULL, 0, err);
+    if (!d) return -1;
+    struct counts *n = calloc(1, sizeof *n);
+    int32_t *block = malloc(BLOCK_TOKENS * sizeof *block);
+    int rc = n && block ? 0 : err_set(err, ERR_MEMORY, "no memory for %zu bytes of counts", sizeof *n);
+    if (rc == 0 && data_info(d)->vocabulary > 256)
+        rc = err_set(err, ERR_UNSUPPORTED, "%.100s has a vocabulary of %u; bytes have 256", corpus,
+                     data_info(d)->vocabulary);
+    if (rc == 0) rc = count_corpus(d, n, block, err);
+    if (rc == 0) rc = heldout_losses(d, n, block, loss, tokens, err);
+    free(block);
+    free(n);
+    data_close(d);
+    return rc;
+}
+
+int tool_bigram(int argc, char **argv) {
+    static const struct option options[] = {
+        { "json", no_argument, NULL, 'j' }, { "help", no_argument, NULL, 'h' }, { 0 },
+    };
+    double loss[3] = { 0 };
+    uint64_t tokens = 0;
+    int json = 0, c;
+    struct err err;
+    optind = 0;
+    while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
+        case 'j': json = 1; break;
+        case 'h': fputs(bigram_help, stdout); return 0;
+        default: return args_wrong(argv[0], "wrong arguments");
+        }
+    if (optind + 1 != argc) return args_wrong(argv[0], "one corpus is needed");
+    if (bigram(argv[optind], loss, &tokens, &err)) return args_failed(argv[0], &err);
+    printf(json ? "{\"order\": 2, \"loss\": %.6f, \"loss_order_1\": %.6f, \"loss_order_0\": %.6f, "
+                  "\"tokens\": %llu}\n"
+                : "order 2: %.4f nats per byte (order 1: %.4f, order 0: %.4f) on %llu held-out bytes\n",
+           loss[2], loss[1], loss[0], (unsigned long long)tokens);
+    return 0;
+}

@@ -1,0 +1,422 @@
+/* tools_model.c - the commands `eval` and `generate`; see tools.h. */
+#include "ckpt/ckpt.h"
+#include "kernels/kernels.h"
+#include "node/data.h"
+#include "node/model.h"
+#include "node/tokenizer.h"
+#include "node/tools.h"
+#include "node/tools_args.h"
+#include "proto/model.h"
+
+#include <getopt.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- a checkpoint, ready to run ---------------------------------------------------------------- */
+
+struct loaded {
+    struct msg_model m;
+    const struct tokenizer *tokenizer;
+    struct kernels *k;
+    float *params; /* canonical vector in k's memory */
+};
+
+/* A checkpoint of ours names its tokenizer. A plain Hugging Face folder has one we cannot read:
+ * bytes are taken for granted only where the vocabulary is theirs. */
+static int pick_tokenizer(struct loaded *l, const char *stored, const char *wanted, struct err *err) {
+    const char *name = wanted ? wanted : *stored ? stored : l->m.vocabulary == 256 ? "bytes" : NULL;
+    if (!name)
+        return err_set(err, ERR_CONFIG, "this model of vocabulary %u does not say which of our tokenizers "
+                       "it has; name one with --tokenizer (there is: bytes)", l->m.vocabulary);
+    if (!(l->tokenizer = tokenizer_find(name, err))) return -1;
+    if (l->tokenizer->vocabulary > l->m.vocabulary)
+        return err_set(err, ERR_CONFIG, "tokenizer %s has %u tokens, the model's vocabulary has %u", name,
+                       l->tokenizer->vocabulary, l->m.vocabulary);
+    return 0;
+}
+
+#define BLOCK_ELEMENTS ((size_t)1 << 20)
+
+static int read_params(struct loaded *l, const struct ckpt *c, struct err *err) {
+    size_t n = (size_t)proto_model_elements(&l->m);
+    if (!(l->params = l->k->alloc(l->k, n * sizeof *l->params, err))) return -1;
+    float *block = malloc(BLOCK_ELEMENTS * sizeof *block);
+    int rc = block ? 0 : err_set(err, ERR_MEMORY, "no memory to read parameters");
+    for (size_t at = 0, take; rc == 0 && at < n; at += take) {
+        take = n - at < BLOCK_ELEMENTS ? n - at : BLOCK_ELEMENTS;
+        if ((rc = ckpt_read(c, CKPT_ANCHOR, at, take, block, err))) break;
+        l->k->copy_in(l->k, l->params + at, block, take * sizeof *block);
+        rc = l->k->check(l->k, err);
+    }
+    free(block);
+    return rc;
+}
+
+static int load(struct loaded *l, const char *where, const char *tokenizer, uint64_t threads,
+                struct err *err) {
+    struct ckpt *c = ckpt_open(where, NULL, err);
+    if (!c) return -1;
+    l->m = *ckpt_model(c);
+    int rc = proto_model_check(&l->m, err);
+    if (rc == 0) rc = pick_tokenizer(l, ckpt_tokenizer(c), tokenizer, err);
+    if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
+    if (rc == 0) rc = read_params(l, c, err);
+    ckpt_close(c);
+    return rc;
+}
+
+static void unload(struct loaded *l) {
+    if (!l->k) return;
+    l->k->free(l->k, l->params);
+    l->k->destroy(l->k);
+}
+
+/* ---- eval -------------------------------------------------------------------------------------- */
+
+static const char eval_help[] =
+    "eval CHECKPOINT (--text FILE | --corpus CORPUS) [options]\n"
+    "\n"
+    "Mean loss in nats per token of a model on a text: windows of N tokens side by side, in which each\n"
+    "token predicts its next. What is left at the end, less than a window, is not counted.\n"
+    "CHECKPOINT is a folder or URL that a run wrote, a store (then its newest checkpoint), or a plain\n"
+    "Hugging Face folder of a Llama model.\n"
+    "\n"
+    "  --text FILE        the text, whole\n"
+    "  --corpus CORPUS    the held-out slice of a corpus that `data` wrote\n"
+    "  --sequence N       tokens per window, at most the model's sequence (default: that)\n"
+    "  --tokenizer NAME   bytes; needed where the model does not say\n"
+    "  --threads N        CPU threads (default: all)\n"
+    "  --json             print one JSON object: loss, perplexity, tokens, sequence\n"
+    "\n"
+    "Example: eval demo-run/checkpoints --text book.txt --sequence 128\n";
+
+/* Windows evaluated together: enough rows for fast matrix products. */
+#define EVAL_ROWS 2048
+#define TEXT_BYTES_MAX ((size_t)4 << 30)
+
+static int read_text(const char *path, char **text, size_t *bytes, struct err *err) {
+    struct stat st;
+    FILE *f = fopen(path, "rb");
+    if (!f) return err_set_errno(err, "open %.150s", path);
+    int rc = 0;
+    *text = NULL;
+    if (fstat(fileno(f), &st))
+        rc = err_set_errno(err, "stat %.150s", path);
+    else if (!S_ISREG(st.st_mode) || (size_t)st.st_size > TEXT_BYTES_MAX)
+        rc = err_set(err, ERR_CONFIG, "%.150s is not a file of at most %zu bytes", path, TEXT_BYTES_MAX);
+    else if (!(*text = malloc((size_t)st.st_size + 1)))
+        rc = err_set(err, ERR_MEMORY, "no memory for the %lld bytes of %.100s", (long long)st.st_size, path);
+    else {
+        *bytes = fread(*text, 1, (size_t)st.st_size, f);
+        if (ferror(f)) rc = err_set_errno(err, "read %.150s", path);
+    }
+    fclose(f);
+    return rc;
+}
+
+static int tokens_of_text(const struct tokenizer *t, const char *path, int32_t **tokens, size_t *n,
+                          struct err *err) {
+    char *text = NULL;
+    size_t bytes = 0;
+    int rc = read_text(path, &text, &bytes, err);
+    if (rc == 0 && !(*tokens = malloc((t->encode_max(bytes) + 1) * sizeof **tokens)))
+        rc = err_set(err, ERR_MEMORY, "no memory to tokenise %.100s", path);
+    if (rc == 0) *n = t->encode(text, bytes, *tokens);
+    free(text);
+    return rc;
+}
+
+static int tokens_of_corpus(const struct tokenizer *t, const char *corpus, int32_t **tokens, size_t *n,
+                            struct err *err) {
+    struct data *d = data_open(corpus, NULL, 0, err);
+    if (!d) return -1;
+    size_t all = (size_t)data_info(d)->heldout_tokens;
+    int rc = 0;
+    if (strcmp(data_info(d)->tokenizer, t->name))
+        rc = err_set(err, ERR_CONFIG, "the corpus has tokenizer %s, the model %s", data_info(d)->tokenizer,
+                     t->name);
+    else if (!(*tokens = malloc((all + 1) * sizeof **tokens)))
+        rc = err_set(err, ERR_MEMORY, "no memory for %zu held-out tokens", all);
+    else
+        rc = data_heldout(d, 0, all, *tokens, n, err);
+    data_close(d);
+    return rc;
+}
+
+/* Window i is tokens [i * T, i * T + T], its last one only a target. model_loss() wants windows
+ * apart from each other, so they are copied. */
+static int loss_of_windows(const struct loaded *l, const int32_t *tokens, size_t windows, int T,
+                           double *loss, struct err *err) {
+    int B = EVAL_ROWS / T > 1 ? EVAL_ROWS / T : 1, rc = 0;
+    size_t width = (size_t)T + 1;
+    int32_t *batch = malloc((size_t)B * width * sizeof *batch);
+    struct model *model = batch ? model_create(&l->m, l->k, B, T, 0, err) : NULL;
+    if (!batch) err_set(err, ERR_MEMORY, "no memory for %d windows", B);
+    if (!model) rc = -1;
+    double sum = 0, part;
+    for (size_t i = 0; rc == 0 && i < windows; i += (size_t)B) {
+        int n = windows - i < (size_t)B ? (int)(windows - i) : B;
+        for (int b = 0; b < n; b++)
+            memcpy(batch + (size_t)b * width, tokens + (i + (size_t)b) * (size_t)T, width * sizeof *batch);
+        rc = model_loss(model, l->params, batch, n, T, &part, err);
+        if (rc == 0) sum += part;
+    }
+    if (rc == 0) *loss = sum / ((double)windows * T);
+    model_destroy(model);
+    free(batch);
+    return rc;
+}
+
+struct eval_wish {
+    const char *where, *text, *corpus, *tokenizer;
+    uint64_t sequence, threads;
+    int json;
+};
+
+static int eval_tokens(const struct eval_wish *w, const struct loaded *l, const int32_t *tokens, size_t n,
+                       struct err *err) {
+    size_t T = w->sequence ? (size_t)w->sequence : l->m.sequence;
+    double loss;
+    if (T > l->m.sequence)
+        return err_set(err, ERR_CONFIG, "--sequence %zu is more than the model's %u", T, l->m.sequence);
+    if (n < T + 1)
+        return err_set(err, ERR_CONFIG, "%.100s has %zu tokens, one window of sequence %zu needs %zu",
+                       w->text ? w->text : w->corpus, n, T, T + 1);
+    size_t windows = (n - 1) / T;
+    if (loss_of_windows(l, tokens, windows, (int)T, &loss, err)) return -1;
+    printf(w->json ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"tokens\": %zu, \"windows\": %zu, "
+                     "\"sequence\": %zu}\n"
+                   : "loss %.4f nats per token, perplexity %.3f, %zu tokens in %zu windows of %zu\n",
+           loss, exp(loss), windows * T, windows, T);
+    return 0;
+}
+
+static int eval(const struct eval_wish *w, struct err *err) {
+    struct loaded l = { 0 };
+    int32_t *tokens = NULL;
+    size_t n = 0;
+    int rc = load(&l, w->where, w->tokenizer, w->threads, err);
+    if (rc == 0)
+        rc = w->text ? tokens_of_text(l.tokenizer, w->text, &tokens, &n, err)
+                     : tokens_of_corpus(l.tokenizer, w->corpus, &tokens, &n, err);
+    if (rc == 0) rc = eval_tokens(w, &l, tokens, n, err);
+    free(tokens);
+    unload(&l);
+    return rc;
+}
+
+int tool_eval(int argc, char **argv) {
+    static const struct option options[] = {
+        { "text", required_argument, NULL, 't' },      { "corpus", required_argument, NULL, 'c' },
+        { "sequence", required_argument, NULL, 's' },  { "tokenizer", required_argument, NULL, 'z' },
+        { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
+        { "help", no_argument, NULL, 'h' },            { 0 },
+    };
+    struct eval_wish w = { 0 };
+    struct err err;
+    int c;
+    optind = 0; /* another tool may have parsed its own arguments in this process */
+    while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
+        case 't': w.text = optarg; break;
+        case 'c': w.corpus = optarg; break;
+        case 's': if (args_integer("--sequence", optarg, 1, 1u << 20, &w.sequence)) return 2; break;
+        case 'z': w.tokenizer = optarg; break;
+        case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
+        case 'j': w.json = 1; break;
+        case 'h': fputs(eval_help, stdout); return 0;
+        default: return args_wrong(argv[0], "wrong arguments");
+        }
+    if (optind + 1 != argc) return args_wrong(argv[0], "one checkpoint is needed");
+    if (!w.text == !w.corpus) return args_wrong(argv[0], "one of --text and --corpus is needed");
+    w.where = argv[optind];
+    return eval(&w, &err) ? args_failed(argv[0], &err) : 0;
+}
+
+/* ---- generate ---------------------------------------------------------------------------------- */
+
+static const char generate_help[] =
+    "generate CHECKPOINT --prompt TEXT [options]\n"
+    "\n"
+    "Continue a text with what the model finds likely. CHECKPOINT is as in `eval`. The same arguments\n"
+    "give the same text.\n"
+    "\n"
+    "  --prompt TEXT      what to continue\n"
+    "  --tokens N         how many tokens to add (default 200)\n"
+    "  --temperature T    0 takes the likeliest token always; above 1 gets wild (default 0.8)\n"
+    "  --top-k K          draw from the K likeliest tokens; 0 = all (default 40)\n"
+    "  --seed N           of the draws (default 1)\n"
+    "  --tokenizer NAME   bytes; needed where the model does not say\n"
+    "  --threads N        CPU threads (default: all)\n"
+    "  --json             print one JSON object: prompt, text, tokens (bytes that are not UTF-8 as ?)\n"
+    "\n"
+    "The model sees the last tokens up to its sequence, and reads all of them again for each new one:\n"
+    "fine for small models, slow for large ones.\n";
+
+struct generate_wish {
+    const char *where, *prompt, *tokenizer;
+    uint64_t tokens, top_k, seed, threads;
+    double temperature;
+    int json;
+};
+
+struct choice {
+    float logit;
+    int32_t id;
+};
+
+static int by_logit(const void *a, const void *b) {
+    const struct choice *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit < y->logit ? 1 : -1;
+    return x->id < y->id ? -1 : 1; /* the same order everywhere */
+}
+
+/* Draw from the k likeliest of the V logits; `choice` has room for V. */
+static int32_t draw(const struct generate_wish *w, const float *logits, size_t V, struct choice *choice,
+                    unsigned short random[3]) {
+    size_t k = w->temperature == 0 ? 1 : w->top_k && w->top_k < V ? (size_t)w->top_k : V;
+    double sum = 0, u = erand48(random);
+    for (size_t i = 0; i < V; i++) choice[i] = (struct choice){ logits[i], (int32_t)i };
+    qsort(choice, V, sizeof *choice, by_logit);
+    if (k == 1) return choice[0].id;
+    for (size_t i = 0; i < k; i++) sum += exp((choice[i].logit - choice[0].logit) / w->temperature);
+    u *= sum;
+    for (size_t i = 0; i < k; i++) {
+        u -= exp((choice[i].logit - choice[0].logit) / w->temperature);
+        if (u < 0) return choice[i].id;
+    }
+    return choice[k - 1].id;
+}
+
+/* The context is padded to a multiple of this, so that the backend sees few shapes. */
+#define CONTEXT_STEP 64
+
+struct generator {
+    const struct loaded *l;
+    struct model *model;
+    int32_t *tokens; /* prompt and continuation */
+    size_t count;
+    int32_t *context; /* [sequence] */
+    float *logits;    /* [vocabulary] */
+    struct choice *choice;
+};
+
+static int next_token(struct generator *g, const struct generate_wish *w, unsigned short random[3],
+                      struct err *err) {
+    size_t sequence = g->l->m.sequence, seen = g->count < sequence ? g->count : sequence;
+    size_t T = (seen + CONTEXT_STEP - 1) / CONTEXT_STEP * CONTEXT_STEP;
+    if (T > sequence) T = sequence;
+    memset(g->context, 0, T * sizeof *g->context);
+    memcpy(g->context, g->tokens + g->count - seen, seen * sizeof *g->context);
+    if (model_logits(g->model, g->l->params, g->context, (int)T, (int)seen - 1, g->logits, err)) return -1;
+    for (size_t i = 0; i < g->l->m.vocabulary; i++)
+        if (!isfinite(g->logits[i]))
+            return err_set(err, ERR_CORRUPT, "the model's logit %zu is %g", i, (double)g->logits[i]);
+    g->tokens[g->count++] = draw(w, g->logits, g->l->m.vocabulary, g->choice, random);
+    return 0;
+}
+
+static void print_token(const struct tokenizer *t, int32_t id) {
+    char bytes[TOKENIZER_TOKEN_BYTES_MAX];
+    fwrite(bytes, 1, t->decode(id, bytes), stdout);
+    fflush(stdout);
+}
+
+static void print_json(const struct generator *g, const struct generate_wish *w, size_t prompt_tokens) {
+    const struct tokenizer *t = g->l->tokenizer;
+    char *text = malloc((g->count - prompt_tokens) * TOKENIZER_TOKEN_BYTES_MAX + 1);
+    size_t n = 0;
+    if (!text) return;
+    for (size_t i = prompt_tokens; i < g->count; i++) n += t->decode(g->tokens[i], text + n);
+    json_t *string = json_stringn(text, n);
+    for (size_t i = 0; !string && i < n; i++)
+        if (text[i] & 0x80) text[i] = '?';
+    if (!string) string = json_stringn(text, n);
+    json_t *prompt = json_string(w->prompt);
+    json_t *o = json_pack("{s:o, s:o, s:I}", "prompt", prompt ? prompt : json_null(), "text", string, "tokens",
+                          (json_int_t)(g->count - prompt_tokens));
+    json_dumpf(o, stdout, JSON_ENSURE_ASCII);
+    putchar('\n');
+    json_decref(o);
+    free(text);
+}
+
+static int take_generator(struct generator *g, const struct generate_wish *w, struct err *err) {
+    const struct msg_model *m = &g->l->m;
+    size_t prompt = strlen(w->prompt), most = g->l->tokenizer->encode_max(prompt) + (size_t)w->tokens;
+    g->tokens = malloc(most * sizeof *g->tokens);
+    g->context = malloc(m->sequence * sizeof *g->context);
+    g->logits = malloc(m->vocabulary * sizeof *g->logits);
+    g->choice = malloc(m->vocabulary * sizeof *g->choice);
+    if (!g->tokens || !g->context || !g->logits || !g->choice)
+        return err_set(err, ERR_MEMORY, "no memory to generate %llu tokens", (unsigned long long)w->tokens);
+    g->count = g->l->tokenizer->encode(w->prompt, prompt, g->tokens);
+    size_t T = m->sequence < most + CONTEXT_STEP ? m->sequence : most + CONTEXT_STEP;
+    g->model = model_create(m, g->l->k, 1, (int)T, 0, err);
+    return g->model ? 0 : -1;
+}
+
+static int run_generator(struct generator *g, const struct generate_wish *w, struct err *err) {
+    unsigned short random[3] = { (unsigned short)w->seed, (unsigned short)(w->seed >> 16),
+                                 (unsigned short)(w->seed >> 32) };
+    size_t prompt_tokens = g->count;
+    for (int i = 0; i < 8; i++) erand48(random); /* neighbouring seeds begin alike */
+    if (!w->json) fputs(w->prompt, stdout);
+    for (uint64_t i = 0; i < w->tokens; i++) {
+        if (next_token(g, w, random, err)) return -1;
+        if (!w->json) print_token(g->l->tokenizer, g->tokens[g->count - 1]);
+    }
+    if (w->json)
+        print_json(g, w, prompt_tokens);
+    else
+        putchar('\n');
+    return 0;
+}
+
+static int generate(const struct generate_wish *w, struct err *err) {
+    struct loaded l = { 0 };
+    struct generator g = { .l = &l };
+    int rc = load(&l, w->where, w->tokenizer, w->threads, err);
+    if (rc == 0) rc = take_generator(&g, w, err);
+    if (rc == 0) rc = run_generator(&g, w, err);
+    model_destroy(g.model);
+    free(g.tokens);
+    free(g.context);
+    free(g.logits);
+    free(g.choice);
+    unload(&l);
+    return rc;
+}
+
+int tool_generate(int argc, char **argv) {
+    static const struct option options[] = {
+        { "prompt", required_argument, NULL, 'p' },    { "tokens", required_argument, NULL, 't' },
+        { "temperature", required_argument, NULL, 'e' }, { "top-k", required_argument, NULL, 'k' },
+        { "seed", required_argument, NULL, 's' },      { "tokenizer", required_argument, NULL, 'z' },
+        { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
+        { "help", no_argument, NULL, 'h' },            { 0 },
+    };
+    struct generate_wish w = { .tokens = 200, .top_k = 40, .seed = 1, .temperature = 0.8 };
+    struct err err;
+    int c;
+    optind = 0;
+    while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
+        case 'p': w.prompt = optarg; break;
+        case 't': if (args_integer("--tokens", optarg, 1, 1u << 20, &w.tokens)) return 2; break;
+        case 'e': if (args_real("--temperature", optarg, 0, 100, &w.temperature)) return 2; break;
+        case 'k': if (args_integer("--top-k", optarg, 0, 1u << 20, &w.top_k)) return 2; break;
+        case 's': if (args_integer("--seed", optarg, 0, UINT64_MAX, &w.seed)) return 2; break;
+        case 'z': w.tokenizer = optarg; break;
+        case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
+        case 'j': w.json = 1; break;
+        case 'h': fputs(generate_help, stdout); return 0;
+        default: return args_wrong(argv[0], "wrong arguments");
+        }
+    if (optind + 1 != argc) return args_wrong(argv[0], "one checkpoint is needed");
+    if (!w.prompt || !*w.prompt) return args_wrong(argv[0], "--prompt TEXT is missing or empty");
+    w.where = argv[optind];
+    return generate(&w, &err) ? args_failed(argv[0], &err) : 0;
+}
