@@ -184,20 +184,27 @@ struct channel_context *channel_context_create(const struct identity *id, struct
 void channel_context_destroy(struct channel_context *ctx);
 
 struct channel_ops {
-    /* TLS is up and `key` is what the peer proved. Return false to refuse (the channel closes). */
+    /* TLS is up and `key` is what the peer proved. Return false to refuse: the channel closes and
+     * on_close follows. */
     bool (*on_open)(void *arg, struct channel *ch, const struct proto_key *key);
     /* One decoded message; `msg` is a struct msg_* valid until return. */
     void (*on_message)(void *arg, struct channel *ch, const struct frame *f, const void *msg);
     /* The connection is gone (why: "closed by peer", "TLS: ...", "protocol: ..."); the channel is
-     * freed after return. Not called after channel_close(). */
+     * freed after return. Not called after channel_close(), else called exactly once. Where the
+     * peer broke the protocol it is sent a BYE that says so. */
     void (*on_close)(void *arg, struct channel *ch, const struct err *why);
     /* The unsent bytes fell under PROTO_SEND_LOW; may be NULL. */
     void (*on_drained)(void *arg, struct channel *ch);
 };
 #define PROTO_SEND_LOW (1u << 20)
 #define PROTO_SEND_MAX (64u << 20)      /* a peer that reads so slowly is cut off */
-#define CHANNEL_HANDSHAKE_MS_MAX 10000
+#define CHANNEL_HANDSHAKE_MS_MAX 10000  /* connect, and again the handshake */
+#define CHANNEL_STRANGER_MS_MAX 30000   /* open, but channel_set_frame_bytes_max() was never called */
+/* Other limits for the channels made from now on; for tests. */
+void channel_context_set_timeouts(struct channel_context *ctx, int handshake_ms, int stranger_ms);
 
+/* `ops` is copied. A host name is looked up at once and blocks meanwhile; addresses do not. NULL only
+ * where the name has no address or memory is out: a failed connection shows in on_close. */
 struct channel *channel_dial(struct event_base *base, struct channel_context *ctx, const char *host, uint16_t port,
                              const struct channel_ops *ops, void *arg, struct err *err);
 /* Takes over `fd` (also when it fails). */
@@ -207,7 +214,8 @@ void channel_set_arg(struct channel *ch, void *arg);
 void *channel_arg(struct channel *ch);
 /* Starts at PROTO_STRANGER_BYTES_MAX; raise it when the peer is known. */
 void channel_set_frame_bytes_max(struct channel *ch, uint32_t bytes);
-/* Encode and queue. -1: encoding failed (caller's bug) or over PROTO_SEND_MAX (channel closes soon). */
+/* Encode and queue, from on_open on. -1: not open, encoding failed (caller's bug) or over
+ * PROTO_SEND_MAX (on_close follows soon, not from here). */
 int channel_send(struct channel *ch, uint8_t type, uint64_t term, uint64_t session, uint64_t plan,
                  const void *msg, struct err *err);
 size_t channel_unsent_bytes(const struct channel *ch);
@@ -215,7 +223,8 @@ uint64_t channel_received_bytes(const struct channel *ch);
 const struct proto_key *channel_peer_key(const struct channel *ch);
 /* "203.0.113.7" and port of the other end. */
 void channel_peer_address(const struct channel *ch, char out[PROTO_ADDRESS_BYTES_MAX + 1], uint16_t *port);
-/* Close now; what is queued is sent first for at most a second when `flush`. No callback follows. */
+/* Close now; what is queued is sent first for at most a second when `flush`, as long as the loop
+ * runs. No callback follows; the channel must not be touched again. */
 void channel_close(struct channel *ch, bool flush);
 
 /* Listen on host:port (port 0 = any; *port receives it). Accepts and hands over raw
