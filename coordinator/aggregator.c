@@ -121,7 +121,7 @@ static int spawn(struct aggregator *a, const char *invite, struct err *err) {
     if (*invite) argv[n++] = "--aggregate-only";
     if (*invite) argv[n++] = "--name", argv[n++] = "coordinator";
     argv[n++] = "--home", argv[n++] = a->home;
-    if (*a->port) argv[n++] = "--port", argv[n++] = a->port;
+    if (*a->port) argv[n++] = "--listen", argv[n++] = a->port;
     argv[n++] = "--log-json";
     if (*invite) argv[n++] = "-";
     snprintf(line, sizeof line, "%s%s", invite, *invite ? "\n" : "");

@@ -5,21 +5,19 @@
 
 #include <stdbool.h>
 
-#include "coordinator/settings.h"
-#include "coordinator/store.h"
-
-#define SERVER_CONTROL_NAME "control.sock"  /* below the run's folder, mode 0600 */
+#include "coordinator/run.h"
 
 struct server_config {
-    const char *dir;                 /* the run's folder, absolute */
-    const struct settings *settings; /* resolved */
-    const char *listen;              /* overrides settings->listen; NULL = that */
+    struct run *run;                 /* open */
+    const struct settings *settings; /* run_settings() */
+    const char *listen;              /* HOST:PORT in place of serve.listen; NULL = that. Port 0 = any */
     bool aggregator;                 /* start the aggregate-only node beside us */
 };
 
 /* Serve the run until SIGINT or SIGTERM (0), or until something is wrong: -1 with ERR_STALE
- * (another coordinator took the store over), ERR_IO (port in use, disk), ERR_CORRUPT (the store),
- * ERR_FULL. A second signal ends the process at once. */
+ * (another coordinator took the store over), ERR_REFUSED (this process' folder is served already),
+ * ERR_IO (port in use, disk), ERR_CORRUPT (the store), ERR_FULL. A second signal ends the process
+ * at once. Logs through log.h. */
 int server_run(const struct server_config *config, struct err *err);
 
 #endif

@@ -5,6 +5,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sodium.h>
 #include <sqlite3.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -368,6 +369,17 @@ uint64_t store_invite_id(const struct digest *secret_digest) {
     uint64_t id = 0;
     for (int i = 7; i >= 0; i--) id = id << 8 | secret_digest->b[i];
     return id & INT64_MAX;
+}
+
+void store_invite_make(uint32_t uses, uint64_t expires_ms, bool aggregate_only,
+                       struct digest *secret, struct msg_invite_record *record) {
+    randombytes_buf(secret->b, sizeof secret->b);
+    *record = (struct msg_invite_record){
+        .secret_digest = digest_of(secret->b, sizeof secret->b),
+        .uses_left = uses,
+        .expires_ms = expires_ms,
+        .aggregate_only = aggregate_only,
+    };
 }
 
 int store_invite_add(struct store *s, const struct msg_invite_record *record, struct err *err) {

@@ -82,6 +82,9 @@ int store_seal(struct store *s, const struct proto_bytes *documents, const struc
 /* The id under which the invite with this secret's digest is kept. */
 uint64_t store_invite_id(const struct digest *secret_digest);
 
+/* Draw a secret, and the record of an invite with it. expires_ms: Unix time. */
+void store_invite_make(uint32_t uses, uint64_t expires_ms, bool aggregate_only,
+                       struct digest *secret, struct msg_invite_record *record);
 /* Add an invite, whatever the term: `invite` is not the coordinator. */
 int store_invite_add(struct store *s, const struct msg_invite_record *record, struct err *err);
 
