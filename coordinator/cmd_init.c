@@ -1,0 +1,354 @@
+/* cmd_init.c - `intellect-coordinator init`: the run's folder, its settings, its keys, and, once
+ * there is a corpus, the sealed genesis with the first two entries of the ledger. */
+#include <dirent.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "coordinator/aggregator.h"
+#include "coordinator/commands.h"
+#include "coordinator/run.h"
+#include "proto/model.h"
+
+static const char help[] =
+    "intellect-coordinator init DIR [options]\n"
+    "\n"
+    "Make a run: the folder DIR with run.yaml (every setting, explained), keys, and the genesis, whose\n"
+    "digest is the run's name. Again on the same folder, as long as nobody has joined: the run is\n"
+    "sealed anew with the changed run.yaml.\n"
+    "\n"
+    "  --corpus FILE            corpus.json (or its folder) as `intellect-node data` wrote it; without\n"
+    "                           one, run.yaml is written and nothing is sealed yet\n"
+    "  --preset NAME            the network: debug, 10m, 150m, 1b, 8b or 10b (default: debug)\n"
+    "  --set SECTION.KEY=VALUE  any setting of run.yaml; may be given several times\n"
+    "\n"
+    "example: intellect-coordinator init myrun --corpus corpus/corpus.json --preset debug \\\n"
+    "             --set outer.inner_steps=50 --set outer.quorum=3\n";
+
+#define SETS_MAX 64
+
+struct init_options {
+    const char *command, *corpus, *preset;
+    const char *sets[SETS_MAX];
+    int set_count;
+};
+enum { CORPUS = 256, PRESET, SET };
+static const struct option options[] = {
+    { "corpus", required_argument, NULL, CORPUS },
+    { "preset", required_argument, NULL, PRESET },
+    { "set", required_argument, NULL, SET },
+    { 0 },
+};
+
+static int take(void *arg, int option, const char *value) {
+    struct init_options *o = arg;
+    switch (option) {
+    case CORPUS: o->corpus = value; return 0;
+    case PRESET: o->preset = value; return 0;
+    default:
+        if (o->set_count == SETS_MAX) {
+            coordinator_misused(o->command, "--set may be given %d times; write run.yaml instead",
+                                SETS_MAX);
+            return -1;
+        }
+        o->sets[o->set_count++] = value;
+        return 0;
+    }
+}
+
+/* ---- the folder ----------------------------------------------------------------------------------- */
+
+static bool holds_anything(const char *dir) {
+    DIR *d = opendir(dir);
+    bool found = false;
+    for (struct dirent *e; d && !found && (e = readdir(d));)
+        found = strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0;
+    if (d) closedir(d);
+    return found;
+}
+
+/* Make the folder, or take one that is empty or a run's. dir receives its absolute path. */
+static int make_folder(const char *given, char *dir, struct err *err) {
+    char path[RUN_PATH_BYTES];
+    struct stat st;
+    if (mkdir(given, 0700) && errno != EEXIST) return err_set_errno(err, "make the folder %s", given);
+    if (!realpath(given, dir)) return err_set_errno(err, "the folder %s", given);
+    if (stat(dir, &st)) return err_set_errno(err, "the folder %s", given);
+    if (!S_ISDIR(st.st_mode)) return err_set(err, ERR_CONFIG, "%s is not a folder", given);
+    if (run_path(dir, SETTINGS_FILE_NAME, path, err)) return -1;
+    if (access(path, F_OK) && holds_anything(dir))
+        return err_set(err, ERR_CONFIG, "%s holds other things and no run; name a new folder", given);
+    if (run_path(dir, AGGREGATOR_FOLDER, path, err)) return -1;
+    if (mkdir(path, 0700) && errno != EEXIST) return err_set_errno(err, "make the folder %s", path);
+    return 0;
+}
+
+/* ---- settings -------------------------------------------------------------------------------------- */
+
+static int set_option(struct settings *s, const char *key, const char *value, struct err *err) {
+    char assignment[PROTO_URL_BYTES_MAX + 64];
+    snprintf(assignment, sizeof assignment, "%s=%s", key, value);
+    return settings_set(s, assignment, err);
+}
+
+/* run.yaml, then the command line. *present: there was a file. */
+static int gather_settings(struct settings *s, const struct init_options *o, const char *path,
+                           bool *present, struct err *err) {
+    char corpus[PATH_MAX];
+    settings_init(s);
+    *present = access(path, F_OK) == 0;
+    if (*present && settings_load(s, path, err)) return -1;
+    if (o->preset && set_option(s, "model.preset", o->preset, err)) return -1;
+    if (o->corpus) { /* relative to where the person is, not to the run's folder */
+        if (!realpath(o->corpus, corpus)) return err_set_errno(err, "--corpus %s", o->corpus);
+        if (set_option(s, "corpus.manifest", corpus, err)) return -1;
+    }
+    for (int i = 0; i < o->set_count; i++)
+        if (settings_set(s, o->sets[i], err)) return -1;
+    return 0;
+}
+
+/* What run.yaml held stays beside it: comments of a person's own are lost in the new one. */
+static int write_settings(const struct settings *s, const char *path, bool present, struct err *err) {
+    char old[RUN_PATH_BYTES + 8];
+    snprintf(old, sizeof old, "%s.old", path);
+    if (present && (unlink(old) == 0 || errno == ENOENT) && link(path, old) == 0)
+        fprintf(stderr, "%s is written anew; the one before is %s.old\n", SETTINGS_FILE_NAME,
+                SETTINGS_FILE_NAME);
+    return settings_save(s, path, err);
+}
+
+/* ---- keys -------------------------------------------------------------------------------------------- */
+
+static int load_or_make_key(const char *dir, const char *name, struct identity *id, struct err *err) {
+    char path[RUN_PATH_BYTES];
+    if (run_path(dir, name, path, err)) return -1;
+    if (access(path, F_OK) == 0) return identity_load(id, path, err);
+    identity_create(id);
+    return identity_save(id, path, err);
+}
+
+/* ---- the genesis --------------------------------------------------------------------------------------- */
+
+struct keys {
+    struct identity root, online;
+};
+
+struct sealing {
+    struct digest run;
+    struct proto_buffer genesis, delegation, entry[2], row[2], document;
+    struct core_write writes[2];
+};
+
+static void sealing_init(struct sealing *w) {
+    struct proto_buffer *all[] = { &w->genesis, &w->delegation, &w->entry[0], &w->entry[1],
+                                   &w->row[0],  &w->row[1],     &w->document };
+    memset(w, 0, sizeof *w);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        proto_buffer_init(all[i], 2 * PROTO_BLOB_BYTES_MAX);
+}
+
+static void sealing_release(struct sealing *w) {
+    proto_buffer_release(&w->genesis);
+    proto_buffer_release(&w->delegation);
+    proto_buffer_release(&w->document);
+    for (int i = 0; i < 2; i++) {
+        proto_buffer_release(&w->entry[i]);
+        proto_buffer_release(&w->row[i]);
+    }
+}
+
+static int encode_signed(const struct keys *k, const char *purpose, const struct digest *run,
+                         const struct proto_buffer *bytes, struct proto_buffer *out,
+                         struct err *err) {
+    struct msg_signed_entry e = { .bytes = { bytes->data, (uint32_t)bytes->length } };
+    proto_sign(&k->root, purpose, run, 0, bytes->data, bytes->length, &e.signature);
+    return proto_encode(out, RECORD_signed_entry, &e, err);
+}
+
+static int add_entry(struct sealing *w, const struct keys *k, uint64_t index, enum ledger_kind kind,
+                     enum proto_record record, const void *body, struct err *err) {
+    struct digest previous = {{0}};
+    if (index) previous = digest_of(w->entry[index - 1].data, w->entry[index - 1].length);
+    if (core_entry_encode(&w->entry[index], index, &previous, 0, kind, record, body, err)) return -1;
+    if (encode_signed(k, "ledger", &w->run, &w->entry[index], &w->row[index], err)) return -1;
+    w->writes[index] = (struct core_write){ .table = CORE_LEDGER, .key = index,
+                                            .value = w->row[index].data,
+                                            .value_length = (uint32_t)w->row[index].length };
+    return 0;
+}
+
+static int seal(struct store *store, const struct keys *k, const struct settings *s,
+                const struct corpus_facts *corpus, struct digest *run, struct err *err) {
+    struct sealing w;
+    struct settings_genesis g;
+    struct timespec now;
+    int result = -1;
+    sealing_init(&w);
+    clock_gettime(CLOCK_REALTIME, &now);
+    settings_to_genesis(s, corpus, &g);
+    g.genesis.root_key = k->root.key;
+    g.genesis.created_ms = (uint64_t)now.tv_sec * 1000;
+    if (proto_encode(&w.genesis, RECORD_genesis, &g.genesis, err)) goto out;
+    w.run = digest_of(w.genesis.data, w.genesis.length);
+    struct msg_delegation delegation = { .run = w.run, .key = k->online.key, .number = 1 };
+    if (add_entry(&w, k, 0, LEDGER_GENESIS, RECORD_genesis, &g.genesis, err) ||
+        add_entry(&w, k, 1, LEDGER_DELEGATION, RECORD_delegation, &delegation, err))
+        goto out;
+    if (proto_encode(&w.delegation, RECORD_delegation, &delegation, err) ||
+        encode_signed(k, "delegation", &w.run, &w.delegation, &w.document, err))
+        goto out;
+    struct proto_bytes documents[STORE_DOCUMENTS] = {
+        [STORE_GENESIS] = { w.genesis.data, (uint32_t)w.genesis.length },
+        [STORE_DELEGATION] = { w.document.data, (uint32_t)w.document.length },
+    };
+    result = store_seal(store, documents, w.writes, 2, err);
+    *run = w.run;
+out:
+    sealing_release(&w);
+    return result;
+}
+
+/* ---- sealing, once or anew ----------------------------------------------------------------------------- */
+
+enum outcome { SEALED, SEALED_ANEW, UNCHANGED };
+
+/* Is the run that the folder holds the one these settings describe? */
+static int compare_sealed(const char *dir, const struct settings *s,
+                          const struct corpus_facts *corpus, bool *same, char *what, size_t size,
+                          struct digest *id, struct err *err) {
+    struct run run;
+    struct settings file = *s;
+    if (run_open(&run, dir, err)) return -1;
+    *same = settings_same_sealed(&file, &run.sealed, what, size);
+    if (*same && !digest_equal(&corpus->manifest_digest, &run.genesis.corpus->manifest_digest)) {
+        *same = false;
+        snprintf(what, size, "the corpus is another one now");
+    }
+    *id = run.id;
+    run_release(&run);
+    return 0;
+}
+
+static int store_is_sealed(struct store *store, bool *sealed, struct err *err) {
+    uint8_t *bytes = NULL;
+    size_t length;
+    struct err why;
+    *sealed = store_get_document(store, STORE_GENESIS, &bytes, &length, &why) == 0;
+    free(bytes);
+    if (!*sealed && why.code != ERR_NOT_FOUND) return err_set(err, why.code, "%s", why.msg);
+    return 0;
+}
+
+/* A node that had begun to join the run before must not hold to it. */
+static void forget_joined_run(const char *dir) {
+    char path[RUN_PATH_BYTES];
+    if (run_path(dir, AGGREGATOR_FOLDER "/run.json", path, NULL) == 0) unlink(path);
+}
+
+static int seal_if_needed(struct store *store, const char *dir, const struct settings *s,
+                          const struct corpus_facts *corpus, enum outcome *outcome,
+                          struct digest *run, struct err *err) {
+    char what[200];
+    bool sealed = false, same = false, begun = false;
+    struct keys k;
+    int result = -1;
+    memset(&k, 0, sizeof k);
+    if (store_is_sealed(store, &sealed, err)) return -1;
+    if (sealed && compare_sealed(dir, s, corpus, &same, what, sizeof what, run, err)) return -1;
+    *outcome = same ? UNCHANGED : sealed ? SEALED_ANEW : SEALED;
+    if (same) return 0;
+    if (sealed && store_begun(store, &begun, err)) return -1;
+    if (begun)
+        return err_set(err, ERR_REFUSED, "%s: members have joined, so the run's settings are fixed; "
+                       "make a new run in another folder", what);
+    if (load_or_make_key(dir, RUN_ROOT_KEY, &k.root, err) ||
+        load_or_make_key(dir, RUN_ONLINE_KEY, &k.online, err))
+        goto out;
+    forget_joined_run(dir);
+    result = seal(store, &k, s, corpus, run, err);
+out:
+    identity_release(&k.root);
+    identity_release(&k.online);
+    return result;
+}
+
+/* ---- what the person is told --------------------------------------------------------------------------- */
+
+static void tell_unsealed(const char *given) {
+    printf("%s/%s is written; look it through. The run is not sealed yet: it has no corpus. Next:\n"
+           "  intellect-node data --out corpus --sequence N FILES   # N: model.sequence in run.yaml\n"
+           "  intellect-coordinator init %s --corpus corpus/corpus.json\n",
+           given, SETTINGS_FILE_NAME, given);
+}
+
+static void tell_sealed(const char *given, const struct settings *s, const struct corpus_facts *c,
+                        enum outcome outcome, const struct digest *run) {
+    static const char *const words[] = {
+        [SEALED] = "sealed", [SEALED_ANEW] = "sealed anew", [UNCHANGED] = "unchanged" };
+    char hex[DIGEST_HEX_BYTES];
+    digest_hex(run, hex);
+    printf("run      %s  %s (%s)\n", s->name, hex, words[outcome]);
+    printf("model    %s, %" PRIu64 " parameters\n", s->preset, proto_model_elements(&s->model));
+    printf("corpus   %" PRIu64 " samples of %u tokens, tokenizer %s\n", c->samples, c->sequence,
+           c->tokenizer);
+    if (outcome != UNCHANGED)
+        fprintf(stderr, "%s/%s is the run's root key: move it to a safe place, serving does not need it\n",
+                given, RUN_ROOT_KEY);
+    fprintf(stderr, "next: intellect-coordinator serve %s; intellect-coordinator invite %s\n", given,
+            given);
+}
+
+/* ---- the command ------------------------------------------------------------------------------------------ */
+
+static int init_locked(const char *given, const char *dir, const struct init_options *o,
+                       struct err *err) {
+    char path[RUN_PATH_BYTES], manifest[PATH_MAX];
+    struct settings s;
+    struct corpus_facts corpus;
+    struct identity own;
+    struct digest run;
+    enum outcome outcome;
+    bool present, has_corpus;
+    if (run_path(dir, SETTINGS_FILE_NAME, path, err)) return -1;
+    if (gather_settings(&s, o, path, &present, err)) return -1;
+    has_corpus = *s.corpus != '\0';
+    if (has_corpus && (settings_locate_corpus(&s, dir, manifest, sizeof manifest, err) ||
+                       corpus_facts_read(&corpus, manifest, err)))
+        return -1;
+    if (settings_resolve(&s, dir, has_corpus ? &corpus : NULL, err)) return -1;
+    bool changed = !present || o->corpus || o->preset || o->set_count;
+    if (changed && write_settings(&s, path, present, err)) return -1;
+    if (load_or_make_key(dir, AGGREGATOR_IDENTITY, &own, err)) return -1;
+    identity_release(&own); /* made now, so that its key is known before it joins */
+    if (!has_corpus) {
+        tell_unsealed(given);
+        return 0;
+    }
+    struct store *store = store_open(dir, true, err);
+    if (!store) return -1;
+    int result = seal_if_needed(store, dir, &s, &corpus, &outcome, &run, err);
+    store_close(store);
+    if (result == 0) tell_sealed(given, &s, &corpus, outcome, &run);
+    return result;
+}
+
+int coordinator_init(int argc, char **argv) {
+    struct init_options o = { .command = argv[0] };
+    struct command_line line = { help, options, take, &o };
+    char dir[PATH_MAX];
+    struct err err;
+    const char *given;
+    int code, lock;
+    if (!command_line_parse(&line, argc, argv, &given, &code)) return code;
+    if (make_folder(given, dir, &err) || store_lock(dir, &lock, &err)) return coordinator_failed(&err);
+    int failed = init_locked(given, dir, &o, &err);
+    close(lock);
+    return failed ? coordinator_failed(&err) : 0;
+}
