@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "proto/proto.h"
+#include "proto/schema.h"
 
 /* Every record is tested from one list. */
 #define ID_OF_RECORD(record) RECORD_##record,
@@ -721,6 +722,68 @@ static void types_have_names(void **state) {
     assert_true(proto_record_bytes_max(RECORD_hello) <= PROTO_STRANGER_BYTES_MAX);
 }
 
+/* ---- documentation ------------------------------------------------------------------------------
+ */
+
+static int type_of(enum proto_record which) {
+    for (int type = 0; type < 256; type++)
+        if (proto_record_of_type((uint8_t)type) == (int)which) return type;
+    return -1;
+}
+
+/* "`count` u64", "`chunks` u32 <= 65536", "`name` str <= 64 bytes", "`ranges` [lease] <= 256". */
+static void describe_field(const struct field *f, char *out, size_t size) {
+    static const char *const kinds[] = {"u8",     "u32", "u64", "i32",   "f32", "f64",
+                                        "digest", "key", "sig", "bytes", "str"};
+    static const uint64_t widths[] = {UINT8_MAX, UINT32_MAX, UINT64_MAX, INT32_MAX, 0,
+                                      0,         32,         32,         64};
+    unsigned long long max = f->max;
+    if (f->kind == KIND_LIST)
+        snprintf(out, size, "`%s` [%s] <= %llu", f->name, proto_record_name(f->record), max);
+    else if (f->kind >= KIND_BYTES)
+        snprintf(out, size, "`%s` %s <= %llu bytes", f->name, kinds[f->kind], max);
+    else if (f->max == widths[f->kind])
+        snprintf(out, size, "`%s` %s", f->name, kinds[f->kind]);
+    else
+        snprintf(out, size, "`%s` %s <= %llu", f->name, kinds[f->kind], max);
+}
+
+static void describe_record(enum proto_record which, char *line, size_t size) {
+    const struct schema *s = schema_of(which);
+    int type = type_of(which);
+    size_t used = 0;
+    if (type < 0)
+        used += (size_t)snprintf(line, size, "| %s | ", s->name);
+    else
+        used += (size_t)snprintf(line, size, "| %d | %s | ", type, s->name);
+    for (uint32_t i = 0; i < s->field_count; i++) {
+        char field[128];
+        describe_field(&s->fields[i], field, sizeof field);
+        used += (size_t)snprintf(line + used, size - used, "%s%s", i ? ", " : "", field);
+    }
+    snprintf(line + used, size - used, " |\n");
+}
+
+/* docs/protocol.md is what a node in another language is written from. A line that is not there is
+ * printed, to be put in its place. */
+static void documentation_has_every_record(void **state) {
+    (void)state;
+    FILE *f = fopen("docs/protocol.md", "r");
+    static char text[1 << 18];
+    if (!f) fail_msg("docs/protocol.md: run the tests from the repository's root");
+    text[fread(text, 1, sizeof text - 1, f)] = '\0';
+    fclose(f);
+    unsigned missing = 0;
+    for (enum proto_record which = 0; which < RECORD_COUNT; which++) {
+        char line[2048];
+        describe_record(which, line, sizeof line);
+        if (strstr(text, line)) continue;
+        print_message("%s", line);
+        missing++;
+    }
+    assert_int_equal(missing, 0);
+}
+
 /* ---- frames -----------------------------------------------------------------------------------
  */
 
@@ -799,6 +862,7 @@ int main(void) {
         cmocka_unit_test(encoder_keeps_the_limits_too),
         cmocka_unit_test(text_must_be_plain_utf8),
         cmocka_unit_test(types_have_names),
+        cmocka_unit_test(documentation_has_every_record),
         cmocka_unit_test(frame_header_goes_both_ways),
         cmocka_unit_test(wrong_frames_say_what_is_wrong),
     };
