@@ -25,6 +25,7 @@ struct checkpoint {
     uint64_t index;
     uint32_t next;              /* the chunk to look at next */
     bool finishing;
+    struct digest manifest;     /* of the manifest's bytes, from CKPT_UNSIGNED on */
     struct err failed;          /* code != ERR_NONE: to be told */
 };
 
@@ -103,13 +104,10 @@ static void on_work(evutil_socket_t fd, short what, void *arg) {
 /* ---- the writer's own progress --------------------------------------------------------------------------- */
 
 static void on_published(struct checkpoint *c) {
-    size_t length;
-    const void *manifest = ckpt_writer_manifest(c->writer, &length);
-    struct digest digest = digest_of(manifest, length);
     char where[PROTO_URL_BYTES_MAX + 1] = "";
     ckpt_url(c->store->url, c->index, where, NULL);
     close_writer(c);
-    c->ops->on_done(c->arg, true, &digest, where);
+    c->ops->on_done(c->arg, true, &c->manifest, where);
 }
 
 static void on_ready(evutil_socket_t fd, short what, void *arg) {
@@ -121,6 +119,7 @@ static void on_ready(evutil_socket_t fd, short what, void *arg) {
     switch (ckpt_writer_poll(c->writer, &err)) {
     case CKPT_UNSIGNED:
         manifest = ckpt_writer_manifest(c->writer, &length);
+        c->manifest = digest_of(manifest, length);
         c->ops->on_manifest(c->arg, manifest, length);
         break;
     case CKPT_PUBLISHED: on_published(c); break;

@@ -21,7 +21,7 @@
 #include "proto/proto.h"
 
 #define SEGMENT_RING_MESSAGES 1024u /* per direction; a power of two */
-#define SEGMENT_PATH_BYTES 1024
+#define SEGMENT_PATH_BYTES 1040
 
 enum segment_out { SEGMENT_OUT_PARAMETERS = 0, SEGMENT_OUT_MOMENTS = 1, SEGMENT_OUTS = 2 };
 

@@ -162,14 +162,14 @@ static void send_enrol(struct uplink *u) {
     channel_send(u->channel, MSG_ENROL, 0, 0, 0, &m, NULL);
 }
 
-static void on_welcome(struct uplink *u, const struct msg_welcome *m) {
+static void on_welcome(struct uplink *u, const struct frame *f, const struct msg_welcome *m) {
     struct err err = {0};
     if (check_welcome(u, m, &err)) {
         err_prefix(&err, "coordinator %s:%u", u->host, u->port);
         refuse(u, &err, u->up_at_ms == 0); /* one that was right before may be so again */
         return;
     }
-    channel_set_frame_bytes_max(u->channel, PROTO_CONTROL_BYTES_MAX);
+    u->welcome.frame = *f;
     if (u->ops->on_welcome(u->arg, &u->welcome, &err))
         refuse(u, &err, true);
     else if (u->enrols)
@@ -213,7 +213,7 @@ static void on_message(void *arg, struct channel *ch, const struct frame *f, con
     else if (f->type == MSG_BYE)
         on_early_bye(u, msg);
     else if (u->state == UPLINK_DIALLING && f->type == MSG_WELCOME)
-        on_welcome(u, msg);
+        on_welcome(u, f, msg);
     else if (u->state == UPLINK_ENROLLING && f->type == MSG_ENROLLED)
         on_enrolled(u, msg);
     else {

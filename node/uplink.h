@@ -18,6 +18,7 @@ struct uplink_welcome {
     struct proto_bytes genesis_bytes, delegation;
     struct proto_sig delegation_signature;
     struct proto_key key; /* the coordinator's online key */
+    struct frame frame;   /* of the WELCOME: its term */
 };
 
 struct uplink_ops {

@@ -1,0 +1,679 @@
+/* agent.c - the event loop of a node: what happens outside becomes an event for sync, what sync
+ * wants becomes a call to one of the modules around it; see agent.h. */
+#include "node/agent.h"
+
+#include <assert.h>
+#include <event2/event.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "node/checkpoint.h"
+#include "node/console.h"
+#include "node/disk.h"
+#include "node/home.h"
+#include "node/keeper.h"
+#include "node/model.h"
+#include "node/peers.h"
+#include "node/sync.h"
+#include "node/uplink.h"
+#include "proto/model.h"
+
+#define GOODBYE_MS 200 /* what is queued on connections is sent before the loop ends */
+
+struct agent {
+    const struct agent_options *options;
+    struct home home;
+    struct home_run run;
+    struct console *console;
+    struct event_base *base;
+    struct channel_context *ctx;
+    struct listener *listener;
+    uint16_t port;              /* that members may dial; 0 = none */
+    struct uplink *uplink;
+
+    /* From set_up() on: the run is known and this node is a member of it. */
+    bool is_member;
+    struct msg_genesis genesis; /* its strings point into run.genesis */
+    uint64_t elements;
+    struct disk disk;
+    struct sync *sync;
+    struct peers *peers;
+    struct keeper *keeper;      /* NULL: this node does not train */
+    struct checkpoint *checkpoint;
+    struct sync_actions actions;
+    bool stepping;              /* inside sync_step or its actions */
+    bool trainer_up, cut;       /* cut: sync asked to disconnect */
+    uint64_t step;
+    double loss, tokens_per_s;
+    uint64_t round_shown;
+
+    struct event *tick, *work, *end, *signals[3];
+    bool leaving, trainer_gone, said_goodbye;
+    int signals_seen;
+    struct err failed;          /* code != ERR_NONE: why the node ends */
+};
+
+static uint64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+static void add_timer(struct event *ev, uint32_t ms) {
+    struct timeval tv = { .tv_sec = (time_t)(ms / 1000), .tv_usec = (suseconds_t)(ms % 1000) * 1000 };
+    event_add(ev, &tv);
+}
+
+static void leave(struct agent *a);
+static void perform(struct agent *a, const struct sync_action *act);
+
+/* End with an error; the first one counts. */
+static void fail(struct agent *a, const struct err *why) {
+    if (a->failed.code == ERR_NONE) a->failed = *why;
+    leave(a);
+}
+
+/* ---- sync ------------------------------------------------------------------------------------------ */
+
+/* One event in, its actions carried out. Nothing that is called from here calls back into here: the
+ * modules around sync tell what follows from the loop. */
+static void feed(struct agent *a, const struct sync_event *ev) {
+    struct err err = {0};
+    if (!a->sync || (a->leaving && ev->type != SYNC_EV_LEAVE)) return;
+    assert(!a->stepping);
+    a->stepping = true;
+    sync_actions_clear(&a->actions);
+    int rc = sync_step(a->sync, ev, now_ms(), &a->actions, &err);
+    for (uint32_t i = 0; !rc && i < a->actions.count; i++) perform(a, &a->actions.list[i]);
+    a->stepping = false;
+    if (rc) {
+        err_prefix(&err, "state");
+        fail(a, &err);
+    } else if (a->cut) {
+        a->cut = false;
+        feed(a, &(struct sync_event){ .type = SYNC_EV_DISCONNECTED });
+    } else if (sync_has_work(a->sync)) {
+        add_timer(a->work, 0);
+    }
+}
+
+static void feed_type(struct agent *a, enum sync_event_type type) {
+    feed(a, &(struct sync_event){ .type = type });
+}
+
+/* A zero timer runs once per turn of the loop, after whatever came in: work neither delays messages
+ * nor is starved by them. */
+static void on_work(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    feed_type(arg, SYNC_EV_WORK);
+}
+
+static struct console_figures figures(const struct agent *a) {
+    struct console_figures f = { .step = a->step, .loss = a->loss, .tokens_per_s = a->tokens_per_s,
+                                 .trains = a->keeper != NULL, .connected = uplink_is_up(a->uplink) };
+    sync_look(a->sync, &f.view);
+    f.view.peers = peers_count(a->peers);
+    return f;
+}
+
+static void on_tick(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct agent *a = arg;
+    feed_type(a, SYNC_EV_TICK);
+    if (a->leaving) return;
+    struct console_figures f = figures(a);
+    if (f.view.round > a->round_shown) console_round(a->console, &f);
+    a->round_shown = f.view.round;
+    console_live(a->console, &f);
+}
+
+/* ---- what sync wants ---------------------------------------------------------------------------------- */
+
+static void on_bye_action(struct agent *a, const struct sync_action *act) {
+    if (act->final && act->code == ERR_NONE) {
+        console_say(a->console, SYNC_INFO, "bye", "the coordinator says: %s", act->text);
+        a->said_goodbye = true;
+        leave(a);
+    } else if (act->final) {
+        struct err why;
+        err_set(&why, act->code, "the coordinator says: %s", act->text);
+        a->said_goodbye = true;
+        fail(a, &why);
+    } else {
+        console_say(a->console, SYNC_WARNING, "bye", "the coordinator says: %s; trying again",
+                    act->text);
+    }
+}
+
+static void tell_trainer(struct agent *a, uint32_t type, const struct sync_action *act) {
+    if (!a->keeper || !a->trainer_up) return; /* sync was told that it is down */
+    keeper_send(a->keeper, &(struct segment_message){
+                               .type = type, .start = act->start, .count = act->count,
+                               .tokens = act->tokens, .contributors = act->contributors,
+                               .steps = act->steps });
+}
+
+static void perform_roster(struct agent *a, const struct sync_action *act) {
+    struct err err = {0};
+    if (peers_set_roster(a->peers, act->msg, &err))
+        console_say(a->console, SYNC_WARNING, "roster", "%s", err.msg);
+}
+
+static void perform_signed(struct agent *a, const struct sync_action *act) {
+    const struct msg_checkpoint_signed *m = act->msg;
+    checkpoint_signed(a->checkpoint, m->index, act->term, &m->signature, uplink_welcome(a->uplink));
+}
+
+static void perform(struct agent *a, const struct sync_action *act) {
+    switch (act->type) {
+    case SYNC_ACT_SEND:
+        uplink_send(a->uplink, act->message, act->term, act->session, act->plan, act->msg);
+        break;
+    case SYNC_ACT_DISCONNECT:
+        a->cut = uplink_is_up(a->uplink);
+        uplink_redial(a->uplink);
+        break;
+    case SYNC_ACT_PEER_DIAL: peers_dial(a->peers, act->peer, act->host, act->port); break;
+    case SYNC_ACT_PEER_SEND:
+        peers_send(a->peers, act->peer, act->message, act->term, act->session, act->plan, act->msg);
+        break;
+    case SYNC_ACT_PEER_CLOSE: peers_close(a->peers, act->peer); break;
+    case SYNC_ACT_ROSTER: perform_roster(a, act); break;
+    case SYNC_ACT_TRAINER_SAMPLES: tell_trainer(a, SEGMENT_SAMPLES, act); break;
+    case SYNC_ACT_TRAINER_FREEZE: tell_trainer(a, SEGMENT_FREEZE, act); break;
+    case SYNC_ACT_TRAINER_APPLY: tell_trainer(a, SEGMENT_APPLY, act); break;
+    case SYNC_ACT_TRAINER_RESET: tell_trainer(a, SEGMENT_RESET, act); break;
+    case SYNC_ACT_TRAINER_CONTINUE: tell_trainer(a, SEGMENT_CONTINUE, act); break;
+    case SYNC_ACT_TRAINER_MOMENTS_EXPORT: tell_trainer(a, SEGMENT_MOMENTS_EXPORT, act); break;
+    case SYNC_ACT_TRAINER_MOMENTS_IMPORT: tell_trainer(a, SEGMENT_MOMENTS_IMPORT, act); break;
+    case SYNC_ACT_CHECKPOINT_BEGIN:
+        checkpoint_begin(a->checkpoint, a->sync,
+                         (struct proto_bytes){ a->run.genesis, a->run.genesis_bytes }, act->msg);
+        break;
+    case SYNC_ACT_CHECKPOINT_SIGNED: perform_signed(a, act); break;
+    case SYNC_ACT_BYE: on_bye_action(a, act); break;
+    case SYNC_ACT_LOG: console_say(a->console, act->level, "sync", "%s", act->text); break;
+    }
+}
+
+/* ---- trainer, members, checkpoints: what they say becomes events ---------------------------------------- */
+
+static void on_trainer_up(struct agent *a, const struct segment_message *m) {
+    a->trainer_up = true;
+    console_say(a->console, SYNC_INFO, "trainer", "the trainer is ready (%s)",
+                m->steps ? "with the moments of its last life" : "starting with fresh moments");
+    feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_UP, .steps = m->steps });
+}
+
+static void on_trainer_step(struct agent *a, const struct segment_message *m) {
+    a->step = m->steps;
+    a->loss = m->loss;
+    a->tokens_per_s = m->tokens_per_s;
+    feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_STEP, .samples = m->samples,
+                                  .steps = m->steps, .loss = m->loss,
+                                  .tokens_per_s = m->tokens_per_s });
+}
+
+static void on_trainer_message(void *arg, const struct segment_message *m) {
+    struct agent *a = arg;
+    switch (m->type) {
+    case SEGMENT_UP: on_trainer_up(a, m); break;
+    case SEGMENT_STEP: on_trainer_step(a, m); break;
+    case SEGMENT_FROZEN:
+        feed(a, &(struct sync_event){
+                    .type = SYNC_EV_TRAINER_FROZEN, .samples = m->samples, .steps = m->steps,
+                    .loss = a->loss, .tokens_per_s = a->tokens_per_s,
+                    .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_PARAMETERS) });
+        break;
+    case SEGMENT_APPLIED: feed_type(a, SYNC_EV_TRAINER_APPLIED); break;
+    case SEGMENT_MOMENTS:
+        feed(a, &(struct sync_event){
+                    .type = SYNC_EV_TRAINER_MOMENTS, .steps = m->steps,
+                    .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_MOMENTS) });
+        break;
+    case SEGMENT_NOTE: console_say(a->console, SYNC_WARNING, "trainer", "%s", m->text); break;
+    default: break; /* SEGMENT_FAILED is the keeper's */
+    }
+}
+
+static void on_trainer_start(void *arg, pid_t pid) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_INFO, "trainer", "trainer process %ld started", (long)pid);
+}
+
+static void on_trainer_end(void *arg, const char *why, uint32_t wait_ms) {
+    struct agent *a = arg;
+    if (a->leaving) {
+        a->trainer_gone = true;
+        console_say(a->console, SYNC_INFO, "trainer", "the trainer has ended");
+        add_timer(a->end, GOODBYE_MS);
+        return;
+    }
+    console_say(a->console, SYNC_WARNING, "trainer", "the trainer ended (%s)%s", why,
+                wait_ms ? "; starting it again" : "");
+    if (a->trainer_up) feed_type(a, SYNC_EV_TRAINER_DOWN);
+    a->trainer_up = false;
+}
+
+static void on_trainer_give_up(void *arg, const struct err *why) {
+    struct agent *a = arg;
+    a->trainer_gone = true;
+    fail(a, why);
+}
+
+static const struct keeper_ops keeper_callbacks = {
+    .on_message = on_trainer_message, .on_start = on_trainer_start, .on_end = on_trainer_end,
+    .on_give_up = on_trainer_give_up
+};
+
+static void on_peer_open(void *arg, uint32_t member) {
+    feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_OPEN, .peer = member });
+}
+static void on_peer_message(void *arg, uint32_t member, const struct frame *f, const void *msg) {
+    feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_MESSAGE, .peer = member, .frame = *f,
+                                    .msg = msg });
+}
+static void on_peer_close(void *arg, uint32_t member, const char *why) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_DEBUG, "peer", "member %u: %s", member, why);
+    feed(a, &(struct sync_event){ .type = SYNC_EV_PEER_CLOSED, .peer = member });
+}
+static void on_peer_drained(void *arg, uint32_t member) {
+    feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_DRAINED, .peer = member });
+}
+
+static const struct peers_ops peers_callbacks = { .on_open = on_peer_open,
+                                                  .on_message = on_peer_message,
+                                                  .on_close = on_peer_close,
+                                                  .on_drained = on_peer_drained };
+
+static void on_manifest(void *arg, const void *manifest, size_t length) {
+    feed(arg, &(struct sync_event){
+                  .type = SYNC_EV_CHECKPOINT, .manifest = { manifest, (uint32_t)length },
+                  .manifest_digest = digest_of(manifest, length) });
+}
+static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest, const char *text) {
+    struct agent *a = arg;
+    console_say(a->console, ok ? SYNC_INFO : SYNC_WARNING, "checkpoint",
+                ok ? "checkpoint written: %s" : "checkpoint not written: %s", text);
+    feed(a, &(struct sync_event){ .type = SYNC_EV_CHECKPOINT, .done = true, .ok = ok,
+                                  .manifest_digest = *manifest, .text = text });
+}
+
+static const struct checkpoint_ops checkpoint_callbacks = { .on_manifest = on_manifest,
+                                                            .on_done = on_checkpoint_done };
+
+/* ---- becoming a member ------------------------------------------------------------------------------------ */
+
+static void derive_initial(void *arg, uint64_t first, size_t n, float *out) {
+    const struct msg_genesis *g = arg;
+    model_init_elements(g->model, g->init_std, g->init_seed, first, n, out);
+}
+
+/* The genesis is what the invite names, but whoever made it may have been wrong. */
+static int check_genesis(const struct msg_genesis *g, struct err *err) {
+    if (g->model_count != 1 || g->inner_count != 1 || g->outer_count != 1 || g->corpus_count != 1)
+        return err_set(err, ERR_CORRUPT, "lacks model, inner, outer or corpus");
+    if (proto_model_check(g->model, err) || proto_inner_check(g->inner, err)) return -1;
+    const struct msg_outer *o = g->outer;
+    if (o->chunk_elements == 0 || o->silence_ms_max == 0 || o->heartbeat_ms == 0)
+        return err_set(err, ERR_CORRUPT, "outer: chunk_elements, silence or heartbeat is zero");
+    if (proto_model_elements(g->model) / o->chunk_elements >= PROTO_CHUNKS_MAX)
+        return err_set(err, ERR_CORRUPT, "outer: more than %u chunks", PROTO_CHUNKS_MAX);
+    return 0;
+}
+
+static int take_genesis(struct agent *a, struct err *err) {
+    if (proto_decode(a->run.genesis, a->run.genesis_bytes, RECORD_genesis, &a->genesis, err) ||
+        check_genesis(&a->genesis, err)) {
+        err_prefix(err, "genesis of the run");
+        return -1;
+    }
+    a->elements = proto_model_elements(a->genesis.model);
+    return 0;
+}
+
+static void corpus_of(const struct agent *a, char *out, size_t size) {
+    if (a->run.corpus[0])
+        snprintf(out, size, "%s", a->run.corpus);
+    else
+        proto_str_copy(a->genesis.corpus->manifest_url, out, size);
+}
+
+static int set_up_trainer(struct agent *a, struct err *err) {
+    char state[HOME_FILE_BYTES];
+    struct segment_setup setup = { .elements = a->elements,
+                                   .chunk_elements = a->genesis.outer->chunk_elements,
+                                   .genesis = { a->run.genesis, a->run.genesis_bytes },
+                                   .threads = a->options->threads, .nice = a->options->nice };
+    home_file(&a->home, "inner.state", state);
+    snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);
+    corpus_of(a, setup.corpus, sizeof setup.corpus);
+    a->keeper = keeper_create(a->base, &setup, a->genesis.outer->silence_ms_max, &keeper_callbacks, a,
+                              err);
+    if (!a->keeper) return -1;
+    sync_set_slot(a->sync, segment_in(keeper_segment(a->keeper)),
+                  segment_ops(keeper_segment(a->keeper)));
+    return 0;
+}
+
+static int set_up_sync(struct agent *a, struct err *err) {
+    char state[HOME_FILE_BYTES];
+    home_file(&a->home, "state", state);
+    if (disk_open(state, &a->disk, err)) return -1;
+    struct sync_config config = { .genesis = &a->genesis, .run = a->run.run,
+                                  .key = a->home.identity.key, .member = a->run.member,
+                                  .trains = !a->run.aggregate_only, .port = a->port,
+                                  .elements = a->elements, .init = derive_initial,
+                                  .init_arg = &a->genesis, .disk = a->disk };
+    if (!(a->sync = sync_create(&config, now_ms(), err))) return -1;
+    a->peers = peers_create(a->base, a->ctx, a->run.member, &peers_callbacks, a, err);
+    if (!a->peers) return -1;
+    a->checkpoint = checkpoint_create(a->base, a->elements, a->genesis.outer->chunk_elements,
+                                      &checkpoint_callbacks, a);
+    if (!a->checkpoint) return err_set(err, ERR_MEMORY, "no memory for checkpoints");
+    sync_set_before_change(a->sync, checkpoint_before_change, a->checkpoint);
+    return 0;
+}
+
+static void say_what_it_is(struct agent *a) {
+    char hex[DIGEST_HEX_BYTES], name[80], corpus[PROTO_URL_BYTES_MAX + 1];
+    struct sync_view v;
+    digest_hex(&a->run.run, hex);
+    proto_str_copy(a->genesis.name, name, sizeof name);
+    corpus_of(a, corpus, sizeof corpus);
+    sync_look(a->sync, &v);
+    console_say(a->console, SYNC_INFO, "run", "run \"%s\" (%.16s...), %.2f million parameters", name,
+                hex, (double)a->elements / 1e6);
+    console_say(a->console, SYNC_INFO, "state", "member %u; own state: round %llu, ledger index %llu",
+                a->run.member, (unsigned long long)v.round, (unsigned long long)v.state_index);
+    if (a->run.aggregate_only)
+        console_say(a->console, SYNC_INFO, "device", "holds the state and sums; does not train");
+    else if (a->options->threads)
+        console_say(a->console, SYNC_INFO, "device", "trains on cpu, %d threads, nice %d, corpus %s",
+                    a->options->threads, a->options->nice, corpus);
+    else
+        console_say(a->console, SYNC_INFO, "device", "trains on cpu, all cores, nice %d, corpus %s",
+                    a->options->nice, corpus);
+    a->round_shown = v.round;
+}
+
+static int set_up(struct agent *a, struct err *err) {
+    struct timeval tick = { .tv_usec = SYNC_TICK_MS * 1000 };
+    if (set_up_sync(a, err)) return -1;
+    if (!a->run.aggregate_only && set_up_trainer(a, err)) return -1;
+    uplink_set_silence(a->uplink, a->genesis.outer->silence_ms_max);
+    a->is_member = true;
+    say_what_it_is(a);
+    event_add(a->tick, &tick);
+    return 0;
+}
+
+/* ---- the coordinator ------------------------------------------------------------------------------------------ */
+
+static int on_welcome(void *arg, const struct uplink_welcome *w, struct err *err) {
+    struct agent *a = arg;
+    if (a->run.genesis) return 0;
+    if (!(a->run.genesis = malloc(w->genesis_bytes.length)))
+        return err_set(err, ERR_MEMORY, "no memory for a genesis");
+    memcpy(a->run.genesis, w->genesis_bytes.data, w->genesis_bytes.length);
+    a->run.genesis_bytes = w->genesis_bytes.length;
+    return take_genesis(a, err); /* before the invite is used up */
+}
+
+static int on_enrolled(void *arg, uint32_t member, struct err *err) {
+    struct agent *a = arg;
+    if (member == 0) return err_set(err, ERR_PROTOCOL, "the coordinator gave member id 0");
+    a->run.member = member;
+    console_say(a->console, SYNC_INFO, "enrolled", "enrolled as member %u \"%s\"", member, a->run.name);
+    return home_run_save(&a->home, &a->run, err) ? -1 : set_up(a, err);
+}
+
+static void on_up(void *arg) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_INFO, "connected", "connected to %s:%u", a->run.host, a->run.port);
+    feed(a, &(struct sync_event){ .type = SYNC_EV_CONNECTED,
+                                  .frame = uplink_welcome(a->uplink)->frame });
+}
+
+static void on_message(void *arg, const struct frame *f, const void *msg) {
+    feed(arg, &(struct sync_event){ .type = SYNC_EV_MESSAGE, .frame = *f, .msg = msg });
+}
+
+static void on_down(void *arg, const char *why) {
+    struct agent *a = arg;
+    if (!a->leaving)
+        console_say(a->console, SYNC_WARNING, "disconnected",
+                    "lost the coordinator (%s); training goes on, trying again", why);
+    feed_type(a, SYNC_EV_DISCONNECTED);
+}
+
+static void on_refused(void *arg, const struct err *why, bool final) {
+    struct agent *a = arg;
+    if (final)
+        fail(a, why);
+    else
+        console_say(a->console, SYNC_WARNING, "refused", "%s; trying again", why->msg);
+}
+
+static void on_trouble(void *arg, const char *text) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_WARNING, "trouble", "%s", text);
+}
+
+static const struct uplink_ops uplink_callbacks = {
+    .on_welcome = on_welcome, .on_enrolled = on_enrolled, .on_up = on_up, .on_message = on_message,
+    .on_down = on_down, .on_refused = on_refused, .on_trouble = on_trouble
+};
+
+/* ---- the end ------------------------------------------------------------------------------------------------------ */
+
+static void on_end(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct agent *a = arg;
+    if (a->trainer_gone) event_base_loopbreak(a->base);
+}
+
+/* In order: the last messages are sent, the trainer saves its moments and ends, then the loop ends.
+ * May be called from within an event's actions, so it only sets things in motion. */
+static void leave(struct agent *a) {
+    if (a->leaving) return;
+    a->leaving = true;
+    add_timer(a->end, 0);
+    if (a->tick) event_del(a->tick);
+    if (!a->stepping && a->uplink && uplink_is_up(a->uplink) && !a->said_goodbye)
+        feed_type(a, SYNC_EV_LEAVE);
+    if (a->uplink) uplink_stop(a->uplink);
+    if (a->keeper && keeper_stop(a->keeper)) {
+        console_say(a->console, SYNC_INFO, "leaving", "waiting for the trainer to save its moments");
+        return;
+    }
+    a->trainer_gone = true;
+    add_timer(a->end, GOODBYE_MS);
+}
+
+static void on_signal(evutil_socket_t number, short what, void *arg) {
+    (void)what;
+    struct agent *a = arg;
+    if (a->signals_seen++) {
+        console_destroy(a->console);
+        _exit(128 + (int)number); /* the trainer ends with us */
+    }
+    console_say(a->console, SYNC_INFO, "leaving",
+                "leaving in order (once more quits at once; `run` goes on from here)");
+    leave(a);
+}
+
+/* ---- the beginning -------------------------------------------------------------------------------------------------- */
+
+static int take_run(struct agent *a, struct err *err) {
+    const struct agent_options *o = a->options;
+    const struct invite *invite = o->invite;
+    struct err none = {0};
+    bool known = !home_run_load(&a->home, &a->run, &none);
+    if (!known && none.code != ERR_NOT_FOUND) {
+        *err = none;
+        return -1;
+    }
+    if (!invite && !known)
+        return err_set(err, ERR_CONFIG, "%s has joined no run yet: intellect-node join INVITE",
+                       a->home.path);
+    if (invite && known && !digest_equal(&invite->run, &a->run.run))
+        return err_set(err, ERR_CONFIG, "%s belongs to another run: give another --home",
+                       a->home.path);
+    if (invite && known && o->aggregate_only != a->run.aggregate_only)
+        return err_set(err, ERR_CONFIG, "%s has joined %s --aggregate-only: give another --home",
+                       a->home.path, a->run.aggregate_only ? "with" : "without");
+    if (!invite) return 0;
+    snprintf(a->run.host, sizeof a->run.host, "%s", invite->host);
+    a->run.port = invite->port;
+    a->run.run = invite->run;
+    a->run.aggregate_only = o->aggregate_only;
+    return 0;
+}
+
+/* Cuts at a character, not in the middle of one: the name travels as UTF-8. */
+static void take_name(struct agent *a) {
+    char host[PROTO_NAME_BYTES_MAX + 1] = "node";
+    gethostname(host, sizeof host - 1);
+    if (a->options->name)
+        snprintf(a->run.name, sizeof a->run.name, "%s", a->options->name);
+    else if (!a->run.name[0])
+        snprintf(a->run.name, sizeof a->run.name, "%s", host);
+}
+
+static int take_corpus(struct agent *a, struct err *err) {
+    const char *corpus = a->options->corpus;
+    if (!corpus) return 0;
+    char *whole = strstr(corpus, "://") ? strdup(corpus) : realpath(corpus, NULL);
+    if (!whole) return err_set_errno(err, "--corpus %s", corpus);
+    if (strlen(whole) >= sizeof a->run.corpus) {
+        free(whole);
+        return err_set(err, ERR_CONFIG, "--corpus: the path is too long");
+    }
+    snprintf(a->run.corpus, sizeof a->run.corpus, "%s", whole);
+    free(whole);
+    return 0;
+}
+
+static void on_accept(void *arg, int fd) {
+    struct agent *a = arg;
+    if (a->peers && !a->leaving)
+        peers_accept(a->peers, fd);
+    else
+        close(fd);
+}
+
+static int listen_for_members(struct agent *a, struct err *err) {
+    if (a->options->listen_port < 0) return 0;
+    struct err no_v6 = {0};
+    a->port = (uint16_t)a->options->listen_port;
+    a->listener = listener_create(a->base, "::", &a->port, on_accept, a, &no_v6);
+    if (!a->listener) {
+        a->port = (uint16_t)a->options->listen_port;
+        a->listener = listener_create(a->base, "0.0.0.0", &a->port, on_accept, a, err);
+    }
+    return a->listener ? 0 : -1;
+}
+
+static int make_events(struct agent *a, struct err *err) {
+    static const int numbers[] = { SIGINT, SIGTERM, SIGHUP };
+    a->base = event_base_new();
+    if (!a->base) return err_set(err, ERR_MEMORY, "no memory for an event loop");
+    a->tick = event_new(a->base, -1, EV_PERSIST, on_tick, a);
+    a->work = evtimer_new(a->base, on_work, a);
+    a->end = evtimer_new(a->base, on_end, a);
+    if (!a->tick || !a->work || !a->end) return err_set(err, ERR_MEMORY, "no memory for events");
+    for (int i = 0; i < 3; i++) {
+        a->signals[i] = evsignal_new(a->base, numbers[i], on_signal, a);
+        if (!a->signals[i] || event_add(a->signals[i], NULL))
+            return err_set(err, ERR_MEMORY, "no memory for signals");
+    }
+    return 0;
+}
+
+static void say_what_comes(struct agent *a) {
+    console_say(a->console, SYNC_INFO, "start", "coordinator %s:%u; identity and state in %s",
+                a->run.host, a->run.port, a->home.path);
+    if (a->port)
+        console_say(a->console, SYNC_INFO, "start",
+                    "other members may connect to port %u; Ctrl-C leaves in order", a->port);
+    else
+        console_say(a->console, SYNC_INFO, "start",
+                    "connects to others, listens on no port; Ctrl-C leaves in order");
+}
+
+static int start(struct agent *a, struct err *err) {
+    const struct agent_options *o = a->options;
+    if (take_run(a, err) || take_corpus(a, err)) return -1;
+    take_name(a);
+    if (a->run.genesis && take_genesis(a, err)) return -1;
+    if (make_events(a, err)) return -1;
+    if (!(a->ctx = channel_context_create(&a->home.identity, err))) return -1;
+    if (listen_for_members(a, err)) return -1;
+    a->uplink = uplink_create(a->base, a->ctx, a->run.host, a->run.port, &a->run.run,
+                              &uplink_callbacks, a, err);
+    if (!a->uplink) return -1;
+    say_what_comes(a);
+    if (a->run.member) return home_run_save(&a->home, &a->run, err) ? -1 : set_up(a, err);
+    if (!o->invite)
+        return err_set(err, ERR_CONFIG, "%s was never enrolled: intellect-node join INVITE",
+                       a->home.path);
+    uplink_set_enrol(a->uplink, &o->invite->secret, a->run.name, a->run.aggregate_only);
+    return 0;
+}
+
+static void free_event(struct event *ev) {
+    if (ev) event_free(ev);
+}
+
+static void tear_down(struct agent *a) {
+    keeper_destroy(a->keeper);
+    checkpoint_destroy(a->checkpoint);
+    peers_destroy(a->peers);
+    uplink_destroy(a->uplink);
+    if (a->sync) sync_destroy(a->sync);
+    sync_actions_release(&a->actions);
+    disk_close(&a->disk);
+    if (a->listener) listener_destroy(a->listener);
+    channel_context_destroy(a->ctx);
+    free_event(a->tick);
+    free_event(a->work);
+    free_event(a->end);
+    for (int i = 0; i < 3; i++) free_event(a->signals[i]);
+    if (a->base) event_base_free(a->base);
+    proto_decoded_release(RECORD_genesis, &a->genesis);
+    home_run_release(&a->run);
+    home_release(&a->home);
+    console_destroy(a->console);
+}
+
+int agent_run(const struct agent_options *options, struct err *err) {
+    char path[HOME_PATH_BYTES];
+    struct agent *a = calloc(1, sizeof *a);
+    if (!a) return err_set(err, ERR_MEMORY, "no memory for an agent");
+    a->options = options;
+    a->console = console_create(options->log_json, options->quiet     ? SYNC_WARNING
+                                                   : options->verbose ? SYNC_DEBUG
+                                                                      : SYNC_INFO);
+    int rc = !a->console ? err_set(err, ERR_MEMORY, "no memory for an agent") : 0;
+    if (!rc && !options->home) rc = home_default(path, err);
+    if (!rc) rc = home_open(&a->home, options->home ? options->home : path, err);
+    if (!rc) rc = start(a, err);
+    if (!rc) {
+        event_base_dispatch(a->base);
+        if (a->failed.code != ERR_NONE) {
+            *err = a->failed;
+            rc = -1;
+        } else {
+            console_say(a->console, SYNC_INFO, "end", "left in order");
+        }
+    }
+    tear_down(a);
+    free(a);
+    return rc;
+}

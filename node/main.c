@@ -1,0 +1,251 @@
+/* main.c - the command line of intellect-node: which command, and the options of join and run. The
+ * tools parse their own (tools.h). */
+#include <errno.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "node/agent.h"
+#include "node/home.h"
+#include "node/tools.h"
+#include "node/tools_ckpt.h"
+#include "node/trainer.h"
+#include "proto/proto.h"
+
+#define THREADS_MAX 1024
+
+static const char join_help[] =
+    "intellect-node join INVITE [options]\n"
+    "\n"
+    "Become a member of a run and train until it is over or you stop it. INVITE is the line you were\n"
+    "given, \"-\" to read it from standard input, or @FILE to read it from a file (others on this\n"
+    "machine can see a command line, but not those). Joining again with the same invite is harmless.\n"
+    "\n"
+    "  --home DIR         identity, state and settings (default: $INTELLECT_HOME, else\n"
+    "                     ~/.local/share/intellect); one running node per folder\n"
+    "  --name NAME        how others see this node (default: the host's name)\n"
+    "  --aggregate-only   hold the model and sum for others, but do not train\n";
+static const char run_help[] =
+    "intellect-node run [options]\n"
+    "\n"
+    "Go on with the run that this home has joined.\n"
+    "\n"
+    "  --home DIR         the folder given to join (default: $INTELLECT_HOME, else\n"
+    "                     ~/.local/share/intellect)\n"
+    "  --name NAME        as with join\n";
+static const char node_help[] =
+    "  --device DEVICE    auto, cpu or cuda (default: auto; this build has cpu)\n"
+    "  --threads N        threads for training (default: all cores)\n"
+    "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
+    "  --corpus PATH      where this machine has the corpus (default: where the run says); it must be\n"
+    "                     the very same\n"
+    "  --listen PORT      let other members connect here (default: any free port)\n"
+    "  --no-listen        only connect to others, for machines behind NAT\n"
+    "  --log-json         one JSON object a line\n"
+    "  --quiet            warnings and errors only\n"
+    "  --verbose          everything\n"
+    "\n"
+    "Ctrl-C leaves in order: the moments are saved and the coordinator is told. A second Ctrl-C\n"
+    "quits at once, which loses the moments since they were last saved and nothing else.\n"
+    "\n";
+
+static int misuse(const char *command, const char *text, const char *what) {
+    fprintf(stderr, "intellect-node %s: %s%s%s; see intellect-node %s --help\n", command, text,
+            what ? " " : "", what ? what : "", command);
+    return 2;
+}
+
+static int failed(const char *command, const struct err *err) {
+    fprintf(stderr, "intellect-node %s: %s\n", command, err->msg);
+    return err->code == ERR_CONFIG ? 2 : 1;
+}
+
+/* ---- join and run ---------------------------------------------------------------------------------- */
+
+struct invite_line {
+    char text[INVITE_BYTES_MAX];
+    struct invite invite;
+};
+
+static int read_line(FILE *in, const char *what, char out[INVITE_BYTES_MAX], struct err *err) {
+    if (fgets(out, INVITE_BYTES_MAX, in)) return 0;
+    return ferror(in) ? err_set_errno(err, "%s", what)
+                      : err_set(err, ERR_CONFIG, "%s: there is no invite in it", what);
+}
+
+static int read_invite(const char *arg, struct invite_line *out, struct err *err) {
+    int rc = 0;
+    if (!strcmp(arg, "-")) {
+        rc = read_line(stdin, "standard input", out->text, err);
+    } else if (arg[0] == '@') {
+        FILE *f = fopen(arg + 1, "re");
+        if (!f) return err_set_errno(err, "%s", arg + 1);
+        rc = read_line(f, arg + 1, out->text, err);
+        fclose(f);
+    } else if (strlen(arg) >= sizeof out->text) {
+        return err_set(err, ERR_CONFIG, "the invite is too long");
+    } else {
+        snprintf(out->text, sizeof out->text, "%s", arg);
+    }
+    if (rc) return -1;
+    out->text[strcspn(out->text, "\r\n")] = 0;
+    return invite_parse(out->text, &out->invite, err);
+}
+
+static int take_number(const char *text, long min, long max, int *out) {
+    char *end;
+    errno = 0;
+    long n = strtol(text, &end, 10);
+    if (errno || end == text || *end || n < min || n > max) return -1;
+    *out = (int)n;
+    return 0;
+}
+
+static int check_device(const char *device, struct err *err) {
+    if (!strcmp(device, "auto") || !strcmp(device, "cpu")) return 0;
+    if (!strcmp(device, "cuda"))
+        return err_set(err, ERR_UNSUPPORTED,
+                       "--device cuda: this build has no CUDA backend; use --device cpu");
+    return err_set(err, ERR_CONFIG, "--device %s: one of auto, cpu, cuda", device);
+}
+
+/* UTF-8 is checked where the name is sent; here only what a person gets wrong. */
+static int check_name(const char *name, struct err *err) {
+    if (!name) return 0;
+    if (!*name || strlen(name) > PROTO_NAME_BYTES_MAX)
+        return err_set(err, ERR_CONFIG, "--name: 1 to %d bytes", PROTO_NAME_BYTES_MAX);
+    for (const char *c = name; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7f)
+            return err_set(err, ERR_CONFIG, "--name: no control characters");
+    return 0;
+}
+
+enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_NICE, OPT_CORPUS,
+       OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE, OPT_HELP };
+static const struct option node_options[] = {
+    { "home", required_argument, NULL, OPT_HOME }, { "name", required_argument, NULL, OPT_NAME },
+    { "device", required_argument, NULL, OPT_DEVICE },
+    { "threads", required_argument, NULL, OPT_THREADS },
+    { "nice", required_argument, NULL, OPT_NICE }, { "corpus", required_argument, NULL, OPT_CORPUS },
+    { "listen", required_argument, NULL, OPT_LISTEN },
+    { "no-listen", no_argument, NULL, OPT_NO_LISTEN }, { "log-json", no_argument, NULL, OPT_JSON },
+    { "quiet", no_argument, NULL, OPT_QUIET }, { "verbose", no_argument, NULL, OPT_VERBOSE },
+    { "help", no_argument, NULL, OPT_HELP },
+    { "aggregate-only", no_argument, NULL, OPT_AGGREGATE }, { 0 }
+};
+
+/* One option into *o. Returns 0, or a complaint. */
+static const char *take_option(int c, struct agent_options *o) {
+    switch (c) {
+    case OPT_HOME: o->home = optarg; return NULL;
+    case OPT_NAME: o->name = optarg; return NULL;
+    case OPT_AGGREGATE: o->aggregate_only = true; return NULL;
+    case OPT_DEVICE: o->device = optarg; return NULL;
+    case OPT_THREADS:
+        return take_number(optarg, 1, THREADS_MAX, &o->threads) ? "--threads: a number from 1 to 1024"
+                                                                : NULL;
+    case OPT_NICE: return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
+    case OPT_CORPUS: o->corpus = optarg; return NULL;
+    case OPT_LISTEN:
+        return take_number(optarg, 1, 65535, &o->listen_port) ? "--listen: a port from 1 to 65535"
+                                                              : NULL;
+    case OPT_NO_LISTEN: o->listen_port = -1; return NULL;
+    case OPT_JSON: o->log_json = true; return NULL;
+    case OPT_QUIET: o->quiet = true; return NULL;
+    case OPT_VERBOSE: o->verbose = true; return NULL;
+    case ':': return "a value is missing after";
+    default: return "unknown option";
+    }
+}
+
+static void print_node_help(bool joins) {
+    fputs(joins ? join_help : run_help, stdout);
+    fputs(node_help, stdout);
+    puts(joins ? "example: intellect-node join @invite.txt --threads 4 --name \"my workstation\""
+               : "example: intellect-node run --threads 4");
+}
+
+static int run_node(int argc, char **argv, bool joins) {
+    struct agent_options o = { .device = "auto", .nice = 10 };
+    struct invite_line line = { "", { "", 0 } };
+    struct err err = {0};
+    const char *complaint;
+    optind = 1;
+    for (int c; (c = getopt_long(argc, argv, ":", node_options, NULL)) != -1;) {
+        if (c == OPT_HELP) {
+            print_node_help(joins);
+            return 0;
+        }
+        if (c == OPT_AGGREGATE && !joins)
+            return misuse(argv[0], "--aggregate-only was settled by join", NULL);
+        if ((complaint = take_option(c, &o)))
+            return misuse(argv[0], complaint, c == '?' || c == ':' ? argv[optind - 1] : NULL);
+    }
+    if (argc - optind > joins) return misuse(argv[0], "one argument too many:", argv[optind + joins]);
+    if (argc - optind < joins) return misuse(argv[0], "the invite is missing", NULL);
+    if (check_device(o.device, &err) || check_name(o.name, &err)) return failed(argv[0], &err);
+    if (joins) {
+        if (read_invite(argv[optind], &line, &err)) return failed(argv[0], &err);
+        o.invite = &line.invite;
+    }
+    if (!agent_run(&o, &err)) return 0;
+    failed(argv[0], &err);
+    return 1;
+}
+
+static int command_join(int argc, char **argv) { return run_node(argc, argv, true); }
+static int command_run(int argc, char **argv) { return run_node(argc, argv, false); }
+
+/* ---- which command ------------------------------------------------------------------------------------ */
+
+/* What the agent starts; not for people. */
+static int command_trainer(int argc, char **argv) {
+    int fd;
+    if (argc != 3 || strcmp(argv[1], "--fd") || take_number(argv[2], 0, 1 << 20, &fd))
+        return misuse("run", "`trainer` is started by the node itself", NULL);
+    return trainer_main(fd);
+}
+
+static const struct command {
+    const char *name, *help; /* help: NULL = not listed */
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    { "join", "become a member of a run, with an invite, and train", command_join },
+    { "run", "go on with the run that was joined", command_run },
+    { "data", "turn text files into a corpus", tool_data },
+    { "bigram", "loss of a byte model of order 2, to compare with", tool_bigram },
+    { "eval", "mean loss of a checkpoint on a text", tool_eval },
+    { "generate", "let a checkpoint write", tool_generate },
+    { "inspect", "what is in a checkpoint", tool_inspect },
+    { "verify", "check signatures and digests of a checkpoint", tool_verify },
+    { "export", "make a Hugging Face folder of a checkpoint", tool_export },
+    { "trainer", NULL, command_trainer },
+};
+#define COMMANDS (sizeof commands / sizeof *commands)
+
+static void print_help(FILE *out) {
+    fputs("intellect-node COMMAND ... - a training node of an intellect run\n\n", out);
+    for (size_t i = 0; i < COMMANDS; i++)
+        if (commands[i].help) fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].help);
+    fputs("\nintellect-node COMMAND --help explains a command.\n"
+          "example: intellect-node join @invite.txt\n",
+          out);
+}
+
+int main(int argc, char **argv) {
+    struct err err = {0};
+    if (argc < 2) {
+        print_help(stderr);
+        return 2;
+    }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
+        print_help(stdout);
+        return 0;
+    }
+    if (proto_init(&err)) return failed(argv[1], &err);
+    for (size_t i = 0; i < COMMANDS; i++)
+        if (!strcmp(argv[1], commands[i].name)) return commands[i].run(argc - 1, argv + 1);
+    fprintf(stderr, "intellect-node: unknown command \"%s\"; intellect-node --help lists them\n", argv[1]);
+    return 2;
+}

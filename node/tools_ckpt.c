@@ -1,0 +1,261 @@
+/* tools_ckpt.c - inspect, verify and export; see tools_ckpt.h. */
+#include "node/tools_ckpt.h"
+
+#include <getopt.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ckpt/ckpt.h"
+#include "node/tools_args.h"
+#include "proto/model.h"
+#include "proto/proto.h"
+
+struct tool_options {
+    const char *name, *help;
+    int operands;       /* how many arguments that are no options */
+    char **operand;
+    bool json;
+    const char *run;
+};
+
+/* Returns -1 to go on, else the exit code. */
+static int parse(int argc, char **argv, struct tool_options *o) {
+    static const struct option options[] = { { "json", no_argument, NULL, 'j' },
+                                             { "run", required_argument, NULL, 'r' },
+                                             { "help", no_argument, NULL, 'h' }, { 0 } };
+    o->name = argv[0];
+    optind = 1;
+    for (int c; (c = getopt_long(argc, argv, ":", options, NULL)) != -1;) {
+        if (c == 'h') {
+            fputs(o->help, stdout);
+            return 0;
+        }
+        if (c == 'j')
+            o->json = true;
+        else if (c == 'r')
+            o->run = optarg;
+        else
+            return args_wrong(o->name, c == ':' ? "a value is missing" : "unknown option");
+    }
+    o->operand = argv + optind;
+    if (argc - optind == o->operands) return -1;
+    return args_wrong(o->name, argc - optind < o->operands ? "an argument is missing"
+                                                           : "too many arguments");
+}
+
+static const char *hex(const struct digest *d, char out[DIGEST_HEX_BYTES]) {
+    digest_hex(d, out);
+    return out;
+}
+
+/* ---- inspect ------------------------------------------------------------------------------------------ */
+
+static const char inspect_help[] =
+    "intellect-node inspect CHECKPOINT [--json]\n"
+    "\n"
+    "Say what a checkpoint is: network, run, ledger index, tokens, who signed. CHECKPOINT is a folder\n"
+    "or file:// URL of a checkpoint, of a store of them (then its latest), or a plain Hugging Face\n"
+    "Llama folder. Signatures are checked; `verify` checks the tensors too.\n"
+    "\n"
+    "example: intellect-node inspect demo-run/checkpoints\n";
+
+static json_t *model_object(const struct msg_model *m) {
+    return json_pack("{sI si si si si si si si sb}", "parameters", (json_int_t)proto_model_elements(m),
+                     "layers", (int)m->layers, "width", (int)m->width, "heads", (int)m->heads,
+                     "kv_heads", (int)m->kv_heads, "ffn", (int)m->ffn, "vocabulary",
+                     (int)m->vocabulary, "sequence", (int)m->sequence, "tied", (int)m->tied);
+}
+
+static json_t *facts_object(const struct ckpt *c) {
+    char run[DIGEST_HEX_BYTES], root[DIGEST_HEX_BYTES], head[DIGEST_HEX_BYTES];
+    char manifest[DIGEST_HEX_BYTES], name[80];
+    const struct ckpt_facts *f = ckpt_facts(c);
+    proto_str_copy(ckpt_genesis(c)->name, name, sizeof name);
+    return json_pack("{ss ss sI sI sI sI ss ss ss}", "name", name, "run", hex(&f->run, run), "index",
+                     (json_int_t)f->index, "round", (json_int_t)f->round, "tokens_committed",
+                     (json_int_t)f->tokens_committed, "term", (json_int_t)f->term, "state_root",
+                     hex(&f->state_root, root), "ledger_head", hex(&f->ledger_head, head), "manifest",
+                     hex(&f->manifest, manifest));
+}
+
+static void print_json(json_t *object) {
+    char *text = json_dumps(object, JSON_INDENT(2));
+    if (text) puts(text);
+    free(text);
+    json_decref(object);
+}
+
+/* The same facts for people: one "key  value" a line. */
+static void print_lines(const json_t *object) {
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)object, key, value) {
+        if (json_is_object(value))
+            print_lines(value);
+        else if (json_is_string(value))
+            printf("%-18s %s\n", key, json_string_value(value));
+        else if (json_is_boolean(value))
+            printf("%-18s %s\n", key, json_is_true(value) ? "yes" : "no");
+        else
+            printf("%-18s %" JSON_INTEGER_FORMAT "\n", key, json_integer_value(value));
+    }
+}
+
+int tool_inspect(int argc, char **argv) {
+    struct tool_options o = { .operands = 1, .help = inspect_help };
+    struct err err = {0};
+    int rc = parse(argc, argv, &o);
+    if (rc >= 0) return rc;
+    struct ckpt *c = ckpt_open(o.operand[0], NULL, &err);
+    if (!c) return args_failed(o.name, &err);
+    json_t *object = json_pack("{ss ss so}", "where", ckpt_where(c), "tokenizer",
+                               ckpt_tokenizer(c)[0] ? ckpt_tokenizer(c) : "unknown", "model",
+                               model_object(ckpt_model(c)));
+    if (!ckpt_is_plain(c)) json_object_set_new(object, "checkpoint", facts_object(c));
+    ckpt_close(c);
+    if (o.json) {
+        print_json(object);
+    } else {
+        print_lines(object);
+        json_decref(object);
+    }
+    return 0;
+}
+
+/* ---- verify -------------------------------------------------------------------------------------------- */
+
+static const char verify_help[] =
+    "intellect-node verify CHECKPOINT [--run DIGEST] [--json]\n"
+    "\n"
+    "Check everything that can be checked: digests of all files, signatures from the run's root key\n"
+    "down, the chain of the ledger, and that the tensors are the state the members agreed on. With\n"
+    "--run the checkpoint must also belong to that run. Reads the whole checkpoint.\n"
+    "\n"
+    "example: intellect-node verify demo-run/checkpoints/step-000000000042\n";
+
+static void show_progress(void *arg, const char *object, uint64_t done, uint64_t total) {
+    (void)arg;
+    if (isatty(STDERR_FILENO) && total)
+        fprintf(stderr, "\r\033[K%3.0f %% %s", 100.0 * (double)done / (double)total, object);
+}
+
+static void end_progress(void) {
+    if (isatty(STDERR_FILENO)) fputs("\r\033[K", stderr);
+}
+
+/* Follow the entries from the genesis to the checkpoint's index. */
+static int verify_ledger(struct ckpt *c, struct err *err) {
+    const struct msg_signed_entry *entries;
+    uint32_t count;
+    struct ledger_chain chain;
+    if (ckpt_ledger(c, &entries, &count, err)) return -1;
+    ledger_chain_init(&chain, &ckpt_facts(c)->run);
+    for (uint32_t i = 0; i < count; i++) {
+        struct msg_entry entry;
+        if (ledger_chain_take(&chain, &entries[i], &entry, err)) {
+            err_prefix(err, "ledger entry %u of %u", i, count);
+            return -1;
+        }
+        proto_decoded_release(RECORD_entry, &entry);
+    }
+    if (digest_equal(&chain.head, &ckpt_facts(c)->ledger_head)) return 0;
+    return err_set(err, ERR_CORRUPT, "the ledger does not end in the head that the manifest names");
+}
+
+/* The digest-tree leaves of all chunks; see docs/flow.md for what a leaf covers. */
+static int make_leaves(const struct ckpt *c, size_t chunk, struct msg_digest_item *leaf, size_t count,
+                       struct err *err) {
+    uint64_t elements = proto_model_elements(ckpt_model(c));
+    float *values = malloc(2 * chunk * sizeof *values);
+    if (!values) return err_set(err, ERR_MEMORY, "no memory for a chunk");
+    int rc = 0;
+    for (size_t i = 0; i < count && !rc; i++) {
+        uint64_t first = (uint64_t)i * chunk;
+        size_t n = elements - first < chunk ? (size_t)(elements - first) : chunk;
+        rc = ckpt_read(c, CKPT_ANCHOR, first, n, values, err) ||
+             ckpt_read(c, CKPT_MOMENTUM, first, n, values + chunk, err) ? -1 : 0;
+        leaf[i].digest = digest_leaf2(i, values, n * sizeof *values, values + chunk,
+                                      n * sizeof *values);
+    }
+    free(values);
+    return rc;
+}
+
+static int verify_state(const struct ckpt *c, struct err *err) {
+    char ours[DIGEST_HEX_BYTES], theirs[DIGEST_HEX_BYTES];
+    const struct msg_genesis *g = ckpt_genesis(c);
+    size_t chunk = g->outer_count == 1 ? g->outer->chunk_elements : 0;
+    if (chunk == 0) return err_set(err, ERR_CORRUPT, "the genesis names no chunk size");
+    size_t count = (size_t)((proto_model_elements(ckpt_model(c)) + chunk - 1) / chunk);
+    struct msg_digest_item *leaf = calloc(count, sizeof *leaf);
+    if (!leaf) return err_set(err, ERR_MEMORY, "no memory for %zu digests", count);
+    int rc = make_leaves(c, chunk, leaf, count, err);
+    struct digest root = digest_tree_root(leaf, count);
+    free(leaf);
+    if (rc || digest_equal(&root, &ckpt_facts(c)->state_root)) return rc;
+    return err_set(err, ERR_CORRUPT, "anchor and momentum have root %s, the manifest says %s",
+                   hex(&root, ours), hex(&ckpt_facts(c)->state_root, theirs));
+}
+
+static int verify(struct ckpt *c, struct err *err) {
+    int rc = ckpt_verify(c, show_progress, NULL, err) || verify_ledger(c, err) ||
+             verify_state(c, err) ? -1 : 0;
+    end_progress();
+    return rc;
+}
+
+int tool_verify(int argc, char **argv) {
+    struct tool_options o = { .operands = 1, .help = verify_help };
+    struct err err = {0};
+    struct digest run;
+    char root[DIGEST_HEX_BYTES];
+    int rc = parse(argc, argv, &o);
+    if (rc >= 0) return rc;
+    if (o.run && digest_parse(o.run, &run, &err)) return args_wrong(o.name, err.msg);
+    struct ckpt *c = ckpt_open(o.operand[0], o.run ? &run : NULL, &err);
+    if (!c) return args_failed(o.name, &err);
+    if (ckpt_is_plain(c)) {
+        ckpt_close(c);
+        err_set(&err, ERR_NOT_FOUND, "a plain Hugging Face folder has no digests to check");
+        return args_failed(o.name, &err);
+    }
+    if (verify(c, &err)) {
+        rc = args_failed(o.name, &err);
+    } else {
+        rc = 0;
+        if (o.json)
+            print_json(facts_object(c));
+        else
+            printf("%s is whole: ledger index %" PRIu64 ", state root %s\n", ckpt_where(c),
+                   ckpt_facts(c)->index, hex(&ckpt_facts(c)->state_root, root));
+    }
+    ckpt_close(c);
+    return rc;
+}
+
+/* ---- export -------------------------------------------------------------------------------------------- */
+
+static const char export_help[] =
+    "intellect-node export CHECKPOINT DIR\n"
+    "\n"
+    "Copy what makes a Hugging Face folder (tensors, config, tokenizer) into the new or empty folder\n"
+    "DIR. Digests are checked on the way.\n"
+    "\n"
+    "example: intellect-node export demo-run/checkpoints my-model\n";
+
+int tool_export(int argc, char **argv) {
+    struct tool_options o = { .operands = 2, .help = export_help };
+    struct err err = {0};
+    int rc = parse(argc, argv, &o);
+    if (rc >= 0) return rc;
+    struct ckpt *c = ckpt_open(o.operand[0], NULL, &err);
+    if (!c) return args_failed(o.name, &err);
+    rc = ckpt_export(c, o.operand[1], &err) ? args_failed(o.name, &err) : 0;
+    if (!rc) printf("%s: a Hugging Face folder of %s\n", o.operand[1], ckpt_where(c));
+    ckpt_close(c);
+    return rc;
+}
