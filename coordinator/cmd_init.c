@@ -92,7 +92,7 @@ static int make_folder(const char *given, char *dir, struct err *err) {
 /* ---- settings -------------------------------------------------------------------------------------- */
 
 static int set_option(struct settings *s, const char *key, const char *value, struct err *err) {
-    char assignment[PROTO_URL_BYTES_MAX + 64];
+    char assignment[PATH_MAX + 64];
     snprintf(assignment, sizeof assignment, "%s=%s", key, value);
     return settings_set(s, assignment, err);
 }
@@ -224,9 +224,8 @@ static int compare_sealed(const char *dir, const struct settings *s,
                           const struct corpus_facts *corpus, bool *same, char *what, size_t size,
                           struct digest *id, struct err *err) {
     struct run run;
-    struct settings file = *s;
     if (run_open(&run, dir, err)) return -1;
-    *same = settings_same_sealed(&file, &run.sealed, what, size);
+    *same = settings_same_sealed(s, &run.sealed, what, size);
     if (*same && !digest_equal(&corpus->manifest_digest, &run.genesis.corpus->manifest_digest)) {
         *same = false;
         snprintf(what, size, "the corpus is another one now");
@@ -252,22 +251,28 @@ static void forget_joined_run(const char *dir) {
     if (run_path(dir, AGGREGATOR_FOLDER "/run.json", path, NULL) == 0) unlink(path);
 }
 
-static int seal_if_needed(struct store *store, const char *dir, const struct settings *s,
-                          const struct corpus_facts *corpus, enum outcome *outcome,
-                          struct digest *run, struct err *err) {
+/* Refuses where something would change that no longer may. Before anything is written. */
+static int decide(struct store *store, const char *dir, const struct settings *s,
+                  const struct corpus_facts *corpus, enum outcome *outcome, struct digest *run,
+                  struct err *err) {
     char what[200];
     bool sealed = false, same = false, begun = false;
-    struct keys k;
-    int result = -1;
-    memset(&k, 0, sizeof k);
     if (store_is_sealed(store, &sealed, err)) return -1;
     if (sealed && compare_sealed(dir, s, corpus, &same, what, sizeof what, run, err)) return -1;
     *outcome = same ? UNCHANGED : sealed ? SEALED_ANEW : SEALED;
-    if (same) return 0;
-    if (sealed && store_begun(store, &begun, err)) return -1;
-    if (begun)
-        return err_set(err, ERR_REFUSED, "%s: members have joined, so the run's settings are fixed; "
-                       "make a new run in another folder", what);
+    if (same || !sealed) return 0;
+    if (store_begun(store, &begun, err)) return -1;
+    if (!begun) return 0;
+    return err_set(err, ERR_REFUSED, "%s: members have joined, so the run's settings are fixed; make a "
+                   "new run in another folder", what);
+}
+
+static int make_keys_and_seal(struct store *store, const char *dir, const struct settings *s,
+                              const struct corpus_facts *corpus, struct digest *run,
+                              struct err *err) {
+    struct keys k;
+    int result = -1;
+    memset(&k, 0, sizeof k);
     if (load_or_make_key(dir, RUN_ROOT_KEY, &k.root, err) ||
         load_or_make_key(dir, RUN_ONLINE_KEY, &k.online, err))
         goto out;
@@ -307,48 +312,67 @@ static void tell_sealed(const char *given, const struct settings *s, const struc
 
 /* ---- the command ------------------------------------------------------------------------------------------ */
 
-static int init_locked(const char *given, const char *dir, const struct init_options *o,
-                       struct err *err) {
-    char path[RUN_PATH_BYTES], manifest[PATH_MAX];
-    struct settings s;
+struct init {
+    const char *given, *dir; /* as the person wrote it; absolute */
+    char path[RUN_PATH_BYTES]; /* of run.yaml */
+    struct settings settings;
     struct corpus_facts corpus;
-    struct identity own;
-    struct digest run;
-    enum outcome outcome;
-    bool present, has_corpus;
-    if (run_path(dir, SETTINGS_FILE_NAME, path, err)) return -1;
-    if (gather_settings(&s, o, path, &present, err)) return -1;
-    has_corpus = *s.corpus != '\0';
-    if (has_corpus && (settings_locate_corpus(&s, dir, manifest, sizeof manifest, err) ||
-                       corpus_facts_read(&corpus, manifest, err)))
+    bool has_corpus, has_file, changed;
+};
+
+static int read_all(struct init *in, const struct init_options *o, struct err *err) {
+    char manifest[PATH_MAX];
+    struct settings *s = &in->settings;
+    if (run_path(in->dir, SETTINGS_FILE_NAME, in->path, err)) return -1;
+    if (gather_settings(s, o, in->path, &in->has_file, err)) return -1;
+    in->has_corpus = *s->corpus != '\0';
+    in->changed = !in->has_file || o->corpus || o->preset || o->set_count;
+    if (in->has_corpus && (settings_locate_corpus(s, in->dir, manifest, sizeof manifest, err) ||
+                           corpus_facts_read(&in->corpus, manifest, err)))
         return -1;
-    if (settings_resolve(&s, dir, has_corpus ? &corpus : NULL, err)) return -1;
-    bool changed = !present || o->corpus || o->preset || o->set_count;
-    if (changed && write_settings(&s, path, present, err)) return -1;
-    if (load_or_make_key(dir, AGGREGATOR_IDENTITY, &own, err)) return -1;
+    return settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err);
+}
+
+static int write_files(const struct init *in, struct err *err) {
+    struct identity own;
+    if (in->changed && write_settings(&in->settings, in->path, in->has_file, err)) return -1;
+    if (load_or_make_key(in->dir, AGGREGATOR_IDENTITY, &own, err)) return -1;
     identity_release(&own); /* made now, so that its key is known before it joins */
-    if (!has_corpus) {
-        tell_unsealed(given);
-        return 0;
-    }
-    struct store *store = store_open(dir, true, err);
+    return 0;
+}
+
+static int init_sealed(const struct init *in, struct err *err) {
+    enum outcome outcome;
+    struct digest run;
+    struct store *store = store_open(in->dir, true, err);
     if (!store) return -1;
-    int result = seal_if_needed(store, dir, &s, &corpus, &outcome, &run, err);
+    int result = decide(store, in->dir, &in->settings, &in->corpus, &outcome, &run, err);
+    if (result == 0) result = write_files(in, err);
+    if (result == 0 && outcome != UNCHANGED)
+        result = make_keys_and_seal(store, in->dir, &in->settings, &in->corpus, &run, err);
     store_close(store);
-    if (result == 0) tell_sealed(given, &s, &corpus, outcome, &run);
+    if (result == 0) tell_sealed(in->given, &in->settings, &in->corpus, outcome, &run);
     return result;
+}
+
+static int init_locked(struct init *in, const struct init_options *o, struct err *err) {
+    if (read_all(in, o, err)) return -1;
+    if (in->has_corpus) return init_sealed(in, err);
+    if (write_files(in, err)) return -1;
+    tell_unsealed(in->given);
+    return 0;
 }
 
 int coordinator_init(int argc, char **argv) {
     struct init_options o = { .command = argv[0] };
     struct command_line line = { help, options, take, &o };
     char dir[PATH_MAX];
+    struct init in = { .dir = dir };
     struct err err;
-    const char *given;
     int code, lock;
-    if (!command_line_parse(&line, argc, argv, &given, &code)) return code;
-    if (make_folder(given, dir, &err) || store_lock(dir, &lock, &err)) return coordinator_failed(&err);
-    int failed = init_locked(given, dir, &o, &err);
+    if (!command_line_parse(&line, argc, argv, &in.given, &code)) return code;
+    if (make_folder(in.given, dir, &err) || store_lock(dir, &lock, &err)) return coordinator_failed(&err);
+    int failed = init_locked(&in, &o, &err);
     close(lock);
     return failed ? coordinator_failed(&err) : 0;
 }
