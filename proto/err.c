@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-int err_set(struct err *err, enum err_code code, const char *format, ...) {
+int(err_set)(struct err *err, enum err_code code, const char *format, ...) {
     if (!err) return -1;
     va_list ap;
     va_start(ap, format);
@@ -16,7 +16,7 @@ int err_set(struct err *err, enum err_code code, const char *format, ...) {
     return -1;
 }
 
-int err_set_errno(struct err *err, const char *format, ...) {
+int(err_set_errno)(struct err *err, const char *format, ...) {
     int saved = errno;
     if (!err) return -1;
     va_list ap;

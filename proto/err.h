@@ -26,13 +26,16 @@ struct err {
     char msg[248]; /* one line: the object, the numbers, what to do */
 };
 
-/* Fill *err (which may be NULL) and return -1, so that `return err_set(...)` is the idiom. */
+/* Fill *err (which may be NULL) and return -1, so that `return err_set(...)` is the idiom. The macro
+ * lets compilers and analysers see that the value is always -1. */
 int err_set(struct err *err, enum err_code code, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+#define err_set(...) (__extension__({ (void)err_set(__VA_ARGS__); -1; }))
 
 /* As err_set(), with ": " and strerror(errno) appended; ENOSPC and EDQUOT become ERR_FULL, ENOENT
  * ERR_NOT_FOUND, everything else ERR_IO. */
 int err_set_errno(struct err *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
+#define err_set_errno(...) (__extension__({ (void)err_set_errno(__VA_ARGS__); -1; }))
 
 /* Put "prefix: " before the message, as an error travels up; cut at the end where it gets too long. */
 void err_prefix(struct err *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
