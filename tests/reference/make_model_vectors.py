@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Write llama-tied.bin and llama-untied.bin: what Hugging Face's LlamaForCausalLM computes in fp32
 for two tiny random networks. tests/test_model.c compares the network in node/model.c with them.
+Also write llama-hf/, a folder as save_pretrained() leaves it with the loss of a text, for the
+command `eval` (tests/test_tools.c).
 
 Needs torch 2.x and transformers 4.40 or newer from PyPI; not needed to build or test the project:
 
@@ -49,7 +51,34 @@ def canonical(model, config, tied):
     return [parameters[name + ".weight"] for name in names]
 
 
+def text():
+    return bytes(97 + (i * i + 3 * i) % 26 for i in range(1000))
+
+
+def folder():
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, vocab_size=256, max_position_embeddings=32, rms_norm_eps=1e-6,
+        tie_word_embeddings=True, attn_implementation="eager")
+    model = LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 if p.dim() == 2 else 1 + 0.2 * torch.randn_like(p))
+    model.save_pretrained(HERE / "llama-hf")
+    tokens, window = torch.tensor(list(text())), 32
+    windows = (len(tokens) - 1) // window
+    with torch.no_grad():
+        loss = sum(torch.nn.functional.cross_entropy(
+            model(tokens[None, i * window:i * window + window]).logits[0],
+            tokens[i * window + 1:i * window + window + 1], reduction="sum").item()
+            for i in range(windows)) / (windows * window)
+    (HERE / "llama-hf" / "expected.json").write_text(
+        json.dumps(dict(loss=loss, tokens=windows * window)) + "\n")
+
+
 def main():
+    folder()
     for tied in (0, 1):
         model, config = network(tied)
         tokens = torch.randint(0, config.vocab_size, (BATCH, TIME + 1))

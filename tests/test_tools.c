@@ -1,0 +1,187 @@
+/* The commands around a model, called as the command line calls them: exit code and output. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "node/tools.h"
+
+#define FOLDER "tests/reference/llama-hf" /* made by Hugging Face, see make_model_vectors.py */
+
+static char folder[] = "/tmp/intellect-test-tools-XXXXXX";
+static char output[16384]; /* stdout and stderr of the last tool */
+
+static const char *in_folder(const char *name) {
+    static char path[4][256];
+    static int next;
+    char *p = path[next++ % 4];
+    snprintf(p, sizeof path[0], "%s/%s", folder, name);
+    return p;
+}
+
+static void write_text(const char *name, size_t n, char (*letter)(size_t i)) {
+    FILE *f = fopen(in_folder(name), "wb");
+    assert_non_null(f);
+    for (size_t i = 0; i < n; i++) fputc(letter(i), f);
+    fclose(f);
+}
+
+static char scattered(size_t i) { /* text() in make_model_vectors.py */
+    return (char)(97 + (i * i + 3 * i) % 26);
+}
+
+static char periodic(size_t i) {
+    return "aabb"[i % 4];
+}
+
+static int make_folder(void **state) {
+    (void)state;
+    if (!mkdtemp(folder)) return -1;
+    write_text("scattered.txt", 1000, scattered);
+    write_text("periodic.txt", 12000, periodic);
+    return 0;
+}
+
+static int remove_folder(void **state) {
+    (void)state;
+    char command[300];
+    snprintf(command, sizeof command, "rm -r '%s'", folder);
+    return system(command) != 0;
+}
+
+/* Call a tool with everything it prints going to `output`. */
+static int call(int (*tool)(int, char **), ...) {
+    char *argv[24];
+    int argc = 0;
+    va_list ap;
+    va_start(ap, tool);
+    while (argc < 23 && (argv[argc] = va_arg(ap, char *))) argc++;
+    va_end(ap);
+    argv[argc] = NULL;
+    FILE *f = tmpfile();
+    fflush(NULL);
+    int out = dup(1), err = dup(2);
+    dup2(fileno(f), 1);
+    dup2(fileno(f), 2);
+    int rc = tool(argc, argv);
+    fflush(NULL);
+    dup2(out, 1);
+    dup2(err, 2);
+    close(out);
+    close(err);
+    rewind(f);
+    output[fread(output, 1, sizeof output - 1, f)] = '\0';
+    fclose(f);
+    return rc;
+}
+
+static double number(const char *key) {
+    json_t *o = json_loads(output, 0, NULL);
+    if (!o) fail_msg("not one JSON object: %s", output);
+    double value = json_number_value(json_object_get(o, key));
+    json_decref(o);
+    return value;
+}
+
+/* ---- eval -------------------------------------------------------------------------------------- */
+
+/* What a user compares with other programs: the loss that Hugging Face's own code computes. */
+static void eval_agrees_with_hugging_face(void **state) {
+    (void)state;
+    json_t *expected = json_load_file(FOLDER "/expected.json", 0, NULL);
+    if (!expected) fail_msg("%s is missing: run from the repository's root", FOLDER);
+    assert_int_equal(call(tool_eval, "eval", FOLDER, "--text", in_folder("scattered.txt"), "--json", NULL), 0);
+    assert_true(fabs(number("loss") - json_number_value(json_object_get(expected, "loss"))) < 1e-5);
+    assert_true(number("tokens") == json_number_value(json_object_get(expected, "tokens")));
+    assert_true(fabs(number("perplexity") - exp(number("loss"))) < 1e-3);
+    assert_true(number("sequence") == 32);
+    json_decref(expected);
+}
+
+static void eval_takes_a_corpus_heldout_slice(void **state) {
+    (void)state;
+    assert_int_equal(call(tool_data, "data", "--out", in_folder("half"), "--heldout", "0.5", "--sequence", "32",
+                          in_folder("scattered.txt"), NULL), 0);
+    assert_int_equal(call(tool_eval, "eval", FOLDER, "--corpus", in_folder("half"), "--json", NULL), 0);
+    assert_true(number("tokens") == 499 / 32 * 32);
+}
+
+static void eval_names_what_is_too_short_or_too_long(void **state) {
+    (void)state;
+    write_text("short.txt", 20, periodic);
+    assert_int_equal(call(tool_eval, "eval", FOLDER, "--text", in_folder("short.txt"), NULL), 1);
+    assert_non_null(strstr(output, "20 tokens"));
+    assert_non_null(strstr(output, "needs 33"));
+    assert_int_equal(call(tool_eval, "eval", FOLDER, "--text", in_folder("short.txt"), "--sequence", "33", NULL), 1);
+    assert_non_null(strstr(output, "32"));
+    assert_int_equal(call(tool_eval, "eval", FOLDER, "--text", in_folder("none.txt"), NULL), 1);
+    assert_int_equal(call(tool_eval, "eval", in_folder("none"), "--text", in_folder("short.txt"), NULL), 1);
+}
+
+/* ---- generate ---------------------------------------------------------------------------------- */
+
+static void generate(const char *seed, const char *temperature, char *out) {
+    assert_int_equal(call(tool_generate, "generate", FOLDER, "--prompt", "once", "--tokens", "40", "--seed", seed,
+                          "--temperature", temperature, NULL), 0);
+    strcpy(out, output);
+}
+
+static void the_same_seed_gives_the_same_text(void **state) {
+    (void)state;
+    static char a[sizeof output], b[sizeof output];
+    generate("1", "0.8", a);
+    generate("1", "0.8", b);
+    assert_string_equal(a, b);
+    generate("2", "0.8", b);
+    assert_string_not_equal(a, b);
+    generate("1", "0", a);
+    generate("2", "0", b);
+    assert_string_equal(a, b); /* the likeliest token is not drawn */
+    assert_memory_equal(a, "once", 4);
+}
+
+/* ---- data and bigram --------------------------------------------------------------------------- */
+
+static void order_two_knows_a_period_that_order_one_does_not(void **state) {
+    (void)state;
+    assert_int_equal(call(tool_data, "data", "--out", in_folder("corpus"), "--json", in_folder("periodic.txt"), NULL), 0);
+    assert_true(number("samples") == (11760 - 1) / 128);
+    assert_int_equal(call(tool_bigram, "bigram", in_folder("corpus"), "--json", NULL), 0);
+    assert_true(number("loss") < 0.02);
+    assert_true(fabs(number("loss_order_1") - log(2)) < 0.02);
+    assert_true(fabs(number("loss_order_0") - log(2)) < 0.02);
+}
+
+static void wrong_use_is_two_and_teaches(void **state) {
+    (void)state;
+    int (*tools[])(int, char **) = { tool_data, tool_bigram, tool_eval, tool_generate };
+    for (size_t i = 0; i < 4; i++) {
+        assert_int_equal(call(tools[i], "tool", NULL), 2);
+        assert_non_null(strstr(output, "--help"));
+        assert_int_equal(call(tools[i], "tool", "--nonsense", NULL), 2);
+        assert_int_equal(call(tools[i], "tool", "--help", NULL), 0);
+        assert_true(strlen(output) > 200);
+    }
+    assert_int_equal(call(tool_data, "data", "--out", "x", "--sequence", "-1", "y", NULL), 2);
+    assert_non_null(strstr(output, "--sequence is '-1'"));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(eval_agrees_with_hugging_face),
+        cmocka_unit_test(eval_takes_a_corpus_heldout_slice),
+        cmocka_unit_test(eval_names_what_is_too_short_or_too_long),
+        cmocka_unit_test(the_same_seed_gives_the_same_text),
+        cmocka_unit_test(order_two_knows_a_period_that_order_one_does_not),
+        cmocka_unit_test(wrong_use_is_two_and_teaches),
+    };
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
+}
