@@ -335,7 +335,12 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
 
 static int write_files(const struct init *in, struct err *err) {
     struct identity own;
-    if (in->changed && write_settings(&in->settings, in->path, in->has_file, err)) return -1;
+    struct settings written = in->settings;
+    /* Their defaults come from the folder, which may be moved later: so they become lines. */
+    settings_mark_given(&written, written.name);
+    settings_mark_given(&written, written.checkpoint_url);
+    settings_mark_given(&written, written.preset);
+    if (in->changed && write_settings(&written, in->path, in->has_file, err)) return -1;
     if (load_or_make_key(in->dir, AGGREGATOR_IDENTITY, &own, err)) return -1;
     identity_release(&own); /* made now, so that its key is known before it joins */
     return 0;

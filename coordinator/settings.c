@@ -3,6 +3,7 @@
  * the settings mean together (defaults, cross checks, the genesis) is in settings_resolve.c. */
 #include "coordinator/settings.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -37,7 +38,7 @@ static const struct setting table[] = {
       "What people call this run; shown, never used to find it." },
 
     { "model", "preset", TEXT, AT(preset), 1, 31, FREE, NULL,
-      "The network, and inner settings tuned for it: debug (1.3M parameters), 10m, 150m, 1b, 8b, 10b.\n"
+      "The network, and inner settings tuned for it: debug (about 1M parameters), 10m, 150m, 1b, 8b, 10b.\n"
       "Larger learns more and needs more memory: about 16 bytes per parameter on each member." },
     { "model", "layers", U32, AT(model.layers), 1, 1024, SEALED, NULL,
       "Transformer blocks. Fewer learn less; more cost memory and time in proportion." },
@@ -169,11 +170,20 @@ void settings_init(struct settings *s) {
     memset(s, 0, sizeof *s);
 }
 
-bool settings_given(const struct settings *s, const void *field) {
+static int index_of_field(const struct settings *s, const void *field) {
     size_t offset = (size_t)((const char *)field - (const char *)s);
     for (int i = 0; i < SETTINGS; i++)
-        if (table[i].offset == offset) return s->given[i];
-    return false;
+        if (table[i].offset == offset) return i;
+    assert(!"no setting is kept in this field");
+    return 0;
+}
+
+bool settings_given(const struct settings *s, const void *field) {
+    return s->given[index_of_field(s, field)];
+}
+
+void settings_mark_given(struct settings *s, const void *field) {
+    s->given[index_of_field(s, field)] = true;
 }
 
 /* ---- one value ----------------------------------------------------------------------------- */
@@ -440,9 +450,10 @@ int settings_load(struct settings *s, const char *path, struct err *err) {
 
 /* ---- writing it ------------------------------------------------------------------------------- */
 
-/* The shortest decimal that reads back as the same number. */
+/* The shortest decimal that reads back as the same number, but 10000 rather than 1e+04. */
 static void format_number(double number, bool is_float, char *out, size_t size) {
-    for (int digits = 1; digits <= 17; digits++) {
+    int before_point = number >= 1 && number < 1e9 ? (int)log10(number) + 1 : 1;
+    for (int digits = before_point; digits <= 17; digits++) {
         snprintf(out, size, "%.*g", digits, number);
         double back = strtod(out, NULL);
         if (is_float ? (float)back == (float)number : back == number) return;

@@ -56,6 +56,8 @@ struct corpus_facts {
 void settings_init(struct settings *s);
 /* Was the setting that is kept in this field of s given? */
 bool settings_given(const struct settings *s, const void *field);
+/* As if a person had written what stands there: settings_save() writes it as a line. */
+void settings_mark_given(struct settings *s, const void *field);
 
 /* Take in a file, or text (path is only for messages). ERR_CONFIG: "run.yaml line 12: ..." with the
  * key and what is allowed; ERR_NOT_FOUND, ERR_IO. */
