@@ -1,9 +1,7 @@
-/* agent.c - the event loop of a node: what happens outside becomes an event for sync, what sync
- * wants becomes a call to one of the modules around it; see agent.h. */
-#include "node/agent.h"
+/* agent.c - a node's life: opens its home, finds its run, becomes a member, leaves in order. What
+ * happens in between is in agent_events.c; see agent.h. */
+#include "node/agent_internal.h"
 
-#include <assert.h>
-#include <event2/event.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,301 +9,19 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "node/checkpoint.h"
-#include "node/console.h"
-#include "node/disk.h"
-#include "node/home.h"
-#include "node/keeper.h"
 #include "node/model.h"
-#include "node/peers.h"
-#include "node/sync.h"
-#include "node/uplink.h"
 #include "proto/model.h"
 
-#define GOODBYE_MS 200 /* what is queued on connections is sent before the loop ends */
-
-struct agent {
-    const struct agent_options *options;
-    struct home home;
-    struct home_run run;
-    struct console *console;
-    struct event_base *base;
-    struct channel_context *ctx;
-    struct listener *listener;
-    uint16_t port;              /* that members may dial; 0 = none */
-    struct uplink *uplink;
-
-    /* From set_up() on: the run is known and this node is a member of it. */
-    bool is_member;
-    struct msg_genesis genesis; /* its strings point into run.genesis */
-    uint64_t elements;
-    struct disk disk;
-    struct sync *sync;
-    struct peers *peers;
-    struct keeper *keeper;      /* NULL: this node does not train */
-    struct checkpoint *checkpoint;
-    struct sync_actions actions;
-    bool stepping;              /* inside sync_step or its actions */
-    bool trainer_up, cut;       /* cut: sync asked to disconnect */
-    uint64_t step;
-    double loss, tokens_per_s;
-    uint64_t round_shown;
-
-    struct event *tick, *work, *end, *signals[3];
-    bool leaving, trainer_gone, said_goodbye;
-    int signals_seen;
-    struct err failed;          /* code != ERR_NONE: why the node ends */
-};
-
-static uint64_t now_ms(void) {
+uint64_t agent_now_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
-static void add_timer(struct event *ev, uint32_t ms) {
+void agent_timer(struct event *ev, uint32_t ms) {
     struct timeval tv = { .tv_sec = (time_t)(ms / 1000), .tv_usec = (suseconds_t)(ms % 1000) * 1000 };
     event_add(ev, &tv);
 }
-
-static void leave(struct agent *a);
-static void perform(struct agent *a, const struct sync_action *act);
-
-/* End with an error; the first one counts. */
-static void fail(struct agent *a, const struct err *why) {
-    if (a->failed.code == ERR_NONE) a->failed = *why;
-    leave(a);
-}
-
-/* ---- sync ------------------------------------------------------------------------------------------ */
-
-/* One event in, its actions carried out. Nothing that is called from here calls back into here: the
- * modules around sync tell what follows from the loop. */
-static void feed(struct agent *a, const struct sync_event *ev) {
-    struct err err = {0};
-    if (!a->sync || (a->leaving && ev->type != SYNC_EV_LEAVE)) return;
-    assert(!a->stepping);
-    a->stepping = true;
-    sync_actions_clear(&a->actions);
-    int rc = sync_step(a->sync, ev, now_ms(), &a->actions, &err);
-    for (uint32_t i = 0; !rc && i < a->actions.count; i++) perform(a, &a->actions.list[i]);
-    a->stepping = false;
-    if (rc) {
-        err_prefix(&err, "state");
-        fail(a, &err);
-    } else if (a->cut) {
-        a->cut = false;
-        feed(a, &(struct sync_event){ .type = SYNC_EV_DISCONNECTED });
-    } else if (sync_has_work(a->sync)) {
-        add_timer(a->work, 0);
-    }
-}
-
-static void feed_type(struct agent *a, enum sync_event_type type) {
-    feed(a, &(struct sync_event){ .type = type });
-}
-
-/* A zero timer runs once per turn of the loop, after whatever came in: work neither delays messages
- * nor is starved by them. */
-static void on_work(evutil_socket_t fd, short what, void *arg) {
-    (void)fd, (void)what;
-    feed_type(arg, SYNC_EV_WORK);
-}
-
-static struct console_figures figures(const struct agent *a) {
-    struct console_figures f = { .step = a->step, .loss = a->loss, .tokens_per_s = a->tokens_per_s,
-                                 .trains = a->keeper != NULL, .connected = uplink_is_up(a->uplink) };
-    sync_look(a->sync, &f.view);
-    f.view.peers = peers_count(a->peers);
-    return f;
-}
-
-static void on_tick(evutil_socket_t fd, short what, void *arg) {
-    (void)fd, (void)what;
-    struct agent *a = arg;
-    feed_type(a, SYNC_EV_TICK);
-    if (a->leaving) return;
-    struct console_figures f = figures(a);
-    if (f.view.round > a->round_shown) console_round(a->console, &f);
-    a->round_shown = f.view.round;
-    console_live(a->console, &f);
-}
-
-/* ---- what sync wants ---------------------------------------------------------------------------------- */
-
-static void on_bye_action(struct agent *a, const struct sync_action *act) {
-    if (act->final && act->code == ERR_NONE) {
-        console_say(a->console, SYNC_INFO, "bye", "the coordinator says: %s", act->text);
-        a->said_goodbye = true;
-        leave(a);
-    } else if (act->final) {
-        struct err why;
-        err_set(&why, act->code, "the coordinator says: %s", act->text);
-        a->said_goodbye = true;
-        fail(a, &why);
-    } else {
-        console_say(a->console, SYNC_WARNING, "bye", "the coordinator says: %s; trying again",
-                    act->text);
-    }
-}
-
-static void tell_trainer(struct agent *a, uint32_t type, const struct sync_action *act) {
-    if (!a->keeper || !a->trainer_up) return; /* sync was told that it is down */
-    keeper_send(a->keeper, &(struct segment_message){
-                               .type = type, .start = act->start, .count = act->count,
-                               .tokens = act->tokens, .contributors = act->contributors,
-                               .steps = act->steps });
-}
-
-static void perform_roster(struct agent *a, const struct sync_action *act) {
-    struct err err = {0};
-    if (peers_set_roster(a->peers, act->msg, &err))
-        console_say(a->console, SYNC_WARNING, "roster", "%s", err.msg);
-}
-
-static void perform_signed(struct agent *a, const struct sync_action *act) {
-    const struct msg_checkpoint_signed *m = act->msg;
-    checkpoint_signed(a->checkpoint, m->index, act->term, &m->signature, uplink_welcome(a->uplink));
-}
-
-static void perform(struct agent *a, const struct sync_action *act) {
-    switch (act->type) {
-    case SYNC_ACT_SEND:
-        uplink_send(a->uplink, act->message, act->term, act->session, act->plan, act->msg);
-        break;
-    case SYNC_ACT_DISCONNECT:
-        a->cut = uplink_is_up(a->uplink);
-        uplink_redial(a->uplink);
-        break;
-    case SYNC_ACT_PEER_DIAL: peers_dial(a->peers, act->peer, act->host, act->port); break;
-    case SYNC_ACT_PEER_SEND:
-        peers_send(a->peers, act->peer, act->message, act->term, act->session, act->plan, act->msg);
-        break;
-    case SYNC_ACT_PEER_CLOSE: peers_close(a->peers, act->peer); break;
-    case SYNC_ACT_ROSTER: perform_roster(a, act); break;
-    case SYNC_ACT_TRAINER_SAMPLES: tell_trainer(a, SEGMENT_SAMPLES, act); break;
-    case SYNC_ACT_TRAINER_FREEZE: tell_trainer(a, SEGMENT_FREEZE, act); break;
-    case SYNC_ACT_TRAINER_APPLY: tell_trainer(a, SEGMENT_APPLY, act); break;
-    case SYNC_ACT_TRAINER_RESET: tell_trainer(a, SEGMENT_RESET, act); break;
-    case SYNC_ACT_TRAINER_CONTINUE: tell_trainer(a, SEGMENT_CONTINUE, act); break;
-    case SYNC_ACT_TRAINER_MOMENTS_EXPORT: tell_trainer(a, SEGMENT_MOMENTS_EXPORT, act); break;
-    case SYNC_ACT_TRAINER_MOMENTS_IMPORT: tell_trainer(a, SEGMENT_MOMENTS_IMPORT, act); break;
-    case SYNC_ACT_CHECKPOINT_BEGIN:
-        checkpoint_begin(a->checkpoint, a->sync,
-                         (struct proto_bytes){ a->run.genesis, a->run.genesis_bytes }, act->msg);
-        break;
-    case SYNC_ACT_CHECKPOINT_SIGNED: perform_signed(a, act); break;
-    case SYNC_ACT_BYE: on_bye_action(a, act); break;
-    case SYNC_ACT_LOG: console_say(a->console, act->level, "sync", "%s", act->text); break;
-    }
-}
-
-/* ---- trainer, members, checkpoints: what they say becomes events ---------------------------------------- */
-
-static void on_trainer_up(struct agent *a, const struct segment_message *m) {
-    a->trainer_up = true;
-    console_say(a->console, SYNC_INFO, "trainer", "the trainer is ready (%s)",
-                m->steps ? "with the moments of its last life" : "starting with fresh moments");
-    feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_UP, .steps = m->steps });
-}
-
-static void on_trainer_step(struct agent *a, const struct segment_message *m) {
-    a->step = m->steps;
-    a->loss = m->loss;
-    a->tokens_per_s = m->tokens_per_s;
-    feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_STEP, .samples = m->samples,
-                                  .steps = m->steps, .loss = m->loss,
-                                  .tokens_per_s = m->tokens_per_s });
-}
-
-static void on_trainer_message(void *arg, const struct segment_message *m) {
-    struct agent *a = arg;
-    switch (m->type) {
-    case SEGMENT_UP: on_trainer_up(a, m); break;
-    case SEGMENT_STEP: on_trainer_step(a, m); break;
-    case SEGMENT_FROZEN:
-        feed(a, &(struct sync_event){
-                    .type = SYNC_EV_TRAINER_FROZEN, .samples = m->samples, .steps = m->steps,
-                    .loss = a->loss, .tokens_per_s = a->tokens_per_s,
-                    .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_PARAMETERS) });
-        break;
-    case SEGMENT_APPLIED: feed_type(a, SYNC_EV_TRAINER_APPLIED); break;
-    case SEGMENT_MOMENTS:
-        feed(a, &(struct sync_event){
-                    .type = SYNC_EV_TRAINER_MOMENTS, .steps = m->steps,
-                    .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_MOMENTS) });
-        break;
-    case SEGMENT_NOTE: console_say(a->console, SYNC_WARNING, "trainer", "%s", m->text); break;
-    default: break; /* SEGMENT_FAILED is the keeper's */
-    }
-}
-
-static void on_trainer_start(void *arg, pid_t pid) {
-    struct agent *a = arg;
-    console_say(a->console, SYNC_INFO, "trainer", "trainer process %ld started", (long)pid);
-}
-
-static void on_trainer_end(void *arg, const char *why, uint32_t wait_ms) {
-    struct agent *a = arg;
-    if (a->leaving) {
-        a->trainer_gone = true;
-        console_say(a->console, SYNC_INFO, "trainer", "the trainer has ended");
-        add_timer(a->end, GOODBYE_MS);
-        return;
-    }
-    console_say(a->console, SYNC_WARNING, "trainer", "the trainer ended (%s)%s", why,
-                wait_ms ? "; starting it again" : "");
-    if (a->trainer_up) feed_type(a, SYNC_EV_TRAINER_DOWN);
-    a->trainer_up = false;
-}
-
-static void on_trainer_give_up(void *arg, const struct err *why) {
-    struct agent *a = arg;
-    a->trainer_gone = true;
-    fail(a, why);
-}
-
-static const struct keeper_ops keeper_callbacks = {
-    .on_message = on_trainer_message, .on_start = on_trainer_start, .on_end = on_trainer_end,
-    .on_give_up = on_trainer_give_up
-};
-
-static void on_peer_open(void *arg, uint32_t member) {
-    feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_OPEN, .peer = member });
-}
-static void on_peer_message(void *arg, uint32_t member, const struct frame *f, const void *msg) {
-    feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_MESSAGE, .peer = member, .frame = *f,
-                                    .msg = msg });
-}
-static void on_peer_close(void *arg, uint32_t member, const char *why) {
-    struct agent *a = arg;
-    console_say(a->console, SYNC_DEBUG, "peer", "member %u: %s", member, why);
-    feed(a, &(struct sync_event){ .type = SYNC_EV_PEER_CLOSED, .peer = member });
-}
-static void on_peer_drained(void *arg, uint32_t member) {
-    feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_DRAINED, .peer = member });
-}
-
-static const struct peers_ops peers_callbacks = { .on_open = on_peer_open,
-                                                  .on_message = on_peer_message,
-                                                  .on_close = on_peer_close,
-                                                  .on_drained = on_peer_drained };
-
-static void on_manifest(void *arg, const void *manifest, size_t length) {
-    feed(arg, &(struct sync_event){
-                  .type = SYNC_EV_CHECKPOINT, .manifest = { manifest, (uint32_t)length },
-                  .manifest_digest = digest_of(manifest, length) });
-}
-static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest, const char *text) {
-    struct agent *a = arg;
-    console_say(a->console, ok ? SYNC_INFO : SYNC_WARNING, "checkpoint",
-                ok ? "checkpoint written: %s" : "checkpoint not written: %s", text);
-    feed(a, &(struct sync_event){ .type = SYNC_EV_CHECKPOINT, .done = true, .ok = ok,
-                                  .manifest_digest = *manifest, .text = text });
-}
-
-static const struct checkpoint_ops checkpoint_callbacks = { .on_manifest = on_manifest,
-                                                            .on_done = on_checkpoint_done };
 
 /* ---- becoming a member ------------------------------------------------------------------------------------ */
 
@@ -353,7 +69,7 @@ static int set_up_trainer(struct agent *a, struct err *err) {
     home_file(&a->home, "inner.state", state);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);
     corpus_of(a, setup.corpus, sizeof setup.corpus);
-    a->keeper = keeper_create(a->base, &setup, a->genesis.outer->silence_ms_max, &keeper_callbacks, a,
+    a->keeper = keeper_create(a->base, &setup, a->genesis.outer->silence_ms_max, &agent_keeper_ops, a,
                               err);
     if (!a->keeper) return -1;
     sync_set_slot(a->sync, segment_in(keeper_segment(a->keeper)),
@@ -370,11 +86,11 @@ static int set_up_sync(struct agent *a, struct err *err) {
                                   .trains = !a->run.aggregate_only, .port = a->port,
                                   .elements = a->elements, .init = derive_initial,
                                   .init_arg = &a->genesis, .disk = a->disk };
-    if (!(a->sync = sync_create(&config, now_ms(), err))) return -1;
-    a->peers = peers_create(a->base, a->ctx, a->run.member, &peers_callbacks, a, err);
+    if (!(a->sync = sync_create(&config, agent_now_ms(), err))) return -1;
+    a->peers = peers_create(a->base, a->ctx, a->run.member, &agent_peers_ops, a, err);
     if (!a->peers) return -1;
     a->checkpoint = checkpoint_create(a->base, a->elements, a->genesis.outer->chunk_elements,
-                                      &checkpoint_callbacks, a);
+                                      &agent_checkpoint_ops, a);
     if (!a->checkpoint) return err_set(err, ERR_MEMORY, "no memory for checkpoints");
     sync_set_before_change(a->sync, checkpoint_before_change, a->checkpoint);
     return 0;
@@ -436,12 +152,12 @@ static int on_enrolled(void *arg, uint32_t member, struct err *err) {
 static void on_up(void *arg) {
     struct agent *a = arg;
     console_say(a->console, SYNC_INFO, "connected", "connected to %s:%u", a->run.host, a->run.port);
-    feed(a, &(struct sync_event){ .type = SYNC_EV_CONNECTED,
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_CONNECTED,
                                   .frame = uplink_welcome(a->uplink)->frame });
 }
 
 static void on_message(void *arg, const struct frame *f, const void *msg) {
-    feed(arg, &(struct sync_event){ .type = SYNC_EV_MESSAGE, .frame = *f, .msg = msg });
+    agent_feed(arg, &(struct sync_event){ .type = SYNC_EV_MESSAGE, .frame = *f, .msg = msg });
 }
 
 static void on_down(void *arg, const char *why) {
@@ -449,13 +165,13 @@ static void on_down(void *arg, const char *why) {
     if (!a->leaving)
         console_say(a->console, SYNC_WARNING, "disconnected",
                     "lost the coordinator (%s); training goes on, trying again", why);
-    feed_type(a, SYNC_EV_DISCONNECTED);
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_DISCONNECTED });
 }
 
 static void on_refused(void *arg, const struct err *why, bool final) {
     struct agent *a = arg;
     if (final)
-        fail(a, why);
+        agent_fail(a, why);
     else
         console_say(a->console, SYNC_WARNING, "refused", "%s; trying again", why->msg);
 }
@@ -480,20 +196,26 @@ static void on_end(evutil_socket_t fd, short what, void *arg) {
 
 /* In order: the last messages are sent, the trainer saves its moments and ends, then the loop ends.
  * May be called from within an event's actions, so it only sets things in motion. */
-static void leave(struct agent *a) {
+void agent_leave(struct agent *a) {
     if (a->leaving) return;
     a->leaving = true;
-    add_timer(a->end, 0);
+    agent_timer(a->end, 0);
     if (a->tick) event_del(a->tick);
     if (!a->stepping && a->uplink && uplink_is_up(a->uplink) && !a->said_goodbye)
-        feed_type(a, SYNC_EV_LEAVE);
+        agent_feed(a, &(struct sync_event){ .type = SYNC_EV_LEAVE });
     if (a->uplink) uplink_stop(a->uplink);
     if (a->keeper && keeper_stop(a->keeper)) {
         console_say(a->console, SYNC_INFO, "leaving", "waiting for the trainer to save its moments");
         return;
     }
     a->trainer_gone = true;
-    add_timer(a->end, GOODBYE_MS);
+    agent_timer(a->end, AGENT_GOODBYE_MS);
+}
+
+/* End with an error; the first one counts. */
+void agent_fail(struct agent *a, const struct err *why) {
+    if (a->failed.code == ERR_NONE) a->failed = *why;
+    agent_leave(a);
 }
 
 static void on_signal(evutil_socket_t number, short what, void *arg) {
@@ -505,7 +227,7 @@ static void on_signal(evutil_socket_t number, short what, void *arg) {
     }
     console_say(a->console, SYNC_INFO, "leaving",
                 "leaving in order (once more quits at once; `run` goes on from here)");
-    leave(a);
+    agent_leave(a);
 }
 
 /* ---- the beginning -------------------------------------------------------------------------------------------------- */
@@ -584,8 +306,8 @@ static int make_events(struct agent *a, struct err *err) {
     static const int numbers[] = { SIGINT, SIGTERM, SIGHUP };
     a->base = event_base_new();
     if (!a->base) return err_set(err, ERR_MEMORY, "no memory for an event loop");
-    a->tick = event_new(a->base, -1, EV_PERSIST, on_tick, a);
-    a->work = evtimer_new(a->base, on_work, a);
+    a->tick = event_new(a->base, -1, EV_PERSIST, agent_on_tick, a);
+    a->work = evtimer_new(a->base, agent_on_work, a);
     a->end = evtimer_new(a->base, on_end, a);
     if (!a->tick || !a->work || !a->end) return err_set(err, ERR_MEMORY, "no memory for events");
     for (int i = 0; i < 3; i++) {

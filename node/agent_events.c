@@ -1,0 +1,236 @@
+/* agent_events.c - sync's surroundings: every event that reaches it and every action it asks for. */
+#include "node/agent_internal.h"
+
+#include <assert.h>
+
+static void perform(struct agent *a, const struct sync_action *act);
+
+/* ---- sync ------------------------------------------------------------------------------------------ */
+
+/* One event in, its actions carried out. Nothing that is called from here calls back into here: the
+ * modules around sync tell what follows from the loop. */
+void agent_feed(struct agent *a, const struct sync_event *ev) {
+    struct err err = {0};
+    if (!a->sync || (a->leaving && ev->type != SYNC_EV_LEAVE)) return;
+    assert(!a->stepping);
+    a->stepping = true;
+    sync_actions_clear(&a->actions);
+    int rc = sync_step(a->sync, ev, agent_now_ms(), &a->actions, &err);
+    for (uint32_t i = 0; !rc && i < a->actions.count; i++) perform(a, &a->actions.list[i]);
+    a->stepping = false;
+    if (rc) {
+        err_prefix(&err, "state");
+        agent_fail(a, &err);
+    } else if (a->cut) {
+        a->cut = false;
+        agent_feed(a, &(struct sync_event){ .type = SYNC_EV_DISCONNECTED });
+    } else if (sync_has_work(a->sync)) {
+        agent_timer(a->work, 0);
+    }
+}
+
+static void feed_type(struct agent *a, enum sync_event_type type) {
+    agent_feed(a, &(struct sync_event){ .type = type });
+}
+
+/* A zero timer runs once per turn of the loop, after whatever came in: work neither delays messages
+ * nor is starved by them. */
+void agent_on_work(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    feed_type(arg, SYNC_EV_WORK);
+}
+
+static struct console_figures figures(const struct agent *a) {
+    struct console_figures f = { .step = a->step, .loss = a->loss, .tokens_per_s = a->tokens_per_s,
+                                 .trains = a->keeper != NULL, .connected = uplink_is_up(a->uplink) };
+    sync_look(a->sync, &f.view);
+    f.view.peers = peers_count(a->peers);
+    return f;
+}
+
+void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct agent *a = arg;
+    feed_type(a, SYNC_EV_TICK);
+    if (a->leaving) return;
+    struct console_figures f = figures(a);
+    if (f.view.round > a->round_shown) console_round(a->console, &f);
+    a->round_shown = f.view.round;
+    console_live(a->console, &f);
+}
+
+/* ---- what sync wants ---------------------------------------------------------------------------------- */
+
+static void on_bye_action(struct agent *a, const struct sync_action *act) {
+    if (act->final && act->code == ERR_NONE) {
+        console_say(a->console, SYNC_INFO, "bye", "the coordinator says: %s", act->text);
+        a->said_goodbye = true;
+        agent_leave(a);
+    } else if (act->final) {
+        struct err why;
+        err_set(&why, act->code, "the coordinator says: %s", act->text);
+        a->said_goodbye = true;
+        agent_fail(a, &why);
+    } else {
+        console_say(a->console, SYNC_WARNING, "bye", "the coordinator says: %s; trying again",
+                    act->text);
+    }
+}
+
+static void tell_trainer(struct agent *a, uint32_t type, const struct sync_action *act) {
+    if (!a->keeper || !a->trainer_up) return; /* sync was told that it is down */
+    keeper_send(a->keeper, &(struct segment_message){
+                               .type = type, .start = act->start, .count = act->count,
+                               .tokens = act->tokens, .contributors = act->contributors,
+                               .steps = act->steps });
+}
+
+static void perform_roster(struct agent *a, const struct sync_action *act) {
+    struct err err = {0};
+    if (peers_set_roster(a->peers, act->msg, &err))
+        console_say(a->console, SYNC_WARNING, "roster", "%s", err.msg);
+}
+
+static void perform_signed(struct agent *a, const struct sync_action *act) {
+    const struct msg_checkpoint_signed *m = act->msg;
+    checkpoint_signed(a->checkpoint, m->index, act->term, &m->signature, uplink_welcome(a->uplink));
+}
+
+static void perform(struct agent *a, const struct sync_action *act) {
+    switch (act->type) {
+    case SYNC_ACT_SEND:
+        uplink_send(a->uplink, act->message, act->term, act->session, act->plan, act->msg);
+        break;
+    case SYNC_ACT_DISCONNECT:
+        a->cut = uplink_is_up(a->uplink);
+        uplink_redial(a->uplink);
+        break;
+    case SYNC_ACT_PEER_DIAL: peers_dial(a->peers, act->peer, act->host, act->port); break;
+    case SYNC_ACT_PEER_SEND:
+        peers_send(a->peers, act->peer, act->message, act->term, act->session, act->plan, act->msg);
+        break;
+    case SYNC_ACT_PEER_CLOSE: peers_close(a->peers, act->peer); break;
+    case SYNC_ACT_ROSTER: perform_roster(a, act); break;
+    case SYNC_ACT_TRAINER_SAMPLES: tell_trainer(a, SEGMENT_SAMPLES, act); break;
+    case SYNC_ACT_TRAINER_FREEZE: tell_trainer(a, SEGMENT_FREEZE, act); break;
+    case SYNC_ACT_TRAINER_APPLY: tell_trainer(a, SEGMENT_APPLY, act); break;
+    case SYNC_ACT_TRAINER_RESET: tell_trainer(a, SEGMENT_RESET, act); break;
+    case SYNC_ACT_TRAINER_CONTINUE: tell_trainer(a, SEGMENT_CONTINUE, act); break;
+    case SYNC_ACT_TRAINER_MOMENTS_EXPORT: tell_trainer(a, SEGMENT_MOMENTS_EXPORT, act); break;
+    case SYNC_ACT_TRAINER_MOMENTS_IMPORT: tell_trainer(a, SEGMENT_MOMENTS_IMPORT, act); break;
+    case SYNC_ACT_CHECKPOINT_BEGIN:
+        checkpoint_begin(a->checkpoint, a->sync,
+                         (struct proto_bytes){ a->run.genesis, a->run.genesis_bytes }, act->msg);
+        break;
+    case SYNC_ACT_CHECKPOINT_SIGNED: perform_signed(a, act); break;
+    case SYNC_ACT_BYE: on_bye_action(a, act); break;
+    case SYNC_ACT_LOG: console_say(a->console, act->level, "sync", "%s", act->text); break;
+    }
+}
+
+/* ---- trainer, members, checkpoints: what they say becomes events ---------------------------------------- */
+
+static void on_trainer_up(struct agent *a, const struct segment_message *m) {
+    a->trainer_up = true;
+    console_say(a->console, SYNC_INFO, "trainer", "the trainer is ready (%s)",
+                m->steps ? "with the moments of its last life" : "starting with fresh moments");
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_UP, .steps = m->steps });
+}
+
+static void on_trainer_step(struct agent *a, const struct segment_message *m) {
+    a->step = m->steps;
+    a->loss = m->loss;
+    a->tokens_per_s = m->tokens_per_s;
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_STEP, .samples = m->samples,
+                                  .steps = m->steps, .loss = m->loss,
+                                  .tokens_per_s = m->tokens_per_s });
+}
+
+static void on_trainer_message(void *arg, const struct segment_message *m) {
+    struct agent *a = arg;
+    switch (m->type) {
+    case SEGMENT_UP: on_trainer_up(a, m); break;
+    case SEGMENT_STEP: on_trainer_step(a, m); break;
+    case SEGMENT_FROZEN:
+        agent_feed(a, &(struct sync_event){
+                    .type = SYNC_EV_TRAINER_FROZEN, .samples = m->samples, .steps = m->steps,
+                    .loss = a->loss, .tokens_per_s = a->tokens_per_s,
+                    .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_PARAMETERS) });
+        break;
+    case SEGMENT_APPLIED: feed_type(a, SYNC_EV_TRAINER_APPLIED); break;
+    case SEGMENT_MOMENTS:
+        agent_feed(a, &(struct sync_event){
+                    .type = SYNC_EV_TRAINER_MOMENTS, .steps = m->steps,
+                    .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_MOMENTS) });
+        break;
+    case SEGMENT_NOTE: console_say(a->console, SYNC_WARNING, "trainer", "%s", m->text); break;
+    default: break; /* SEGMENT_FAILED is the keeper's */
+    }
+}
+
+static void on_trainer_start(void *arg, pid_t pid) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_INFO, "trainer", "trainer process %ld started", (long)pid);
+}
+
+static void on_trainer_end(void *arg, const char *why, uint32_t wait_ms) {
+    struct agent *a = arg;
+    if (a->leaving) {
+        a->trainer_gone = true;
+        console_say(a->console, SYNC_INFO, "trainer", "the trainer has ended");
+        agent_timer(a->end, AGENT_GOODBYE_MS);
+        return;
+    }
+    console_say(a->console, SYNC_WARNING, "trainer", "the trainer ended (%s)%s", why,
+                wait_ms ? "; starting it again" : "");
+    if (a->trainer_up) feed_type(a, SYNC_EV_TRAINER_DOWN);
+    a->trainer_up = false;
+}
+
+static void on_trainer_give_up(void *arg, const struct err *why) {
+    struct agent *a = arg;
+    a->trainer_gone = true;
+    agent_fail(a, why);
+}
+
+const struct keeper_ops agent_keeper_ops = {
+    .on_message = on_trainer_message, .on_start = on_trainer_start, .on_end = on_trainer_end,
+    .on_give_up = on_trainer_give_up
+};
+
+static void on_peer_open(void *arg, uint32_t member) {
+    agent_feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_OPEN, .peer = member });
+}
+static void on_peer_message(void *arg, uint32_t member, const struct frame *f, const void *msg) {
+    agent_feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_MESSAGE, .peer = member, .frame = *f,
+                                    .msg = msg });
+}
+static void on_peer_close(void *arg, uint32_t member, const char *why) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_DEBUG, "peer", "member %u: %s", member, why);
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_PEER_CLOSED, .peer = member });
+}
+static void on_peer_drained(void *arg, uint32_t member) {
+    agent_feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_DRAINED, .peer = member });
+}
+
+const struct peers_ops agent_peers_ops = { .on_open = on_peer_open,
+                                                  .on_message = on_peer_message,
+                                                  .on_close = on_peer_close,
+                                                  .on_drained = on_peer_drained };
+
+static void on_manifest(void *arg, const void *manifest, size_t length) {
+    agent_feed(arg, &(struct sync_event){
+                  .type = SYNC_EV_CHECKPOINT, .manifest = { manifest, (uint32_t)length },
+                  .manifest_digest = digest_of(manifest, length) });
+}
+static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest, const char *text) {
+    struct agent *a = arg;
+    console_say(a->console, ok ? SYNC_INFO : SYNC_WARNING, "checkpoint",
+                ok ? "checkpoint written: %s" : "checkpoint not written: %s", text);
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_CHECKPOINT, .done = true, .ok = ok,
+                                  .manifest_digest = *manifest, .text = text });
+}
+
+const struct checkpoint_ops agent_checkpoint_ops = { .on_manifest = on_manifest,
+                                                            .on_done = on_checkpoint_done };
