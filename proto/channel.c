@@ -201,7 +201,7 @@ static int queue_message(struct channel *ch, uint8_t type, uint64_t term, uint64
 static void end(struct channel *ch, const struct err *why) {
     struct channel_ops ops = ch->ops;
     struct err copy = *why;
-    enter(ch);
+    assert(ch->depth > 0); /* the caller still uses the channel */
     if (ch->state == OPEN && !ch->ended) {
         struct msg_bye bye = {.code = (uint8_t)copy.code, .reason = proto_str(copy.msg)};
         if (bye.reason.length > PROTO_TEXT_BYTES_MAX) bye.reason.length = PROTO_TEXT_BYTES_MAX;
@@ -212,7 +212,6 @@ static void end(struct channel *ch, const struct err *why) {
     }
     ch->ops = (struct channel_ops){0};
     ops.on_close(ch->arg, ch, &copy);
-    leave(ch);
 }
 
 /* From a function that the owner called and that must not call back. */
@@ -343,7 +342,6 @@ static void end_after_last(struct channel *ch) {
 /* Hand over what is there, but leave other channels their turn. */
 static void take_messages(struct channel *ch) {
     int more = 1;
-    enter(ch);
     for (int n = 0; n < MESSAGES_PER_TURN && more > 0 && ch->state == OPEN && !ch->broken; n++)
         more = take_message(ch);
     if (ch->state == OPEN && !ch->broken) {
@@ -353,17 +351,19 @@ static void take_messages(struct channel *ch) {
             end_after_last(ch);
     }
     if (ch->state == OPEN && !ch->ended) pause_or_resume(ch);
-    leave(ch);
 }
 
 static void on_readable(struct bufferevent *bev, void *arg) {
     struct channel *ch = arg;
+    enter(ch);
     if (ch->state == LINGERING) evbuffer_drain(bufferevent_get_input(bev), SIZE_MAX);
-    if (ch->state != OPEN || ch->ended) return;
-    if (evtimer_pending(ch->again, NULL))
-        pause_or_resume(ch);
-    else
-        take_messages(ch);
+    if (ch->state == OPEN && !ch->ended) {
+        if (evtimer_pending(ch->again, NULL))
+            pause_or_resume(ch);
+        else
+            take_messages(ch);
+    }
+    leave(ch);
 }
 
 static void on_written(struct bufferevent *bev, void *arg) {

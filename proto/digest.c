@@ -9,7 +9,7 @@ _Static_assert(sizeof(crypto_generichash_state) <= sizeof(struct digest_stream),
                "digest_stream must hold libsodium's state");
 
 static crypto_generichash_state *state_of(struct digest_stream *s) {
-    return (crypto_generichash_state *)(void *)s->opaque;
+    return (crypto_generichash_state *)(void *)s;
 }
 
 void digest_stream_init(struct digest_stream *s) {

@@ -136,8 +136,9 @@ static uint8_t *signed_bytes(const char *purpose, const struct digest *run, uint
                              const void *bytes, size_t length, size_t *total) {
     size_t prefix = sizeof SIGNED_PREFIX - 1, purpose_bytes = strlen(purpose) + 1;
     *total = prefix + purpose_bytes + sizeof run->b + 8 + length;
-    uint8_t *all = malloc(*total), *p = all;
+    uint8_t *all = malloc(*total);
     assert(all && "out of memory for a signature");
+    uint8_t *p = all;
     p = (uint8_t *)memcpy(p, SIGNED_PREFIX, prefix) + prefix;
     p = (uint8_t *)memcpy(p, purpose, purpose_bytes) + purpose_bytes;
     p = (uint8_t *)memcpy(p, run->b, sizeof run->b) + sizeof run->b;
