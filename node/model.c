@@ -107,7 +107,7 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     m->loss = carve_floats(&a, rows, 1);
     m->branch = carve_floats(&a, rows, C);
     for (uint32_t i = 0; i < m->config.layers; i++) {
-        struct activations unused, *l = layer ? &layer[i] : &unused;
+        struct activations unused = { 0 }, *l = layer ? &layer[i] : &unused;
         if (m->training || i == 0) carve_layer(m, &a, l);
         if (!m->training && i > 0 && layer) *l = layer[0];
         float *in = m->training ? carve_floats(&a, rows, C) : m->out;

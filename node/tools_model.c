@@ -320,8 +320,9 @@ static int next_token(struct generator *g, const struct generate_wish *w, unsign
 }
 
 static void print_token(const struct tokenizer *t, int32_t id) {
-    char bytes[TOKENIZER_TOKEN_BYTES_MAX];
-    fwrite(bytes, 1, t->decode(id, bytes), stdout);
+    char bytes[TOKENIZER_TOKEN_BYTES_MAX] = { 0 };
+    size_t n = t->decode(id, bytes);
+    fwrite(bytes, 1, n, stdout);
     fflush(stdout);
 }
 
