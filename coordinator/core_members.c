@@ -68,16 +68,9 @@ uint32_t core_live_count(const struct core *c) {
     return n;
 }
 
-static bool is_loopback(const char *host) {
-    return !strncmp(host, "127.", 4) || !strcmp(host, "::1");
-}
-
-/* A member beside the coordinator is seen as 127.0.0.1, which means something else elsewhere: an
- * empty host says "where you dialled the coordinator". */
 bool core_address(const struct member *to, const struct member *target, struct msg_address *out) {
     if (!target->conn || !target->port || target == to) return false;
-    bool beside_us = is_loopback(target->host) && !is_loopback(to->host);
-    *out = (struct msg_address){target->id, proto_str(beside_us ? "" : target->host), target->port};
+    *out = (struct msg_address){target->id, proto_str(target->host), target->port};
     return true;
 }
 
@@ -278,6 +271,7 @@ void core_on_hello(struct core *c, struct conn *k, const struct msg_hello *msg, 
         core_close(c, out, m->conn, ERR_STALE, false,
                    "replaced by a newer connection of the same key");
     k = core_conn(c, conn); /* closing the other one moved the list */
+    assert(k);
     bool moved = m->port != msg->port || strcmp(m->host, k->host) != 0;
     begin_session(c, k, msg, now_ms);
     core_log(out, CORE_INFO, WHO " connected from %s, session %llu, %s%s", WHO_OF(m), m->host,

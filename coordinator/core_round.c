@@ -216,18 +216,20 @@ static struct digest result_root(const struct core *c) {
 }
 
 static void draft_summed(const struct core *c, struct draft *d) {
-    uint32_t count = 0;
+    uint32_t count = 0, n = 0;
     for (uint32_t i = 0; i < c->shard_count; i++)
         count += c->shards[i].reports[BY_AGGREGATOR].summed_count;
-    d->summed = calloc(count, sizeof *d->summed);
-    assert(d->summed);
+    assert(count); /* every report covers all chunks of its shard */
+    struct msg_summed *summed = calloc(count, sizeof *summed);
+    assert(summed);
     for (uint32_t i = 0; i < c->shard_count; i++) {
         const struct msg_shard_report *r = &c->shards[i].reports[BY_AGGREGATOR];
         d->shards[i] = c->shards[i].where;
-        memcpy(d->summed + d->body.summed_count, r->summed, r->summed_count * sizeof *d->summed);
-        d->body.summed_count += r->summed_count;
+        for (uint32_t j = 0; j < r->summed_count; j++) summed[n++] = r->summed[j];
     }
-    core_summed_union(d->summed, d->body.summed_count, d->set);
+    core_summed_union(summed, n, d->set);
+    d->summed = summed;
+    d->body.summed_count = n;
 }
 
 /* Claims are spent as soon as any chunk of the contribution is in the sum: its samples have an

@@ -947,9 +947,7 @@ static void a_lost_aggregator_makes_a_new_plan_and_late_reports_are_void(void **
 static void a_lost_contributor_is_dropped_and_the_round_goes_on(void **state) {
     struct rig *r = *state;
     start_reducing(r, 3);
-    struct fake *own = &r->fake[1], *lost = NULL;
-    for (int i = 2; i <= 4; i++)
-        if (&r->fake[i] != holder(r)) lost = &r->fake[i];
+    struct fake *own = &r->fake[1], *lost = holder(r) == &r->fake[2] ? &r->fake[3] : &r->fake[2];
     uint64_t plan = own->plan;
     struct msg_leave leave = {.reason = proto_str("power is dear tonight")};
     struct msg_lease claimed = lost->claims[0];
@@ -983,9 +981,7 @@ static void a_lost_contributor_is_dropped_and_the_round_goes_on(void **state) {
 static void a_contributor_summed_nowhere_gets_its_samples_back_to_the_run(void **state) {
     struct rig *r = *state;
     start_reducing(r, 3);
-    struct fake *own = &r->fake[1], *lost = NULL;
-    for (int i = 2; i <= 4; i++)
-        if (&r->fake[i] != holder(r)) lost = &r->fake[i];
+    struct fake *own = &r->fake[1], *lost = holder(r) == &r->fake[2] ? &r->fake[3] : &r->fake[2];
     struct msg_lease claimed = lost->claims[0];
     say(r, lost, MSG_LEAVE, 0, &(struct msg_leave){0});
     struct report rep;
