@@ -64,28 +64,28 @@ static int take(void *arg, int option, const char *value) {
 
 /* ---- the folder ----------------------------------------------------------------------------------- */
 
-static bool holds_anything(const char *dir) {
+/* Does it hold something that init would not have put there? The lock is the first thing it does. */
+static bool is_foreign(const char *dir) {
     DIR *d = opendir(dir);
-    bool found = false;
-    for (struct dirent *e; d && !found && (e = readdir(d));)
-        found = strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0;
+    bool anything = false, ours = false;
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        anything = true;
+        if (!strcmp(e->d_name, SETTINGS_FILE_NAME) || !strcmp(e->d_name, STORE_LOCK_NAME)) ours = true;
+    }
     if (d) closedir(d);
-    return found;
+    return anything && !ours;
 }
 
 /* Make the folder, or take one that is empty or a run's. dir receives its absolute path. */
 static int make_folder(const char *given, char *dir, struct err *err) {
-    char path[RUN_PATH_BYTES];
     struct stat st;
     if (mkdir(given, 0700) && errno != EEXIST) return err_set_errno(err, "make the folder %s", given);
     if (!realpath(given, dir)) return err_set_errno(err, "the folder %s", given);
     if (stat(dir, &st)) return err_set_errno(err, "the folder %s", given);
     if (!S_ISDIR(st.st_mode)) return err_set(err, ERR_CONFIG, "%s is not a folder", given);
-    if (run_path(dir, SETTINGS_FILE_NAME, path, err)) return -1;
-    if (access(path, F_OK) && holds_anything(dir))
+    if (is_foreign(dir))
         return err_set(err, ERR_CONFIG, "%s holds other things and no run; name a new folder", given);
-    if (run_path(dir, AGGREGATOR_FOLDER, path, err)) return -1;
-    if (mkdir(path, 0700) && errno != EEXIST) return err_set_errno(err, "make the folder %s", path);
     return 0;
 }
 
@@ -335,12 +335,15 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
 
 static int write_files(const struct init *in, struct err *err) {
     struct identity own;
+    char home[RUN_PATH_BYTES];
     struct settings written = in->settings;
     /* Their defaults come from the folder, which may be moved later: so they become lines. */
     settings_mark_given(&written, written.name);
     settings_mark_given(&written, written.checkpoint_url);
     settings_mark_given(&written, written.preset);
     if (in->changed && write_settings(&written, in->path, in->has_file, err)) return -1;
+    if (run_path(in->dir, AGGREGATOR_FOLDER, home, err)) return -1;
+    if (mkdir(home, 0700) && errno != EEXIST) return err_set_errno(err, "make the folder %s", home);
     if (load_or_make_key(in->dir, AGGREGATOR_IDENTITY, &own, err)) return -1;
     identity_release(&own); /* made now, so that its key is known before it joins */
     return 0;

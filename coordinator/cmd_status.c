@@ -14,7 +14,7 @@ static const char help[] =
     "\n"
     "  --json   one JSON object\n"
     "\n"
-    "example: watch intellect-coordinator status myrun\n";
+    "example: intellect-coordinator status myrun\n";
 
 enum { JSON = 256 };
 static const struct option options[] = { { "json", no_argument, NULL, JSON }, { 0 } };

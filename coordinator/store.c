@@ -417,7 +417,7 @@ int store_invite_find(struct store *s, const struct digest *secret, uint64_t now
 
 int store_lock(const char *dir, int *fd, struct err *err) {
     char path[4096], holder[32] = "";
-    if (snprintf(path, sizeof path, "%s/serve.lock", dir) >= (int)sizeof path)
+    if (snprintf(path, sizeof path, "%s/" STORE_LOCK_NAME, dir) >= (int)sizeof path)
         return err_set(err, ERR_CONFIG, "the path of the lock is too long");
     *fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (*fd < 0) return err_set_errno(err, "open %s", path);

@@ -97,6 +97,7 @@ int store_invite_find(struct store *s, const struct digest *secret, uint64_t now
 
 /* Take DIR/serve.lock until the process ends or closes *fd. ERR_REFUSED names the process that
  * has it. The lock is of the kernel's (flock): it goes with its process, however that ends. */
+#define STORE_LOCK_NAME "serve.lock"
 int store_lock(const char *dir, int *fd, struct err *err);
 
 #endif
