@@ -74,7 +74,7 @@ void core_destroy(struct core *c) {
 /* ---- events --------------------------------------------------------------------------------- */
 
 /* Members that hold leases count as live until silence_ms_max has judged them: what they train on
- * must not be given away because we died. */
+ * must not be given away because we died, and a round waits for them as it did before. */
 static void on_start(struct core *c, const struct core_event *ev, uint64_t now_ms,
                      struct core_actions *out) {
     uint64_t end = 0;
@@ -85,7 +85,7 @@ static void on_start(struct core *c, const struct core_event *ev, uint64_t now_m
     c->tick_ms = now_ms;
     for (uint32_t i = 0; i < c->member_count; i++) {
         struct member *m = &c->members[i];
-        m->here = m->lease_count > 0;
+        m->here = m->trains = m->lease_count > 0;
         m->heard_ms = m->progress_ms = now_ms;
     }
     for (uint32_t i = 0; i < c->lease_count; i++) {

@@ -1166,13 +1166,17 @@ static void after_a_restart_leases_stay_until_silence_has_judged(void **state) {
     struct msg_lease old = r->fake[2].leases[0];
     load(r);
     assert_int_equal(look(r).members_live, 1);
+    dial(r, &r->fake[1]);
+    hello(r, &r->fake[1]);
     dial(r, &r->fake[3]);
     hello(r, &r->fake[3]);
-    pass(r, 1900);
-    ask(r, &r->fake[3], 8);
+    be_ready(r, &r->fake[3], 8);
     assert_int_not_equal(r->fake[3].leases[0].start, old.start);
+    pass(r, 1900);
+    assert_string_equal(look(r).phase, "train"); /* two are the quorum, and one is on its way */
     pass(r, 200);
-    assert_int_equal(look(r).members_live, 1);
+    assert_string_equal(look(r).phase, "reduce");
+    assert_int_equal(look(r).members_live, 2);
     ask(r, &r->fake[3], 8);
     assert_int_equal(r->fake[3].leases[0].start, old.start);
     assert_int_equal(r->fake[3].leases[0].generation, old.generation + 1);
