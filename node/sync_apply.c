@@ -1,0 +1,459 @@
+/* sync_apply.c - from commit to commit: the result chunks of the oldest commit that the state lacks are
+ * fetched from its holders, checked against the ledger's result_root, and applied chunk by chunk in
+ * batches. Then the contribution's fate is known, the trainer follows, and the root is shown.
+ *
+ * A chunk that cannot be brought forward like this is left to sync_catchup.c. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "node/sync_internal.h"
+
+/* ---- which commit ------------------------------------------------------------------------------------ */
+
+static struct commit *fetch_commit(struct sync *s) { return ledger_commit(s, s->fetch.round); }
+
+static bool needs(const struct sync *s, const struct commit *c, uint32_t k) {
+    return s->state.version[s->fragment.chunk[k]] == c->body.base_index;
+}
+
+static bool needs_any(const struct sync *s, const struct commit *c) {
+    for (uint32_t k = 0; k < s->fragment.count; k++)
+        if (needs(s, c, k)) return true;
+    return false;
+}
+
+/* NULL: every chunk is at the head, missing, or too far behind. */
+static struct commit *next_commit(struct sync *s) {
+    uint64_t oldest = ledger_head_version(s);
+    for (uint32_t i = 0; i < s->chunk_count; i++)
+        if (s->state.version[i] < oldest) oldest = s->state.version[i];
+    struct commit *c = ledger_commit_after(s, oldest);
+    return c && !c->unavailable ? c : NULL;
+}
+
+bool apply_waits_for_donors(struct sync *s, uint32_t chunk) {
+    uint64_t version = s->state.version[chunk];
+    if (version == SYNC_MISSING) return true;
+    if (version == ledger_head_version(s)) return false;
+    const struct commit *c = ledger_commit_after(s, version);
+    return !c || c->unavailable;
+}
+
+/* ---- the fetch ------------------------------------------------------------------------------------------ */
+
+static void fetch_end(struct sync *s) {
+    struct fetch *f = &s->fetch;
+    if (!f->active) return;
+    for (uint32_t k = 0; k < s->fragment.count; k++) free(f->data[k]);
+    free(f->data);
+    free(f->leaves);
+    free(f->shard);
+    free(f->asked);
+    *f = (struct fetch){0};
+}
+
+void apply_release(struct sync *s) { fetch_end(s); }
+
+static struct held *held_of(struct sync *s, const struct commit *c, uint32_t shard) {
+    const struct msg_shard *m = &c->body.shards[shard];
+    if (m->aggregator != s->config.member && m->holder != s->config.member) return NULL;
+    struct held *h = results_find(s, c->term, c->body.plan, c->body.round, shard);
+    return h && h->leaves.first == m->first && h->leaves.leaves_count == m->count && h->codec == c->body.codec ? h : NULL;
+}
+
+static const uint8_t *data_of(struct sync *s, const struct commit *c, uint32_t k) {
+    if (s->fetch.data[k]) return s->fetch.data[k];
+    for (uint32_t i = 0; i < c->body.shards_count; i++) {
+        const struct msg_shard *m = &c->body.shards[i];
+        if (k < m->first || k - m->first >= m->count) continue;
+        const struct held *h = s->fetch.shard[i].held ? held_of(s, c, i) : NULL;
+        return h ? results_chunk(s, h, k) : NULL;
+    }
+    return NULL;
+}
+
+/* How many chunks could be applied now. */
+static void count_ready(struct sync *s, const struct commit *c) {
+    s->fetch.ready = 0;
+    for (uint32_t k = 0; s->fetch.verified && k < s->fragment.count; k++)
+        if (needs(s, c, k) && data_of(s, c, k)) s->fetch.ready++;
+}
+
+/* Have the leaves of all shards come, and are they the ledger's? */
+static void check_leaves(struct sync *s, const struct commit *c) {
+    struct fetch *f = &s->fetch;
+    for (uint32_t i = 0; i < c->body.shards_count; i++)
+        if (!f->shard[i].leaves_have) return;
+    struct digest root = digest_tree_root(f->leaves, s->fragment.count);
+    f->verified = digest_equal(&root, &c->body.result_root);
+    if (f->verified) {
+        count_ready(s, c);
+        return;
+    }
+    sync_log(s, SYNC_WARNING, "the results of round %llu are not those that were committed; asking others",
+             (unsigned long long)c->body.round);
+    for (uint32_t i = 0; i < c->body.shards_count; i++) {
+        f->shard[i].leaves_have = f->shard[i].asking = f->shard[i].held = false;
+        f->shard[i].turn ^= 1;
+        f->shard[i].refusals++;
+    }
+}
+
+static void take_held(struct sync *s, const struct commit *c) {
+    struct fetch *f = &s->fetch;
+    for (uint32_t i = 0; i < c->body.shards_count; i++) {
+        const struct held *h = held_of(s, c, i);
+        if (!h) continue;
+        memcpy(f->leaves + h->leaves.first, h->leaves.leaves, h->leaves.leaves_count * sizeof *f->leaves);
+        f->shard[i].leaves_have = f->shard[i].held = true;
+    }
+    check_leaves(s, c);
+}
+
+/* The ledger says what every member had before this commit. */
+static bool base_is_right(struct sync *s, const struct commit *c) {
+    if (!s->state.whole || s->state.index != c->body.base_index) return true;
+    if (digest_equal(&s->state.root, &c->body.base_root)) return true;
+    sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching it anew",
+             (unsigned long long)s->state.index);
+    catchup_forget_state(s);
+    return false;
+}
+
+static void fetch_begin(struct sync *s, const struct commit *c) {
+    struct fetch *f = &s->fetch;
+    if (!base_is_right(s, c)) return;
+    uint32_t n = s->fragment.count;
+    *f = (struct fetch){.active = true, .round = c->body.round, .progress_ms = s->now};
+    f->leaves = sync_alloc(s, n, sizeof *f->leaves);
+    f->shard = sync_alloc(s, c->body.shards_count, sizeof *f->shard);
+    f->data = sync_alloc(s, n, sizeof *f->data);
+    f->asked = sync_alloc(s, bitmap_bytes(n), 1);
+    if (!f->data) f->active = false; /* out of memory: the machine stops */
+    if (s->failure.code) return;
+    for (uint32_t i = 0; i < c->body.shards_count; i++)
+        f->shard[i].turn = (s->config.member + i) % 2; /* half of the members ask each of the two */
+    take_held(s, c);
+}
+
+/* ---- asking holders ----------------------------------------------------------------------------------------- */
+
+static uint32_t candidate(const struct sync *s, const struct commit *c, uint32_t shard) {
+    const struct msg_shard *m = &c->body.shards[shard];
+    return s->fetch.shard[shard].turn ? m->holder : m->aggregator;
+}
+
+/* What was asked for in this shard is not coming from there. */
+static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
+    struct fetch *f = &s->fetch;
+    const struct msg_shard *m = &c->body.shards[shard];
+    for (uint32_t k = m->first; k < m->first + m->count; k++) {
+        if (!proto_set_has(f->asked, k)) continue;
+        proto_set_del(f->asked, k);
+        f->outstanding--;
+        f->window -= encoded_bytes(s, (enum outer_codec)c->body.codec, k);
+    }
+    f->shard[shard].asking = false;
+    f->shard[shard].turn ^= 1;
+    if (f->shard[shard].refusals < UINT8_MAX) f->shard[shard].refusals++;
+}
+
+/* Chunks of the shard that are neither here nor on their way, as many as the window takes. */
+static uint32_t choose(struct sync *s, const struct commit *c, uint32_t shard, uint8_t *chunks) {
+    struct fetch *f = &s->fetch;
+    const struct msg_shard *m = &c->body.shards[shard];
+    uint32_t n = 0;
+    for (uint32_t k = m->first; k < m->first + m->count && f->window < SYNC_WINDOW_BYTES; k++) {
+        if (!needs(s, c, k) || f->data[k] || proto_set_has(f->asked, k)) continue;
+        proto_set_add(f->asked, k);
+        proto_set_add(chunks, k);
+        f->outstanding++;
+        f->window += encoded_bytes(s, (enum outer_codec)c->body.codec, k);
+        n++;
+    }
+    return n;
+}
+
+static void ask(struct sync *s, const struct commit *c, uint32_t shard, struct peer *p) {
+    struct fetch_shard *fs = &s->fetch.shard[shard];
+    size_t bytes = bitmap_bytes(s->fragment.count);
+    uint8_t *chunks = sync_alloc(s, bytes, 1);
+    if (!chunks) return;
+    /* Results are taken only under verified leaves; with one shard these come first anyway. */
+    bool data_too = s->fetch.verified || c->body.shards_count == 1;
+    uint32_t n = data_too ? choose(s, c, shard, chunks) : 0;
+    if (n || !fs->leaves_have) {
+        struct msg_result_get get = {.round = c->body.round, .plan = c->body.plan, .chunks = {chunks, (uint32_t)bytes}};
+        peer_send(s, p, MSG_RESULT_GET, c->term, c->body.plan, &get, bytes);
+        fs->asking = true;
+        fs->asked_ms = s->now;
+    }
+    free(chunks);
+}
+
+static bool shard_is_complete(const struct sync *s, const struct commit *c, uint32_t shard) {
+    const struct msg_shard *m = &c->body.shards[shard];
+    for (uint32_t k = m->first; k < m->first + m->count; k++)
+        if (needs(s, c, k) && !s->fetch.data[k]) return false;
+    return true;
+}
+
+static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
+    struct fetch *f = &s->fetch;
+    struct fetch_shard *fs = &f->shard[shard];
+    if (fs->held || (fs->leaves_have && shard_is_complete(s, c, shard))) return;
+    if (fs->asking && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms) turn_away(s, c, shard);
+    if (fs->asking && (!fs->leaves_have || f->window > SYNC_WINDOW_BYTES / 2)) return;
+    uint32_t from = candidate(s, c, shard);
+    struct peer *p = from == s->config.member ? NULL : peer_link(s, from);
+    if (p && p->open) {
+        ask(s, c, shard, p);
+    } else if (from == s->config.member || !peer_reachable(s, from)) {
+        turn_away(s, c, shard);
+    } else if (!fs->asking) { /* the link is being made */
+        fs->asking = true;
+        fs->asked_ms = s->now;
+    }
+}
+
+/* Both holders of a shard said no, or nothing came for long: members who have the state are asked. */
+static bool is_hopeless(const struct sync *s, const struct commit *c) {
+    const struct fetch *f = &s->fetch;
+    uint64_t silent = s->now - f->progress_ms;
+    if (f->ready) return false;
+    for (uint32_t i = 0; i < c->body.shards_count; i++)
+        if (f->shard[i].refusals >= 2 && silent >= s->outer->heartbeat_ms) return true;
+    return silent >= s->outer->silence_ms_max;
+}
+
+void apply_pump(struct sync *s) {
+    apply_show_root(s);
+    if (!s->fetch.active) {
+        struct commit *next = state_current(s) ? NULL : next_commit(s);
+        if (next) fetch_begin(s, next);
+    }
+    if (!s->fetch.active || s->failure.code) return;
+    struct commit *c = fetch_commit(s);
+    if (!c || !needs_any(s, c)) {
+        fetch_end(s);
+        return;
+    }
+    for (uint32_t i = 0; i < c->body.shards_count; i++) ask_shard(s, c, i);
+    if (!is_hopeless(s, c)) return;
+    sync_log(s, SYNC_INFO, "nobody gives the results of round %llu; asking for the state",
+             (unsigned long long)c->body.round);
+    c->unavailable = true;
+    fetch_end(s);
+}
+
+/* ---- answers --------------------------------------------------------------------------------------------------- */
+
+void apply_on_holders(struct sync *s, const struct msg_holders *msg) {
+    peer_set_addresses(s, msg->addresses, msg->addresses_count);
+    catchup_set_donors(s, msg->addresses, msg->addresses_count, false);
+    struct commit *c = ledger_commit_at(s, msg->index);
+    if (!c) return;
+    c->unavailable = false;
+    if (!s->fetch.active || fetch_commit(s) != c) return;
+    s->fetch.progress_ms = s->now;
+    for (uint32_t i = 0; i < c->body.shards_count; i++) s->fetch.shard[i].refusals = 0;
+}
+
+/* The commit a frame's results belong to, if that is the one being fetched. */
+static struct commit *fetched(struct sync *s, const struct frame *f, uint32_t fragment, uint64_t round) {
+    if (!s->fetch.active || fragment != 0 || round != s->fetch.round) return NULL;
+    struct commit *c = fetch_commit(s);
+    return c && f->term == c->term && f->plan == c->body.plan ? c : NULL;
+}
+
+static void note_answer(struct sync *s, uint32_t shard) {
+    s->fetch.shard[shard].asked_ms = s->now;
+    s->fetch.shard[shard].refusals = 0;
+    s->fetch.progress_ms = s->now;
+}
+
+void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
+                            const struct msg_result_leaves *msg) {
+    struct commit *c = fetched(s, f, msg->fragment, msg->round);
+    for (uint32_t i = 0; c && i < c->body.shards_count; i++) {
+        const struct msg_shard *m = &c->body.shards[i];
+        if (m->first != msg->first || candidate(s, c, i) != p->id || !s->fetch.shard[i].asking) continue;
+        if (msg->leaves_count != m->count) {
+            peer_close(s, p, "its results have another number of chunks");
+            return;
+        }
+        note_answer(s, i);
+        if (s->fetch.shard[i].leaves_have) return;
+        memcpy(s->fetch.leaves + m->first, msg->leaves, m->count * sizeof *msg->leaves);
+        s->fetch.shard[i].leaves_have = true;
+        check_leaves(s, c);
+        return;
+    }
+}
+
+static bool result_is_right(struct sync *s, const struct commit *c, const struct msg_result *msg) {
+    uint32_t k = msg->chunk;
+    size_t n = chunk_elements(s, s->fragment.chunk[k]);
+    if (msg->codec != c->body.codec || msg->data.length != encoded_bytes(s, (enum outer_codec)msg->codec, k))
+        return false;
+    struct digest leaf = digest_leaf(k, msg->data.data, msg->data.length);
+    if (!digest_equal(&leaf, &s->fetch.leaves[k].digest)) return false;
+    return outer_check(msg->data.data, msg->data.length, n, (enum outer_codec)msg->codec, NULL) == 0;
+}
+
+static uint32_t shard_of(const struct commit *c, uint32_t k) {
+    uint32_t i = 0;
+    while (i + 1 < c->body.shards_count && k - c->body.shards[i].first >= c->body.shards[i].count) i++;
+    return i;
+}
+
+void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame, const struct msg_result *msg) {
+    struct fetch *f = &s->fetch;
+    struct commit *c = fetched(s, frame, msg->fragment, msg->round);
+    if (!c || !f->verified || msg->chunk >= s->fragment.count || !proto_set_has(f->asked, msg->chunk)) return;
+    if (!result_is_right(s, c, msg)) {
+        peer_close(s, p, "a result is not what was committed");
+        return;
+    }
+    if (!(f->data[msg->chunk] = sync_alloc(s, msg->data.length, 1))) return;
+    memcpy(f->data[msg->chunk], msg->data.data, msg->data.length);
+    proto_set_del(f->asked, msg->chunk);
+    f->outstanding--;
+    if (needs(s, c, msg->chunk)) f->ready++;
+    note_answer(s, shard_of(c, msg->chunk));
+}
+
+void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
+    struct commit *c = s->fetch.active && msg->round == s->fetch.round ? fetch_commit(s) : NULL;
+    for (uint32_t i = 0; c && i < c->body.shards_count; i++)
+        if (candidate(s, c, i) == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
+}
+
+void apply_on_peer_closed(struct sync *s, const struct peer *p) {
+    struct commit *c = s->fetch.active ? fetch_commit(s) : NULL;
+    for (uint32_t i = 0; c && i < c->body.shards_count; i++)
+        if (candidate(s, c, i) == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
+}
+
+/* ---- applying ---------------------------------------------------------------------------------------------------- */
+
+static bool is_batch_ready(const struct sync *s) {
+    const struct fetch *f = &s->fetch;
+    return f->ready && (f->outstanding == 0 || (uint64_t)f->ready * s->chunk_elements >= SYNC_BATCH_ELEMENTS ||
+                        f->ready >= SYNC_BATCH_CHUNKS);
+}
+
+bool apply_has_work(struct sync *s) {
+    return s->fetch.active && s->fetch.verified && trainer_takes_changes(s) && is_batch_ready(s);
+}
+
+/* Our number among the commit's contributors, if what it summed is the contribution we hold. */
+static int own_contributor(struct sync *s, const struct commit *c) {
+    const struct contribution *own = &s->contribution;
+    if (!own->frozen || own->ready.base_index != c->body.base_index) return -1;
+    return commit_contributor(c, s->config.member, &own->ready.root);
+}
+
+/* The outer step of one chunk; what it was stays in scratch2. */
+static int step_chunk(struct sync *s, const struct commit *c, uint32_t k) {
+    uint32_t chunk = s->fragment.chunk[k];
+    size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
+    enum outer_codec codec = (enum outer_codec)c->body.codec;
+    float *anchor = s->state.anchor + first;
+    if (outer_decode(s->scratch, data_of(s, c, k), encoded_bytes(s, codec, k), n, codec, &s->failure)) return -1;
+    memcpy(s->scratch2, anchor, n * sizeof *anchor);
+    outer_nesterov(anchor, s->state.momentum + first, s->scratch, n, c->body.lr, c->body.momentum);
+    return 0;
+}
+
+static int apply_chunk(struct sync *s, const struct commit *c, uint32_t k) {
+    const struct contribution *own = &s->contribution;
+    uint32_t chunk = s->fragment.chunk[k];
+    size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
+    bool summed = commit_summed(c, k, own_contributor(s, c));
+    if (step_chunk(s, c, k)) return -1;
+    if (trainer_follows(s)) trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
+    if (summed && own->residual)
+        memcpy(own->residual + first, own->residual_next + first, n * sizeof *own->residual);
+    return 0;
+}
+
+struct batch {
+    uint32_t k[SYNC_BATCH_CHUNKS], chunk[SYNC_BATCH_CHUNKS], count;
+    uint64_t version[SYNC_BATCH_CHUNKS];
+};
+
+static void choose_batch(struct sync *s, const struct commit *c, struct batch *b) {
+    size_t elements = 0;
+    b->count = 0;
+    for (uint32_t k = 0; k < s->fragment.count && b->count < SYNC_BATCH_CHUNKS; k++) {
+        if (elements >= SYNC_BATCH_ELEMENTS) return;
+        if (!needs(s, c, k) || !data_of(s, c, k)) continue;
+        b->k[b->count] = k;
+        b->chunk[b->count] = s->fragment.chunk[k];
+        b->version[b->count++] = c->index;
+        elements += s->chunk_elements;
+    }
+}
+
+static void forget_data(struct sync *s, const struct commit *c, uint32_t k) {
+    struct fetch *f = &s->fetch;
+    if (!f->data[k]) return;
+    free(f->data[k]);
+    f->data[k] = NULL;
+    f->window -= encoded_bytes(s, (enum outer_codec)c->body.codec, k);
+}
+
+int apply_work(struct sync *s) {
+    struct commit *c = fetch_commit(s);
+    struct batch b;
+    if (!c) {
+        fetch_end(s);
+        return 0;
+    }
+    choose_batch(s, c, &b);
+    if (state_change_begin(s, b.chunk, b.count)) return -1;
+    for (uint32_t i = 0; i < b.count; i++)
+        if (apply_chunk(s, c, b.k[i])) return -1;
+    if (state_change_end(s, b.chunk, b.version, b.count)) return -1;
+    for (uint32_t i = 0; i < b.count; i++) forget_data(s, c, b.k[i]);
+    s->fetch.progress_ms = s->now;
+    count_ready(s, c);
+    if (!needs_any(s, c)) fetch_end(s);
+    apply_arrived(s);
+    return 0;
+}
+
+/* ---- at a new index ------------------------------------------------------------------------------------------------- */
+
+/* Once per state: a member that says nothing holds up what the others may delete. */
+void apply_show_root(struct sync *s) {
+    struct state *st = &s->state;
+    if (!st->whole || !s->welcomed || (st->told && st->told_index == st->index)) return;
+    struct msg_root root = {.index = st->index, .root = st->root};
+    sync_send(s, MSG_ROOT, 0, &root);
+    st->told = true;
+    st->told_index = st->index;
+}
+
+/* A commit took our contribution's place in the ledger. Where it was not summed, the trainer still
+ * holds the work and its claims go into the next one; a trainer that died meanwhile does not. */
+void apply_resolve(struct sync *s) {
+    struct contribution *own = &s->contribution;
+    if (!own->frozen || !state_current(s) || own->ready.base_index == s->state.index) return;
+    struct commit *c = ledger_commit_after(s, own->ready.base_index);
+    bool summed = c && commit_summed_any(c, own_contributor(s, c));
+    if (summed) leases_spend(s, c);
+    else if (s->trainer.state != TRAINER_FROZEN || s->trainer.need_reset) leases_rewind(s);
+    *(summed ? &s->summed : &s->refused) += 1;
+    contribution_drop(s);
+    leases_judge(s);
+}
+
+void apply_arrived(struct sync *s) {
+    apply_show_root(s);
+    if (!state_current(s)) return;
+    bool had = s->contribution.frozen && s->contribution.ready.base_index != s->state.index;
+    apply_resolve(s);
+    trainer_new_base(s, had);
+}

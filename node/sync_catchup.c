@@ -1,0 +1,496 @@
+/* sync_catchup.c - chunks of state that no results can bring forward come from members who have them,
+ * each checked against the agreed root of its version; a fresh run's first state is derived from the
+ * genesis. The same file serves them to others, and moves AdamW's second moments to a joiner. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "node/sync_internal.h"
+
+/* ---- what is needed ------------------------------------------------------------------------------------ */
+
+bool catchup_busy(struct sync *s) {
+    if (state_current(s)) return false;
+    for (uint32_t c = 0; c < s->chunk_count; c++)
+        if (apply_waits_for_donors(s, c)) return true;
+    return false;
+}
+
+void catchup_forget_state(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    state_forget(s);
+    s->state.told = false;
+    contribution_drop(s); /* it was made from a wrong anchor */
+    trainer_lose_work(s, "the state is being fetched anew");
+    cu->progress_ms = s->now;
+}
+
+static void drop_ready(struct catchup *cu) {
+    for (uint32_t i = 0; i < cu->ready_count; i++) free(cu->ready[i].data);
+    cu->ready_count = 0;
+    cu->window = 0;
+}
+
+void catchup_release(struct sync *s) {
+    drop_ready(&s->catchup);
+    free(s->catchup.ready);
+    free(s->catchup.asked);
+    free(s->trainer.moments_in);
+    s->trainer.moments_in = NULL;
+}
+
+static size_t state_bytes(const struct sync *s, uint32_t chunk) {
+    return 2 * sizeof(float) * chunk_elements(s, chunk);
+}
+
+/* ---- donors ------------------------------------------------------------------------------------------------ */
+
+void catchup_set_donors(struct sync *s, const struct msg_address *list, uint32_t count, bool replace) {
+    struct catchup *cu = &s->catchup;
+    peer_set_addresses(s, list, count);
+    if (replace) cu->donor_count = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t k = 0;
+        while (k < cu->donor_count && cu->donors[k] != list[i].member) k++;
+        if (k < cu->donor_count || list[i].member == s->config.member) continue;
+        if (cu->donor_count == SYNC_DONORS_MAX) { /* the newest are the likeliest to be alive */
+            memmove(cu->donors, cu->donors + 1, (SYNC_DONORS_MAX - 1) * sizeof *cu->donors);
+            cu->donor_count--;
+        }
+        cu->donors[cu->donor_count++] = list[i].member;
+    }
+}
+
+static void forget_questions(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    for (uint32_t c = 0; cu->outstanding && c < s->chunk_count; c++) {
+        if (!proto_set_has(cu->asked, c)) continue;
+        proto_set_del(cu->asked, c);
+        cu->outstanding--;
+        cu->window -= state_bytes(s, c);
+    }
+    cu->asked_ms = 0;
+    cu->early = false;
+}
+
+static uint32_t donor_now(const struct catchup *cu) { return cu->donors[cu->turn % cu->donor_count]; }
+
+/* What was asked for is not coming. */
+static void next_donor(struct sync *s) {
+    forget_questions(s);
+    s->catchup.turn++;
+}
+
+void catchup_on_root(struct sync *s, const struct msg_root *msg) {
+    ledger_note_root(s, msg->index, &msg->root);
+    if (s->catchup.early) forget_questions(s); /* what came too early is asked for again */
+}
+
+int catchup_on_resync(struct sync *s, const struct msg_resync *msg) {
+    catchup_set_donors(s, msg->donors, msg->donors_count, true);
+    ledger_note_root(s, msg->index, &msg->root);
+    if (!s->state.whole || s->state.index != msg->index || digest_equal(&s->state.root, &msg->root)) return 0;
+    sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching it anew",
+             (unsigned long long)msg->index);
+    catchup_forget_state(s);
+    return s->failure.code ? -1 : 0;
+}
+
+/* ---- asking -------------------------------------------------------------------------------------------------- */
+
+static bool is_ready(const struct catchup *cu, uint32_t chunk) {
+    for (uint32_t i = 0; i < cu->ready_count; i++)
+        if (cu->ready[i].chunk == chunk) return true;
+    return false;
+}
+
+static void ask_donor(struct sync *s, struct peer *p) {
+    struct catchup *cu = &s->catchup;
+    size_t bytes = bitmap_bytes(s->chunk_count);
+    uint8_t *chunks = sync_alloc(s, bytes, 1);
+    if (!chunks) return;
+    uint32_t n = 0;
+    for (uint32_t c = 0; c < s->chunk_count && cu->window < SYNC_WINDOW_BYTES; c++) {
+        if (proto_set_has(cu->asked, c) || !apply_waits_for_donors(s, c) || is_ready(cu, c)) continue;
+        proto_set_add(cu->asked, c);
+        proto_set_add(chunks, c);
+        cu->outstanding++;
+        cu->window += state_bytes(s, c);
+        n++;
+    }
+    struct msg_state_get get = {.index_min = ledger_head_version(s), .chunks = {chunks, (uint32_t)bytes}};
+    if (n) {
+        peer_send(s, p, MSG_STATE_GET, s->term, 0, &get, bytes);
+        cu->asked_ms = s->now;
+    }
+    free(chunks);
+}
+
+/* A donor that does not answer is left for the next; when none has anything for long, only the
+ * coordinator can name others. */
+static void ask_donors(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    if (s->now - cu->progress_ms >= 2 * (uint64_t)s->outer->silence_ms_max) {
+        cu->progress_ms = s->now;
+        if (s->connected) sync_disconnect(s, "no donor has the state; asking for others");
+        return;
+    }
+    struct digest root;
+    if (cu->donor_count == 0 || !ledger_root(s, ledger_head_version(s), &root)) return;
+    if (cu->asked_ms && s->now - cu->asked_ms >= 2 * s->outer->heartbeat_ms) next_donor(s);
+    if (cu->outstanding && cu->window > SYNC_WINDOW_BYTES / 2) return;
+    struct peer *p = peer_link(s, donor_now(cu));
+    if (p && p->open)
+        ask_donor(s, p);
+    else if (!peer_reachable(s, donor_now(cu)))
+        cu->turn++;
+    else if (!cu->asked_ms)
+        cu->asked_ms = s->now; /* the link is being made */
+}
+
+void catchup_pump(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    if (!s->synced || !catchup_busy(s)) {
+        cu->progress_ms = s->now;
+        return;
+    }
+    if (!cu->asked && !(cu->asked = sync_alloc(s, bitmap_bytes(s->chunk_count), 1))) return;
+    cu->initialising = s->ledger.rounds == 0 && s->state.missing > 0;
+    if (!cu->initialising) ask_donors(s);
+}
+
+/* ---- answers ---------------------------------------------------------------------------------------------------- */
+
+static bool state_is_right(struct sync *s, const struct msg_state *msg, const struct digest *root) {
+    size_t half = chunk_elements(s, msg->chunk) * sizeof(float);
+    if (msg->data.length != 2 * half || msg->version != msg->index) return false;
+    struct digest leaf = digest_leaf2(msg->chunk, msg->data.data, half, msg->data.data + half, half);
+    return digest_tree_verify(root, &leaf, msg->chunk, s->chunk_count, msg->path, msg->path_count);
+}
+
+static void keep_chunk(struct sync *s, const struct msg_state *msg) {
+    struct catchup *cu = &s->catchup;
+    if (sync_grow(s, &cu->ready, cu->ready_count, &cu->ready_capacity, sizeof *cu->ready)) return;
+    struct donor_chunk d = {.chunk = msg->chunk, .version = msg->version, .data = sync_alloc(s, msg->data.length, 1)};
+    if (!d.data) return;
+    memcpy(d.data, msg->data.data, msg->data.length);
+    cu->ready[cu->ready_count++] = d;
+    cu->window += msg->data.length;
+    cu->progress_ms = s->now;
+}
+
+void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *msg) {
+    struct catchup *cu = &s->catchup;
+    struct digest root;
+    if (!cu->asked || msg->chunk >= s->chunk_count || !proto_set_has(cu->asked, msg->chunk)) return;
+    if (!ledger_root(s, msg->index, &root)) { /* the donor is ahead of what we were told */
+        cu->early = true;
+        return;
+    }
+    proto_set_del(cu->asked, msg->chunk);
+    cu->outstanding--;
+    cu->window -= state_bytes(s, msg->chunk);
+    cu->asked_ms = s->now;
+    bool newer = s->state.version[msg->chunk] == SYNC_MISSING || msg->version > s->state.version[msg->chunk];
+    if (!newer) return;
+    if (!state_is_right(s, msg, &root)) {
+        peer_close(s, p, "a chunk of its state is not the run's");
+        return;
+    }
+    keep_chunk(s, msg);
+}
+
+void catchup_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
+    (void)msg;
+    if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id) next_donor(s);
+}
+
+void catchup_on_peer_closed(struct sync *s, const struct peer *p) {
+    if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id) next_donor(s);
+    if (s->trainer.moments_in && s->trainer.moments_peer == p->id) moments_on_none(s, peer_find(s, p->id));
+}
+
+/* ---- storing ----------------------------------------------------------------------------------------------------- */
+
+bool catchup_has_work(struct sync *s) {
+    const struct catchup *cu = &s->catchup;
+    if (!trainer_takes_changes(s)) return false;
+    if (cu->initialising && s->state.missing) return true;
+    return cu->ready_count &&
+           (cu->outstanding == 0 || (uint64_t)cu->ready_count * s->chunk_elements >= SYNC_BATCH_ELEMENTS);
+}
+
+static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor, const float *momentum) {
+    size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
+    bool was_missing = s->state.version[chunk] == SYNC_MISSING;
+    const struct contribution *own = &s->contribution;
+    struct commit *c = own->frozen ? ledger_commit_after(s, own->ready.base_index) : NULL;
+    bool summed = c && own->ready.base_index == s->state.version[chunk] &&
+                  commit_summed(c, chunk, commit_contributor(c, s->config.member, &own->ready.root));
+    memcpy(s->scratch2, s->state.anchor + first, n * sizeof *anchor);
+    memcpy(s->state.anchor + first, anchor, n * sizeof *anchor);
+    memcpy(s->state.momentum + first, momentum, n * sizeof *momentum);
+    if (trainer_follows(s) && was_missing)
+        trainer_lose_work(s, "a chunk of the state was lost");
+    else if (trainer_follows(s))
+        trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
+    if (summed && own->residual)
+        memcpy(own->residual + first, own->residual_next + first, n * sizeof *own->residual);
+}
+
+static int by_chunk(const void *a, const void *b) {
+    const struct donor_chunk *x = a, *y = b;
+    return x->chunk < y->chunk ? -1 : x->chunk > y->chunk;
+}
+
+/* Results may have brought a chunk forward while a donor was sending it. */
+static uint32_t drop_outdated(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < cu->ready_count; i++) {
+        struct donor_chunk *d = &cu->ready[i];
+        uint64_t version = s->state.version[d->chunk];
+        if (version == SYNC_MISSING || d->version > version) {
+            cu->ready[kept++] = *d;
+        } else {
+            cu->window -= state_bytes(s, d->chunk);
+            free(d->data);
+        }
+    }
+    return cu->ready_count = kept;
+}
+
+static int store_ready(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    uint32_t chunks[SYNC_BATCH_CHUNKS], n = drop_outdated(s), most = SYNC_BATCH_ELEMENTS / s->chunk_elements + 1;
+    uint64_t versions[SYNC_BATCH_CHUNKS];
+    if (most > SYNC_BATCH_CHUNKS) most = SYNC_BATCH_CHUNKS;
+    if (n > most) n = most;
+    if (n == 0) return 0;
+    qsort(cu->ready, cu->ready_count, sizeof *cu->ready, by_chunk);
+    for (uint32_t i = 0; i < n; i++) {
+        chunks[i] = cu->ready[i].chunk;
+        versions[i] = cu->ready[i].version;
+    }
+    if (state_change_begin(s, chunks, n)) return -1;
+    for (uint32_t i = 0; i < n; i++) {
+        const float *data = (const float *)(const void *)cu->ready[i].data;
+        store_chunk(s, chunks[i], data, data + chunk_elements(s, chunks[i]));
+        cu->window -= state_bytes(s, chunks[i]);
+        free(cu->ready[i].data);
+    }
+    memmove(cu->ready, cu->ready + n, (cu->ready_count - n) * sizeof *cu->ready);
+    cu->ready_count -= n;
+    return state_change_end(s, chunks, versions, n);
+}
+
+/* The initial anchor; its momentum is zero. */
+static int initialise(struct sync *s) {
+    uint32_t chunks[SYNC_BATCH_CHUNKS], n = 0;
+    uint64_t versions[SYNC_BATCH_CHUNKS] = {0};
+    size_t elements = 0;
+    for (uint32_t c = 0; c < s->chunk_count && n < SYNC_BATCH_CHUNKS && elements < SYNC_WORK_ELEMENTS; c++) {
+        if (s->state.version[c] != SYNC_MISSING) continue;
+        chunks[n++] = c;
+        elements += chunk_elements(s, c);
+    }
+    if (state_change_begin(s, chunks, n)) return -1;
+    for (uint32_t i = 0; i < n; i++) {
+        size_t first = chunk_first(s, chunks[i]), count = chunk_elements(s, chunks[i]);
+        s->config.init(s->config.init_arg, first, count, s->state.anchor + first);
+        memset(s->state.momentum + first, 0, count * sizeof(float));
+    }
+    if (state_change_end(s, chunks, versions, n)) return -1;
+    if (s->state.missing == 0) s->catchup.initialising = false;
+    return 0;
+}
+
+int catchup_work(struct sync *s) {
+    int rc = s->catchup.initialising ? initialise(s) : store_ready(s);
+    if (rc == 0) apply_arrived(s);
+    return rc;
+}
+
+/* ---- serving the state ---------------------------------------------------------------------------------------------- */
+
+void catchup_on_state_get(struct sync *s, struct peer *p, const struct msg_state_get *msg) {
+    size_t bytes = bitmap_bytes(s->chunk_count);
+    if (msg->chunks.length != bytes) {
+        peer_close(s, p, "it asks for a state of another size");
+        return;
+    }
+    if (!p->states && !(p->states = sync_alloc(s, bytes, 1))) return;
+    for (size_t i = 0; i < bytes; i++) p->states[i] |= msg->chunks.data[i];
+    p->states_min = msg->index_min;
+}
+
+static void end_states(struct peer *p) {
+    free(p->states);
+    p->states = NULL;
+}
+
+static void send_state(struct sync *s, struct peer *p, uint32_t chunk) {
+    struct msg_digest_item path[DIGEST_PATH_MAX];
+    size_t first = chunk_first(s, chunk), half = chunk_elements(s, chunk) * sizeof(float);
+    uint8_t *data = sync_alloc(s, 2 * half, 1);
+    if (!data) return;
+    memcpy(data, s->state.anchor + first, half);
+    memcpy(data + half, s->state.momentum + first, half);
+    struct msg_state state = {
+        .chunk = chunk, .version = s->state.version[chunk], .index = s->state.index, .path = path,
+        .path_count = (uint32_t)digest_tree_path(s->state.leaf, s->chunk_count, chunk, path),
+        .data = {data, (uint32_t)(2 * half)},
+    };
+    peer_send(s, p, MSG_STATE, s->term, 0, &state, 2 * half);
+    free(data);
+}
+
+/* While a commit is being applied here there is no root to show: the asker waits. */
+bool catchup_send_state(struct sync *s, struct peer *p) {
+    if (!p->states) return false;
+    if (!s->state.whole || s->state.index < p->states_min) {
+        if (!catchup_busy(s)) return false;
+        peer_none(s, p, MSG_STATE_GET, s->term, 0, 0, "catching up itself");
+        end_states(p);
+        return false;
+    }
+    int64_t chunk = bitmap_next(p->states, s->chunk_count);
+    if (chunk < 0) {
+        end_states(p);
+        return false;
+    }
+    proto_set_del(p->states, (uint32_t)chunk);
+    send_state(s, p, (uint32_t)chunk);
+    return true;
+}
+
+/* ---- second moments: serving ------------------------------------------------------------------------------------------ */
+
+void moments_refuse_all(struct sync *s) {
+    for (uint32_t i = 0; i < s->peer_count; i++) {
+        struct peer *p = s->peers[i];
+        if (p->moments && p->open) peer_none(s, p, MSG_MOMENTS_GET, s->term, 0, 0, "no trainer here has any");
+        p->moments = false;
+    }
+}
+
+void moments_on_get(struct sync *s, struct peer *p) {
+    struct trainer *t = &s->trainer;
+    p->moments = true;
+    p->moments_next = 0;
+    if (t->state < TRAINER_TRAINING || t->want_moments || t->steps == 0) {
+        moments_refuse_all(s);
+    } else if (!t->moments && !t->exporting) {
+        sync_act(s, SYNC_ACT_TRAINER_MOMENTS_EXPORT);
+        t->exporting = true;
+    }
+}
+
+void trainer_on_moments(struct sync *s, const struct sync_event *ev) {
+    struct trainer *t = &s->trainer;
+    if (!t->exporting) return;
+    t->exporting = false;
+    t->moments = ev->local;
+    t->export_steps = ev->steps;
+    if (!ev->local || ev->steps == 0) {
+        t->moments = NULL;
+        moments_refuse_all(s);
+    }
+}
+
+bool moments_send_next(struct sync *s, struct peer *p) {
+    struct trainer *t = &s->trainer;
+    if (!p->moments || !t->moments) return false;
+    uint32_t chunk = p->moments_next++;
+    size_t bytes = chunk_elements(s, chunk) * sizeof(float);
+    struct msg_moments msg = {.chunk = chunk, .steps = t->export_steps,
+                              .data = {(const uint8_t *)(t->moments + chunk_first(s, chunk)), (uint32_t)bytes}};
+    peer_send(s, p, MSG_MOMENTS, s->term, 0, &msg, bytes);
+    if (p->moments_next < s->chunk_count) return true;
+    p->moments = false;
+    for (uint32_t i = 0; i < s->peer_count; i++)
+        if (s->peers[i]->moments) return true;
+    t->moments = NULL; /* everybody is served: the next who asks gets newer ones */
+    return true;
+}
+
+/* ---- second moments: fetching --------------------------------------------------------------------------------------------- */
+
+void moments_abort(struct sync *s) {
+    struct trainer *t = &s->trainer;
+    free(t->moments_in);
+    t->moments_in = NULL;
+    t->moments_got = 0;
+    t->moments_peer = 0;
+    t->want_moments = false;
+}
+
+/* The next member to ask: any that can be reached, in the order we came to know them. */
+static struct peer *next_source(struct sync *s) {
+    for (; s->trainer.moments_tries < s->peer_count; s->trainer.moments_tries++) {
+        struct peer *p = s->peers[s->trainer.moments_tries];
+        if (p->open || p->port) return p;
+    }
+    return NULL;
+}
+
+static void ask_moments(struct sync *s, struct peer *p) {
+    struct trainer *t = &s->trainer;
+    if (!t->moments_in && !(t->moments_in = sync_alloc(s, s->config.elements, sizeof *t->moments_in))) return;
+    peer_send(s, p, MSG_MOMENTS_GET, s->term, 0, &(struct msg_moments_get){0}, 0);
+    t->moments_peer = p->id;
+    t->moments_got = 0;
+    t->moments_ms = s->now;
+}
+
+/* Before the first step of a trainer without moments, in a run that has had steps: it is worth a
+ * moment's wait, but nothing depends on it. */
+bool moments_pending(struct sync *s) {
+    struct trainer *t = &s->trainer;
+    if (t->steps) t->want_moments = false;
+    if (!t->want_moments) return false;
+    if (t->moments_in && t->moments_got == s->chunk_count) return false;
+    if (!s->synced) return false; /* it goes on with what it has */
+    struct peer *p = s->ledger.rounds && t->moments_tries < SYNC_MOMENTS_TRIES_MAX ? next_source(s) : NULL;
+    if (!p) {
+        moments_abort(s);
+        return false;
+    }
+    if (t->moments_ms == 0) t->moments_ms = s->now;
+    if (s->now - t->moments_ms >= 2 * (uint64_t)s->outer->heartbeat_ms) {
+        moments_on_none(s, p);
+    } else if (t->moments_peer != p->id && peer_link(s, p->id) && p->open) {
+        ask_moments(s, p);
+    }
+    return t->want_moments;
+}
+
+void moments_on_none(struct sync *s, struct peer *p) {
+    struct trainer *t = &s->trainer;
+    if (!t->want_moments || (t->moments_peer && t->moments_peer != p->id)) return;
+    t->moments_tries++;
+    t->moments_peer = 0;
+    t->moments_got = 0;
+    t->moments_ms = 0;
+}
+
+static bool moments_make_sense(const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(x[i]) || x[i] < 0) return false;
+    return true;
+}
+
+void moments_on_chunk(struct sync *s, struct peer *p, const struct msg_moments *msg) {
+    struct trainer *t = &s->trainer;
+    if (!t->moments_in || t->moments_peer != p->id || msg->chunk != t->moments_got || msg->chunk >= s->chunk_count) return;
+    size_t first = chunk_first(s, msg->chunk), n = chunk_elements(s, msg->chunk);
+    bool fits = msg->data.length == n * sizeof(float) && msg->steps > 0;
+    if (fits) memcpy(t->moments_in + first, msg->data.data, n * sizeof(float));
+    if (!fits || !moments_make_sense(t->moments_in + first, n)) {
+        peer_close(s, p, "its second moments are none");
+        return;
+    }
+    t->moments_got++;
+    t->moments_steps = msg->steps;
+    t->moments_ms = s->now;
+}

@@ -1,0 +1,272 @@
+/* sync_ledger.c - the run's ledger as this member keeps it: every entry checked and stored, the newest
+ * commits decoded. What a commit changes in the state is done in sync_apply.c. */
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "node/sync_internal.h"
+
+/* ---- looking up ------------------------------------------------------------------------------------ */
+
+struct commit *ledger_commit(struct sync *s, uint64_t round) {
+    struct ledger *l = &s->ledger;
+    if (round >= l->rounds || l->rounds - round > SYNC_COMMITS_KEPT) return NULL;
+    return &l->commits[round % SYNC_COMMITS_KEPT];
+}
+
+struct commit *ledger_last(struct sync *s) {
+    return s->ledger.rounds ? ledger_commit(s, s->ledger.rounds - 1) : NULL;
+}
+
+uint64_t ledger_head_version(struct sync *s) {
+    struct commit *c = ledger_last(s);
+    return c ? c->index : 0;
+}
+
+/* Newest first: what is asked for is nearly always the newest. */
+struct commit *ledger_commit_at(struct sync *s, uint64_t index) {
+    for (uint64_t r = s->ledger.rounds; r-- > 0;) {
+        struct commit *c = ledger_commit(s, r);
+        if (!c || c->index < index) return NULL;
+        if (c->index == index) return c;
+    }
+    return NULL;
+}
+
+struct commit *ledger_commit_after(struct sync *s, uint64_t version) {
+    for (uint64_t r = s->ledger.rounds; r-- > 0;) {
+        struct commit *c = ledger_commit(s, r);
+        if (!c || c->index <= version) return NULL;
+        if (c->body.base_index == version) return c;
+    }
+    return NULL;
+}
+
+bool ledger_root(struct sync *s, uint64_t index, struct digest *out) {
+    struct commit *after = ledger_commit_after(s, index), *at = ledger_commit_at(s, index);
+    if (after)
+        *out = after->body.base_root;
+    else if (at && at->root_known)
+        *out = at->root;
+    else if (index == 0 && s->ledger.zero_root_known)
+        *out = s->ledger.zero_root;
+    else
+        return false;
+    return true;
+}
+
+void ledger_note_root(struct sync *s, uint64_t index, const struct digest *root) {
+    struct commit *c = ledger_commit_at(s, index);
+    if (c) {
+        c->root_known = true;
+        c->root = *root;
+    } else if (index == 0) {
+        s->ledger.zero_root_known = true;
+        s->ledger.zero_root = *root;
+    }
+}
+
+int commit_contributor(const struct commit *c, uint32_t member, const struct digest *root) {
+    for (uint32_t i = 0; i < c->body.contributors_count; i++)
+        if (c->body.contributors[i].member == member)
+            return digest_equal(&c->body.contributors[i].root, root) ? (int)i : -1;
+    return -1;
+}
+
+bool commit_summed(const struct commit *c, uint32_t k, int contributor) {
+    uint64_t end = 0;
+    if (contributor < 0) return false;
+    for (uint32_t i = 0; i < c->body.summed_count; i++) {
+        end += c->body.summed[i].chunks;
+        if (k < end) return bitmap_has(c->body.summed[i].set, (uint32_t)contributor);
+    }
+    return false;
+}
+
+bool commit_summed_any(const struct commit *c, int contributor) {
+    if (contributor < 0) return false;
+    for (uint32_t i = 0; i < c->body.summed_count; i++)
+        if (c->body.summed[i].chunks && bitmap_has(c->body.summed[i].set, (uint32_t)contributor)) return true;
+    return false;
+}
+
+/* ---- taking entries --------------------------------------------------------------------------------- */
+
+/* Our coordinator signed it, but a commit that contradicts the state machine must not reach it. */
+static int check_commit(struct sync *s, const struct msg_commit *m, struct err *err) {
+    uint64_t chunks = 0, covered = 0;
+    if (m->fragment != 0 || m->round != s->ledger.rounds || m->base_index != ledger_head_version(s))
+        return err_set(err, ERR_CORRUPT, "commit of fragment %u round %llu on %llu, expected 0, %llu, %llu",
+                       m->fragment, (unsigned long long)m->round, (unsigned long long)m->base_index,
+                       (unsigned long long)s->ledger.rounds, (unsigned long long)ledger_head_version(s));
+    if (outer_encoded_bytes((enum outer_codec)m->codec, 1) == 0)
+        return err_set(err, ERR_CORRUPT, "commit of round %llu has codec %u", (unsigned long long)m->round, m->codec);
+    for (uint32_t i = 0; i < m->summed_count; i++) chunks += m->summed[i].chunks;
+    for (uint32_t i = 0; i < m->shards_count; i++) {
+        if (m->shards[i].first != covered || m->shards[i].count == 0) break;
+        covered += m->shards[i].count;
+    }
+    if (chunks != s->fragment.count || covered != s->fragment.count)
+        return err_set(err, ERR_CORRUPT, "commit of round %llu sums %llu and shards %llu of %u chunks",
+                       (unsigned long long)m->round, (unsigned long long)chunks, (unsigned long long)covered,
+                       s->fragment.count);
+    return 0;
+}
+
+static int take_commit(struct sync *s, const struct msg_entry *e, struct err *err) {
+    struct msg_commit body;
+    if (proto_decode(e->body.data, e->body.length, RECORD_commit, &body, err)) return -1;
+    int rc = check_commit(s, &body, err);
+    struct commit *c = &s->ledger.commits[s->ledger.rounds % SYNC_COMMITS_KEPT];
+    if (rc == 0) {
+        proto_copy_release(RECORD_commit, &c->body);
+        *c = (struct commit){.index = e->index, .term = e->term, .seen_ms = s->now};
+        rc = proto_copy(RECORD_commit, &body, &c->body, err);
+    }
+    if (rc == 0) {
+        s->ledger.rounds++;
+        if (body.tokens_committed > s->tokens_committed) s->tokens_committed = body.tokens_committed;
+    }
+    proto_decoded_release(RECORD_commit, &body);
+    return rc;
+}
+
+static int store_entry(struct sync *s, const struct msg_signed_entry *e) {
+    struct ledger *l = &s->ledger;
+    if (sync_grow(s, &l->entries, l->count, &l->capacity, sizeof *l->entries)) return -1;
+    uint8_t *bytes = sync_alloc(s, e->bytes.length, 1);
+    if (!bytes) return -1;
+    memcpy(bytes, e->bytes.data, e->bytes.length);
+    l->entries[l->count] = *e;
+    l->entries[l->count++].bytes.data = bytes;
+    return 0;
+}
+
+/* As the next entry: chain, then contents. On -1 nothing has changed. */
+static int take_entry(struct sync *s, const struct msg_signed_entry *e, struct err *err) {
+    struct ledger_chain before = s->ledger.chain;
+    struct msg_entry entry = {0};
+    int rc = ledger_chain_take(&s->ledger.chain, e, &entry, err);
+    if (rc == 0 && entry.kind == LEDGER_COMMIT) rc = take_commit(s, &entry, err);
+    if (rc == 0 && store_entry(s, e)) rc = err_set(err, ERR_MEMORY, "no memory for a ledger entry");
+    if (rc) s->ledger.chain = before;
+    proto_decoded_release(RECORD_entry, &entry);
+    return rc;
+}
+
+/* ---- on disk: blobs of SYNC_LEDGER_SEGMENT entries ----------------------------------------------------- */
+
+static void segment_name(uint32_t segment, char out[32]) { snprintf(out, 32, "ledger-%08u", segment); }
+
+static int save_segment(struct sync *s, uint32_t segment) {
+    struct ledger *l = &s->ledger;
+    uint32_t first = segment * SYNC_LEDGER_SEGMENT, left = l->count - first;
+    struct msg_ledger record = {.entries = l->entries + first,
+                                .entries_count = left < SYNC_LEDGER_SEGMENT ? left : SYNC_LEDGER_SEGMENT};
+    struct proto_buffer b;
+    char name[32];
+    segment_name(segment, name);
+    proto_buffer_init(&b, (size_t)SYNC_LEDGER_SEGMENT * (PROTO_BLOB_BYTES_MAX + 256));
+    int rc = proto_encode(&b, RECORD_ledger, &record, &s->failure);
+    if (rc == 0) rc = s->disk.put(s->disk.arg, name, b.data, b.length, &s->failure);
+    proto_buffer_release(&b);
+    return rc;
+}
+
+static int ledger_save(struct sync *s) {
+    struct ledger *l = &s->ledger;
+    while (l->saved < l->count) {
+        uint32_t segment = l->saved / SYNC_LEDGER_SEGMENT, end = (segment + 1) * SYNC_LEDGER_SEGMENT;
+        if (save_segment(s, segment)) return -1;
+        l->saved = end < l->count ? end : l->count;
+    }
+    return 0;
+}
+
+/* Takes what is right. *full: another segment may follow. */
+static int load_segment(struct sync *s, uint32_t segment, bool *full) {
+    char name[32];
+    uint8_t *bytes;
+    size_t length;
+    struct msg_ledger record;
+    struct err err = {0};
+    *full = false;
+    segment_name(segment, name);
+    if (s->disk.get(s->disk.arg, name, &bytes, &length, &err)) {
+        if (err.code == ERR_NOT_FOUND) return 0;
+        s->failure = err;
+        return -1;
+    }
+    if (proto_decode(bytes, length, RECORD_ledger, &record, &err) == 0) {
+        uint32_t i = 0;
+        while (i < record.entries_count && take_entry(s, &record.entries[i], &err) == 0) i++;
+        *full = i == SYNC_LEDGER_SEGMENT;
+    }
+    proto_decoded_release(RECORD_ledger, &record);
+    free(bytes);
+    return 0;
+}
+
+int ledger_load(struct sync *s) {
+    bool full = true;
+    ledger_chain_init(&s->ledger.chain, &s->config.run);
+    for (uint32_t segment = 0; full; segment++)
+        if (load_segment(s, segment, &full)) return -1;
+    s->ledger.saved = s->ledger.count;
+    return 0;
+}
+
+void ledger_release(struct sync *s) {
+    struct ledger *l = &s->ledger;
+    for (uint32_t i = 0; i < l->count; i++) free((void *)(uintptr_t)l->entries[i].bytes.data);
+    free(l->entries);
+    for (uint32_t i = 0; i < SYNC_COMMITS_KEPT; i++) proto_copy_release(RECORD_commit, &l->commits[i].body);
+    *l = (struct ledger){0};
+}
+
+/* ---- messages ---------------------------------------------------------------------------------------------- */
+
+/* Commits came: what was meant for the rounds before them is void. */
+static void after_commits(struct sync *s) {
+    if (s->plan.active && s->plan.msg.round < s->ledger.rounds) plan_release(s);
+    contribution_abort(s);
+    results_settle(s);
+}
+
+int ledger_on_entries(struct sync *s, const struct msg_ledger *msg) {
+    uint64_t rounds = s->ledger.rounds;
+    struct err err = {0};
+    for (uint32_t i = 0; i < msg->entries_count; i++) {
+        if (take_entry(s, &msg->entries[i], &err) == 0 || err.code == ERR_STALE) continue;
+        sync_log(s, SYNC_ERROR, "the coordinator's ledger: %.200s", err.msg);
+        sync_disconnect(s, "its ledger does not continue ours");
+        break;
+    }
+    if (ledger_save(s)) return -1;
+    if (s->ledger.rounds != rounds) after_commits(s);
+    return 0;
+}
+
+static bool roster_is_signed(struct sync *s, const struct frame *f, const struct msg_roster *msg) {
+    const struct ledger_chain *c = &s->ledger.chain;
+    for (uint32_t i = c->online_count; i-- > 0;)
+        if (proto_verify(&c->online[i], "roster", &s->config.run, f->term, msg->body.data, msg->body.length,
+                         &msg->signature))
+            return true;
+    return false;
+}
+
+void ledger_on_roster(struct sync *s, const struct frame *f, const struct msg_roster *msg) {
+    struct msg_roster_body body = {0};
+    struct err err = {0};
+    if (!roster_is_signed(s, f, msg)) {
+        sync_log(s, SYNC_ERROR, "a roster that no delegated key has signed is ignored");
+    } else if (proto_decode(msg->body.data, msg->body.length, RECORD_roster_body, &body, &err)) {
+        sync_log(s, SYNC_ERROR, "a roster is ignored: %.200s", err.msg);
+    } else if (body.version >= s->ledger.roster_version) {
+        s->ledger.roster_version = body.version;
+        sync_act_roster(s, &body);
+    }
+    proto_decoded_release(RECORD_roster_body, &body);
+}

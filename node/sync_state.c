@@ -1,0 +1,273 @@
+/* sync_state.c - anchor and momentum as mapped arrays, with a version and a digest per chunk, and the
+ * journal that makes a change of several chunks safe against a crash at any moment:
+ *
+ *   1. the old bytes of the chunks are put in the blob "journal"
+ *   2. the arrays are changed and flushed
+ *   3. their entries in the index are changed and flushed
+ *
+ * At start every chunk is hashed. One that is not what its entry says was caught between 1 and 3: the
+ * journal has it as it was. Without a copy there it is missing, and other members have it. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "node/sync_internal.h"
+
+/* An entry fills a disk sector's eighth, so it is torn only by a broken disk; `check` finds that too. */
+struct index_entry {
+    uint64_t version;
+    struct digest leaf;
+    uint64_t check;
+    uint8_t unused[16];
+};
+struct index_header {
+    char magic[8];
+    uint64_t elements, chunk_elements;
+    uint8_t unused[40];
+};
+_Static_assert(sizeof(struct index_entry) == 64 && sizeof(struct index_header) == 64, "sizes on disk");
+
+struct journal_head {
+    char magic[8];
+    uint64_t count;
+};
+struct journal_chunk {
+    uint64_t chunk, version;
+    struct digest leaf;
+};
+
+/* ---- the index --------------------------------------------------------------------------------------- */
+
+static struct index_entry *entry_of(struct sync *s, uint32_t chunk) {
+    return (struct index_entry *)(void *)(s->state.index_map + sizeof(struct index_header)) + chunk;
+}
+
+static uint64_t entry_check(const struct index_entry *e) {
+    struct digest d = digest_of(e, offsetof(struct index_entry, check));
+    uint64_t check;
+    memcpy(&check, d.b, sizeof check);
+    return check;
+}
+
+static struct digest leaf_of(struct sync *s, uint32_t chunk) {
+    size_t first = chunk_first(s, chunk), bytes = chunk_elements(s, chunk) * sizeof(float);
+    return digest_leaf2(chunk, s->state.anchor + first, bytes, s->state.momentum + first, bytes);
+}
+
+static void set_entry(struct sync *s, uint32_t chunk, uint64_t version, const struct digest *leaf) {
+    struct index_entry e = {.version = version, .leaf = *leaf};
+    e.check = entry_check(&e);
+    *entry_of(s, chunk) = e;
+    s->state.version[chunk] = version;
+    s->state.leaf[chunk].digest = *leaf;
+}
+
+static void set_missing(struct sync *s, uint32_t chunk) {
+    set_entry(s, chunk, SYNC_MISSING, &(struct digest){{0}});
+}
+
+static int flush_index(struct sync *s, uint32_t first, uint32_t count) {
+    return s->disk.flush(s->disk.arg, "index", sizeof(struct index_header) + first * sizeof(struct index_entry),
+                         count * sizeof(struct index_entry), &s->failure);
+}
+
+/* ---- flushing runs of neighbours ----------------------------------------------------------------------- */
+
+static int flush_arrays(struct sync *s, uint32_t first, uint32_t count) {
+    size_t begin = chunk_first(s, first), last = first + count - 1;
+    size_t end = chunk_first(s, (uint32_t)last) + chunk_elements(s, (uint32_t)last);
+    size_t offset = begin * sizeof(float), bytes = (end - begin) * sizeof(float);
+    if (s->disk.flush(s->disk.arg, "anchor", offset, bytes, &s->failure)) return -1;
+    return s->disk.flush(s->disk.arg, "momentum", offset, bytes, &s->failure);
+}
+
+static int for_runs(struct sync *s, const uint32_t *chunks, uint32_t count,
+                    int (*flush)(struct sync *s, uint32_t first, uint32_t count)) {
+    for (uint32_t i = 0, n; i < count; i += n) {
+        for (n = 1; i + n < count && chunks[i + n] == chunks[i] + n; n++) continue;
+        if (flush(s, chunks[i], n)) return -1;
+    }
+    return 0;
+}
+
+/* ---- the journal ---------------------------------------------------------------------------------------- */
+
+static size_t journal_bytes(struct sync *s, const uint32_t *chunks, uint32_t count) {
+    size_t bytes = sizeof(struct journal_head) + sizeof(struct digest);
+    for (uint32_t i = 0; i < count; i++)
+        if (s->state.version[chunks[i]] != SYNC_MISSING)
+            bytes += sizeof(struct journal_chunk) + 2 * sizeof(float) * chunk_elements(s, chunks[i]);
+    return bytes;
+}
+
+static uint8_t *append(uint8_t *at, const void *bytes, size_t length) {
+    memcpy(at, bytes, length);
+    return at + length;
+}
+
+/* Returns how many chunks are in it. */
+static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *chunks, uint32_t count) {
+    struct journal_head head = {.magic = "ITLJRNL"};
+    uint8_t *at = journal + sizeof head;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t c = chunks[i];
+        if (s->state.version[c] == SYNC_MISSING) continue;
+        struct journal_chunk jc = {.chunk = c, .version = s->state.version[c], .leaf = s->state.leaf[c].digest};
+        size_t bytes = chunk_elements(s, c) * sizeof(float);
+        at = append(at, &jc, sizeof jc);
+        at = append(at, s->state.anchor + chunk_first(s, c), bytes);
+        at = append(at, s->state.momentum + chunk_first(s, c), bytes);
+        head.count++;
+    }
+    append(journal, &head, sizeof head);
+    struct digest d = digest_of(journal, (size_t)(at - journal));
+    append(at, &d, sizeof d);
+    return head.count;
+}
+
+int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count) {
+    for (uint32_t i = 0; s->before_change && i < count; i++) s->before_change(s->before_change_arg, chunks[i]);
+    size_t bytes = journal_bytes(s, chunks, count);
+    uint8_t *journal = sync_alloc(s, bytes, 1);
+    if (!journal) return -1;
+    int rc = 0;
+    if (fill_journal(s, journal, chunks, count))
+        rc = s->disk.put(s->disk.arg, "journal", journal, bytes, &s->failure);
+    free(journal);
+    return rc;
+}
+
+int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions, uint32_t count) {
+    if (for_runs(s, chunks, count, flush_arrays)) return -1;
+    for (uint32_t i = 0; i < count; i++) {
+        struct digest leaf = leaf_of(s, chunks[i]);
+        set_entry(s, chunks[i], versions[i], &leaf);
+    }
+    if (for_runs(s, chunks, count, flush_index)) return -1;
+    state_survey(s);
+    s->progress++;
+    return 0;
+}
+
+/* ---- at start --------------------------------------------------------------------------------------------- */
+
+static int restore_chunk(struct sync *s, const struct journal_chunk *jc, const uint8_t *anchor,
+                         const uint8_t *momentum) {
+    uint32_t c = (uint32_t)jc->chunk;
+    size_t first = chunk_first(s, c), bytes = chunk_elements(s, c) * sizeof(float);
+    memcpy(s->state.anchor + first, anchor, bytes);
+    memcpy(s->state.momentum + first, momentum, bytes);
+    struct digest leaf = leaf_of(s, c);
+    if (!digest_equal(&leaf, &jc->leaf)) return 0; /* it was wrong before: still missing */
+    if (flush_arrays(s, c, 1)) return -1;
+    set_entry(s, c, jc->version, &leaf);
+    return flush_index(s, c, 1);
+}
+
+/* Chunks of a journal whose digest is right, those that are missing now. */
+static int restore_from(struct sync *s, const uint8_t *journal, size_t length) {
+    struct journal_head head;
+    const uint8_t *at = journal + sizeof head, *end = journal + length;
+    memcpy(&head, journal, sizeof head);
+    for (uint64_t i = 0; i < head.count; i++) {
+        struct journal_chunk jc;
+        if ((size_t)(end - at) < sizeof jc) return 0;
+        memcpy(&jc, at, sizeof jc);
+        at += sizeof jc;
+        if (jc.chunk >= s->chunk_count) return 0;
+        size_t bytes = chunk_elements(s, (uint32_t)jc.chunk) * sizeof(float);
+        if ((size_t)(end - at) < 2 * bytes) return 0;
+        if (s->state.version[jc.chunk] == SYNC_MISSING && restore_chunk(s, &jc, at, at + bytes)) return -1;
+        at += 2 * bytes;
+    }
+    return 0;
+}
+
+static int restore(struct sync *s) {
+    uint8_t *journal;
+    size_t length;
+    struct err err = {0};
+    if (s->disk.get(s->disk.arg, "journal", &journal, &length, &err)) {
+        if (err.code == ERR_NOT_FOUND) return 0;
+        s->failure = err;
+        return -1;
+    }
+    int rc = 0;
+    if (length >= sizeof(struct journal_head) + sizeof(struct digest)) {
+        size_t body = length - sizeof(struct digest);
+        struct digest d = digest_of(journal, body);
+        if (!memcmp(&d, journal + body, sizeof d)) rc = restore_from(s, journal, body);
+    }
+    free(journal);
+    return rc;
+}
+
+/* Believe the index only where the arrays say the same. */
+static void check_chunks(struct sync *s) {
+    for (uint32_t c = 0; c < s->chunk_count; c++) {
+        struct index_entry e = *entry_of(s, c);
+        bool there = e.check == entry_check(&e) && e.version != SYNC_MISSING;
+        struct digest leaf = there ? leaf_of(s, c) : e.leaf;
+        if (there && digest_equal(&leaf, &e.leaf))
+            set_entry(s, c, e.version, &leaf);
+        else
+            set_missing(s, c);
+    }
+}
+
+static int open_arrays(struct sync *s) {
+    struct state *st = &s->state;
+    size_t bytes = s->config.elements * sizeof(float);
+    struct index_header want = {.magic = "ITLINDX", .elements = s->config.elements,
+                                .chunk_elements = s->chunk_elements};
+    size_t index_bytes = sizeof want + s->chunk_count * sizeof(struct index_entry);
+    bool created;
+    if (!(st->anchor = s->disk.map(s->disk.arg, "anchor", bytes, &created, &s->failure)) ||
+        !(st->momentum = s->disk.map(s->disk.arg, "momentum", bytes, &created, &s->failure)) ||
+        !(st->index_map = s->disk.map(s->disk.arg, "index", index_bytes, &created, &s->failure)))
+        return -1;
+    if (!memcmp(st->index_map, &want, sizeof want)) return 0;
+    memset(st->index_map, 0, index_bytes); /* new, or of another chunk size */
+    memcpy(st->index_map, &want, sizeof want);
+    return s->disk.flush(s->disk.arg, "index", 0, index_bytes, &s->failure);
+}
+
+int state_open(struct sync *s) {
+    struct state *st = &s->state;
+    st->version = sync_alloc(s, s->chunk_count, sizeof *st->version);
+    st->leaf = sync_alloc(s, s->chunk_count, sizeof *st->leaf);
+    if (s->failure.code || open_arrays(s)) return -1;
+    check_chunks(s);
+    state_survey(s);
+    if (st->missing && restore(s)) return -1;
+    state_survey(s);
+    return 0;
+}
+
+void state_release(struct sync *s) {
+    free(s->state.version);
+    free(s->state.leaf);
+}
+
+/* ---- looking ------------------------------------------------------------------------------------------------ */
+
+void state_survey(struct sync *s) {
+    struct state *st = &s->state;
+    st->missing = 0;
+    st->whole = true;
+    for (uint32_t c = 0; c < s->chunk_count; c++) {
+        st->missing += st->version[c] == SYNC_MISSING;
+        if (st->version[c] == SYNC_MISSING || st->version[c] != st->version[0]) st->whole = false;
+    }
+    if (!st->whole) return;
+    st->index = st->version[0];
+    st->root = digest_tree_root(st->leaf, s->chunk_count);
+}
+
+bool state_current(struct sync *s) { return s->state.whole && s->state.index == ledger_head_version(s); }
+
+int state_forget(struct sync *s) {
+    for (uint32_t c = 0; c < s->chunk_count; c++) set_missing(s, c);
+    s->disk.remove(s->disk.arg, "journal"); /* its copies are as doubtful */
+    state_survey(s);
+    return flush_index(s, 0, s->chunk_count);
+}
