@@ -17,7 +17,6 @@
 enum { PRIORITY_SIGNAL, PRIORITY_INPUT, PRIORITY_TICK, PRIORITIES };
 
 #define STOP_MS_MAX 10000   /* for the node beside us to end in order */
-#define STOP_FLUSH_MS 300   /* for our good-byes to leave */
 #define REFUSED_REPORT_TICKS 100
 
 uint64_t server_now_ms(void) {
@@ -132,11 +131,25 @@ static void on_signal(evutil_socket_t number, short what, void *arg) {
     stop(s, number == SIGINT ? "interrupted" : "terminated");
 }
 
+static void close_connections(struct server *s) {
+    for (uint32_t i = 0; i < SERVER_CONNECTIONS_MAX; i++)
+        if (s->conns[i].id) {
+            channel_close(s->conns[i].channel, false);
+            s->conns[i].id = 0;
+        }
+}
+
+/* Take away all that keeps the loop going; it then ends by itself when the good-byes are sent, which
+ * channels give a second. */
 static void go_when_done(struct server *s) {
-    struct timeval flush = { .tv_usec = STOP_FLUSH_MS * 1000 };
+    struct event *events[] = { s->tick, s->patience, s->on_int, s->on_term };
     if (!s->stopping || (s->aggregator && !aggregator_gone(s->aggregator))) return;
-    s->done = true;
-    event_base_loopexit(s->base, &flush);
+    for (size_t i = 0; i < sizeof events / sizeof *events; i++) event_del(events[i]);
+    close_connections(s);
+    aggregator_destroy(s->aggregator);
+    s->aggregator = NULL;
+    control_destroy(s->control);
+    s->control = NULL;
 }
 
 /* ---- the loop -------------------------------------------------------------------------------------------- */
@@ -147,7 +160,7 @@ static void on_tick(evutil_socket_t fd, short what, void *arg) {
     (void)fd;
     (void)what;
     server_step(s, &ev);
-    if (s->failure.code || s->done) return;
+    if (s->failure.code) return;
     watch_rounds(s, server_now_ms());
     if (++s->ticks % REFUSED_REPORT_TICKS == 0) server_report_refused(s);
     go_when_done(s);
@@ -231,8 +244,7 @@ static int begin(struct server *s, struct err *err) {
 
 static void end_everything(struct server *s) {
     aggregator_destroy(s->aggregator);
-    for (uint32_t i = 0; i < SERVER_CONNECTIONS_MAX; i++)
-        if (s->conns[i].id) channel_close(s->conns[i].channel, false);
+    close_connections(s);
     control_destroy(s->control);
     listener_destroy(s->listener);
     channel_context_destroy(s->tls);

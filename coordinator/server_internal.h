@@ -58,7 +58,7 @@ struct server {
     struct aggregator *aggregator;
     struct event *tick, *on_int, *on_term, *patience;
     struct address listen, others; /* where we listen; where others find us */
-    bool stopping, done;
+    bool stopping;
     uint64_t ticks;
     struct err failure;            /* code is ERR_NONE while all is well */
 

@@ -479,6 +479,7 @@ static void an_orderly_stop_says_good_bye_for_now(void **state) {
     kill(server, SIGTERM);
     wait_for(&p, MSG_BYE);
     assert_int_equal(p.bye.final, 0);
+    wait_for(&p, 0);
     assert_int_equal(server_ended(), 0);
     peer_destroy(&p);
 }

@@ -97,7 +97,7 @@ says 2 "'nowhere' has no port" serve r2 --listen nowhere --no-aggregator
 check "every log line is JSON" python3 -c 'import json, sys; [json.loads(l)["text"] for l in sys.stdin]' <coordinator.log
 says 0 "to join at 127.0.0.1:$P" invite r
 printf 'GET / HTTP/1.0\r\n\r\n' >/dev/tcp/127.0.0.1/"$P"
-head -c 5000 /dev/urandom >/dev/tcp/127.0.0.1/"$P"
+head -c 5000 /dev/urandom 2>/dev/null >/dev/tcp/127.0.0.1/"$P"
 check "plain HTTP and noise on the port leave it serving" wait_for 5 r serving
 kill -STOP "${PID[coordinator]}"
 says 0 "the serving process does not answer; this is what the store says" status r
