@@ -6,6 +6,9 @@ NVCC ?= $(shell command -v nvcc 2>/dev/null)
 PREFIX ?= /usr/local
 BUILD ?= build
 SEEDS ?= 1000
+# V=1 shows whole commands.
+Q := $(if $(V),,@)
+say = $(if $(V),,@printf '%-5s %s\n' $(1) $@)
 CFLAGS ?= -O2 -g
 
 # Debian 12 names msgpack-c's file `msgpack`, newer releases `msgpack-c`.
@@ -109,26 +112,33 @@ clean: ## remove what was built
 
 # nvcc is optional: the CUDA backend will be a plugin that the CPU build does not need.
 $(BUILD)/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
-	$(CC) -o $@ $^ $(ALL_LIBS)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) $(PROTO_O)
-	$(CC) -o $@ $^ $(ALL_LIBS)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(LIB_O)
-	$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
 
 $(BUILD)/tests/bench: $(BUILD)/tests/bench.o $(LIB_O)
-	$(CC) -o $@ $^ $(ALL_LIBS)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/sim: $(SIM_O) $(SIM_LIB_O)
-	$(CC) -o $@ $^ $(ALL_LIBS)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/faulty/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) -DSIM_FAULTS -MMD -MP -c -o $@ $<
+	$(call say,CC)
+	$(Q)$(CC) $(ALL_CFLAGS) -DSIM_FAULTS -MMD -MP -c -o $@ $<
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CC)
+	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
