@@ -302,16 +302,25 @@ static void complete(struct core *c, uint64_t now_ms, struct core_actions *out) 
              (unsigned long long)c->spent.total, (unsigned long long)c->samples_total);
 }
 
+/* Members are let go when the last checkpoint is published, or when our own node, which writes it,
+ * has been away for long; it still writes it when it comes back. */
 static void finish_last_checkpoint(struct core *c, uint64_t now_ms, struct core_actions *out) {
+    core_try_checkpoint(c, out);
     bool open = c->checkpoint_due || c->checkpoint_writing;
-    if (open && !core_own(c) && now_ms - c->complete_ms >= c->outer->silence_ms_max) {
+    bool away = open && !core_own(c) && now_ms - c->complete_ms >= c->outer->silence_ms_max;
+    if (away && !c->finished)
         core_log(out, CORE_WARNING,
-                 "the last checkpoint is skipped: the coordinator's own node is not connected");
-        c->checkpoint_due = c->checkpoint_writing = 0;
-        open = false;
-    }
-    if (open) core_try_checkpoint(c, out);
-    c->finished = !c->checkpoint_due && !c->checkpoint_writing;
+                 "the last checkpoint waits: the coordinator's own node is not connected");
+    if (!open || away) c->finished = true;
+}
+
+/* Nothing more to do for the run: it has the last state, or nobody is left who could give it. Our
+ * own node stays, for those who come late. */
+static bool may_leave(struct core *c, struct member *m) {
+    struct msg_address donors[CORE_DONORS_MAX];
+    if (!m->conn || core_is_own(c, m)) return false;
+    if (m->has_root && m->root_index == core_state_now(c)->index) return true;
+    return m->catching_up && core_pick_donors(c, m, donors) == 0;
 }
 
 void core_check_complete(struct core *c, uint64_t now_ms, struct core_actions *out) {
@@ -322,12 +331,14 @@ void core_check_complete(struct core *c, uint64_t now_ms, struct core_actions *o
         core_try_checkpoint(c, out);
         return;
     }
-    if (!c->finished) finish_last_checkpoint(c, now_ms, out);
-    if (!c->finished) return;
-    for (uint32_t i = 0; i < c->member_count; i++) {
+    finish_last_checkpoint(c, now_ms, out);
+    for (uint32_t i = 0; i < c->member_count && c->finished; i++) {
         struct member *m = &c->members[i];
-        if (!m->conn || !m->has_root || m->root_index != core_state_now(c)->index) continue;
+        if (!may_leave(c, m)) continue;
         m->here = false;
-        core_close(c, out, m->conn, ERR_NONE, true, "run complete");
+        bool current = m->has_root && m->root_index == core_state_now(c)->index;
+        core_close(c, out, m->conn, ERR_NONE, true,
+                   current ? "run complete"
+                           : "run complete; its last state is in the newest checkpoint");
     }
 }

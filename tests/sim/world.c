@@ -1,6 +1,8 @@
 /* world.c - the simulated clock, network and coordinator's shell, and the faults. */
 #include "tests/sim/sim.h"
 
+#include "proto/model.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -418,15 +420,16 @@ static void on_fault(struct sim_world *w) {
 
 static void choose(struct sim_world *w) {
     w->members = 3 + (uint32_t)sim_random(w, 3); /* with the aggregate-only one */
-    w->chunk_elements = 16 + (uint32_t)sim_random(w, 48);
-    w->elements = w->chunk_elements * (1 + (uint32_t)sim_random(w, 4)) + (uint32_t)sim_random(w, w->chunk_elements);
+    w->model = (struct msg_model){ .layers = 1, .width = 4, .heads = 1, .kv_heads = 1, .ffn = 1 + (uint32_t)sim_random(w, 8),
+                                   .vocabulary = 4 + (uint32_t)sim_random(w, 12), .sequence = 10, .rope_theta = 1e4,
+                                   .norm_eps = 1e-5, .tied = 1 };
+    w->elements = (uint32_t)proto_model_elements(&w->model);
+    w->chunk_elements = w->elements / (1 + (uint32_t)sim_random(w, 6)) + 1;
     w->chunks = (w->elements + w->chunk_elements - 1) / w->chunk_elements;
     w->delay_ms_max = sim_chance(w, 500) ? 20 : 150;
     w->duplicate_per_mille = sim_chance(w, 500) ? 0 : 20;
     w->fault_every_ms = 800 + (uint32_t)sim_random(w, 4000);
     w->faults_until = sim_chance(w, 100) ? 0 : 10000 + sim_random(w, 50000);
-    w->model = (struct msg_model){ .layers = 1, .width = 8, .heads = 1, .kv_heads = 1, .ffn = 8, .vocabulary = 256,
-                                   .sequence = 10, .rope_theta = 1e4, .norm_eps = 1e-5 };
     w->inner = (struct msg_inner){ .batch = 1 + (uint32_t)sim_random(w, 3), .lr = 1e-3, .beta1 = .9, .beta2 = .95,
                                    .eps = 1e-8, .total_tokens = 1u << 30 };
     w->outer = (struct msg_outer){ .inner_steps = 2 + (uint32_t)sim_random(w, 3), .round_ms = 3000,
@@ -482,7 +485,7 @@ static void identities(struct sim_world *w) {
 }
 
 static bool finished(const struct sim_world *w) {
-    for (uint32_t i = 0; i < w->members; i++)
+    for (uint32_t i = 1; i < w->members; i++) /* the coordinator's own node stays */
         if (!w->member[i].complete) return false;
     return true;
 }
