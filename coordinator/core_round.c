@@ -414,10 +414,12 @@ void core_on_shard_report(struct core *c, struct member *m, const struct frame *
         core_replan(c, now_ms, out);
         return;
     }
-    if (s->reported[role]) proto_copy_release(RECORD_shard_report, &s->reports[role]);
+    if (s->reported[role])
+        proto_copy_release(RECORD_shard_report, &s->reports[role]);
+    else
+        core_set_deadline(c, now_ms); /* not for a repetition: the other one may be stuck */
     int failed = proto_copy(RECORD_shard_report, msg, &s->reports[role], NULL);
     assert(!failed);
     s->reported[role] = true;
-    core_set_deadline(c, now_ms);
     if (held_twice(c)) reports_are_complete(c, now_ms, out);
 }

@@ -376,6 +376,7 @@ void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_even
         struct err err;
         int which = proto_record_of_type(e->frame.type);
         if (m->conn != e->conn) break;
+        if (e->frame.type != MSG_HEARTBEAT_ACK) sim_trace(w, "    C > %u %s", m->slot, proto_type_name(e->frame.type));
         memset(&record, 0, sizeof record);
         if (proto_decode(e->payload, e->payload_length, (enum proto_record)which, &record, &err))
             sim_violation(w, "what the coordinator sent does not decode: %s", err.msg);
@@ -401,6 +402,7 @@ void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_even
         memset(&record, 0, sizeof record);
         if (proto_decode(e->payload, e->payload_length, (enum proto_record)which, &record, &err))
             sim_violation(w, "what slot %u sent does not decode: %s", e->peer, err.msg);
+        sim_trace(w, "    %u > %u %s", e->peer, m->slot, proto_type_name(e->frame.type));
         struct sync_event ev = { .type = SYNC_EV_PEER_MESSAGE, .peer = w->member[e->peer].id, .frame = e->frame, .msg = &record };
         step(w, m, &ev);
         proto_decoded_release((enum proto_record)which, &record);
@@ -410,7 +412,9 @@ void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_even
     case SIM_PEER_OPENED:
         if (l->number == e->conn) step(w, m, &(struct sync_event){ .type = SYNC_EV_PEER_OPEN, .peer = w->member[e->peer].id });
         break;
-    case SIM_PEER_CLOSED:
+    case SIM_PEER_CLOSED: /* a dial that failed, or the end of a link that nothing has replaced */
+        if (e->conn && l->number && l->number != e->conn) break;
+        if (e->conn) memset(l, 0, sizeof *l);
         step(w, m, &(struct sync_event){ .type = SYNC_EV_PEER_CLOSED, .peer = w->member[e->peer].id });
         break;
     case SIM_PEER_DRAINED:

@@ -328,6 +328,7 @@ static void core_message(struct sim_world *w, struct sim_event *e) {
     int which = proto_record_of_type(e->frame.type);
     struct sim_conn *c = sim_conn_find(w, e->conn);
     if (!c || !c->open) return;
+    if (e->frame.type != MSG_HEARTBEAT) sim_trace(w, "    %u > C %s", e->member, proto_type_name(e->frame.type));
     memset(&record, 0, sizeof record);
     if (proto_decode(e->payload, e->payload_length, (enum proto_record)which, &record, &err))
         sim_violation(w, "what slot %u sent does not decode: %s", e->member, err.msg);
