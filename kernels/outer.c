@@ -80,6 +80,12 @@ static inline float float_of(uint32_t u) {
     return x;
 }
 
+static inline double double_of_bits(uint64_t u) {
+    double x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
 static inline int64_t bits_of_double(double x) {
     int64_t u;
     memcpy(&u, &x, sizeof u);
@@ -106,6 +112,16 @@ static inline void store_float(uint8_t *p, float x) {
 #define ROUND_FLOAT 12582912.0f
 #define ROUND_DOUBLE 6755399441055744.0
 
+/* (double)x, rounded once to nearest even, from operations that every vector unit has (a conversion
+ * of int64 needs AVX-512DQ). The halves of x become mantissa bits: high is 2^84 + 2^63 + x without
+ * its low half, low is 2^52 + that half; the difference is exact, so only the last addition rounds. */
+static inline double double_of_int64(int64_t x) {
+    uint64_t u = (uint64_t)x;
+    double high = double_of_bits((u >> 32) ^ 0x4530000080000000u);
+    double low = double_of_bits((u & 0xffffffffu) | 0x4330000000000000u);
+    return (high - 0x1.00000801p84) + low;
+}
+
 static inline int32_t round_to_int32(float x) {
     return (int32_t)(bits_of(x + ROUND_FLOAT) - bits_of(ROUND_FLOAT));
 }
@@ -116,10 +132,7 @@ static inline int64_t round_to_int64(double x) {
 
 /* 2^exponent, |exponent| <= 1022. */
 static double power_of_two(int exponent) {
-    uint64_t u = (uint64_t)(exponent + 1023) << 52;
-    double x;
-    memcpy(&x, &u, sizeof x);
-    return x;
+    return double_of_bits((uint64_t)(exponent + 1023) << 52);
 }
 
 /* ---- codecs ---- */
@@ -422,7 +435,7 @@ int outer_accumulate_partial(int64_t *sum, const int64_t *partial, size_t n, uin
 
 WIDE static void mean_of(float *out, const int64_t *sum, size_t n, double divisor) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) out[i] = (float)((double)sum[i] / divisor);
+    for (size_t i = 0; i < n; i++) out[i] = (float)(double_of_int64(sum[i]) / divisor);
 }
 
 void outer_mean(float *out, const int64_t *sum, size_t n, uint64_t weight, int grid_exponent) {

@@ -481,6 +481,27 @@ static void mean_divides_by_the_weight_that_arrived(void **state) {
     assert_true(mean[0] == 1.0f && mean[1] == -0.25f);
 }
 
+/* The mean converts its sums in a way of its own, to be fast on any vector unit. It must round as
+ * the plain conversion does, at every size and sign. */
+static void mean_rounds_like_the_plain_conversion(void **state) {
+    (void)state;
+    static int64_t sum[4096];
+    static float mean[4096];
+    uint64_t bits = 88172645463325252u;
+    for (int i = 0; i < 4096; i++) { /* xorshift64 */
+        bits ^= bits << 13;
+        bits ^= bits >> 7;
+        bits ^= bits << 17;
+        uint64_t magnitude = (bits >> 2) >> i % 62;
+        sum[i] = bits & 1 ? -(int64_t)magnitude : (int64_t)magnitude;
+    }
+    outer_mean(mean, sum, 4096, 3, 5);
+    for (int i = 0; i < 4096; i++) {
+        float plain = (float)((double)sum[i] / 96.0);
+        assert_memory_equal(&mean[i], &plain, sizeof plain);
+    }
+}
+
 /* ---- the rest ---- */
 
 static void mixing_with_alpha_zero_copies_the_anchor(void **state) {
@@ -581,6 +602,7 @@ int main(void) {
         cmocka_unit_test(sum_of_a_chunk_is_the_sum_of_its_blocks),
         cmocka_unit_test(impossible_partial_sums_are_refused),
         cmocka_unit_test(mean_divides_by_the_weight_that_arrived),
+        cmocka_unit_test(mean_rounds_like_the_plain_conversion),
         cmocka_unit_test(mixing_with_alpha_zero_copies_the_anchor),
         cmocka_unit_test(adding_the_delta_keeps_local_work),
         cmocka_unit_test(norms_are_right_and_show_what_is_not_finite),
