@@ -254,33 +254,53 @@ static bool text_is_plain(const char *text) {
     return true;
 }
 
+static bool store_text(char *field, const struct setting *t, const char *text) {
+    if (!text_is_plain(text) || strlen(text) < t->min || strlen(text) > t->max) return false;
+    strcpy(field, text);
+    return true;
+}
+
+static bool store_whole(char *field, const struct setting *t, const char *text) {
+    uint64_t whole;
+    if (!parse_whole(text, &whole) || (double)whole < t->min || (double)whole > t->max) return false;
+    uint32_t narrow = (uint32_t)whole;
+    if (t->kind == U64) memcpy(field, &whole, sizeof whole);
+    else memcpy(field, &narrow, sizeof narrow);
+    return true;
+}
+
+static bool store_number(char *field, const struct setting *t, const char *text) {
+    double number;
+    if (!parse_number(text, &number) || number < t->min || number > t->max) return false;
+    float single = (float)number;
+    if (t->kind == F32) memcpy(field, &single, sizeof single);
+    else memcpy(field, &number, sizeof number);
+    return true;
+}
+
+static bool store_seconds(char *field, const struct setting *t, const char *text) {
+    double seconds;
+    if (!parse_number(text, &seconds) || seconds < t->min || seconds > t->max) return false;
+    uint32_t ms = (uint32_t)llround(seconds * 1000);
+    memcpy(field, &ms, sizeof ms);
+    return true;
+}
+
 /* Put `text` into the setting's field if it is allowed there. */
 static bool store_value(struct settings *s, const struct setting *t, const char *text) {
     static const char *const switches[] = { "false", "true" };
     char *field = (char *)s + t->offset;
-    uint64_t whole;
-    double number;
     switch (t->kind) {
-    case TEXT:
-        if (!text_is_plain(text) || strlen(text) < t->min || strlen(text) > t->max) return false;
-        strcpy(field, text);
-        return true;
+    case TEXT: return store_text(field, t, text);
     case U8_SWITCH: return parse_name(text, switches, 2, (uint8_t *)field);
     case U8_CODEC: return parse_name(text, codec_name, 2, (uint8_t *)field);
     case U32:
-    case U64:
-        if (!parse_whole(text, &whole) || (double)whole < t->min || (double)whole > t->max)
-            return false;
-        if (t->kind == U64) memcpy(field, &whole, sizeof whole);
-        else *(uint32_t *)field = (uint32_t)whole;
-        return true;
-    default: break;
+    case U64: return store_whole(field, t, text);
+    case F32:
+    case F64: return store_number(field, t, text);
+    case SECONDS: return store_seconds(field, t, text);
     }
-    if (!parse_number(text, &number) || number < t->min || number > t->max) return false;
-    if (t->kind == SECONDS) *(uint32_t *)field = (uint32_t)llround(number * 1000);
-    else if (t->kind == F32) *(float *)field = (float)number;
-    else memcpy(field, &number, sizeof number);
-    return true;
+    return false;
 }
 
 static int set_value(struct settings *s, const struct setting *t, const char *text, bool quoted,
@@ -546,6 +566,7 @@ int settings_save(const struct settings *s, const char *path, struct err *err) {
 
 /* ---- comparing -------------------------------------------------------------------------------- */
 
+/* Bytes of a field that is no text. */
 static size_t value_size(const struct setting *t) {
     switch (t->kind) {
     case U8_SWITCH:

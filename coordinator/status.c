@@ -95,8 +95,7 @@ static void print_member(const json_t *m, FILE *out) {
 }
 
 void status_print(const json_t *s, FILE *out) {
-    const json_t *members = json_object_get(s, "members"), *m;
-    size_t i;
+    const json_t *members = json_object_get(s, "members");
     double total = real(s, "tokens_total");
     fprintf(out, "run      %s  %s\n", text(s, "name"), text(s, "run"));
     fprintf(out, "phase    %s, term %" PRId64 "\n", text(s, "phase"), whole(s, "term"));
@@ -113,5 +112,6 @@ void status_print(const json_t *s, FILE *out) {
     if (!json_array_size(members)) return;
     fprintf(out, "  %4s  %-20s  %-11s  %9s  %7s  %9s  %12s\n", "id", "name", "phase", "step", "loss",
             "tokens/s", "tokens");
-    json_array_foreach(members, i, m) print_member(m, out);
+    for (size_t i = 0; i < json_array_size(members); i++)
+        print_member(json_array_get(members, i), out);
 }

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -107,6 +108,32 @@ static void a_transaction_that_fails_leaves_no_row(void **state) {
     assert_non_null(strstr(err.msg, "ledger 7"));
     assert_string_equal(row(s, CORE_LEASE, 1), "");
     assert_string_equal(row(s, CORE_LEDGER, 7), "entry 7");
+    store_close(s);
+}
+
+/* The limit stands in for a full disk: SQLite's write fails halfway. The server then stops; what was
+ * there before must still be, and the same write must succeed once there is room. */
+static void a_commit_that_the_disk_refuses_changes_nothing(void **state) {
+    struct store *s = open_store();
+    uint64_t term = raised(s);
+    struct err err;
+    struct rlimit limit, small = { 0 };
+    struct core_write kept = write_of(CORE_META, 1, "kept");
+    struct core_write large = { .table = CORE_META, .key = 1, .value_length = 1 << 20 };
+    (void)state;
+    large.value = calloc(1, large.value_length);
+    assert_int_equal(store_commit(s, term, &kept, 1, &err), 0);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    small = (struct rlimit){ .rlim_cur = 200000, .rlim_max = limit.rlim_max };
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    int result = store_commit(s, term, &large, 1, &err);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    assert_int_equal(result, -1);
+    assert_true(err.code == ERR_FULL || err.code == ERR_IO);
+    assert_string_equal(row(s, CORE_META, 1), "kept");
+    assert_int_equal(store_commit(s, term, &large, 1, &err), 0);
+    free(large.value);
     store_close(s);
 }
 
@@ -331,6 +358,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(a_coordinator_that_was_replaced_writes_nothing),
         TEST(a_transaction_that_fails_leaves_no_row),
+        TEST(a_commit_that_the_disk_refuses_changes_nothing),
         TEST(a_row_without_a_value_is_deleted),
         TEST(what_was_committed_survives_a_kill),
         TEST(rows_come_in_key_order_within_the_range),
