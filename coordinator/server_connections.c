@@ -136,6 +136,11 @@ static void on_message(void *arg, struct channel *ch, const struct frame *f, con
     server_step(s, &ev);
 }
 
+/* Who merely goes away is no news; who was refused, broke the rules or took too long is. */
+static bool is_news(enum err_code code) {
+    return code == ERR_PROTOCOL || code == ERR_TRUNCATED || code == ERR_REFUSED || code == ERR_TIMEOUT;
+}
+
 static void on_close(void *arg, struct channel *ch, const struct err *why) {
     struct connection *c = arg;
     struct server *s = c->server;
@@ -143,7 +148,7 @@ static void on_close(void *arg, struct channel *ch, const struct err *why) {
     char host[PROTO_ADDRESS_BYTES_MAX + 1];
     uint16_t port;
     bool open = c->open;
-    if (why->code == ERR_PROTOCOL) {
+    if (is_news(why->code)) {
         channel_peer_address(ch, host, &port);
         log_line(CORE_WARNING, "%s port %u: %s", host, (unsigned)port, why->msg);
     }

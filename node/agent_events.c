@@ -213,11 +213,16 @@ static void on_peer_close(void *arg, uint32_t member, const char *why) {
 static void on_peer_drained(void *arg, uint32_t member) {
     agent_feed(arg, &(struct sync_event){ .type = SYNC_EV_PEER_DRAINED, .peer = member });
 }
+static void on_peer_complaint(void *arg, const char *text) {
+    struct agent *a = arg;
+    console_say(a->console, SYNC_WARNING, "peer", "%s", text);
+}
 
 const struct peers_ops agent_peers_ops = { .on_open = on_peer_open,
-                                                  .on_message = on_peer_message,
-                                                  .on_close = on_peer_close,
-                                                  .on_drained = on_peer_drained };
+                                           .on_message = on_peer_message,
+                                           .on_close = on_peer_close,
+                                           .on_drained = on_peer_drained,
+                                           .on_complaint = on_peer_complaint };
 
 static void on_manifest(void *arg, const void *manifest, size_t length) {
     agent_feed(arg, &(struct sync_event){

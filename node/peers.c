@@ -5,16 +5,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define STRANGERS_MAX 64 /* accepted connections that have not shown a key yet */
 #define WHY_BYTES 128
+#define COMPLAINT_BYTES 400
+#define MINUTE_S 60
 
 struct link {
     struct peers *peers;
     struct channel *channel;
     uint32_t member;    /* 0 = accepted, key not shown yet */
     bool outbound, open;
+    const char *refused; /* why we do not want it, or NULL */
     uint64_t opened;    /* in which order links opened: the newest is used for sending */
     struct link *next;
 };
@@ -37,6 +41,8 @@ struct peers {
     struct event *tell;
     struct msg_roster_body roster; /* a deep copy */
     uint64_t opened;
+    time_t complaints_since; /* monotonic seconds: the minute that is counted */
+    uint32_t complaints, complaints_untold;
 };
 
 /* ---- finding ---------------------------------------------------------------------------------------- */
@@ -116,6 +122,43 @@ static void on_tell(evutil_socket_t fd, short what, void *arg) {
     }
 }
 
+/* ---- complaints ----------------------------------------------------------------------------------------- */
+
+/* Strangers must not be able to fill a disk with lines about them. */
+static bool may_complain(struct peers *p) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (now.tv_sec - p->complaints_since >= MINUTE_S) {
+        p->complaints_since = now.tv_sec;
+        p->complaints = 0;
+    }
+    if (p->complaints++ < PEERS_COMPLAINTS_MAX) return true;
+    p->complaints_untold++;
+    return false;
+}
+
+/* Who merely goes away is no news; who was refused, broke the rules or took too long is. */
+static bool is_news(const struct link *l, enum err_code code) {
+    if (l->outbound && !l->open) return false; /* on_close says why */
+    return code == ERR_PROTOCOL || code == ERR_TRUNCATED || code == ERR_REFUSED || code == ERR_TIMEOUT;
+}
+
+static void complain(const struct link *l, const char *why) {
+    struct peers *p = l->peers;
+    char host[PROTO_ADDRESS_BYTES_MAX + 1], text[COMPLAINT_BYTES], more[64] = "";
+    uint16_t port;
+    if (!may_complain(p)) return;
+    if (p->complaints_untold)
+        snprintf(more, sizeof more, " (and %u others since the last such line)", p->complaints_untold);
+    p->complaints_untold = 0;
+    channel_peer_address(l->channel, host, &port);
+    if (l->member)
+        snprintf(text, sizeof text, "link to member %u: %.200s%s", l->member, why, more);
+    else
+        snprintf(text, sizeof text, "connection from %.64s port %u: %.200s%s", host, (unsigned)port, why, more);
+    p->ops->on_complaint(p->arg, text);
+}
+
 /* ---- the channels ---------------------------------------------------------------------------------------- */
 
 static const char *why_refused(const struct link *l, const struct msg_member *m) {
@@ -138,7 +181,7 @@ static bool on_open(void *arg, struct channel *ch, const struct proto_key *key) 
     struct link *l = arg;
     struct peers *p = l->peers;
     const struct msg_member *m = by_key(p, key);
-    if (why_refused(l, m)) return false;
+    if ((l->refused = why_refused(l, m))) return false;
     bool switched = newest(p, m->member) != NULL;
     l->member = m->member;
     l->open = true;
@@ -168,10 +211,11 @@ static void on_drained(void *arg, struct channel *ch) {
 static void on_close(void *arg, struct channel *ch, const struct err *why) {
     struct link *l = arg;
     struct peers *p = l->peers;
-    (void)ch;
+    l->channel = ch; /* it may end before channel_accept() has returned */
     uint32_t member = l->member;
     bool was_used = l->open && newest(p, member) == l;
     bool failed_dial = l->outbound && !l->open;
+    if (is_news(l, why->code)) complain(l, l->refused ? l->refused : why->msg);
     drop_link(l);
     if (was_used || (failed_dial && !has_any(p, member))) p->ops->on_close(p->arg, member, why->msg);
     if (was_used && newest(p, member)) p->ops->on_open(p->arg, member);

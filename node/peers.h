@@ -21,7 +21,10 @@ struct peers_ops {
     /* The link is gone, or could not be made; what was queued may not have arrived. */
     void (*on_close)(void *arg, uint32_t member, const char *why);
     void (*on_drained)(void *arg, uint32_t member);
+    /* A line for people: who was refused, or broke the rules. PEERS_COMPLAINTS_MAX a minute. */
+    void (*on_complaint)(void *arg, const char *text);
 };
+#define PEERS_COMPLAINTS_MAX 60
 
 /* own: this member's id. No callback is called from within the functions below. */
 struct peers *peers_create(struct event_base *base, struct channel_context *ctx, uint32_t own,
