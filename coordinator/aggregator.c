@@ -181,7 +181,7 @@ static void on_retry(evutil_socket_t fd, short what, void *arg) {
     struct aggregator *a = arg;
     (void)fd;
     (void)what;
-    if (!a->stopping && a->ops.wanted(a->arg)) start(a);
+    if (!a->stopping) start(a);
 }
 
 /* ---- ending ------------------------------------------------------------------------------------- */
@@ -204,10 +204,6 @@ static void on_child(evutil_socket_t fd, short what, void *arg) {
     if (a->output) on_output(a->output, a); /* its last words may have come first */
     if (a->stopping) return;
     describe_end(status, end, sizeof end);
-    if (!a->ops.wanted(a->arg)) {
-        log_line(CORE_INFO, "the aggregate-only node has ended: %s", end);
-        return;
-    }
     if (now_ms() - a->started_ms > HELD_MS) a->backoff_ms = AGGREGATOR_BACKOFF_MS_MIN;
     log_line(CORE_WARNING, "the aggregate-only node ended: %s%s%.150s; it starts again in %g s", end,
              *a->last_line ? ", saying: " : "", a->last_line, a->backoff_ms / 1000.0);

@@ -23,8 +23,6 @@ struct aggregator_ops {
     /* Fill `line` with an invite and return 0, or set *line to '\0' where the node has enrolled
      * already; -1: try again later. */
     int (*invite)(void *arg, char *line, size_t size, struct err *err);
-    /* Shall it be started again? Not when the run is over. */
-    bool (*wanted)(void *arg);
 };
 
 /* program  path of intellect-node; see aggregator_find_program().

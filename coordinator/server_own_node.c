@@ -58,15 +58,8 @@ static int invite_own_node(void *arg, char *line, size_t size, struct err *err) 
     return invite_format(&invite, line, err);
 }
 
-static bool own_node_wanted(void *arg) {
-    struct server *s = arg;
-    struct core_view v;
-    core_look(s->core, server_now_ms(), &v);
-    return strcmp(v.phase, "complete") != 0;
-}
-
 int server_start_own_node(struct server *s, struct err *err) {
-    static const struct aggregator_ops ops = { invite_own_node, own_node_wanted };
+    static const struct aggregator_ops ops = { invite_own_node };
     char program[RUN_PATH_BYTES], home[RUN_PATH_BYTES];
     if (aggregator_find_program(program, sizeof program, err)) return -1;
     if (run_path(s->run->dir, AGGREGATOR_FOLDER, home, err)) return -1;
