@@ -286,7 +286,7 @@ static int store_ready(struct sync *s) {
 
 /* The initial anchor; its momentum is zero. */
 static int initialise(struct sync *s) {
-    uint32_t chunks[SYNC_BATCH_CHUNKS], n = 0;
+    uint32_t chunks[SYNC_BATCH_CHUNKS] = {0}, n = 0;
     uint64_t versions[SYNC_BATCH_CHUNKS] = {0};
     size_t elements = 0;
     for (uint32_t c = 0; c < s->chunk_count && n < SYNC_BATCH_CHUNKS && elements < SYNC_WORK_ELEMENTS; c++) {
