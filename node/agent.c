@@ -115,7 +115,7 @@ static void say_what_it_is(struct agent *a) {
     else
         console_say(a->console, SYNC_INFO, "device", "trains on cpu, all cores, nice %d, corpus %s",
                     a->options->nice, corpus);
-    a->round_shown = v.round;
+    a->index_shown = v.state_index;
 }
 
 static int set_up(struct agent *a, struct err *err) {

@@ -54,8 +54,8 @@ void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     feed_type(a, SYNC_EV_TICK);
     if (a->leaving) return;
     struct console_figures f = figures(a);
-    if (f.view.round > a->round_shown) console_round(a->console, &f);
-    a->round_shown = f.view.round;
+    if (f.view.state_index > a->index_shown) console_round(a->console, &f);
+    a->index_shown = f.view.state_index;
     console_live(a->console, &f);
 }
 

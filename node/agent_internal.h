@@ -44,7 +44,7 @@ struct agent {
     bool trainer_up, cut;       /* cut: sync asked to disconnect */
     uint64_t step;
     double loss, tokens_per_s;
-    uint64_t round_shown;
+    uint64_t index_shown;       /* of the state, when the last round's line was written */
 
     struct event *tick, *work, *end, *signals[3];
     bool leaving, trainer_gone, said_goodbye;

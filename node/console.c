@@ -108,15 +108,15 @@ static const char *short_number(double x, char out[16]) {
     return out;
 }
 
-static void describe(const struct console_figures *f, char *out, size_t size) {
+static void describe(const struct console_figures *f, bool live, char *out, size_t size) {
     char rate[16], tokens[16];
     const struct sync_view *v = &f->view;
     int n = snprintf(out, size, "round %llu", (unsigned long long)v->round);
     if (f->trains)
         n += snprintf(out + n, size - (size_t)n, " | step %llu | loss %.4f | %s tokens/s",
                       (unsigned long long)f->step, f->loss, short_number(f->tokens_per_s, rate));
-    n += snprintf(out + n, size - (size_t)n, " | %s", v->phase);
-    if (v->chunks_missing)
+    if (live) n += snprintf(out + n, size - (size_t)n, " | %s", v->phase);
+    if (live && v->chunks_missing)
         n += snprintf(out + n, size - (size_t)n, " (%u chunks to fetch)", v->chunks_missing);
     snprintf(out + n, size - (size_t)n, " | %s tokens by all | %u members, %u peers%s",
              short_number((double)v->tokens_committed, tokens), v->members_live, v->peers,
@@ -138,7 +138,7 @@ void console_live(struct console *c, const struct console_figures *f) {
     char line[LINE_BYTES];
     uint64_t now = now_ms();
     if (!c->live || (c->drawn && now - c->drawn_at_ms < REDRAW_MS)) return;
-    describe(f, line, sizeof line);
+    describe(f, true, line, sizeof line);
     if (width() <= strlen(line)) line[width() - 1] = 0; /* a second row could not be redrawn */
     if (c->drawn && !strcmp(line, c->line)) return;
     memcpy(c->line, line, sizeof line);
@@ -169,6 +169,6 @@ void console_round(struct console *c, const struct console_figures *f) {
         print_json(round_object(f));
         return;
     }
-    describe(f, line, sizeof line);
+    describe(f, false, line, sizeof line);
     print_line(c, SYNC_INFO, line);
 }

@@ -52,10 +52,12 @@ static void add_timer(struct event *ev, uint64_t ms) {
 /* ---- trying again ---------------------------------------------------------------------------------- */
 
 /* Half of the wait is fixed, half is chance: nodes that lost the coordinator at one moment do not all
- * come back at one moment. */
+ * come back at one moment. A coordinator that comes back waits one silence for its members: so the
+ * backoff stays well below that. */
 static void plan_redial(struct uplink *u) {
     uint64_t ms = (uint64_t)UPLINK_BACKOFF_MS << (u->attempts < 6 ? u->attempts : 6);
     if (ms > UPLINK_BACKOFF_MS_MAX) ms = UPLINK_BACKOFF_MS_MAX;
+    if (ms > u->silence_ms / 3) ms = u->silence_ms / 3;
     u->attempts++;
     u->state = UPLINK_WAITING;
     add_timer(u->redial, ms / 2 + randombytes_uniform((uint32_t)ms / 2 + 1));
@@ -313,7 +315,7 @@ void uplink_send(struct uplink *u, uint8_t type, uint64_t term, uint64_t session
                  const void *msg) {
     struct err err = {0};
     if (u->state != UPLINK_UP) return;
-    if (channel_send(u->channel, type, term, session, plan, msg, &err)) {
+    if (channel_send(u->channel, type, term, session, plan, msg, &err) && err.code != ERR_IO) {
         char line[320];
         snprintf(line, sizeof line, "%s was not sent: %.200s", proto_type_name(type), err.msg);
         u->ops->on_trouble(u->arg, line);

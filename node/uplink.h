@@ -38,8 +38,8 @@ struct uplink_ops {
     void (*on_trouble)(void *arg, const char *text);
 };
 
-#define UPLINK_BACKOFF_MS 250       /* doubles, with jitter of half, up to ... */
-#define UPLINK_BACKOFF_MS_MAX 10000
+#define UPLINK_BACKOFF_MS 250       /* doubles, with jitter of half, up to a third of the silence ... */
+#define UPLINK_BACKOFF_MS_MAX 10000 /* ... and to this */
 
 /* Start dialling. run: the digest every WELCOME must show. host is copied. */
 struct uplink *uplink_create(struct event_base *base, struct channel_context *ctx, const char *host,
