@@ -1071,6 +1071,21 @@ static void overdue_reports_move_the_shard_with_more_time_each_time(void **state
     assert_int_equal(look(r).plan, 3);
 }
 
+/* Else a holder that hangs with its heart beating is never replaced. */
+static void a_repeated_report_does_not_buy_time(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake before = r->fake[1];
+    for (int i = 0; i < 9 && look(r).plan == 1; i++) {
+        before.conn = r->fake[1].conn;
+        report(r, &before);
+        pass(r, 1000);
+    }
+    assert_int_equal(look(r).plan, 2);
+    assert_int_equal(r->fake[2].shard.aggregator, r->fake[1].id);
+    assert_int_not_equal(holder(r)->id, before.shard.holder);
+}
+
 /* Who was ready after the plan was frozen waits for the next round: the aggregators that are left
  * must be able to add up what contributors announced before they knew who would sum. */
 static void a_handover_keeps_the_contributors(void **state) {
@@ -1619,6 +1634,7 @@ int main(void) {
         T(a_chunk_summed_from_nobody_makes_a_new_plan),
         T(a_broken_report_costs_its_sender_the_shard),
         T(overdue_reports_move_the_shard_with_more_time_each_time),
+        T(a_repeated_report_does_not_buy_time),
         T(a_handover_keeps_the_contributors),
         T(a_commit_spends_leases_in_its_own_transaction_before_any_word),
         T(a_partly_claimed_lease_keeps_its_id_and_generation),
