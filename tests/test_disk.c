@@ -152,10 +152,11 @@ static void a_record_is_never_seen_in_halves(void **state) {
     for (int life = 0; life < 20; life++) {
         pid_t pid = fork();
         assert_true(pid >= 0);
-        for (uint8_t v = 1; !pid; v++) {
-            memset(bytes, v, BYTES);
-            d.put(d.arg, "index", bytes, BYTES, NULL);
-        }
+        if (pid == 0)
+            for (uint8_t v = 1;; v++) { /* until it is killed */
+                memset(bytes, v, BYTES);
+                d.put(d.arg, "index", bytes, BYTES, NULL);
+            }
         usleep((useconds_t)(1000 + 997 * life));
         kill(pid, SIGKILL);
         waitpid(pid, NULL, 0);
