@@ -35,14 +35,13 @@ int object_read(struct ckpt_store *s, const char *name, size_t bytes_max, struct
     if (s->ops->stat(s, name, &o, err)) return -1;
     if (o.bytes > bytes_max)
         return err_set(err, ERR_FULL, "%s: %" PRIu64 " bytes, at most %zu are read", name, o.bytes, bytes_max);
-    uint8_t *data = malloc((size_t)o.bytes + 1);
-    if (!data) return err_set(err, ERR_MEMORY, "%s: out of memory for %" PRIu64 " bytes", name, o.bytes);
-    if (s->ops->get(s, name, 0, data, (size_t)o.bytes, err)) {
-        free(data);
-        return -1;
-    }
-    *out = (struct ckpt_blob){data, (size_t)o.bytes};
-    return 0;
+    out->length = (size_t)o.bytes;
+    out->data = malloc(out->length + 1);
+    if (!out->data) return err_set(err, ERR_MEMORY, "%s: out of memory for %zu bytes", name, out->length);
+    if (!s->ops->get(s, name, 0, out->data, out->length, err)) return 0;
+    free(out->data);
+    *out = (struct ckpt_blob){0};
+    return -1;
 }
 
 int object_stream(struct ckpt_store *s, const char *name, uint64_t bytes,

@@ -309,6 +309,7 @@ static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_s
 
 static int begin_files(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
     const struct msg_model *m = w->genesis.model;
+    assert(w->shards > 0); /* a model has tensors */
     for (uint32_t i = 0; i < 2 * w->shards; i++) {
         const struct hf_shard *s = &shards[i % w->shards];
         struct ckpt_blob header;
@@ -449,7 +450,7 @@ struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ck
 /* What we put and nobody can use. Not where another attempt owns the folder by now. */
 static void remove_objects(struct ckpt_writer *w) {
     char name[CKPT_NAME_BYTES_MAX + 1];
-    if (!w->thread_runs || check_claim(w, NULL)) return;
+    if (!w->file || !w->thread_runs || check_claim(w, NULL)) return;
     for (uint32_t i = 0; i < 2 * w->shards; i++)
         if (w->file[i].completed) w->store->ops->remove(w->store, w->file[i].name, NULL);
     for (uint32_t i = 0; i < w->small_count; i++) {
