@@ -150,8 +150,6 @@ static void on_stop(struct core *c, struct core_actions *out) {
 
 static void refuse_message(struct core *c, struct conn *k, uint8_t type, const char *why,
                            struct core_actions *out) {
-    core_complain(c, out, CORE_WARNING, "connection from %s: %s %s; closed", k->host,
-                  proto_type_name(type), why);
     core_close(c, out, k->id, ERR_PROTOCOL, false, "%s %s", proto_type_name(type), why);
 }
 

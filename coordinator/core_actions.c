@@ -168,6 +168,14 @@ void core_complain(struct core *c, struct core_actions *out, enum core_level lev
     va_end(ap);
 }
 
+/* Whoever breaks the protocol is named, wherever it is noticed. */
+static void name_culprit(struct core *c, struct core_actions *out, const struct conn *k, const char *why) {
+    if (k && k->member && k->hello)
+        core_complain(c, out, CORE_WARNING, WHO ": %.160s; closed", WHO_OF(k->member), why);
+    else if (k)
+        core_complain(c, out, CORE_WARNING, "connection from %s: %.160s; closed", k->host, why);
+}
+
 void core_close(struct core *c, struct core_actions *out, uint64_t conn, enum err_code code,
                 bool final, const char *format, ...) {
     const struct conn *k = core_conn(c, conn);
@@ -180,5 +188,10 @@ void core_close(struct core *c, struct core_actions *out, uint64_t conn, enum er
     va_start(ap, format);
     set_text(a, format, ap);
     va_end(ap);
+    if (code == ERR_PROTOCOL) {
+        char why[sizeof a->text];
+        memcpy(why, a->text, sizeof why);
+        name_culprit(c, out, k, why); /* `a` may have moved */
+    }
     core_forget_conn(c, conn);
 }

@@ -383,7 +383,7 @@ static void reports_are_complete(struct core *c, uint64_t now_ms, struct core_ac
             "plan %llu, shard %u: the reports of member %u (aggregator) and member %u (holder) "
             "differ; another aggregates",
             (unsigned long long)c->plan, i, s->where.aggregator, s->where.holder);
-        core_member(c, s->where.aggregator)->avoid = true;
+        core_member(c, s->where.aggregator)->avoid = core_member(c, s->where.holder)->avoid = true;
         core_replan(c, now_ms, out);
         return;
     }
