@@ -59,7 +59,7 @@ WIDE static float softmax_row(float *score, int valid, int n) {
 #pragma omp simd
     for (int u = 0; u < end; u++) score[u] *= inverse;
     memset(score + valid, 0, (size_t)(n - valid) * sizeof *score);
-    return max + logf(sum);
+    return max + logf(sum); /* cppcheck-suppress invalidFunctionArg ; valid >= 1, so sum >= 1 */
 }
 
 static void forward_block(struct cpu *cpu, float *out, float *lse, const float *qkv, float *score,

@@ -57,7 +57,7 @@ int sync_grow(struct sync *s, void *list, uint32_t count, uint32_t *capacity, si
     }
     memcpy(list, &p, sizeof p);
     *capacity = more;
-    return 0;
+    return 0; /* cppcheck-suppress memleak ; the caller's list owns p now */
 }
 
 struct sync_action *sync_act(struct sync *s, enum sync_action_type type) {
