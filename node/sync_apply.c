@@ -153,7 +153,7 @@ static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
         f->outstanding--;
         f->window -= encoded_bytes(s, (enum outer_codec)c->body.codec, k);
     }
-    f->shard[shard].asking = false;
+    f->shard[shard].asking = f->shard[shard].dialling = false;
     f->shard[shard].turn ^= 1;
     if (f->shard[shard].refusals < UINT8_MAX) f->shard[shard].refusals++;
 }
@@ -186,6 +186,7 @@ static void ask(struct sync *s, const struct commit *c, uint32_t shard, struct p
         struct msg_result_get get = {.round = c->body.round, .plan = c->body.plan, .chunks = {chunks, (uint32_t)bytes}};
         peer_send(s, p, MSG_RESULT_GET, c->term, c->body.plan, &get, bytes);
         fs->asking = true;
+        fs->dialling = false;
         fs->asked_ms = s->now;
     }
     free(chunks);
@@ -202,7 +203,7 @@ static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     struct fetch *f = &s->fetch;
     struct fetch_shard *fs = &f->shard[shard];
     if (fs->held || (fs->leaves_have && shard_is_complete(s, c, shard))) return;
-    if (fs->asking && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms) turn_away(s, c, shard);
+    if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms) turn_away(s, c, shard);
     if (fs->asking && (!fs->leaves_have || f->window > SYNC_WINDOW_BYTES / 2)) return;
     uint32_t from = candidate(s, c, shard);
     struct peer *p = from == s->config.member ? NULL : peer_link(s, from);
@@ -210,8 +211,8 @@ static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
         ask(s, c, shard, p);
     } else if (from == s->config.member || !peer_reachable(s, from)) {
         turn_away(s, c, shard);
-    } else if (!fs->asking) { /* the link is being made */
-        fs->asking = true;
+    } else if (!fs->dialling) {
+        fs->dialling = true;
         fs->asked_ms = s->now;
     }
 }
@@ -332,7 +333,7 @@ void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
 void apply_on_peer_closed(struct sync *s, const struct peer *p) {
     struct commit *c = s->fetch.active ? fetch_commit(s) : NULL;
     for (uint32_t i = 0; c && i < c->body.shards_count; i++)
-        if (candidate(s, c, i) == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
+        if (candidate(s, c, i) == p->id && (s->fetch.shard[i].asking || s->fetch.shard[i].dialling)) turn_away(s, c, i);
 }
 
 /* ---- applying ---------------------------------------------------------------------------------------------------- */

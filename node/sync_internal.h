@@ -199,7 +199,7 @@ struct fetch_shard {
     uint8_t turn;       /* 0 aggregator, 1 holder */
     uint8_t refusals;   /* in a row */
     uint64_t asked_ms;  /* of the last question or answer */
-    bool asking;
+    bool asking, dialling;
 };
 struct fetch {
     bool active;

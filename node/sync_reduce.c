@@ -270,7 +270,6 @@ void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f, con
         peer_close(s, p, "its leaves do not give the root it announced");
         return;
     }
-    s->plan.inbound[i].heard_ms = s->now;
     say_wanted(s, p, (uint32_t)i);
 }
 
