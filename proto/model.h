@@ -42,7 +42,7 @@ struct proto_tensor {
     uint64_t count;    /* elements, shape[0] * shape[1] */
 };
 
-/* Fill *m from a preset: debug (1.1M parameters, bytes), 10m, 150m (bytes), 1b, 8b, 10b (Llama 3
+/* Fill *m from a preset: debug (1.1M parameters, bytes), 10m, 150m (all bytes), 1b, 8b, 10b (Llama 3
  * vocabulary of 128256). Returns 0, or -1 with ERR_CONFIG naming every preset. */
 int proto_model_preset(const char *name, struct msg_model *m, struct err *err);
 
