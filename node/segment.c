@@ -224,8 +224,8 @@ uint32_t segment_untaken(const struct segment *s) {
 void segment_set_busy(struct segment *s, bool busy) { atomic_store(&s->shared->busy, busy); }
 bool segment_busy(const struct segment *s) { return atomic_load(&s->shared->busy); }
 
-float *segment_in(struct segment *s) { return (float *)((uint8_t *)s->shared + s->in_at); }
+float *segment_in(struct segment *s) { return (float *)(void *)((uint8_t *)s->shared + s->in_at); }
 uint8_t *segment_ops(struct segment *s) { return (uint8_t *)s->shared + s->ops_at; }
 float *segment_out(struct segment *s, enum segment_out which) {
-    return (float *)((uint8_t *)s->shared + s->out_at[which]);
+    return (float *)(void *)((uint8_t *)s->shared + s->out_at[which]);
 }
