@@ -65,7 +65,7 @@ struct channel {
     uint64_t received; /* without what still waits in the input buffer */
     size_t wanted;     /* input that the next header or payload needs */
     bool paused;       /* reading, because enough waits */
-    bool above_low;    /* on_drained is due */
+    bool drain_due;    /* something was queued since the last on_drained */
     bool ended;        /* nothing more comes; tell the owner `why` after the last message */
     bool broken;       /* end with `why` in the next turn, whatever still waits */
     struct err why;
@@ -371,8 +371,8 @@ static void on_written(struct bufferevent *bev, void *arg) {
     size_t unsent = evbuffer_get_length(bufferevent_get_output(bev));
     enter(ch);
     if (ch->state == LINGERING && unsent == 0) finish_writing(ch);
-    if (ch->state == OPEN && ch->above_low && unsent < PROTO_SEND_LOW) {
-        ch->above_low = false;
+    if (ch->state == OPEN && ch->drain_due && unsent < PROTO_SEND_LOW) {
+        ch->drain_due = false;
         if (ch->ops.on_drained) ch->ops.on_drained(ch->arg, ch);
     }
     leave(ch);
@@ -664,7 +664,7 @@ static int queue_message(struct channel *ch, uint8_t type, uint64_t term, uint64
         end_later(ch, ERR_MEMORY, "no memory to send"); /* half a frame may be queued */
         return err_set(err, ERR_MEMORY, "no memory to send");
     }
-    if (unsent >= PROTO_SEND_LOW) ch->above_low = true;
+    ch->drain_due = true;
     return 0;
 }
 

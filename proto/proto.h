@@ -193,7 +193,7 @@ struct channel_ops {
      * freed after return. Not called after channel_close(), else called exactly once. Where the
      * peer broke the protocol it is sent a BYE that says so. */
     void (*on_close)(void *arg, struct channel *ch, const struct err *why);
-    /* The unsent bytes fell under PROTO_SEND_LOW; may be NULL. */
+    /* After something was sent: less than PROTO_SEND_LOW waits now. May be NULL. */
     void (*on_drained)(void *arg, struct channel *ch);
 };
 #define PROTO_SEND_LOW (1u << 20)

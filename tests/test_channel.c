@@ -291,6 +291,19 @@ static void largest_frame_goes_through(void **state) {
     assert_true(t.client.drained && t.server.drained);
 }
 
+/* However little was sent: who counts what it sent starts again at this word, and would otherwise
+ * take a long day of small messages for a peer that does not read. */
+static void small_messages_drain_too(void **state) {
+    (void)state;
+    connect_both();
+    for (uint64_t n = 1; n <= 3; n++) {
+        t.client.drained = false;
+        assert_int_equal(send_number(t.client.ch, n, NULL), 0);
+        RUN_UNTIL(t.client.drained);
+    }
+    assert_false(t.server.drained);
+}
+
 /* In order, none lost, and on_message is not re-entered by the echo. */
 static void thousands_of_small_messages(void **state) {
     (void)state;
@@ -767,6 +780,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(message_comes_back_with_its_header),
         TEST(largest_frame_goes_through),
+        TEST(small_messages_drain_too),
         TEST(thousands_of_small_messages),
         TEST(bursts_of_all_lengths_end),
         TEST(a_flood_leaves_others_their_turn),
