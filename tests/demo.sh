@@ -55,7 +55,7 @@ check() { if [ "$2" = True ]; then echo "  ok      $1"; else echo "  NOT OK  $1"
 python3 - "$W/corpus/heldout.bin" "$W/heldout.txt" <<'PY'
 import array, sys
 tokens = array.array("H"); tokens.frombytes(open(sys.argv[1], "rb").read())
-open(sys.argv[2], "wb").write(bytes(tokens[:65536]))
+open(sys.argv[2], "wb").write(bytes(tokens[:65536].tolist()))
 PY
 echo; echo "loss on a held-out slice that no node ever trains on (nats per byte):"
 bigram=$("$NODE" bigram "$W/corpus/corpus.json" --json | python3 -c 'import json,sys; print(json.load(sys.stdin)["loss"])')
