@@ -42,6 +42,9 @@ SIM_PURE := $(wildcard coordinator/core*.c node/sync*.c)
 SIM_O := $(patsubst %.c,$(BUILD)/faulty/%.o,$(SIM_PURE)) $(patsubst %.c,$(BUILD)/faulty/%.o,$(wildcard tests/sim/*.c))
 SIM_LIB_O := $(filter-out $(patsubst %.c,$(BUILD)/%.o,$(SIM_PURE)),$(LIB_O))
 
+# A client that breaks the rules, for tests/integration/hostile.sh.
+HOSTILE_O := $(call objects,tests/hostile) $(KERNELS_O) $(PROTO_O)
+
 .PHONY: all setup help test unit integration demo lint asan tsan sim churn bench install clean
 .DEFAULT_GOAL := all
 
@@ -65,7 +68,7 @@ demo: setup ## set up, build, and watch four nodes train, one die, one join, the
 	@BUILD=$(BUILD) tests/demo.sh
 
 .PHONY: unit-build
-unit-build: $(PROGRAMS) $(TESTS) $(BUILD)/sim
+unit-build: $(PROGRAMS) $(TESTS) $(BUILD)/sim $(BUILD)/hostile
 
 unit: unit-build ## unit, twin and reference-vector tests only
 	@tests/run.sh $(BUILD) unit
@@ -80,7 +83,7 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 	$(BUILD)/sim --seeds $(SEEDS) --jobs 2
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
-SOURCES := $(foreach d,proto kernels ckpt coordinator node tests tests/sim,$(wildcard $(d)/*.c))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests tests/sim tests/hostile,$(wildcard $(d)/*.c))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
@@ -128,6 +131,10 @@ $(BUILD)/tests/bench: $(BUILD)/tests/bench.o $(LIB_O)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/sim: $(SIM_O) $(SIM_LIB_O)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+
+$(BUILD)/hostile: $(HOSTILE_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
