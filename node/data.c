@@ -181,11 +181,19 @@ static int finish_file(int fd, const char *path, struct digest *digest, struct e
     return fsync(fd) ? err_set_errno(err, "fsync %.150s", path) : 0;
 }
 
+/* Everything is written under such a name first: the corpus that may be there stays, and whoever
+ * reads it goes on, until the new one is whole. */
+static int join_new(char out[PATH_BYTES_MAX], const char *folder, const char *name, struct err *err) {
+    char file[NAME_BYTES_MAX + sizeof ".new"];
+    snprintf(file, sizeof file, "%s.new", name);
+    return join(out, folder, file, err);
+}
+
 /* One text becomes one token file, less its held-out end. */
 static int prepare_file(struct prepare *p, const char *in_path, struct token_file *f, struct err *err) {
     char path[PATH_BYTES_MAX];
     int rc = -1, in = -1, out = -1;
-    if (join(path, p->folder, f->name, err)) goto out;
+    if (join_new(path, p->folder, f->name, err)) goto out;
     if ((in = open(in_path, O_RDONLY | O_CLOEXEC)) < 0) {
         err_set_errno(err, "open %.150s", in_path);
         goto out;
@@ -240,19 +248,40 @@ static char *manifest_text(const struct prepare *p, const struct token_file *fil
     return text;
 }
 
-/* Written last and renamed into place: a folder with a manifest is complete. */
 static int write_manifest(const char *folder, const char *text, struct err *err) {
-    char path[PATH_BYTES_MAX], temporary[PATH_BYTES_MAX];
-    if (join(path, folder, DATA_MANIFEST_NAME, err) ||
-        join(temporary, folder, DATA_MANIFEST_NAME ".new", err))
-        return -1;
+    char temporary[PATH_BYTES_MAX];
+    if (join_new(temporary, folder, DATA_MANIFEST_NAME, err)) return -1;
     int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0) return err_set_errno(err, "create %.150s", temporary);
     int rc = write_all(fd, text, strlen(text), temporary, err);
     if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", temporary);
     close(fd);
-    if (rc == 0 && rename(temporary, path)) rc = err_set_errno(err, "rename %.150s", temporary);
     return rc;
+}
+
+static int rename_new(const char *folder, const char *name, struct err *err) {
+    char from[PATH_BYTES_MAX], to[PATH_BYTES_MAX];
+    if (join_new(from, folder, name, err) || join(to, folder, name, err)) return -1;
+    return rename(from, to) ? err_set_errno(err, "rename %.150s", from) : 0;
+}
+
+/* The old manifest goes first and the new one comes last: a folder with a manifest is complete. */
+static int publish(const char *folder, const struct token_file *file, uint32_t n, struct err *err) {
+    char manifest[PATH_BYTES_MAX];
+    if (join(manifest, folder, DATA_MANIFEST_NAME, err)) return -1;
+    if (unlink(manifest) && errno != ENOENT) return err_set_errno(err, "remove %.150s", manifest);
+    for (uint32_t i = 0; i < n; i++)
+        if (rename_new(folder, file[i].name, err)) return -1;
+    return rename_new(folder, HELDOUT_NAME, err) || rename_new(folder, DATA_MANIFEST_NAME, err) ? -1 : 0;
+}
+
+/* What a corpus that was refused has left; names that were never used are empty. */
+static void discard(const char *folder, const struct token_file *file, uint32_t n) {
+    char path[PATH_BYTES_MAX];
+    for (uint32_t i = 0; i < n; i++)
+        if (file[i].name[0] && !join_new(path, folder, file[i].name, NULL)) unlink(path);
+    if (!join_new(path, folder, HELDOUT_NAME, NULL)) unlink(path);
+    if (!join_new(path, folder, DATA_MANIFEST_NAME, NULL)) unlink(path);
 }
 
 static int prepare_all(struct prepare *p, const char *const *files, uint32_t n,
@@ -272,7 +301,7 @@ static int prepare_all(struct prepare *p, const char *const *files, uint32_t n,
     if (!text) return err_set(err, ERR_MEMORY, "no memory for the manifest of %u files", n);
     int rc = write_manifest(p->folder, text, err);
     free(text);
-    return rc;
+    return rc ? rc : publish(p->folder, file, n, err);
 }
 
 static int prepare_check(uint32_t n, uint32_t sequence, double heldout_fraction, struct err *err) {
@@ -290,20 +319,17 @@ int data_prepare(const char *out_dir, const char *const *files, uint32_t n, cons
                  struct err *err) {
     struct prepare p = { .folder = out_dir, .sequence = sequence, .heldout_fraction = heldout_fraction,
                          .heldout_fd = -1 };
-    char manifest[PATH_BYTES_MAX];
     if (prepare_check(n, sequence, heldout_fraction, err)) return -1;
     if (!(p.tokenizer = tokenizer_find(tokenizer, err))) return -1;
     p.token_bytes = token_bytes_of(p.tokenizer->vocabulary);
-    if (join(manifest, out_dir, DATA_MANIFEST_NAME, err) ||
-        join(p.heldout_path, out_dir, HELDOUT_NAME, err))
-        return -1;
+    if (join_new(p.heldout_path, out_dir, HELDOUT_NAME, err)) return -1;
     if (mkdir(out_dir, 0755) && errno != EEXIST) return err_set_errno(err, "create %.150s", out_dir);
-    if (unlink(manifest) && errno != ENOENT) return err_set_errno(err, "remove %.150s", manifest);
     p.heldout_fd = open(p.heldout_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (p.heldout_fd < 0) return err_set_errno(err, "create %.150s", p.heldout_path);
     struct token_file *file = calloc(n, sizeof *file);
     int rc = file ? prepare_all(&p, files, n, file, err)
                   : err_set(err, ERR_MEMORY, "no memory for %u files", n);
+    if (rc && file) discard(out_dir, file, n);
     free(file);
     close(p.heldout_fd);
     if (rc || !info) return rc;

@@ -40,7 +40,8 @@ struct data_info {
     struct digest manifest_digest; /* BLAKE2b-256 of corpus.json as it stands */
 };
 
-/* Tokenise text files into `out_dir` (made if missing) and write the manifest last.
+/* Tokenise text files into `out_dir` (made if missing) and write the manifest last. A corpus that is
+ * there already is replaced by a whole one or not at all.
  *
  * files              [n] paths, read in blocks.
  * tokenizer          a name for tokenizer_find().

@@ -197,10 +197,13 @@ static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
     assert_non_null(strstr(err.msg, "10 tokens"));
     assert_non_null(strstr(err.msg, "needs 11"));
     write_text(files[0], 11, 0);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), 0);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0.09, NULL, &err), -1);
     assert_null(data_open(in_folder("small"), NULL, 0, &err)); /* no manifest from a failed attempt */
     assert_int_equal(err.code, ERR_NOT_FOUND);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), 0);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0.09, NULL, &err), -1);
+    struct data *d = data_open(in_folder("small"), NULL, 0, &err); /* and the corpus before it stays */
+    assert_non_null(d);
+    data_close(d);
 }
 
 static void wrong_arguments_are_named(void **state) {
