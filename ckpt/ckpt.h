@@ -187,6 +187,10 @@ int ckpt_verify(const struct ckpt *c,
                 void (*progress)(void *arg, const char *object, uint64_t done, uint64_t total),
                 void *arg, struct err *err);
 
+/* The same for the files of one vector alone, before something is made of it. A plain folder has no
+ * digests and passes. */
+int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *err);
+
 /* What the manifest says. Only for a checkpoint (asserts that it is not plain). */
 struct ckpt_facts {
     struct digest run, state_root, ledger_head, manifest; /* manifest: digest of its bytes */

@@ -492,6 +492,16 @@ int ckpt_verify(const struct ckpt *c,
     return check_ledger(c, err);
 }
 
+int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *err) {
+    const struct tensors *t = &c->tensors[which];
+    struct checking k = {0};
+    for (uint32_t i = 0; !c->plain && i < t->file_count; i++) {
+        uint64_t bytes;
+        if (stat_bytes(c, t->file[i], &bytes, err) || check_object(c, t->file[i], bytes, &k, err)) return -1;
+    }
+    return 0;
+}
+
 static int export_object(const struct ckpt *c, struct ckpt_store *to, const char *name,
                          struct err *err) {
     struct checking k = {.ops = to->ops};

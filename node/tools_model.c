@@ -63,6 +63,7 @@ static int load(struct loaded *l, const char *where, const char *tokenizer, uint
     l->m = *ckpt_model(c);
     int rc = proto_model_check(&l->m, err);
     if (rc == 0) rc = pick_tokenizer(l, ckpt_tokenizer(c), tokenizer, err);
+    if (rc == 0) rc = ckpt_verify_vector(c, CKPT_ANCHOR, err); /* a wrong byte would only be a worse model */
     if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
     if (rc == 0) rc = read_params(l, c, err);
     ckpt_close(c);
