@@ -245,13 +245,16 @@ void core_on_checkpoint_sign(struct core *c, struct member *m,
     core_emit_sign(out, m, msg);
 }
 
+#define WHY_SHOWN 150 /* of a reason that is longer, the end: it has the cause, the rest is a path */
+
 static void checkpoint_failed(struct core *c, const struct msg_checkpoint_done *msg,
                               uint64_t now_ms, struct core_actions *out) {
     char why[PROTO_TEXT_BYTES_MAX + 1];
     bool again = c->phase == CORE_COMPLETE && ++c->checkpoint_tries < CORE_CHECKPOINT_TRIES_MAX;
     proto_str_copy(msg->text, why, sizeof why);
-    core_log(out, CORE_ERROR, "checkpoint of ledger %llu failed: %.160s; %s",
-             (unsigned long long)msg->index, why,
+    size_t length = strlen(why), cut = length > WHY_SHOWN ? length - WHY_SHOWN : 0;
+    core_log(out, CORE_ERROR, "checkpoint of ledger %llu failed: %s%s; %s",
+             (unsigned long long)msg->index, cut ? "..." : "", why + cut,
              again                       ? "tried again soon"
              : c->phase == CORE_COMPLETE ? "given up"
                                          : "the next one is written as planned");
