@@ -54,8 +54,8 @@ static int take_genesis(struct agent *a, struct err *err) {
 }
 
 static void corpus_of(const struct agent *a, char *out, size_t size) {
-    if (a->run.corpus[0])
-        snprintf(out, size, "%s", a->run.corpus);
+    if (a->corpus[0])
+        snprintf(out, size, "%s", a->corpus);
     else
         proto_str_copy(a->genesis.corpus->manifest_url, out, size);
 }
@@ -164,7 +164,7 @@ static void on_down(void *arg, const char *why) {
     struct agent *a = arg;
     if (!a->leaving)
         console_say(a->console, SYNC_WARNING, "disconnected",
-                    "lost the coordinator (%s); training goes on, trying again", why);
+                    "lost the coordinator (%s); going on without, trying again", why);
     agent_feed(a, &(struct sync_event){ .type = SYNC_EV_DISCONNECTED });
 }
 
@@ -270,15 +270,13 @@ static void take_name(struct agent *a) {
 
 static int take_corpus(struct agent *a, struct err *err) {
     const char *corpus = a->options->corpus;
+    snprintf(a->corpus, sizeof a->corpus, "%s", a->run.corpus);
     if (!corpus) return 0;
     char *whole = strstr(corpus, "://") ? strdup(corpus) : realpath(corpus, NULL);
     if (!whole) return err_set_errno(err, "--corpus %s", corpus);
-    if (strlen(whole) >= sizeof a->run.corpus) {
-        free(whole);
-        return err_set(err, ERR_CONFIG, "--corpus: the path is too long");
-    }
-    snprintf(a->run.corpus, sizeof a->run.corpus, "%s", whole);
+    int n = snprintf(a->corpus, sizeof a->corpus, "%s", whole);
     free(whole);
+    if ((size_t)n >= sizeof a->corpus) return err_set(err, ERR_CONFIG, "--corpus: the path is too long");
     return 0;
 }
 

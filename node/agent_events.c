@@ -2,6 +2,8 @@
 #include "node/agent_internal.h"
 
 #include <assert.h>
+#include <stdio.h>
+#include <string.h>
 
 static void perform(struct agent *a, const struct sync_action *act);
 
@@ -48,14 +50,20 @@ static struct console_figures figures(const struct agent *a) {
     return f;
 }
 
+static void round_applied(struct agent *a, struct console_figures f) {
+    if (a->loss_count) f.loss = a->loss_sum / a->loss_count;
+    a->loss_sum = a->loss_count = 0;
+    a->index_shown = f.view.state_index;
+    console_round(a->console, &f);
+}
+
 void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
     struct agent *a = arg;
     feed_type(a, SYNC_EV_TICK);
     if (a->leaving) return;
     struct console_figures f = figures(a);
-    if (f.view.state_index > a->index_shown) console_round(a->console, &f);
-    a->index_shown = f.view.state_index;
+    if (f.view.state_index > a->index_shown) round_applied(a, f);
     console_live(a->console, &f);
 }
 
@@ -130,8 +138,18 @@ static void perform(struct agent *a, const struct sync_action *act) {
 
 /* ---- trainer, members, checkpoints: what they say becomes events ---------------------------------------- */
 
+/* A corpus that a trainer could open is worth remembering. */
+static void keep_corpus(struct agent *a) {
+    struct err err = {0};
+    if (!strcmp(a->run.corpus, a->corpus)) return;
+    snprintf(a->run.corpus, sizeof a->run.corpus, "%s", a->corpus);
+    if (home_run_save(&a->home, &a->run, &err))
+        console_say(a->console, SYNC_WARNING, "home", "--corpus is not remembered: %s", err.msg);
+}
+
 static void on_trainer_up(struct agent *a, const struct segment_message *m) {
     a->trainer_up = true;
+    keep_corpus(a);
     console_say(a->console, SYNC_INFO, "trainer", "the trainer is ready (%s)",
                 m->steps ? "with the moments of its last life" : "starting with fresh moments");
     agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_UP, .steps = m->steps });
@@ -140,7 +158,9 @@ static void on_trainer_up(struct agent *a, const struct segment_message *m) {
 static void on_trainer_step(struct agent *a, const struct segment_message *m) {
     a->step = m->steps;
     a->loss = m->loss;
-    a->tokens_per_s = m->tokens_per_s;
+    a->loss_sum += m->loss;
+    a->loss_count++;
+    a->tokens_per_s += (m->tokens_per_s - a->tokens_per_s) * (a->tokens_per_s > 0 ? 0.2 : 1);
     agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_STEP, .samples = m->samples,
                                   .steps = m->steps, .loss = m->loss,
                                   .tokens_per_s = m->tokens_per_s });

@@ -23,6 +23,7 @@ struct agent {
     const struct agent_options *options;
     struct home home;
     struct home_run run;
+    char corpus[PROTO_URL_BYTES_MAX + 1]; /* as asked for; in `run` once a trainer has opened it */
     struct console *console;
     struct event_base *base;
     struct channel_context *ctx;
@@ -43,7 +44,9 @@ struct agent {
     bool stepping;              /* inside sync_step or its actions */
     bool trainer_up, cut;       /* cut: sync asked to disconnect */
     uint64_t step;
-    double loss, tokens_per_s;
+    double loss, tokens_per_s;  /* of the last step; smoothed */
+    double loss_sum;            /* over loss_count steps, since the last round's line */
+    uint32_t loss_count;
     uint64_t index_shown;       /* of the state, when the last round's line was written */
 
     struct event *tick, *work, *end, *signals[3];
