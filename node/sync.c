@@ -14,7 +14,7 @@
 enum sync_fault sync_fault = SYNC_FAULT_NONE;
 #endif
 
-/* ---- actions ------------------------------------------------------------------------------------ */
+/* ---- actions ---------------------------------------------------------------------------- */
 
 static int action_record(const struct sync_action *a) {
     return a->type == SYNC_ACT_ROSTER ? RECORD_roster_body : proto_record_of_type(a->message);
@@ -62,7 +62,8 @@ int sync_grow(struct sync *s, void *list, uint32_t count, uint32_t *capacity, si
 
 struct sync_action *sync_act(struct sync *s, enum sync_action_type type) {
     struct sync_actions *out = s->out;
-    if (!out || sync_grow(s, &out->list, out->count, &out->capacity, sizeof *out->list)) return NULL;
+    if (!out || sync_grow(s, &out->list, out->count, &out->capacity, sizeof *out->list))
+        return NULL;
     struct sync_action *a = &out->list[out->count++];
     *a = (struct sync_action){.type = type, .term = s->term, .session = s->session};
     return a;
@@ -79,7 +80,8 @@ void sync_log(struct sync *s, enum sync_level level, const char *format, ...) {
 }
 
 /* The action owns a deep copy of msg. */
-static void attach(struct sync *s, struct sync_action *a, enum proto_record which, const void *msg) {
+static void attach(struct sync *s, struct sync_action *a, enum proto_record which,
+                   const void *msg) {
     a->msg = sync_alloc(s, 1, proto_record_size(which));
     if (a->msg && proto_copy(which, msg, a->msg, &s->failure)) {
         free(a->msg);
@@ -87,8 +89,8 @@ static void attach(struct sync *s, struct sync_action *a, enum proto_record whic
     }
 }
 
-static void act_message(struct sync *s, enum sync_action_type type, enum proto_type message, uint64_t plan,
-                        const void *msg) {
+static void act_message(struct sync *s, enum sync_action_type type, enum proto_type message,
+                        uint64_t plan, const void *msg) {
     struct sync_action *a = sync_act(s, type);
     if (!a) return;
     a->message = (uint8_t)message;
@@ -97,11 +99,12 @@ static void act_message(struct sync *s, enum sync_action_type type, enum proto_t
 }
 
 void sync_send(struct sync *s, enum proto_type type, uint64_t plan, const void *msg) {
-    if (s->connected && (s->welcomed || type == MSG_HELLO)) act_message(s, SYNC_ACT_SEND, type, plan, msg);
+    if (s->connected && (s->welcomed || type == MSG_HELLO))
+        act_message(s, SYNC_ACT_SEND, type, plan, msg);
 }
 
-void sync_send_peer(struct sync *s, uint32_t peer, enum proto_type type, uint64_t term, uint64_t plan,
-                    const void *msg) {
+void sync_send_peer(struct sync *s, uint32_t peer, enum proto_type type, uint64_t term,
+                    uint64_t plan, const void *msg) {
     act_message(s, SYNC_ACT_PEER_SEND, type, plan, msg);
     if (s->failure.code) return;
     struct sync_action *a = &s->out->list[s->out->count - 1];
@@ -114,7 +117,7 @@ void sync_act_roster(struct sync *s, const struct msg_roster_body *roster) {
     if (a) attach(s, a, RECORD_roster_body, roster);
 }
 
-/* ---- the connection -------------------------------------------------------------------------------- */
+/* ---- the connection --------------------------------------------------------------------- */
 
 int sync_save_meta(struct sync *s) {
     uint8_t bytes[16] = "ITLMETA1";
@@ -154,6 +157,7 @@ void sync_disconnect(struct sync *s, const char *why) {
 /* Durable before anything is done under the new term. */
 static int raise_term(struct sync *s, uint64_t term) {
     s->term = term;
+    if (s->plan.active && s->plan.term < term) plan_release(s); /* its coordinator is gone */
     if (term <= s->term_max) return 0;
     s->term_max = term;
     return sync_save_meta(s);
@@ -170,9 +174,13 @@ static int on_connected(struct sync *s, const struct sync_event *ev) {
     }
     if (raise_term(s, term)) return -1;
     struct msg_hello hello = {
-        .software = proto_str("intellect-node"), .trains = s->config.trains, .port = s->config.port,
-        .head_index = s->ledger.count ? s->ledger.count - 1 : 0, .head_digest = s->ledger.chain.head,
-        .term_max = s->term_max, .has_state = s->state.whole,
+        .software = proto_str("intellect-node"),
+        .trains = s->config.trains,
+        .port = s->config.port,
+        .head_index = s->ledger.count ? s->ledger.count - 1 : 0,
+        .head_digest = s->ledger.chain.head,
+        .term_max = s->term_max,
+        .has_state = s->state.whole,
     };
     if (s->state.whole) {
         hello.state_index = s->state.index;
@@ -181,7 +189,6 @@ static int on_connected(struct sync *s, const struct sync_event *ev) {
     sync_send(s, MSG_HELLO, 0, &hello);
     s->state.told = s->state.whole;
     s->state.told_index = s->state.index;
-    if (s->plan.active && s->plan.term < s->term) plan_release(s); /* its coordinator is gone */
     for (uint32_t i = 0; i < SYNC_COMMITS_KEPT; i++) s->ledger.commits[i].unavailable = false;
     return 0;
 }
@@ -195,7 +202,8 @@ static void checkpoint_resume(struct sync *s);
 
 /* Called when HELLO_ACK or ledger entries came. */
 static void check_synced(struct sync *s) {
-    if (!s->welcomed || s->synced || s->ledger.count == 0 || s->ledger.count - 1 < s->ack_head) return;
+    if (!s->welcomed || s->synced || s->ledger.count == 0 || s->ledger.count - 1 < s->ack_head)
+        return;
     s->synced = true;
     contribution_announce(s);
     checkpoint_resume(s);
@@ -227,7 +235,7 @@ static void on_bye(struct sync *s, const struct msg_bye *msg) {
     proto_str_copy(msg->reason, a->text, sizeof a->text);
 }
 
-/* ---- heartbeats --------------------------------------------------------------------------------------- */
+/* ---- heartbeats ------------------------------------------------------------------------- */
 
 static enum member_phase phase_of(struct sync *s) {
     const struct trainer *t = &s->trainer;
@@ -243,9 +251,13 @@ static enum member_phase phase_of(struct sync *s) {
 static void say_heartbeat(struct sync *s) {
     const struct trainer *t = &s->trainer;
     struct msg_heartbeat beat = {
-        .progress = s->progress, .step = t->steps_total, .phase = (uint8_t)phase_of(s),
-        .loss = isfinite(t->loss) ? t->loss : 0, .tokens_per_s = isfinite(t->tokens_per_s) ? t->tokens_per_s : 0,
-        .trainer_restarts = t->lives ? t->lives - 1 : 0, .state_index = s->state.whole ? s->state.index : 0,
+        .progress = s->progress,
+        .step = t->steps_total,
+        .phase = (uint8_t)phase_of(s),
+        .loss = isfinite(t->loss) ? t->loss : 0,
+        .tokens_per_s = isfinite(t->tokens_per_s) ? t->tokens_per_s : 0,
+        .trainer_restarts = t->lives ? t->lives - 1 : 0,
+        .state_index = s->state.whole ? s->state.index : 0,
     };
     sync_send(s, MSG_HEARTBEAT, 0, &beat);
     s->beat_ms = s->now;
@@ -268,20 +280,22 @@ static void on_tick(struct sync *s) {
     reduce_judge(s);
 }
 
-/* ---- checkpoints -------------------------------------------------------------------------------------------- */
+/* ---- checkpoints ------------------------------------------------------------------------ */
 
-static void checkpoint_say_done(struct sync *s, uint64_t index, bool written, struct digest manifest,
-                                const char *text) {
-    struct msg_checkpoint_done done = {.index = index, .written = written, .manifest = manifest,
-                                       .text = proto_str(text)};
+static void checkpoint_say_done(struct sync *s, uint64_t index, bool written,
+                                struct digest manifest, const char *text) {
+    struct msg_checkpoint_done done = {
+        .index = index, .written = written, .manifest = manifest, .text = proto_str(text)};
     sync_send(s, MSG_CHECKPOINT_DONE, 0, &done);
 }
 
 static void on_checkpoint_write(struct sync *s, const struct msg_checkpoint_write *msg) {
-    bool here = s->state.whole && s->state.index == msg->index && digest_equal(&s->state.root, &msg->root);
+    bool here = s->state.whole && s->state.index == msg->index &&
+                digest_equal(&s->state.root, &msg->root);
     if (s->checkpoint.open || !here) {
         checkpoint_say_done(s, msg->index, false, (struct digest){{0}},
-                            here ? "another checkpoint is being written" : "the state has moved on");
+                            here ? "another checkpoint is being written"
+                                 : "the state has moved on");
         return;
     }
     act_message(s, SYNC_ACT_CHECKPOINT_BEGIN, MSG_CHECKPOINT_WRITE, 0, msg);
@@ -290,8 +304,9 @@ static void on_checkpoint_write(struct sync *s, const struct msg_checkpoint_writ
 }
 
 static void checkpoint_ask_signature(struct sync *s) {
-    struct msg_checkpoint_sign sign = {.index = s->checkpoint.index,
-                                       .manifest = {s->checkpoint.manifest, s->checkpoint.manifest_length}};
+    struct msg_checkpoint_sign sign = {
+        .index = s->checkpoint.index,
+        .manifest = {s->checkpoint.manifest, s->checkpoint.manifest_length}};
     sync_send(s, MSG_CHECKPOINT_SIGN, 0, &sign);
 }
 
@@ -305,7 +320,8 @@ static void checkpoint_resume(struct sync *s) {
     if (s->checkpoint.manifest) checkpoint_ask_signature(s);
     if (!s->checkpoint.unsaid) return;
     s->checkpoint.unsaid = false;
-    checkpoint_say_done(s, s->checkpoint.index, s->checkpoint.ok, s->checkpoint.digest, s->checkpoint.text);
+    checkpoint_say_done(s, s->checkpoint.index, s->checkpoint.ok, s->checkpoint.digest,
+                        s->checkpoint.text);
 }
 
 static void on_checkpoint(struct sync *s, const struct sync_event *ev) {
@@ -333,7 +349,7 @@ static void on_checkpoint_signed(struct sync *s, const struct msg_checkpoint_sig
     act_message(s, SYNC_ACT_CHECKPOINT_SIGNED, MSG_CHECKPOINT_SIGNED, 0, msg);
 }
 
-/* ---- messages of the coordinator ------------------------------------------------------------------------------ */
+/* ---- messages of the coordinator -------------------------------------------------------- */
 
 /* May this frame be acted on? It belongs to this connection's term and session. */
 static bool frame_is_current(struct sync *s, const struct frame *f) {
@@ -341,7 +357,8 @@ static bool frame_is_current(struct sync *s, const struct frame *f) {
     s->heard_ms = s->now;
     if (f->term < s->term_max) {
         if (f->type == MSG_HELLO_ACK) sync_disconnect(s, "its term is older than one we have seen");
-        sync_log(s, SYNC_DEBUG, "%s of term %llu ignored", proto_type_name(f->type), (unsigned long long)f->term);
+        sync_log(s, SYNC_DEBUG, "%s of term %llu ignored", proto_type_name(f->type),
+                 (unsigned long long)f->term);
         return false;
     }
     if (f->type == MSG_HELLO_ACK || f->type == MSG_BYE) return true;
@@ -366,11 +383,13 @@ static int on_message(struct sync *s, const struct frame *f, const void *msg) {
     case MSG_CHECKPOINT_WRITE: on_checkpoint_write(s, msg); return 0;
     case MSG_CHECKPOINT_SIGNED: on_checkpoint_signed(s, msg); return 0;
     case MSG_BYE: on_bye(s, msg); return 0;
-    default: sync_log(s, SYNC_DEBUG, "%s from the coordinator ignored", proto_type_name(f->type)); return 0;
+    default:
+        sync_log(s, SYNC_DEBUG, "%s from the coordinator ignored", proto_type_name(f->type));
+        return 0;
     }
 }
 
-/* ---- one step ---------------------------------------------------------------------------------------------------- */
+/* ---- one step --------------------------------------------------------------------------- */
 
 static void on_leave(struct sync *s) {
     struct msg_leave leave = {.reason = proto_str("its owner asked")};
@@ -422,8 +441,8 @@ static int pump(struct sync *s) {
     return 0;
 }
 
-int sync_step(struct sync *s, const struct sync_event *ev, uint64_t now_ms, struct sync_actions *out,
-              struct err *err) {
+int sync_step(struct sync *s, const struct sync_event *ev, uint64_t now_ms,
+              struct sync_actions *out, struct err *err) {
     if (s->left) return 0;
     s->now = now_ms;
     s->out = out;
@@ -437,24 +456,27 @@ int sync_step(struct sync *s, const struct sync_event *ev, uint64_t now_ms, stru
 bool sync_has_work(const struct sync *cs) {
     struct sync *s = (struct sync *)(uintptr_t)cs; /* the questions change nothing */
     return !s->left && !s->failure.code &&
-           (s->contribution.encoding || trainer_has_work(s) || reduce_has_work(s) || apply_has_work(s) ||
-            catchup_has_work(s));
+           (s->contribution.encoding || trainer_has_work(s) || reduce_has_work(s) ||
+            apply_has_work(s) || catchup_has_work(s));
 }
 
-/* ---- create ---------------------------------------------------------------------------------------------------------- */
+/* ---- create ----------------------------------------------------------------------------- */
 
 static int check_config(const struct sync_config *c, struct err *err) {
     const struct msg_genesis *g = c->genesis;
     if (g->model_count != 1 || g->inner_count != 1 || g->outer_count != 1 || g->corpus_count != 1)
         return err_set(err, ERR_CORRUPT, "the genesis lacks model, inner, outer or corpus");
     const struct msg_outer *o = g->outer;
-    if (o->chunk_elements == 0 || o->heartbeat_ms == 0 || o->silence_ms_max == 0 || g->inner->batch == 0)
-        return err_set(err, ERR_CONFIG, "chunk_elements, heartbeat_ms, silence_ms_max and batch must be positive");
+    if (o->chunk_elements == 0 || o->heartbeat_ms == 0 || o->silence_ms_max == 0 ||
+        g->inner->batch == 0)
+        return err_set(err, ERR_CONFIG,
+                       "chunk_elements, heartbeat_ms, silence_ms_max and batch must be positive");
     if (outer_encoded_bytes((enum outer_codec)o->contribution_codec, 1) == 0 ||
         outer_encoded_bytes((enum outer_codec)o->result_codec, 1) == 0)
-        return err_set(err, ERR_UNSUPPORTED, "this build has no codec %u or %u", o->contribution_codec,
-                       o->result_codec);
-    if (o->fragments > 1) return err_set(err, ERR_UNSUPPORTED, "this build has one fragment, not %u", o->fragments);
+        return err_set(err, ERR_UNSUPPORTED, "this build has no codec %u or %u",
+                       o->contribution_codec, o->result_codec);
+    if (o->fragments > 1)
+        return err_set(err, ERR_UNSUPPORTED, "this build has one fragment, not %u", o->fragments);
     if ((c->elements - 1) / o->chunk_elements >= PROTO_CHUNKS_MAX)
         return err_set(err, ERR_CONFIG, "%llu elements in chunks of %u are more than %u chunks",
                        (unsigned long long)c->elements, o->chunk_elements, PROTO_CHUNKS_MAX);
@@ -535,7 +557,7 @@ void sync_set_before_change(struct sync *s, void (*hook)(void *arg, uint32_t chu
     s->before_change_arg = arg;
 }
 
-/* ---- looking in ----------------------------------------------------------------------------------------------------------- */
+/* ---- looking in ------------------------------------------------------------------------- */
 
 static const char *phase_name(struct sync *s) {
     const struct trainer *t = &s->trainer;
@@ -557,13 +579,23 @@ static const char *phase_name(struct sync *s) {
 void sync_look(const struct sync *cs, struct sync_view *out) {
     struct sync *s = (struct sync *)(uintptr_t)cs;
     *out = (struct sync_view){
-        .term = s->term, .session = s->session, .head_index = s->ledger.count ? s->ledger.count - 1 : 0,
-        .state_index = s->state.whole ? s->state.index : 0, .round = s->ledger.rounds,
-        .plan = s->plan.active ? s->plan.number : 0, .tokens_committed = s->tokens_committed,
-        .settled_index = s->settled, .phase = phase_name(s), .chunk_count = s->chunk_count,
-        .chunks_missing = s->state.missing, .members_live = s->members_live, .bytes_to_peers = s->bytes_to_peers,
-        .bytes_from_peers = s->bytes_from_peers, .contributions_summed = s->summed,
-        .contributions_refused = s->refused, .samples_uncommitted = leases_used(s),
+        .term = s->term,
+        .session = s->session,
+        .head_index = s->ledger.count ? s->ledger.count - 1 : 0,
+        .state_index = s->state.whole ? s->state.index : 0,
+        .round = s->ledger.rounds,
+        .plan = s->plan.active ? s->plan.number : 0,
+        .tokens_committed = s->tokens_committed,
+        .settled_index = s->settled,
+        .phase = phase_name(s),
+        .chunk_count = s->chunk_count,
+        .chunks_missing = s->state.missing,
+        .members_live = s->members_live,
+        .bytes_to_peers = s->bytes_to_peers,
+        .bytes_from_peers = s->bytes_from_peers,
+        .contributions_summed = s->summed,
+        .contributions_refused = s->refused,
+        .samples_uncommitted = leases_used(s),
     };
     if (s->state.whole) out->state_root = s->state.root;
     for (uint32_t i = 0; i < s->peer_count; i++) out->peers += s->peers[i]->open;

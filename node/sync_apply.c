@@ -1,6 +1,7 @@
-/* sync_apply.c - from commit to commit: the result chunks of the oldest commit that the state lacks are
- * fetched from its holders, checked against the ledger's result_root, and applied chunk by chunk in
- * batches. Then the contribution's fate is known, the trainer follows, and the root is shown.
+/* sync_apply.c - from commit to commit: the result chunks of the oldest commit that the state
+ * lacks are fetched from its holders, checked against the ledger's result_root, and applied
+ * chunk by chunk in batches. Then the contribution's fate is known, the trainer follows, and the
+ * root is shown.
  *
  * A chunk that cannot be brought forward like this is left to sync_catchup.c. */
 #include <stdlib.h>
@@ -8,7 +9,7 @@
 
 #include "node/sync_internal.h"
 
-/* ---- which commit ------------------------------------------------------------------------------------ */
+/* ---- which commit ----------------------------------------------------------------------- */
 
 static struct commit *fetch_commit(struct sync *s) { return ledger_commit(s, s->fetch.round); }
 
@@ -39,7 +40,7 @@ bool apply_waits_for_donors(struct sync *s, uint32_t chunk) {
     return !c || c->unavailable;
 }
 
-/* ---- the fetch ------------------------------------------------------------------------------------------ */
+/* ---- the fetch -------------------------------------------------------------------------- */
 
 static void fetch_end(struct sync *s) {
     struct fetch *f = &s->fetch;
@@ -58,7 +59,10 @@ static struct held *held_of(struct sync *s, const struct commit *c, uint32_t sha
     const struct msg_shard *m = &c->body.shards[shard];
     if (m->aggregator != s->config.member && m->holder != s->config.member) return NULL;
     struct held *h = results_find(s, c->term, c->body.plan, c->body.round, shard);
-    return h && h->leaves.first == m->first && h->leaves.leaves_count == m->count && h->codec == c->body.codec ? h : NULL;
+    return h && h->leaves.first == m->first && h->leaves.leaves_count == m->count &&
+                   h->codec == c->body.codec
+               ? h
+               : NULL;
 }
 
 static const uint8_t *data_of(struct sync *s, const struct commit *c, uint32_t k) {
@@ -90,7 +94,8 @@ static void check_leaves(struct sync *s, const struct commit *c) {
         count_ready(s, c);
         return;
     }
-    sync_log(s, SYNC_WARNING, "the results of round %llu are not those that were committed; asking others",
+    sync_log(s, SYNC_WARNING,
+             "the results of round %llu are not those that were committed; asking others",
              (unsigned long long)c->body.round);
     for (uint32_t i = 0; i < c->body.shards_count; i++) {
         f->shard[i].leaves_have = f->shard[i].asking = f->shard[i].held = false;
@@ -104,7 +109,8 @@ static void take_held(struct sync *s, const struct commit *c) {
     for (uint32_t i = 0; i < c->body.shards_count; i++) {
         const struct held *h = held_of(s, c, i);
         if (!h) continue;
-        memcpy(f->leaves + h->leaves.first, h->leaves.leaves, h->leaves.leaves_count * sizeof *f->leaves);
+        memcpy(f->leaves + h->leaves.first, h->leaves.leaves,
+               h->leaves.leaves_count * sizeof *f->leaves);
         f->shard[i].leaves_have = f->shard[i].held = true;
     }
     check_leaves(s, c);
@@ -136,7 +142,7 @@ static void fetch_begin(struct sync *s, const struct commit *c) {
     take_held(s, c);
 }
 
-/* ---- asking holders ----------------------------------------------------------------------------------------- */
+/* ---- asking holders --------------------------------------------------------------------- */
 
 static uint32_t candidate(const struct sync *s, const struct commit *c, uint32_t shard) {
     const struct msg_shard *m = &c->body.shards[shard];
@@ -155,6 +161,7 @@ static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
     }
     f->shard[shard].asking = f->shard[shard].dialling = false;
     f->shard[shard].turn ^= 1;
+    f->shard[shard].asked_ms = s->now;
     if (f->shard[shard].refusals < UINT8_MAX) f->shard[shard].refusals++;
 }
 
@@ -183,7 +190,8 @@ static void ask(struct sync *s, const struct commit *c, uint32_t shard, struct p
     bool data_too = s->fetch.verified || c->body.shards_count == 1;
     uint32_t n = data_too ? choose(s, c, shard, chunks) : 0;
     if (n || !fs->leaves_have) {
-        struct msg_result_get get = {.round = c->body.round, .plan = c->body.plan, .chunks = {chunks, (uint32_t)bytes}};
+        struct msg_result_get get = {
+            .round = c->body.round, .plan = c->body.plan, .chunks = {chunks, (uint32_t)bytes}};
         peer_send(s, p, MSG_RESULT_GET, c->term, c->body.plan, &get, bytes);
         fs->asking = true;
         fs->dialling = false;
@@ -203,8 +211,11 @@ static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     struct fetch *f = &s->fetch;
     struct fetch_shard *fs = &f->shard[shard];
     if (fs->held || (fs->leaves_have && shard_is_complete(s, c, shard))) return;
-    if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms) turn_away(s, c, shard);
+    if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms)
+        turn_away(s, c, shard);
     if (fs->asking && (!fs->leaves_have || f->window > SYNC_WINDOW_BYTES / 2)) return;
+    /* Both said no: not at once again. */
+    if (!fs->asking && fs->refusals >= 2 && s->now - fs->asked_ms < s->outer->heartbeat_ms) return;
     uint32_t from = candidate(s, c, shard);
     struct peer *p = from == s->config.member ? NULL : peer_link(s, from);
     if (p && p->open) {
@@ -217,7 +228,8 @@ static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     }
 }
 
-/* Both holders of a shard said no, or nothing came for long: members who have the state are asked. */
+/* Both holders of a shard said no, or nothing came for long: members who have the state are
+ * asked. */
 static bool is_hopeless(const struct sync *s, const struct commit *c) {
     const struct fetch *f = &s->fetch;
     uint64_t silent = s->now - f->progress_ms;
@@ -247,7 +259,7 @@ void apply_pump(struct sync *s) {
     fetch_end(s);
 }
 
-/* ---- answers --------------------------------------------------------------------------------------------------- */
+/* ---- answers ---------------------------------------------------------------------------- */
 
 void apply_on_holders(struct sync *s, const struct msg_holders *msg) {
     peer_set_addresses(s, msg->addresses, msg->addresses_count);
@@ -261,7 +273,8 @@ void apply_on_holders(struct sync *s, const struct msg_holders *msg) {
 }
 
 /* The commit a frame's results belong to, if that is the one being fetched. */
-static struct commit *fetched(struct sync *s, const struct frame *f, uint32_t fragment, uint64_t round) {
+static struct commit *fetched(struct sync *s, const struct frame *f, uint32_t fragment,
+                              uint64_t round) {
     if (!s->fetch.active || fragment != 0 || round != s->fetch.round) return NULL;
     struct commit *c = fetch_commit(s);
     return c && f->term == c->term && f->plan == c->body.plan ? c : NULL;
@@ -278,7 +291,8 @@ void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *
     struct commit *c = fetched(s, f, msg->fragment, msg->round);
     for (uint32_t i = 0; c && i < c->body.shards_count; i++) {
         const struct msg_shard *m = &c->body.shards[i];
-        if (m->first != msg->first || candidate(s, c, i) != p->id || !s->fetch.shard[i].asking) continue;
+        if (m->first != msg->first || candidate(s, c, i) != p->id || !s->fetch.shard[i].asking)
+            continue;
         if (msg->leaves_count != m->count) {
             peer_close(s, p, "its results have another number of chunks");
             return;
@@ -295,23 +309,29 @@ void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *
 static bool result_is_right(struct sync *s, const struct commit *c, const struct msg_result *msg) {
     uint32_t k = msg->chunk;
     size_t n = chunk_elements(s, s->fragment.chunk[k]);
-    if (msg->codec != c->body.codec || msg->data.length != encoded_bytes(s, (enum outer_codec)msg->codec, k))
+    if (msg->codec != c->body.codec ||
+        msg->data.length != encoded_bytes(s, (enum outer_codec)msg->codec, k))
         return false;
     struct digest leaf = digest_leaf(k, msg->data.data, msg->data.length);
     if (!digest_equal(&leaf, &s->fetch.leaves[k].digest)) return false;
-    return outer_check(msg->data.data, msg->data.length, n, (enum outer_codec)msg->codec, NULL) == 0;
+    return outer_check(msg->data.data, msg->data.length, n, (enum outer_codec)msg->codec, NULL) ==
+           0;
 }
 
 static uint32_t shard_of(const struct commit *c, uint32_t k) {
     uint32_t i = 0;
-    while (i + 1 < c->body.shards_count && k - c->body.shards[i].first >= c->body.shards[i].count) i++;
+    while (i + 1 < c->body.shards_count && k - c->body.shards[i].first >= c->body.shards[i].count)
+        i++;
     return i;
 }
 
-void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame, const struct msg_result *msg) {
+void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
+                     const struct msg_result *msg) {
     struct fetch *f = &s->fetch;
     struct commit *c = fetched(s, frame, msg->fragment, msg->round);
-    if (!c || !f->verified || msg->chunk >= s->fragment.count || !proto_set_has(f->asked, msg->chunk)) return;
+    if (!c || !f->verified || msg->chunk >= s->fragment.count ||
+        !proto_set_has(f->asked, msg->chunk))
+        return;
     if (!result_is_right(s, c, msg)) {
         peer_close(s, p, "a result is not what was committed");
         return;
@@ -333,15 +353,17 @@ void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
 void apply_on_peer_closed(struct sync *s, const struct peer *p) {
     struct commit *c = s->fetch.active ? fetch_commit(s) : NULL;
     for (uint32_t i = 0; c && i < c->body.shards_count; i++)
-        if (candidate(s, c, i) == p->id && (s->fetch.shard[i].asking || s->fetch.shard[i].dialling)) turn_away(s, c, i);
+        if (candidate(s, c, i) == p->id && (s->fetch.shard[i].asking || s->fetch.shard[i].dialling))
+            turn_away(s, c, i);
 }
 
-/* ---- applying ---------------------------------------------------------------------------------------------------- */
+/* ---- applying --------------------------------------------------------------------------- */
 
 static bool is_batch_ready(const struct sync *s) {
     const struct fetch *f = &s->fetch;
-    return f->ready && (f->outstanding == 0 || (uint64_t)f->ready * s->chunk_elements >= SYNC_BATCH_ELEMENTS ||
-                        f->ready >= SYNC_BATCH_CHUNKS);
+    return f->ready &&
+           (f->outstanding == 0 || (uint64_t)f->ready * s->chunk_elements >= SYNC_BATCH_ELEMENTS ||
+            f->ready >= SYNC_BATCH_CHUNKS);
 }
 
 bool apply_has_work(struct sync *s) {
@@ -361,7 +383,9 @@ static int step_chunk(struct sync *s, const struct commit *c, uint32_t k) {
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     enum outer_codec codec = (enum outer_codec)c->body.codec;
     float *anchor = s->state.anchor + first;
-    if (outer_decode(s->scratch, data_of(s, c, k), encoded_bytes(s, codec, k), n, codec, &s->failure)) return -1;
+    if (outer_decode(s->scratch, data_of(s, c, k), encoded_bytes(s, codec, k), n, codec,
+                     &s->failure))
+        return -1;
     memcpy(s->scratch2, anchor, n * sizeof *anchor);
     outer_nesterov(anchor, s->state.momentum + first, s->scratch, n, c->body.lr, c->body.momentum);
     return 0;
@@ -373,7 +397,8 @@ static int apply_chunk(struct sync *s, const struct commit *c, uint32_t k) {
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     bool summed = commit_summed(c, k, own_contributor(s, c));
     if (step_chunk(s, c, k)) return -1;
-    if (trainer_follows(s)) trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
+    if (trainer_follows(s))
+        trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
     if (summed && own->residual)
         memcpy(own->residual + first, own->residual_next + first, n * sizeof *own->residual);
     return 0;
@@ -425,7 +450,7 @@ int apply_work(struct sync *s) {
     return 0;
 }
 
-/* ---- at a new index ------------------------------------------------------------------------------------------------- */
+/* ---- at a new index --------------------------------------------------------------------- */
 
 /* Once per state: a member that says nothing holds up what the others may delete. */
 void apply_show_root(struct sync *s) {

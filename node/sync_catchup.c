@@ -1,13 +1,14 @@
-/* sync_catchup.c - chunks of state that no results can bring forward come from members who have them,
- * each checked against the agreed root of its version; a fresh run's first state is derived from the
- * genesis. The same file serves them to others, and moves AdamW's second moments to a joiner. */
+/* sync_catchup.c - chunks of state that no results can bring forward come from members who have
+ * them, each checked against the agreed root of its version; a fresh run's first state is
+ * derived from the genesis. The same file serves them to others, and moves AdamW's second
+ * moments to a joiner. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "node/sync_internal.h"
 
-/* ---- what is needed ------------------------------------------------------------------------------------ */
+/* ---- what is needed --------------------------------------------------------------------- */
 
 bool catchup_busy(struct sync *s) {
     if (state_current(s)) return false;
@@ -43,9 +44,10 @@ static size_t state_bytes(const struct sync *s, uint32_t chunk) {
     return 2 * sizeof(float) * chunk_elements(s, chunk);
 }
 
-/* ---- donors ------------------------------------------------------------------------------------------------ */
+/* ---- donors ----------------------------------------------------------------------------- */
 
-void catchup_set_donors(struct sync *s, const struct msg_address *list, uint32_t count, bool replace) {
+void catchup_set_donors(struct sync *s, const struct msg_address *list, uint32_t count,
+                        bool replace) {
     struct catchup *cu = &s->catchup;
     peer_set_addresses(s, list, count);
     if (replace) cu->donor_count = 0;
@@ -73,12 +75,18 @@ static void forget_questions(struct sync *s) {
     cu->early = false;
 }
 
-static uint32_t donor_now(const struct catchup *cu) { return cu->donors[cu->turn % cu->donor_count]; }
+static uint32_t donor_now(const struct catchup *cu) {
+    return cu->donors[cu->turn % cu->donor_count];
+}
 
 /* What was asked for is not coming. */
 static void next_donor(struct sync *s) {
+    struct catchup *cu = &s->catchup;
     forget_questions(s);
-    s->catchup.turn++;
+    cu->turn++;
+    /* Once round, and nobody had it: not at once again. */
+    if (cu->donor_count && cu->turn % cu->donor_count == 0)
+        cu->rest_ms = s->now + s->outer->heartbeat_ms;
 }
 
 void catchup_on_root(struct sync *s, const struct msg_root *msg) {
@@ -89,14 +97,15 @@ void catchup_on_root(struct sync *s, const struct msg_root *msg) {
 int catchup_on_resync(struct sync *s, const struct msg_resync *msg) {
     catchup_set_donors(s, msg->donors, msg->donors_count, true);
     ledger_note_root(s, msg->index, &msg->root);
-    if (!s->state.whole || s->state.index != msg->index || digest_equal(&s->state.root, &msg->root)) return 0;
+    if (!s->state.whole || s->state.index != msg->index || digest_equal(&s->state.root, &msg->root))
+        return 0;
     sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching it anew",
              (unsigned long long)msg->index);
     catchup_forget_state(s);
     return s->failure.code ? -1 : 0;
 }
 
-/* ---- asking -------------------------------------------------------------------------------------------------- */
+/* ---- asking ----------------------------------------------------------------------------- */
 
 static bool is_ready(const struct catchup *cu, uint32_t chunk) {
     for (uint32_t i = 0; i < cu->ready_count; i++)
@@ -111,14 +120,16 @@ static void ask_donor(struct sync *s, struct peer *p) {
     if (!chunks) return;
     uint32_t n = 0;
     for (uint32_t c = 0; c < s->chunk_count && cu->window < SYNC_WINDOW_BYTES; c++) {
-        if (proto_set_has(cu->asked, c) || !apply_waits_for_donors(s, c) || is_ready(cu, c)) continue;
+        if (proto_set_has(cu->asked, c) || !apply_waits_for_donors(s, c) || is_ready(cu, c))
+            continue;
         proto_set_add(cu->asked, c);
         proto_set_add(chunks, c);
         cu->outstanding++;
         cu->window += state_bytes(s, c);
         n++;
     }
-    struct msg_state_get get = {.index_min = ledger_head_version(s), .chunks = {chunks, (uint32_t)bytes}};
+    struct msg_state_get get = {.index_min = ledger_head_version(s),
+                                .chunks = {chunks, (uint32_t)bytes}};
     if (n) {
         peer_send(s, p, MSG_STATE_GET, s->term, 0, &get, bytes);
         cu->asked_ms = s->now;
@@ -138,14 +149,11 @@ static void ask_donors(struct sync *s) {
     struct digest root;
     if (cu->donor_count == 0 || !ledger_root(s, ledger_head_version(s), &root)) return;
     if (cu->asked_ms && s->now - cu->asked_ms >= 2 * s->outer->heartbeat_ms) next_donor(s);
-    if (cu->outstanding && cu->window > SYNC_WINDOW_BYTES / 2) return;
+    if (s->now < cu->rest_ms || (cu->outstanding && cu->window > SYNC_WINDOW_BYTES / 2)) return;
     struct peer *p = peer_link(s, donor_now(cu));
-    if (p && p->open)
-        ask_donor(s, p);
-    else if (!peer_reachable(s, donor_now(cu)))
-        cu->turn++;
-    else if (!cu->asked_ms)
-        cu->asked_ms = s->now; /* the link is being made */
+    if (p && p->open) ask_donor(s, p);
+    else if (!peer_reachable(s, donor_now(cu))) cu->turn++;
+    else if (!cu->asked_ms) cu->asked_ms = s->now; /* the link is being made */
 }
 
 void catchup_pump(struct sync *s) {
@@ -159,19 +167,21 @@ void catchup_pump(struct sync *s) {
     if (!cu->initialising) ask_donors(s);
 }
 
-/* ---- answers ---------------------------------------------------------------------------------------------------- */
+/* ---- answers ---------------------------------------------------------------------------- */
 
 static bool state_is_right(struct sync *s, const struct msg_state *msg, const struct digest *root) {
     size_t half = chunk_elements(s, msg->chunk) * sizeof(float);
     if (msg->data.length != 2 * half || msg->version != msg->index) return false;
-    struct digest leaf = digest_leaf2(msg->chunk, msg->data.data, half, msg->data.data + half, half);
+    struct digest leaf = digest_leaf2(msg->chunk, msg->data.data, half, msg->data.data + half,
+                                      half);
     return digest_tree_verify(root, &leaf, msg->chunk, s->chunk_count, msg->path, msg->path_count);
 }
 
 static void keep_chunk(struct sync *s, const struct msg_state *msg) {
     struct catchup *cu = &s->catchup;
     if (sync_grow(s, &cu->ready, cu->ready_count, &cu->ready_capacity, sizeof *cu->ready)) return;
-    struct donor_chunk d = {.chunk = msg->chunk, .version = msg->version, .data = sync_alloc(s, msg->data.length, 1)};
+    struct donor_chunk d = {
+        .chunk = msg->chunk, .version = msg->version, .data = sync_alloc(s, msg->data.length, 1)};
     if (!d.data) return;
     memcpy(d.data, msg->data.data, msg->data.length);
     cu->ready[cu->ready_count++] = d;
@@ -191,7 +201,8 @@ void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *ms
     cu->outstanding--;
     cu->window -= state_bytes(s, msg->chunk);
     cu->asked_ms = s->now;
-    bool newer = s->state.version[msg->chunk] == SYNC_MISSING || msg->version > s->state.version[msg->chunk];
+    bool newer = s->state.version[msg->chunk] == SYNC_MISSING ||
+                 msg->version > s->state.version[msg->chunk];
     if (!newer) return;
     if (!state_is_right(s, msg, &root)) {
         peer_close(s, p, "a chunk of its state is not the run's");
@@ -202,36 +213,41 @@ void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *ms
 
 void catchup_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
     (void)msg;
-    if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id) next_donor(s);
+    if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id)
+        next_donor(s);
 }
 
 void catchup_on_peer_closed(struct sync *s, const struct peer *p) {
-    if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id) next_donor(s);
-    if (s->trainer.moments_in && s->trainer.moments_peer == p->id) moments_on_none(s, peer_find(s, p->id));
+    if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id)
+        next_donor(s);
+    if (s->trainer.moments_in && s->trainer.moments_peer == p->id)
+        moments_on_none(s, peer_find(s, p->id));
 }
 
-/* ---- storing ----------------------------------------------------------------------------------------------------- */
+/* ---- storing ---------------------------------------------------------------------------- */
 
 bool catchup_has_work(struct sync *s) {
     const struct catchup *cu = &s->catchup;
     if (!trainer_takes_changes(s)) return false;
     if (cu->initialising && s->state.missing) return true;
     return cu->ready_count &&
-           (cu->outstanding == 0 || (uint64_t)cu->ready_count * s->chunk_elements >= SYNC_BATCH_ELEMENTS);
+           (cu->outstanding == 0 ||
+            (uint64_t)cu->ready_count * s->chunk_elements >= SYNC_BATCH_ELEMENTS);
 }
 
-static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor, const float *momentum) {
+static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor,
+                        const float *momentum) {
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     bool was_missing = s->state.version[chunk] == SYNC_MISSING;
     const struct contribution *own = &s->contribution;
     struct commit *c = own->frozen ? ledger_commit_after(s, own->ready.base_index) : NULL;
     bool summed = c && own->ready.base_index == s->state.version[chunk] &&
-                  commit_summed(c, chunk, commit_contributor(c, s->config.member, &own->ready.root));
+                  commit_summed(c, chunk,
+                                commit_contributor(c, s->config.member, &own->ready.root));
     memcpy(s->scratch2, s->state.anchor + first, n * sizeof *anchor);
     memcpy(s->state.anchor + first, anchor, n * sizeof *anchor);
     memcpy(s->state.momentum + first, momentum, n * sizeof *momentum);
-    if (trainer_follows(s) && was_missing)
-        trainer_lose_work(s, "a chunk of the state was lost");
+    if (trainer_follows(s) && was_missing) trainer_lose_work(s, "a chunk of the state was lost");
     else if (trainer_follows(s))
         trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
     if (summed && own->residual)
@@ -262,7 +278,8 @@ static uint32_t drop_outdated(struct sync *s) {
 
 static int store_ready(struct sync *s) {
     struct catchup *cu = &s->catchup;
-    uint32_t chunks[SYNC_BATCH_CHUNKS], n = drop_outdated(s), most = SYNC_BATCH_ELEMENTS / s->chunk_elements + 1;
+    uint32_t chunks[SYNC_BATCH_CHUNKS], n = drop_outdated(s),
+                                        most = SYNC_BATCH_ELEMENTS / s->chunk_elements + 1;
     uint64_t versions[SYNC_BATCH_CHUNKS];
     if (most > SYNC_BATCH_CHUNKS) most = SYNC_BATCH_CHUNKS;
     if (n > most) n = most;
@@ -289,7 +306,8 @@ static int initialise(struct sync *s) {
     uint32_t chunks[SYNC_BATCH_CHUNKS] = {0}, n = 0;
     uint64_t versions[SYNC_BATCH_CHUNKS] = {0};
     size_t elements = 0;
-    for (uint32_t c = 0; c < s->chunk_count && n < SYNC_BATCH_CHUNKS && elements < SYNC_WORK_ELEMENTS; c++) {
+    for (uint32_t c = 0;
+         c < s->chunk_count && n < SYNC_BATCH_CHUNKS && elements < SYNC_WORK_ELEMENTS; c++) {
         if (s->state.version[c] != SYNC_MISSING) continue;
         chunks[n++] = c;
         elements += chunk_elements(s, c);
@@ -306,12 +324,13 @@ static int initialise(struct sync *s) {
 }
 
 int catchup_work(struct sync *s) {
-    int rc = s->catchup.initialising ? initialise(s) : store_ready(s);
-    if (rc == 0) apply_arrived(s);
-    return rc;
+    uint64_t progress = s->progress;
+    if (s->catchup.initialising ? initialise(s) : store_ready(s)) return -1;
+    if (s->progress != progress) apply_arrived(s);
+    return 0;
 }
 
-/* ---- serving the state ---------------------------------------------------------------------------------------------- */
+/* ---- serving the state ------------------------------------------------------------------ */
 
 void catchup_on_state_get(struct sync *s, struct peer *p, const struct msg_state_get *msg) {
     size_t bytes = bitmap_bytes(s->chunk_count);
@@ -337,7 +356,10 @@ static void send_state(struct sync *s, struct peer *p, uint32_t chunk) {
     memcpy(data, s->state.anchor + first, half);
     memcpy(data + half, s->state.momentum + first, half);
     struct msg_state state = {
-        .chunk = chunk, .version = s->state.version[chunk], .index = s->state.index, .path = path,
+        .chunk = chunk,
+        .version = s->state.version[chunk],
+        .index = s->state.index,
+        .path = path,
         .path_count = (uint32_t)digest_tree_path(s->state.leaf, s->chunk_count, chunk, path),
         .data = {data, (uint32_t)(2 * half)},
     };
@@ -364,12 +386,13 @@ bool catchup_send_state(struct sync *s, struct peer *p) {
     return true;
 }
 
-/* ---- second moments: serving ------------------------------------------------------------------------------------------ */
+/* ---- second moments: serving ------------------------------------------------------------ */
 
 void moments_refuse_all(struct sync *s) {
     for (uint32_t i = 0; i < s->peer_count; i++) {
         struct peer *p = s->peers[i];
-        if (p->moments && p->open) peer_none(s, p, MSG_MOMENTS_GET, s->term, 0, 0, "no trainer here has any");
+        if (p->moments && p->open)
+            peer_none(s, p, MSG_MOMENTS_GET, s->term, 0, 0, "no trainer here has any");
         p->moments = false;
     }
 }
@@ -403,8 +426,10 @@ bool moments_send_next(struct sync *s, struct peer *p) {
     if (!p->moments || !t->moments) return false;
     uint32_t chunk = p->moments_next++;
     size_t bytes = chunk_elements(s, chunk) * sizeof(float);
-    struct msg_moments msg = {.chunk = chunk, .steps = t->export_steps,
-                              .data = {(const uint8_t *)(t->moments + chunk_first(s, chunk)), (uint32_t)bytes}};
+    struct msg_moments msg = {
+        .chunk = chunk,
+        .steps = t->export_steps,
+        .data = {(const uint8_t *)(t->moments + chunk_first(s, chunk)), (uint32_t)bytes}};
     peer_send(s, p, MSG_MOMENTS, s->term, 0, &msg, bytes);
     if (p->moments_next < s->chunk_count) return true;
     p->moments = false;
@@ -414,7 +439,7 @@ bool moments_send_next(struct sync *s, struct peer *p) {
     return true;
 }
 
-/* ---- second moments: fetching --------------------------------------------------------------------------------------------- */
+/* ---- second moments: fetching ----------------------------------------------------------- */
 
 void moments_abort(struct sync *s) {
     struct trainer *t = &s->trainer;
@@ -427,8 +452,8 @@ void moments_abort(struct sync *s) {
 
 /* The next member to ask: any that can be reached, in the order we came to know them. */
 static struct peer *next_source(struct sync *s) {
-    for (; s->trainer.moments_tries < s->peer_count; s->trainer.moments_tries++) {
-        struct peer *p = s->peers[s->trainer.moments_tries];
+    for (; s->trainer.moments_next < s->peer_count; s->trainer.moments_next++) {
+        struct peer *p = s->peers[s->trainer.moments_next];
         if (p->open || p->port) return p;
     }
     return NULL;
@@ -436,7 +461,9 @@ static struct peer *next_source(struct sync *s) {
 
 static void ask_moments(struct sync *s, struct peer *p) {
     struct trainer *t = &s->trainer;
-    if (!t->moments_in && !(t->moments_in = sync_alloc(s, s->config.elements, sizeof *t->moments_in))) return;
+    if (!t->moments_in &&
+        !(t->moments_in = sync_alloc(s, s->config.elements, sizeof *t->moments_in)))
+        return;
     peer_send(s, p, MSG_MOMENTS_GET, s->term, 0, &(struct msg_moments_get){0}, 0);
     t->moments_peer = p->id;
     t->moments_got = 0;
@@ -451,7 +478,8 @@ bool moments_pending(struct sync *s) {
     if (!t->want_moments) return false;
     if (t->moments_in && t->moments_got == s->chunk_count) return false;
     if (!s->synced) return false; /* it goes on with what it has */
-    struct peer *p = s->ledger.rounds && t->moments_tries < SYNC_MOMENTS_TRIES_MAX ? next_source(s) : NULL;
+    bool worth_it = s->ledger.rounds > 0 && t->moments_tries < SYNC_MOMENTS_TRIES_MAX;
+    struct peer *p = worth_it ? next_source(s) : NULL;
     if (!p) {
         moments_abort(s);
         return false;
@@ -469,6 +497,7 @@ void moments_on_none(struct sync *s, struct peer *p) {
     struct trainer *t = &s->trainer;
     if (!t->want_moments || (t->moments_peer && t->moments_peer != p->id)) return;
     t->moments_tries++;
+    t->moments_next++;
     t->moments_peer = 0;
     t->moments_got = 0;
     t->moments_ms = 0;
@@ -482,7 +511,9 @@ static bool moments_make_sense(const float *x, size_t n) {
 
 void moments_on_chunk(struct sync *s, struct peer *p, const struct msg_moments *msg) {
     struct trainer *t = &s->trainer;
-    if (!t->moments_in || t->moments_peer != p->id || msg->chunk != t->moments_got || msg->chunk >= s->chunk_count) return;
+    if (!t->moments_in || t->moments_peer != p->id || msg->chunk != t->moments_got ||
+        msg->chunk >= s->chunk_count)
+        return;
     size_t first = chunk_first(s, msg->chunk), n = chunk_elements(s, msg->chunk);
     bool fits = msg->data.length == n * sizeof(float) && msg->steps > 0;
     if (fits) memcpy(t->moments_in + first, msg->data.data, n * sizeof(float));

@@ -1,4 +1,5 @@
-/* sync_internal.h - the state of a member's machine, shared by the files sync*.c and by nobody else.
+/* sync_internal.h - the state of a member's machine, shared by the files sync*.c and by nobody
+ * else.
  *
  *   sync.c          create, the switch over events, actions, the coordinator's link, looking in
  *   sync_ledger.c   the ledger, the commits in it, the roster
@@ -12,28 +13,31 @@
  *   sync_catchup.c  chunks of state from other members, second moments for a joiner
  *   sync_peer.c     links to other members: dialling, flow control
  *
- * Functions that can meet the disk return 0 or -1 with s->failure filled in; the machine then stops. */
+ * Functions that can meet the disk return 0 or -1 with s->failure filled in; the machine then
+ * stops. */
 #ifndef INTELLECT_SYNC_INTERNAL_H
 #define INTELLECT_SYNC_INTERNAL_H
 
 #include "kernels/kernels.h"
 #include "node/sync.h"
 
-/* ---- limits ---------------------------------------------------------------------------------- */
+/* ---- limits ----------------------------------------------------------------------------- */
 
-#define SYNC_MISSING UINT64_MAX             /* version of a chunk that is not there */
-#define SYNC_PEER_UNSENT_MAX (8u << 20)     /* assumed unsent bytes to one peer, above which bulk waits */
-#define SYNC_WINDOW_BYTES (32u << 20)       /* of results or state: asked for and not yet applied */
-#define SYNC_WORK_ELEMENTS (2u << 20)       /* arithmetic of one SYNC_EV_WORK */
-#define SYNC_BATCH_ELEMENTS (4u << 20)      /* of state changed under one journal, 32 MiB with momentum */
-#define SYNC_BATCH_CHUNKS 1024u
-#define SYNC_COMMITS_KEPT 64u               /* decoded; the ledger itself is kept whole */
-#define SYNC_RESULTS_KEPT 8u                /* rounds whose results are held: names on disk */
-#define SYNC_LEDGER_SEGMENT 64u             /* entries in one blob */
-#define SYNC_DONORS_MAX 16u
+#define SYNC_MISSING UINT64_MAX /* version of a chunk that is not there */
+#define SYNC_PEER_UNSENT_MAX \
+    (8u << 20) /* assumed unsent bytes to one peer, above which bulk waits */
+#define SYNC_WINDOW_BYTES  (32u << 20) /* of results or state: asked for and not yet applied */
+#define SYNC_WORK_ELEMENTS (2u << 20)  /* arithmetic of one SYNC_EV_WORK */
+#define SYNC_BATCH_ELEMENTS \
+    (4u << 20) /* of state changed under one journal, 32 MiB with momentum */
+#define SYNC_BATCH_CHUNKS      1024u
+#define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
+#define SYNC_RESULTS_KEPT      8u  /* rounds whose results are held: names on disk */
+#define SYNC_LEDGER_SEGMENT    64u /* entries in one blob */
+#define SYNC_DONORS_MAX        16u
 #define SYNC_MOMENTS_TRIES_MAX 3u
 
-/* ---- parts ------------------------------------------------------------------------------------ */
+/* ---- parts ------------------------------------------------------------------------------ */
 
 /* A set of chunks that is synchronised together: for now one, the whole vector. Chunk k of the
  * fragment is chunk `chunk[k]` of the state. */
@@ -44,12 +48,12 @@ struct fragment {
 
 /* One outer step of the ledger. */
 struct commit {
-    uint64_t index, term;   /* of its entry */
+    uint64_t index, term; /* of its entry */
     uint64_t seen_ms;
     struct msg_commit body; /* owned */
     bool root_known;        /* of the state after it */
     struct digest root;
-    bool unavailable;       /* its results cannot be had: donors are asked */
+    bool unavailable; /* its results cannot be had: donors are asked */
 };
 
 struct ledger {
@@ -68,16 +72,16 @@ struct state {
     uint8_t *index_map;           /* mapped: header, then one entry per chunk */
     uint64_t *version;            /* [chunk_count], as in the map */
     struct msg_digest_item *leaf; /* [chunk_count], of anchor and momentum */
-    bool whole;                   /* every chunk is of version `index`; only then are the next two valid */
+    bool whole; /* every chunk is of version `index`; only then are the next two valid */
     uint64_t index;
     struct digest root;
     uint32_t missing;
-    uint64_t told_index;          /* newest index whose ROOT was sent on this connection */
+    uint64_t told_index; /* newest index whose ROOT was sent on this connection */
     bool told;
 };
 
-/* Samples of one lease: [start, used) are in the trainer's uncommitted work, [used, sent) are queued
- * in it, [sent, end) are not given out yet. */
+/* Samples of one lease: [start, used) are in the trainer's uncommitted work, [used, sent) are
+ * queued in it, [sent, end) are not given out yet. */
 struct grant {
     uint64_t lease, start, used, sent, end;
     uint32_t generation;
@@ -86,12 +90,12 @@ struct grant {
 struct leases {
     struct grant grant[PROTO_LEASES_MAX]; /* in the order the trainer gets them */
     uint32_t count;
-    bool known;      /* a list came on this connection */
-    bool deferred;   /* `list` waits until the contribution is decided */
+    bool known;    /* a list came on this connection */
+    bool deferred; /* `list` waits until the contribution is decided */
     struct msg_lease list[PROTO_LEASES_MAX];
     uint32_t list_count;
-    bool asked;      /* a LEASE_ASK is not answered yet */
-    bool dry;        /* the last answer granted nothing new */
+    bool asked;                       /* a LEASE_ASK is not answered yet */
+    bool dry;                         /* the last answer granted nothing new */
     uint64_t asked_ms, round_samples; /* round_samples: of the last contribution; 0 = none yet */
 };
 
@@ -107,23 +111,24 @@ struct trainer {
     enum trainer_state state;
     float *slot;
     uint8_t *ops;
-    bool slot_busy;       /* handed over, not answered: nothing is written */
-    bool slot_dirty;      /* ops that are not KEEP: an APPLY is due */
-    bool resetting;       /* slot_busy is about a RESET */
-    bool importing;       /* ... about MOMENTS_IMPORT */
+    bool slot_busy;  /* handed over, not answered: nothing is written */
+    bool slot_dirty; /* ops that are not KEEP: an APPLY is due */
+    bool resetting;  /* slot_busy is about a RESET */
+    bool importing;  /* ... about MOMENTS_IMPORT */
     bool need_reset;
-    bool filling;         /* the slot is being filled with the anchor, up to `fill_next` */
+    bool filling; /* the slot is being filled with the anchor, up to `fill_next` */
     uint32_t fill_next;
-    uint32_t lives;       /* TRAINER_UPs so far */
-    const float *local;   /* valid while FROZEN */
+    uint32_t lives;                                     /* TRAINER_UPs so far */
+    const float *local;                                 /* valid while FROZEN */
     uint64_t steps, round_steps, steps_total, round_ms; /* round_ms: when the base was applied */
     double loss, loss_sum, tokens_per_s;
     uint64_t loss_count;
     /* second moments of another member, for a trainer that has none */
     bool want_moments;
-    uint32_t moments_tries, moments_peer, moments_got;
+    uint32_t moments_tries, moments_next, moments_peer,
+        moments_got; /* next: place in the list of peers */
     uint64_t moments_ms, moments_steps;
-    float *moments_in;     /* owned, [elements]; NULL when none are being fetched */
+    float *moments_in; /* owned, [elements]; NULL when none are being fetched */
     /* second moments for other members */
     bool exporting;
     const float *moments;
@@ -131,15 +136,15 @@ struct trainer {
 };
 
 struct contribution {
-    bool encoding;              /* chunks [0, next) are done */
+    bool encoding; /* chunks [0, next) are done */
     uint32_t next;
     double norm2;
     float absmax;
-    bool frozen;                /* bytes and READY are durable */
-    bool announced;             /* on this connection */
+    bool frozen;    /* bytes and READY are durable */
+    bool announced; /* on this connection */
     uint64_t announced_ms;
-    struct msg_ready ready;     /* owned */
-    uint8_t *bytes;             /* mapped: encoded chunks, one after the other */
+    struct msg_ready ready; /* owned */
+    uint8_t *bytes;         /* mapped: encoded chunks, one after the other */
     struct msg_digest_item *leaves;
     float *residual, *residual_next; /* mapped; NULL with a codec that loses nothing */
 };
@@ -157,17 +162,17 @@ enum shard_role { SHARD_AGGREGATE, SHARD_HOLD };
 struct shard_work {
     uint32_t shard, first, count;
     enum shard_role role;
-    uint8_t *data;                   /* encoded result chunks, [shard_bytes] */
-    struct msg_digest_item *leaves;  /* [count], zero = weight 0 */
-    uint8_t *sets;                   /* [count][set_bytes] */
-    uint64_t *weights;               /* [count] */
-    bool *finished;                  /* [count] */
+    uint8_t *data;                  /* encoded result chunks, [shard_bytes] */
+    struct msg_digest_item *leaves; /* [count], zero = weight 0 */
+    uint8_t *sets;                  /* [count][set_bytes] */
+    uint64_t *weights;              /* [count] */
+    bool *finished;                 /* [count] */
     uint32_t finished_count;
-    int64_t **sums;                  /* aggregator: [count], only for chunks in work */
-    bool recheck;                    /* aggregator: a contributor was dropped */
-    uint32_t own_next;               /* aggregator: next chunk of its own contribution */
-    bool leaves_known;               /* holder: RESULT_LEAVES came */
-    uint64_t asked_ms;               /* holder: of the last question or answer; 0 = none yet */
+    int64_t **sums;    /* aggregator: [count], only for chunks in work */
+    bool recheck;      /* aggregator: a contributor was dropped */
+    uint32_t own_next; /* aggregator: next chunk of its own contribution */
+    bool leaves_known; /* holder: RESULT_LEAVES came */
+    uint64_t asked_ms; /* holder: of the last question or answer; 0 = none yet */
     bool done, reported;
     uint64_t reported_ms;
 };
@@ -175,11 +180,11 @@ struct shard_work {
 struct plan {
     bool active;
     uint64_t term, number;
-    struct msg_plan msg;      /* owned */
-    uint64_t weight;          /* of all contributors */
+    struct msg_plan msg; /* owned */
+    uint64_t weight;     /* of all contributors */
     uint32_t set_bytes;
-    int own;                  /* index among the contributors with our frozen root, or -1 */
-    struct inbound *inbound;  /* [contributors] */
+    int own;                 /* index among the contributors with our frozen root, or -1 */
+    struct inbound *inbound; /* [contributors] */
     struct shard_work *work;
     uint32_t work_count;
 };
@@ -196,9 +201,9 @@ struct held {
 /* The results of one commit, on their way here. */
 struct fetch_shard {
     bool leaves_have, held; /* held: by ourselves */
-    uint8_t turn;       /* 0 aggregator, 1 holder */
-    uint8_t refusals;   /* in a row */
-    uint64_t asked_ms;  /* of the last question or answer */
+    uint8_t turn;           /* 0 aggregator, 1 holder */
+    uint8_t refusals;       /* in a row */
+    uint64_t asked_ms;      /* of the last question or answer */
     bool asking, dialling;
 };
 struct fetch {
@@ -210,7 +215,7 @@ struct fetch {
     uint8_t **data;                 /* [fragment.count]: received, not applied */
     uint8_t *asked;                 /* bitmap: asked for, not received */
     uint32_t ready, outstanding;
-    size_t window;                  /* bytes asked for or received */
+    size_t window; /* bytes asked for or received */
     uint64_t progress_ms;
 };
 
@@ -221,33 +226,33 @@ struct donor_chunk {
 };
 struct catchup {
     uint32_t donors[SYNC_DONORS_MAX], donor_count, turn;
-    uint8_t *asked;              /* bitmap over the state: asked for, not received */
+    uint8_t *asked; /* bitmap over the state: asked for, not received */
     uint32_t outstanding;
-    uint64_t asked_ms, progress_ms;
-    struct donor_chunk *ready;   /* verified, not stored */
+    uint64_t asked_ms, progress_ms, rest_ms; /* rest: no question before */
+    struct donor_chunk *ready;               /* verified, not stored */
     uint32_t ready_count, ready_capacity;
     size_t window;
-    bool early;                  /* a chunk came whose root we do not know yet */
-    bool initialising;           /* the initial state is being derived from the genesis */
+    bool early;        /* a chunk came whose root we do not know yet */
+    bool initialising; /* the initial state is being derived from the genesis */
 };
 
 struct peer {
     uint32_t id;
     bool open;
     char host[PROTO_ADDRESS_BYTES_MAX + 1];
-    uint32_t port;               /* 0 = we cannot dial it */
-    uint64_t dial_ms;            /* no sooner */
+    uint32_t port;    /* 0 = we cannot dial it */
+    uint64_t dial_ms; /* no sooner */
     size_t unsent;
     /* our contribution, to this aggregator */
     bool leaves_sent, early_leaves; /* early: it sent LEAVES of a plan we did not know */
     uint64_t leaves_ms;
-    uint8_t *wanted;             /* bitmap over the fragment: WANT, less what was sent; NULL = no WANT */
+    uint8_t *wanted; /* bitmap over the fragment: WANT, less what was sent; NULL = no WANT */
     uint64_t wanted_term, wanted_plan;
     /* what it asked for */
-    uint8_t *results;            /* bitmap over the fragment; NULL = nothing */
-    bool results_leaves;         /* leaves are due first */
+    uint8_t *results;    /* bitmap over the fragment; NULL = nothing */
+    bool results_leaves; /* leaves are due first */
     uint64_t results_term, results_plan, results_round;
-    uint8_t *states;             /* bitmap over the state */
+    uint8_t *states; /* bitmap over the state */
     uint64_t states_min;
     bool moments;
     uint32_t moments_next;
@@ -261,8 +266,8 @@ struct sync {
     struct disk disk;
     uint32_t chunk_elements, chunk_count;
     struct fragment fragment;
-    enum outer_codec codec;     /* of contributions */
-    float *scratch, *scratch2;  /* [chunk_elements] each */
+    enum outer_codec codec;    /* of contributions */
+    float *scratch, *scratch2; /* [chunk_elements] each */
 
     /* for the length of one step */
     uint64_t now;
@@ -270,7 +275,8 @@ struct sync {
     struct err failure;
 
     /* the coordinator */
-    bool connected, welcomed, synced, left; /* welcomed: HELLO_ACK came; synced: its ledger did too */
+    bool connected, welcomed, synced,
+        left; /* welcomed: HELLO_ACK came; synced: its ledger did too */
     uint64_t term, term_max, session, ack_head;
     uint64_t heard_ms, beat_ms, tick_ms;
     uint64_t settled, tokens_committed;
@@ -291,9 +297,9 @@ struct sync {
     uint32_t peer_count;
 
     struct {
-        bool open, unsaid, ok;  /* unsaid: it ended, CHECKPOINT_DONE is due */
+        bool open, unsaid, ok; /* unsaid: it ended, CHECKPOINT_DONE is due */
         uint64_t index;
-        uint8_t *manifest;      /* owned; waits for its signature */
+        uint8_t *manifest; /* owned; waits for its signature */
         uint32_t manifest_length;
         struct digest digest;
         char text[PROTO_TEXT_BYTES_MAX + 1];
@@ -304,20 +310,21 @@ struct sync {
     uint64_t bytes_to_peers, bytes_from_peers, summed, refused;
 };
 
-/* ---- sync.c: memory, actions ------------------------------------------------------------------- */
+/* ---- sync.c: memory, actions ------------------------------------------------------------ */
 
 /* Zeroed memory; when there is none s->failure is set and NULL returned. */
 void *sync_alloc(struct sync *s, size_t count, size_t size);
 /* *list has room for one more element of `size` bytes afterwards. -1: no memory. */
 int sync_grow(struct sync *s, void *list, uint32_t count, uint32_t *capacity, size_t size);
-void sync_log(struct sync *s, enum sync_level level, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void sync_log(struct sync *s, enum sync_level level, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 /* Append an action; NULL: no memory. */
 struct sync_action *sync_act(struct sync *s, enum sync_action_type type);
 /* To the coordinator. plan: the number of the plan the message is about, else 0. */
 void sync_send(struct sync *s, enum proto_type type, uint64_t plan, const void *msg);
 /* Likewise to a member, whether there is a link or not. Callers use peer_send(). */
-void sync_send_peer(struct sync *s, uint32_t peer, enum proto_type type, uint64_t term, uint64_t plan,
-                    const void *msg);
+void sync_send_peer(struct sync *s, uint32_t peer, enum proto_type type, uint64_t term,
+                    uint64_t plan, const void *msg);
 void sync_act_roster(struct sync *s, const struct msg_roster_body *roster);
 void sync_disconnect(struct sync *s, const char *why);
 /* The highest term and what else must outlive us. */
@@ -335,7 +342,9 @@ static inline int64_t bitmap_next(const uint8_t *bitmap, uint32_t bits) {
     }
     return -1;
 }
-static inline size_t chunk_first(const struct sync *s, uint32_t chunk) { return (size_t)chunk * s->chunk_elements; }
+static inline size_t chunk_first(const struct sync *s, uint32_t chunk) {
+    return (size_t)chunk * s->chunk_elements;
+}
 static inline size_t chunk_elements(const struct sync *s, uint32_t chunk) {
     uint64_t left = s->config.elements - chunk_first(s, chunk);
     return left < s->chunk_elements ? (size_t)left : s->chunk_elements;
@@ -349,12 +358,14 @@ static inline size_t encoded_offset(const struct sync *s, enum outer_codec codec
     return (size_t)k * outer_encoded_bytes(codec, s->chunk_elements);
 }
 
-static inline size_t shard_bytes(const struct sync *s, enum outer_codec codec, uint32_t first, uint32_t count) {
+static inline size_t shard_bytes(const struct sync *s, enum outer_codec codec, uint32_t first,
+                                 uint32_t count) {
     uint32_t last = first + count - 1;
-    return encoded_offset(s, codec, last) - encoded_offset(s, codec, first) + encoded_bytes(s, codec, last);
+    return encoded_offset(s, codec, last) - encoded_offset(s, codec, first) +
+           encoded_bytes(s, codec, last);
 }
 
-/* ---- sync_ledger.c ------------------------------------------------------------------------------ */
+/* ---- sync_ledger.c ---------------------------------------------------------------------- */
 
 int ledger_load(struct sync *s);
 void ledger_release(struct sync *s);
@@ -370,25 +381,27 @@ uint64_t ledger_head_version(struct sync *s);
 /* The agreed root of the state at `index`, if anybody said so. */
 bool ledger_root(struct sync *s, uint64_t index, struct digest *out);
 void ledger_note_root(struct sync *s, uint64_t index, const struct digest *root);
-/* Contributor number of this member in the commit if it holds this root, or -1; was chunk k summed from it? */
+/* Contributor number of this member in the commit if it holds this root, or -1; was chunk k
+ * summed from it? */
 int commit_contributor(const struct commit *c, uint32_t member, const struct digest *root);
 bool commit_summed(const struct commit *c, uint32_t k, int contributor);
 bool commit_summed_any(const struct commit *c, int contributor);
 
-/* ---- sync_state.c --------------------------------------------------------------------------------- */
+/* ---- sync_state.c ----------------------------------------------------------------------- */
 
 int state_open(struct sync *s);
 void state_release(struct sync *s);
 /* Bracket around a change of `count` chunks in ascending order: the old bytes are in the journal
  * before, the new ones with leaf and version are durable after. */
 int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count);
-int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions, uint32_t count);
+int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions,
+                     uint32_t count);
 /* Every chunk is missing from now on. */
 int state_forget(struct sync *s);
 bool state_current(struct sync *s); /* whole and at the head of the ledger we have */
 void state_survey(struct sync *s);
 
-/* ---- sync_trainer.c --------------------------------------------------------------------------------- */
+/* ---- sync_trainer.c --------------------------------------------------------------------- */
 
 int trainer_on_up(struct sync *s, const struct sync_event *ev);
 void trainer_on_step(struct sync *s, const struct sync_event *ev);
@@ -396,7 +409,8 @@ int trainer_on_frozen(struct sync *s, const struct sync_event *ev);
 void trainer_on_applied(struct sync *s);
 void trainer_on_moments(struct sync *s, const struct sync_event *ev);
 void trainer_on_down(struct sync *s);
-/* A chunk of the state goes from old to new under the trainer. before: whether that may be done now. */
+/* A chunk of the state goes from old to new under the trainer. before: whether that may be done
+ * now. */
 bool trainer_takes_changes(const struct sync *s);
 bool trainer_follows(const struct sync *s); /* it holds anchor + work, so changes must reach it */
 void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summed);
@@ -408,13 +422,13 @@ void trainer_pump(struct sync *s);
 bool trainer_has_work(const struct sync *s);
 int trainer_work(struct sync *s);
 
-/* ---- sync_leases.c ----------------------------------------------------------------------------------- */
+/* ---- sync_leases.c ---------------------------------------------------------------------- */
 
 void leases_on_list(struct sync *s, const struct msg_leases *msg);
-void leases_judge(struct sync *s);             /* the deferred list, once the contribution is decided */
+void leases_judge(struct sync *s); /* the deferred list, once the contribution is decided */
 void leases_spend(struct sync *s, const struct commit *c);
-void leases_rewind(struct sync *s);            /* nothing is used, nothing queued */
-void leases_requeue(struct sync *s);           /* nothing is queued beyond what is used */
+void leases_rewind(struct sync *s);                    /* nothing is used, nothing queued */
+void leases_requeue(struct sync *s);                   /* nothing is queued beyond what is used */
 void leases_consume(struct sync *s, uint64_t samples); /* in the trainer's work now, in all */
 uint64_t leases_used(const struct sync *s);
 uint64_t leases_queued(const struct sync *s);
@@ -422,58 +436,65 @@ uint32_t leases_claims(const struct sync *s, struct msg_lease *out); /* out: [PR
 void leases_feed(struct sync *s);
 void leases_ask(struct sync *s);
 
-/* ---- sync_round.c ------------------------------------------------------------------------------------ */
+/* ---- sync_round.c ----------------------------------------------------------------------- */
 
 int contribution_open(struct sync *s);
 void contribution_release(struct sync *s);
 /* Encode anchor - local, announce it. */
 int contribution_begin(struct sync *s);
 int contribution_work(struct sync *s);
-void contribution_abort(struct sync *s);       /* an encoding that is not finished */
-void contribution_drop(struct sync *s);        /* a frozen one */
+void contribution_abort(struct sync *s); /* an encoding that is not finished */
+void contribution_drop(struct sync *s);  /* a frozen one */
 void contribution_announce(struct sync *s);
 int contribution_on_reset(struct sync *s, const struct msg_reset *msg);
-void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f, const struct msg_want *msg);
+void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,
+                          const struct msg_want *msg);
 void contribution_pump(struct sync *s);
 /* Send the next chunk p wants. False: nothing to send. */
 bool contribution_send_chunk(struct sync *s, struct peer *p);
 
-/* ---- sync_reduce.c ------------------------------------------------------------------------------------- */
+/* ---- sync_reduce.c ---------------------------------------------------------------------- */
 
 int plan_on_plan(struct sync *s, const struct frame *f, const struct msg_plan *msg);
 int plan_on_drop(struct sync *s, const struct frame *f, const struct msg_drop *msg);
 void plan_release(struct sync *s);
 bool plan_is_current(const struct sync *s, const struct frame *f);
 bool plan_is_newer(const struct sync *s, uint64_t term, uint64_t number);
-void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f, const struct msg_leaves *msg);
-int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f, const struct msg_chunk *msg);
+void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f,
+                      const struct msg_leaves *msg);
+int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f,
+                    const struct msg_chunk *msg);
 void reduce_on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
                              const struct msg_result_leaves *msg);
-int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f, const struct msg_result *msg);
-void reduce_judge(struct sync *s);             /* silent contributors are dropped */
+int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f,
+                     const struct msg_result *msg);
+void reduce_judge(struct sync *s); /* silent contributors are dropped */
 int reduce_pump(struct sync *s);
 bool reduce_has_work(const struct sync *s);
 int reduce_work(struct sync *s);
 
-/* ---- sync_results.c ------------------------------------------------------------------------------------ */
+/* ---- sync_results.c --------------------------------------------------------------------- */
 
 /* Write the finished shard to disk and take its memory over. */
 int results_keep(struct sync *s, struct shard_work *w);
 /* Also looks on the disk. NULL: not held. */
-struct held *results_find(struct sync *s, uint64_t term, uint64_t plan, uint64_t round, uint32_t shard);
+struct held *results_find(struct sync *s, uint64_t term, uint64_t plan, uint64_t round,
+                          uint32_t shard);
 const uint8_t *results_chunk(const struct sync *s, const struct held *h, uint32_t k);
 void results_report(struct sync *s, const struct held *h);
 void results_settle(struct sync *s);
-void results_on_get(struct sync *s, struct peer *p, const struct frame *f, const struct msg_result_get *msg);
+void results_on_get(struct sync *s, struct peer *p, const struct frame *f,
+                    const struct msg_result_get *msg);
 bool results_send_next(struct sync *s, struct peer *p);
 void results_release(struct sync *s);
 
-/* ---- sync_apply.c -------------------------------------------------------------------------------------- */
+/* ---- sync_apply.c ----------------------------------------------------------------------- */
 
 void apply_on_holders(struct sync *s, const struct msg_holders *msg);
 void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
                             const struct msg_result_leaves *msg);
-void apply_on_result(struct sync *s, struct peer *p, const struct frame *f, const struct msg_result *msg);
+void apply_on_result(struct sync *s, struct peer *p, const struct frame *f,
+                     const struct msg_result *msg);
 void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg);
 void apply_pump(struct sync *s);
 void apply_on_peer_closed(struct sync *s, const struct peer *p);
@@ -486,9 +507,10 @@ int apply_work(struct sync *s);
 void apply_release(struct sync *s);
 bool apply_waits_for_donors(struct sync *s, uint32_t chunk);
 
-/* ---- sync_catchup.c -------------------------------------------------------------------------------------- */
+/* ---- sync_catchup.c --------------------------------------------------------------------- */
 
-void catchup_set_donors(struct sync *s, const struct msg_address *list, uint32_t count, bool replace);
+void catchup_set_donors(struct sync *s, const struct msg_address *list, uint32_t count,
+                        bool replace);
 /* The state proved wrong: everything comes from others. */
 void catchup_forget_state(struct sync *s);
 /* The agreed root of a state became known. */
@@ -514,7 +536,7 @@ void moments_refuse_all(struct sync *s);
 bool moments_pending(struct sync *s);
 void moments_abort(struct sync *s);
 
-/* ---- sync_peer.c ------------------------------------------------------------------------------------------ */
+/* ---- sync_peer.c ------------------------------------------------------------------------ */
 
 struct peer *peer_find(struct sync *s, uint32_t id);
 struct peer *peer_get(struct sync *s, uint32_t id); /* made if need be; NULL: too many, no memory */
@@ -522,10 +544,10 @@ void peer_set_addresses(struct sync *s, const struct msg_address *list, uint32_t
 /* An open link, or NULL after dialling it if that is possible. */
 struct peer *peer_link(struct sync *s, uint32_t id);
 bool peer_reachable(struct sync *s, uint32_t id);
-void peer_send(struct sync *s, struct peer *p, enum proto_type type, uint64_t term, uint64_t plan, const void *msg,
-               size_t bulk_bytes);
-void peer_none(struct sync *s, struct peer *p, enum proto_type what, uint64_t term, uint64_t plan, uint64_t round,
-               const char *why);
+void peer_send(struct sync *s, struct peer *p, enum proto_type type, uint64_t term, uint64_t plan,
+               const void *msg, size_t bulk_bytes);
+void peer_none(struct sync *s, struct peer *p, enum proto_type what, uint64_t term, uint64_t plan,
+               uint64_t round, const char *why);
 /* It broke the protocol. */
 void peer_close(struct sync *s, struct peer *p, const char *why);
 int peer_on_event(struct sync *s, const struct sync_event *ev);

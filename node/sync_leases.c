@@ -1,19 +1,21 @@
-/* sync_leases.c - samples: what is leased to this member, what of it the trainer got, and what is in
- * its uncommitted work. The coordinator's list is the truth about leases; the order in which the
- * trainer consumes them is ours, because the list comes sorted by lease. */
+/* sync_leases.c - samples: what is leased to this member, what of it the trainer got, and what
+ * is in its uncommitted work. The coordinator's list is the truth about leases; the order in
+ * which the trainer consumes them is ours, because the list comes sorted by lease. */
 #include <string.h>
 
 #include "node/sync_internal.h"
 
 uint64_t leases_used(const struct sync *s) {
     uint64_t n = 0;
-    for (uint32_t i = 0; i < s->leases.count; i++) n += s->leases.grant[i].used - s->leases.grant[i].start;
+    for (uint32_t i = 0; i < s->leases.count; i++)
+        n += s->leases.grant[i].used - s->leases.grant[i].start;
     return n;
 }
 
 uint64_t leases_queued(const struct sync *s) {
     uint64_t n = 0;
-    for (uint32_t i = 0; i < s->leases.count; i++) n += s->leases.grant[i].sent - s->leases.grant[i].used;
+    for (uint32_t i = 0; i < s->leases.count; i++)
+        n += s->leases.grant[i].sent - s->leases.grant[i].used;
     return n;
 }
 
@@ -44,7 +46,7 @@ static uint64_t unused(struct sync *s) {
     return n;
 }
 
-/* ---- taking the coordinator's list ------------------------------------------------------------------- */
+/* ---- taking the coordinator's list ------------------------------------------------------ */
 
 /* Did samples of it reach the trainer? Then they are in its parameters or will be. */
 static bool touched(const struct grant *g) { return g->sent > g->start; }
@@ -60,9 +62,14 @@ static bool grant_agrees(struct grant *g, const struct msg_lease *e) {
 }
 
 static void add_grant(struct leases *l, const struct msg_lease *e) {
-    if (l->count == PROTO_LEASES_MAX) return; /* held, but not used: the list has no more than that itself */
-    l->grant[l->count++] = (struct grant){.lease = e->lease, .generation = e->generation, .start = e->start,
-                                          .used = e->start, .sent = e->start, .end = e->start + e->count};
+    if (l->count == PROTO_LEASES_MAX)
+        return; /* held, but not used: the list has no more than that itself */
+    l->grant[l->count++] = (struct grant){.lease = e->lease,
+                                          .generation = e->generation,
+                                          .start = e->start,
+                                          .used = e->start,
+                                          .sent = e->start,
+                                          .end = e->start + e->count};
 }
 
 static void take_list(struct sync *s, const struct msg_lease *list, uint32_t count) {
@@ -77,7 +84,8 @@ static void take_list(struct sync *s, const struct msg_lease *list, uint32_t cou
     }
     l->count = kept;
     for (uint32_t i = 0; i < count; i++)
-        if (list[i].count && !find_grant(l, list[i].lease, list[i].generation)) add_grant(l, &list[i]);
+        if (list[i].count && !find_grant(l, list[i].lease, list[i].generation))
+            add_grant(l, &list[i]);
     if (lost) trainer_lose_work(s, "a lease its work came from is no longer ours");
 }
 
@@ -85,7 +93,8 @@ static void take_list(struct sync *s, const struct msg_lease *list, uint32_t cou
 static bool grants_more(struct leases *l, const struct msg_lease *list, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         const struct grant *g = find_grant(l, list[i].lease, list[i].generation);
-        bool listed = l->deferred && find_in(l->list, l->list_count, list[i].lease, list[i].generation);
+        bool listed = l->deferred &&
+                      find_in(l->list, l->list_count, list[i].lease, list[i].generation);
         if (!g && !listed) return true;
     }
     return false;
@@ -102,10 +111,8 @@ void leases_on_list(struct sync *s, const struct msg_leases *msg) {
     if (!s->config.trains || !list_makes_sense(msg)) return;
     bool more = grants_more(l, msg->leases, msg->leases_count);
     l->known = true;
-    if (more)
-        l->dry = false;
-    else if (l->asked)
-        l->dry = true;
+    if (more) l->dry = false;
+    else if (l->asked) l->dry = true;
     l->asked = false;
     if (!s->contribution.frozen) {
         take_list(s, msg->leases, msg->leases_count);
@@ -122,14 +129,15 @@ void leases_judge(struct sync *s) {
     take_list(s, s->leases.list, s->leases.list_count);
 }
 
-/* ---- using --------------------------------------------------------------------------------------------- */
+/* ---- using ------------------------------------------------------------------------------ */
 
 /* The commit spent what its contributions claimed. */
 void leases_spend(struct sync *s, const struct commit *c) {
     struct leases *l = &s->leases;
     for (uint32_t i = 0; i < c->body.spent_count; i++) {
         const struct msg_spend *e = &c->body.spent[i];
-        struct grant *g = e->member == s->config.member ? find_grant(l, e->lease, e->generation) : NULL;
+        struct grant *g = e->member == s->config.member ? find_grant(l, e->lease, e->generation)
+                                                        : NULL;
         if (!g || g->start != e->start || e->count > g->end - g->start) continue;
         g->start += e->count;
         if (g->used < g->start) g->used = g->start;
@@ -146,7 +154,8 @@ void leases_rewind(struct sync *s) {
 }
 
 void leases_requeue(struct sync *s) {
-    for (uint32_t i = 0; i < s->leases.count; i++) s->leases.grant[i].sent = s->leases.grant[i].used;
+    for (uint32_t i = 0; i < s->leases.count; i++)
+        s->leases.grant[i].sent = s->leases.grant[i].used;
 }
 
 void leases_consume(struct sync *s, uint64_t samples) {
@@ -172,7 +181,8 @@ uint32_t leases_claims(const struct sync *s, struct msg_lease *out) {
     return n;
 }
 
-/* Whole batches, so that no step is smaller than the others; the rest only when no more will come. */
+/* Whole batches, so that no step is smaller than the others; the rest only when no more will
+ * come. */
 void leases_feed(struct sync *s) {
     uint64_t have = unused(s), queued = leases_queued(s);
     uint64_t target = s->leases.dry ? have : have - have % s->inner->batch;
@@ -188,19 +198,22 @@ void leases_feed(struct sync *s) {
     }
 }
 
-/* ---- asking ------------------------------------------------------------------------------------------------ */
+/* ---- asking ----------------------------------------------------------------------------- */
 
 /* About two rounds ahead, within what the coordinator leases to one member. */
 static uint64_t samples_wanted(struct sync *s) {
     struct leases *l = &s->leases;
     uint64_t batch = s->inner->batch, cap = 2 * (uint64_t)s->outer->lease_samples;
-    uint64_t round = l->round_samples ? l->round_samples : (uint64_t)s->outer->inner_steps * batch;
+    uint64_t full = (uint64_t)s->outer->inner_steps * batch,
+             round = cap / 2 < full ? cap / 2 : full;
+    if (l->round_samples > round) round = l->round_samples; /* what a round really took us */
     uint64_t target = 2 * (round > batch ? round : batch), have = unused(s);
     uint64_t held = have + (s->contribution.frozen ? 0 : leases_used(s));
     if (have + (round + 3) / 4 > target) return 0;
     uint64_t room = held < cap ? cap - held : 0, want = target - have;
     if (want > room) want = room;
-    if (want == 0 && leases_queued(s) == 0) want = batch; /* the answer, nothing, says that data ran out */
+    if (want == 0 && leases_queued(s) == 0)
+        want = batch; /* the answer, nothing, says that data ran out */
     return want < (1u << 20) ? want : 1u << 20;
 }
 

@@ -1,5 +1,5 @@
-/* sync_ledger.c - the run's ledger as this member keeps it: every entry checked and stored, the newest
- * commits decoded. What a commit changes in the state is done in sync_apply.c. */
+/* sync_ledger.c - the run's ledger as this member keeps it: every entry checked and stored, the
+ * newest commits decoded. What a commit changes in the state is done in sync_apply.c. */
 #include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,7 +7,7 @@
 
 #include "node/sync_internal.h"
 
-/* ---- looking up ------------------------------------------------------------------------------------ */
+/* ---- looking up ------------------------------------------------------------------------- */
 
 struct commit *ledger_commit(struct sync *s, uint64_t round) {
     struct ledger *l = &s->ledger;
@@ -45,14 +45,10 @@ struct commit *ledger_commit_after(struct sync *s, uint64_t version) {
 
 bool ledger_root(struct sync *s, uint64_t index, struct digest *out) {
     struct commit *after = ledger_commit_after(s, index), *at = ledger_commit_at(s, index);
-    if (after)
-        *out = after->body.base_root;
-    else if (at && at->root_known)
-        *out = at->root;
-    else if (index == 0 && s->ledger.zero_root_known)
-        *out = s->ledger.zero_root;
-    else
-        return false;
+    if (after) *out = after->body.base_root;
+    else if (at && at->root_known) *out = at->root;
+    else if (index == 0 && s->ledger.zero_root_known) *out = s->ledger.zero_root;
+    else return false;
     return true;
 }
 
@@ -87,30 +83,34 @@ bool commit_summed(const struct commit *c, uint32_t k, int contributor) {
 bool commit_summed_any(const struct commit *c, int contributor) {
     if (contributor < 0) return false;
     for (uint32_t i = 0; i < c->body.summed_count; i++)
-        if (c->body.summed[i].chunks && bitmap_has(c->body.summed[i].set, (uint32_t)contributor)) return true;
+        if (c->body.summed[i].chunks && bitmap_has(c->body.summed[i].set, (uint32_t)contributor))
+            return true;
     return false;
 }
 
-/* ---- taking entries --------------------------------------------------------------------------------- */
+/* ---- taking entries --------------------------------------------------------------------- */
 
 /* Our coordinator signed it, but a commit that contradicts the state machine must not reach it. */
 static int check_commit(struct sync *s, const struct msg_commit *m, struct err *err) {
     uint64_t chunks = 0, covered = 0;
     if (m->fragment != 0 || m->round != s->ledger.rounds || m->base_index != ledger_head_version(s))
-        return err_set(err, ERR_CORRUPT, "commit of fragment %u round %llu on %llu, expected 0, %llu, %llu",
-                       m->fragment, (unsigned long long)m->round, (unsigned long long)m->base_index,
-                       (unsigned long long)s->ledger.rounds, (unsigned long long)ledger_head_version(s));
+        return err_set(
+            err, ERR_CORRUPT, "commit of fragment %u round %llu on %llu, expected 0, %llu, %llu",
+            m->fragment, (unsigned long long)m->round, (unsigned long long)m->base_index,
+            (unsigned long long)s->ledger.rounds, (unsigned long long)ledger_head_version(s));
     if (outer_encoded_bytes((enum outer_codec)m->codec, 1) == 0)
-        return err_set(err, ERR_CORRUPT, "commit of round %llu has codec %u", (unsigned long long)m->round, m->codec);
+        return err_set(err, ERR_CORRUPT, "commit of round %llu has codec %u",
+                       (unsigned long long)m->round, m->codec);
     for (uint32_t i = 0; i < m->summed_count; i++) chunks += m->summed[i].chunks;
     for (uint32_t i = 0; i < m->shards_count; i++) {
         if (m->shards[i].first != covered || m->shards[i].count == 0) break;
         covered += m->shards[i].count;
     }
     if (chunks != s->fragment.count || covered != s->fragment.count)
-        return err_set(err, ERR_CORRUPT, "commit of round %llu sums %llu and shards %llu of %u chunks",
-                       (unsigned long long)m->round, (unsigned long long)chunks, (unsigned long long)covered,
-                       s->fragment.count);
+        return err_set(err, ERR_CORRUPT,
+                       "commit of round %llu sums %llu and shards %llu of %u chunks",
+                       (unsigned long long)m->round, (unsigned long long)chunks,
+                       (unsigned long long)covered, s->fragment.count);
     return 0;
 }
 
@@ -126,7 +126,8 @@ static int take_commit(struct sync *s, const struct msg_entry *e, struct err *er
     }
     if (rc == 0) {
         s->ledger.rounds++;
-        if (body.tokens_committed > s->tokens_committed) s->tokens_committed = body.tokens_committed;
+        if (body.tokens_committed > s->tokens_committed)
+            s->tokens_committed = body.tokens_committed;
     }
     proto_decoded_release(RECORD_commit, &body);
     return rc;
@@ -155,15 +156,18 @@ static int take_entry(struct sync *s, const struct msg_signed_entry *e, struct e
     return rc;
 }
 
-/* ---- on disk: blobs of SYNC_LEDGER_SEGMENT entries ----------------------------------------------------- */
+/* ---- on disk: blobs of SYNC_LEDGER_SEGMENT entries -------------------------------------- */
 
-static void segment_name(uint32_t segment, char out[32]) { snprintf(out, 32, "ledger-%08u", segment); }
+static void segment_name(uint32_t segment, char out[32]) {
+    snprintf(out, 32, "ledger-%08u", segment);
+}
 
 static int save_segment(struct sync *s, uint32_t segment) {
     struct ledger *l = &s->ledger;
     uint32_t first = segment * SYNC_LEDGER_SEGMENT, left = l->count - first;
     struct msg_ledger record = {.entries = l->entries + first,
-                                .entries_count = left < SYNC_LEDGER_SEGMENT ? left : SYNC_LEDGER_SEGMENT};
+                                .entries_count = left < SYNC_LEDGER_SEGMENT ? left
+                                                                            : SYNC_LEDGER_SEGMENT};
     struct proto_buffer b;
     char name[32];
     segment_name(segment, name);
@@ -177,7 +181,8 @@ static int save_segment(struct sync *s, uint32_t segment) {
 static int ledger_save(struct sync *s) {
     struct ledger *l = &s->ledger;
     while (l->saved < l->count) {
-        uint32_t segment = l->saved / SYNC_LEDGER_SEGMENT, end = (segment + 1) * SYNC_LEDGER_SEGMENT;
+        uint32_t segment = l->saved / SYNC_LEDGER_SEGMENT,
+                 end = (segment + 1) * SYNC_LEDGER_SEGMENT;
         if (save_segment(s, segment)) return -1;
         l->saved = end < l->count ? end : l->count;
     }
@@ -221,11 +226,12 @@ void ledger_release(struct sync *s) {
     struct ledger *l = &s->ledger;
     for (uint32_t i = 0; i < l->count; i++) free((void *)(uintptr_t)l->entries[i].bytes.data);
     free(l->entries);
-    for (uint32_t i = 0; i < SYNC_COMMITS_KEPT; i++) proto_copy_release(RECORD_commit, &l->commits[i].body);
+    for (uint32_t i = 0; i < SYNC_COMMITS_KEPT; i++)
+        proto_copy_release(RECORD_commit, &l->commits[i].body);
     *l = (struct ledger){0};
 }
 
-/* ---- messages ---------------------------------------------------------------------------------------------- */
+/* ---- messages --------------------------------------------------------------------------- */
 
 /* Commits came: what was meant for the rounds before them is void. */
 static void after_commits(struct sync *s) {
@@ -251,8 +257,8 @@ int ledger_on_entries(struct sync *s, const struct msg_ledger *msg) {
 static bool roster_is_signed(struct sync *s, const struct frame *f, const struct msg_roster *msg) {
     const struct ledger_chain *c = &s->ledger.chain;
     for (uint32_t i = c->online_count; i-- > 0;)
-        if (proto_verify(&c->online[i], "roster", &s->config.run, f->term, msg->body.data, msg->body.length,
-                         &msg->signature))
+        if (proto_verify(&c->online[i], "roster", &s->config.run, f->term, msg->body.data,
+                         msg->body.length, &msg->signature))
             return true;
     return false;
 }

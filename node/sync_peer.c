@@ -53,17 +53,17 @@ struct peer *peer_link(struct sync *s, uint32_t id) {
     return NULL;
 }
 
-/* ---- sending ---------------------------------------------------------------------------------------- */
+/* ---- sending ---------------------------------------------------------------------------- */
 
-void peer_send(struct sync *s, struct peer *p, enum proto_type type, uint64_t term, uint64_t plan, const void *msg,
-               size_t bulk_bytes) {
+void peer_send(struct sync *s, struct peer *p, enum proto_type type, uint64_t term, uint64_t plan,
+               const void *msg, size_t bulk_bytes) {
     sync_send_peer(s, p->id, type, term, plan, msg);
     p->unsent += bulk_bytes + PROTO_FRAME_HEADER_BYTES;
     s->bytes_to_peers += bulk_bytes + PROTO_FRAME_HEADER_BYTES;
 }
 
-void peer_none(struct sync *s, struct peer *p, enum proto_type what, uint64_t term, uint64_t plan, uint64_t round,
-               const char *why) {
+void peer_none(struct sync *s, struct peer *p, enum proto_type what, uint64_t term, uint64_t plan,
+               uint64_t round, const char *why) {
     struct msg_none none = {.what = (uint8_t)what, .round = round, .reason = proto_str(why)};
     peer_send(s, p, MSG_NONE, term, plan, &none, 0);
 }
@@ -80,11 +80,12 @@ static bool send_next(struct sync *s, struct peer *p) {
 void peer_pump(struct sync *s) {
     for (uint32_t i = 0; i < s->peer_count; i++) {
         struct peer *p = s->peers[i];
-        while (p->open && p->unsent < SYNC_PEER_UNSENT_MAX && !s->failure.code && send_next(s, p)) continue;
+        while (p->open && p->unsent < SYNC_PEER_UNSENT_MAX && !s->failure.code && send_next(s, p))
+            continue;
     }
 }
 
-/* ---- the link comes and goes ----------------------------------------------------------------------------- */
+/* ---- the link comes and goes ------------------------------------------------------------ */
 
 static void forget_talk(struct peer *p) {
     free(p->wanted);
@@ -95,7 +96,8 @@ static void forget_talk(struct peer *p) {
     p->unsent = 0;
 }
 
-/* A second connection beside the first: what the peer asked for stands, what we said may be lost. */
+/* A second connection beside the first: what the peer asked for stands, what we said may be
+ * lost. */
 static void on_open(struct peer *p) {
     if (p->open) {
         free(p->wanted);
@@ -123,7 +125,7 @@ void peer_close(struct sync *s, struct peer *p, const char *why) {
     on_closed(s, p);
 }
 
-/* ---- frames ------------------------------------------------------------------------------------------------- */
+/* ---- frames ----------------------------------------------------------------------------- */
 
 /* LEAVES comes again when the plan is there; results may be needed by a holder or by the state. */
 static void on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
@@ -137,7 +139,9 @@ static void on_none(struct sync *s, struct peer *p, const struct msg_none *msg) 
 }
 
 /* Is this about the plan in work, or about a round that was committed? */
-static bool is_of_plan(const struct sync *s, uint64_t round) { return s->plan.active && round == s->plan.msg.round; }
+static bool is_of_plan(const struct sync *s, uint64_t round) {
+    return s->plan.active && round == s->plan.msg.round;
+}
 
 static int on_message(struct sync *s, struct peer *p, const struct frame *f, const void *msg) {
     s->bytes_from_peers += f->length + PROTO_FRAME_HEADER_BYTES;
@@ -147,11 +151,13 @@ static int on_message(struct sync *s, struct peer *p, const struct frame *f, con
     case MSG_CHUNK: return reduce_on_chunk(s, p, f, msg);
     case MSG_RESULT_GET: results_on_get(s, p, f, msg); return 0;
     case MSG_RESULT_LEAVES:
-        if (is_of_plan(s, ((const struct msg_result_leaves *)msg)->round)) reduce_on_result_leaves(s, p, f, msg);
+        if (is_of_plan(s, ((const struct msg_result_leaves *)msg)->round))
+            reduce_on_result_leaves(s, p, f, msg);
         else apply_on_result_leaves(s, p, f, msg);
         return 0;
     case MSG_RESULT:
-        if (is_of_plan(s, ((const struct msg_result *)msg)->round)) return reduce_on_result(s, p, f, msg);
+        if (is_of_plan(s, ((const struct msg_result *)msg)->round))
+            return reduce_on_result(s, p, f, msg);
         apply_on_result(s, p, f, msg);
         return 0;
     case MSG_STATE_GET: catchup_on_state_get(s, p, msg); return 0;

@@ -1,12 +1,13 @@
-/* sync_reduce.c - a plan and this member's part in summing: as aggregator it checks every chunk against
- * the root its contributor announced, adds exactly, divides by the weight that really arrived and
- * quantises once; as second holder it copies the finished shard. Both report only what is on disk. */
+/* sync_reduce.c - a plan and this member's part in summing: as aggregator it checks every chunk
+ * against the root its contributor announced, adds exactly, divides by the weight that really
+ * arrived and quantises once; as second holder it copies the finished shard. Both report only
+ * what is on disk. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "node/sync_internal.h"
 
-/* ---- which plan ------------------------------------------------------------------------------------- */
+/* ---- which plan ------------------------------------------------------------------------- */
 
 /* Is this frame about the plan in work? Another plan's chunks and results are void. */
 bool plan_is_current(const struct sync *s, const struct frame *f) {
@@ -37,7 +38,8 @@ void plan_release(struct sync *s) {
     struct plan *p = &s->plan;
     if (!p->active) return;
     for (uint32_t i = 0; i < p->work_count; i++) work_release(&p->work[i]);
-    for (uint32_t i = 0; p->inbound && i < p->msg.contributors_count; i++) free(p->inbound[i].leaves);
+    for (uint32_t i = 0; p->inbound && i < p->msg.contributors_count; i++)
+        free(p->inbound[i].leaves);
     free(p->work);
     free(p->inbound);
     proto_copy_release(RECORD_plan, &p->msg);
@@ -55,23 +57,28 @@ static const char *plan_fault(const struct sync *s, const struct msg_plan *msg) 
     if (msg->contributors_count == 0) return "it has no contributors";
     for (uint32_t i = 0; i < msg->contributors_count; i++) {
         if (msg->contributors[i].weight == 0) return "a weight is zero";
-        if (!(msg->contributors[i].clip >= 0 && msg->contributors[i].clip <= 1)) return "a clip factor is not in [0,1]";
+        if (!(msg->contributors[i].clip >= 0 && msg->contributors[i].clip <= 1))
+            return "a clip factor is not in [0,1]";
         weight += msg->contributors[i].weight;
     }
     if (weight >= OUTER_WEIGHT_LIMIT) return "the weights are too large";
     for (uint32_t i = 0; i < msg->shards_count; i++) {
-        if (msg->shards[i].first != covered || msg->shards[i].count == 0) return "its shards do not cover the fragment";
-        if (msg->shards[i].aggregator == msg->shards[i].holder) return "aggregator and holder are one member";
+        if (msg->shards[i].first != covered || msg->shards[i].count == 0)
+            return "its shards do not cover the fragment";
+        if (msg->shards[i].aggregator == msg->shards[i].holder)
+            return "aggregator and holder are one member";
         covered += msg->shards[i].count;
     }
     if (covered != s->fragment.count) return "its shards do not cover the fragment";
-    if (outer_encoded_bytes((enum outer_codec)msg->codec, 1) == 0) return "its codec does not exist";
-    if (msg->grid_exponent > OUTER_GRID_EXPONENT_MAX || msg->grid_exponent < -OUTER_GRID_EXPONENT_MAX)
+    if (outer_encoded_bytes((enum outer_codec)msg->codec, 1) == 0)
+        return "its codec does not exist";
+    if (msg->grid_exponent > OUTER_GRID_EXPONENT_MAX ||
+        msg->grid_exponent < -OUTER_GRID_EXPONENT_MAX)
         return "its grid exponent is out of range";
     return NULL;
 }
 
-/* ---- setting up ----------------------------------------------------------------------------------------- */
+/* ---- setting up ------------------------------------------------------------------------- */
 
 static int work_begin(struct sync *s, struct shard_work *w, uint32_t shard, enum shard_role role) {
     const struct plan *p = &s->plan;
@@ -91,10 +98,8 @@ static int add_work(struct sync *s, uint32_t shard, enum shard_role role) {
     struct plan *p = &s->plan;
     struct shard_work *w = &p->work[p->work_count];
     struct held *h = results_find(s, p->term, p->number, p->msg.round, shard);
-    if (h)
-        *w = (struct shard_work){.shard = shard, .role = role, .done = true};
-    else if (work_begin(s, w, shard, role))
-        return -1;
+    if (h) *w = (struct shard_work){.shard = shard, .role = role, .done = true};
+    else if (work_begin(s, w, shard, role)) return -1;
     p->work_count++;
     return 0;
 }
@@ -135,7 +140,8 @@ static int plan_begin(struct sync *s, const struct frame *f, const struct msg_pl
         p->inbound[i].heard_ms = s->now;
     }
     for (uint32_t i = 0; i < msg->shards_count; i++) {
-        if (msg->shards[i].aggregator == s->config.member && add_work(s, i, SHARD_AGGREGATE)) return -1;
+        if (msg->shards[i].aggregator == s->config.member && add_work(s, i, SHARD_AGGREGATE))
+            return -1;
         if (msg->shards[i].holder == s->config.member && add_work(s, i, SHARD_HOLD)) return -1;
     }
     invite_early(s);
@@ -145,7 +151,8 @@ static int plan_begin(struct sync *s, const struct frame *f, const struct msg_pl
 #ifdef SIM_FAULTS
 /* The fault: sums of the older plan are taken as if they were of this one. */
 static bool plan_keeps_sums(struct sync *s, const struct frame *f, const struct msg_plan *msg) {
-    if (sync_fault != SYNC_FAULT_PLAN_NUMBER_IGNORED || !s->plan.active || s->plan.msg.round != msg->round)
+    if (sync_fault != SYNC_FAULT_PLAN_NUMBER_IGNORED || !s->plan.active ||
+        s->plan.msg.round != msg->round)
         return false;
     for (uint32_t i = 0; i < s->held_count; i++) {
         if (s->held[i].round != msg->round) continue;
@@ -160,16 +167,18 @@ static bool plan_keeps_sums(struct sync *s, const struct frame *f, const struct 
 #endif
 
 int plan_on_plan(struct sync *s, const struct frame *f, const struct msg_plan *msg) {
-    if (msg->fragment != 0 || msg->round != s->ledger.rounds || msg->base_index != ledger_head_version(s) ||
+    if (msg->fragment != 0 || msg->round != s->ledger.rounds ||
+        msg->base_index != ledger_head_version(s) ||
         !(plan_is_newer(s, f->term, f->plan) || plan_is_current(s, f))) {
-        sync_log(s, SYNC_DEBUG, "plan %llu of round %llu ignored, we are at round %llu", (unsigned long long)f->plan,
-                 (unsigned long long)msg->round, (unsigned long long)s->ledger.rounds);
+        sync_log(s, SYNC_DEBUG, "plan %llu of round %llu ignored, we are at round %llu",
+                 (unsigned long long)f->plan, (unsigned long long)msg->round,
+                 (unsigned long long)s->ledger.rounds);
         return 0;
     }
     const char *fault = plan_fault(s, msg);
     if (fault) {
-        sync_log(s, SYNC_ERROR, "plan %llu of round %llu is ignored: %s", (unsigned long long)f->plan,
-                 (unsigned long long)msg->round, fault);
+        sync_log(s, SYNC_ERROR, "plan %llu of round %llu is ignored: %s",
+                 (unsigned long long)f->plan, (unsigned long long)msg->round, fault);
         return 0;
     }
     peer_set_addresses(s, msg->addresses, msg->addresses_count);
@@ -177,11 +186,12 @@ int plan_on_plan(struct sync *s, const struct frame *f, const struct msg_plan *m
     if (plan_keeps_sums(s, f, msg)) return 0;
 #endif
     if (plan_is_newer(s, f->term, f->plan)) return plan_begin(s, f, msg);
-    for (uint32_t i = 0; i < s->plan.work_count; i++) s->plan.work[i].reported = false; /* it asks again */
+    for (uint32_t i = 0; i < s->plan.work_count; i++)
+        s->plan.work[i].reported = false; /* it asks again */
     return 0;
 }
 
-/* ---- contributors ------------------------------------------------------------------------------------------- */
+/* ---- contributors ----------------------------------------------------------------------- */
 
 static int contributor_of(const struct sync *s, uint32_t member) {
     for (uint32_t i = 0; i < s->plan.msg.contributors_count; i++)
@@ -205,7 +215,8 @@ int plan_on_drop(struct sync *s, const struct frame *f, const struct msg_drop *m
 /* Does an unfinished chunk still wait for contributor i? */
 static bool is_waited_for(const struct sync *s, const struct shard_work *w, uint32_t i) {
     for (uint32_t k = 0; k < w->count; k++)
-        if (!w->finished[k] && !proto_set_has(w->sets + (size_t)k * s->plan.set_bytes, i)) return true;
+        if (!w->finished[k] && !proto_set_has(w->sets + (size_t)k * s->plan.set_bytes, i))
+            return true;
     return false;
 }
 
@@ -215,7 +226,9 @@ void reduce_judge(struct sync *s) {
         if (p->work[w].role != SHARD_AGGREGATE || p->work[w].done) continue;
         for (uint32_t i = 0; i < p->msg.contributors_count; i++) {
             struct inbound *in = &p->inbound[i];
-            if (in->dropped || (int)i == p->own || s->now - in->heard_ms <= s->outer->silence_ms_max) continue;
+            if (in->dropped || (int)i == p->own ||
+                s->now - in->heard_ms <= s->outer->silence_ms_max)
+                continue;
             if (!is_waited_for(s, &p->work[w], i)) continue;
             sync_log(s, SYNC_WARNING, "member %u sends nothing for round %llu: going on without it",
                      p->msg.contributors[i].member, (unsigned long long)p->msg.round);
@@ -259,7 +272,8 @@ static bool take_leaves(struct sync *s, uint32_t i, const struct msg_leaves *msg
     return in->leaves != NULL;
 }
 
-void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f, const struct msg_leaves *msg) {
+void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f,
+                      const struct msg_leaves *msg) {
     if (!plan_is_current(s, f) || msg->fragment != 0 || msg->round != s->plan.msg.round) {
         p->early_leaves = plan_is_newer(s, f->term, f->plan);
         return;
@@ -273,7 +287,7 @@ void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f, con
     say_wanted(s, p, (uint32_t)i);
 }
 
-/* ---- summing ---------------------------------------------------------------------------------------------------- */
+/* ---- summing ---------------------------------------------------------------------------- */
 
 static uint8_t *set_of(const struct sync *s, const struct shard_work *w, uint32_t k) {
     return w->sets + (size_t)k * s->plan.set_bytes;
@@ -298,7 +312,8 @@ static bool close_sum(struct sync *s, struct shard_work *w, uint32_t k, struct e
     enum outer_codec codec = (enum outer_codec)s->plan.msg.codec;
     uint32_t in_fragment = w->first + k;
     size_t n = chunk_elements(s, s->fragment.chunk[in_fragment]);
-    uint8_t *out = w->data + encoded_offset(s, codec, in_fragment) - encoded_offset(s, codec, w->first);
+    uint8_t *out = w->data + encoded_offset(s, codec, in_fragment) -
+                   encoded_offset(s, codec, w->first);
     if (w->weights[k] == 0) return false;
     outer_mean(s->scratch, w->sums[k], n, divisor(s, w, k), s->plan.msg.grid_exponent);
     if (outer_encode(out, s->scratch, n, codec, err)) return false;
@@ -309,7 +324,8 @@ static bool close_sum(struct sync *s, struct shard_work *w, uint32_t k, struct e
 static void finish_chunk(struct sync *s, struct shard_work *w, uint32_t k) {
     struct err err = {0};
     if (!close_sum(s, w, k, &err)) {
-        if (err.code) sync_log(s, SYNC_ERROR, "the mean of chunk %u: %.200s", w->first + k, err.msg);
+        if (err.code)
+            sync_log(s, SYNC_ERROR, "the mean of chunk %u: %.200s", w->first + k, err.msg);
         memset(set_of(s, w, k), 0, s->plan.set_bytes);
         w->weights[k] = 0;
     }
@@ -321,16 +337,16 @@ static void finish_chunk(struct sync *s, struct shard_work *w, uint32_t k) {
 }
 
 /* One contributor's chunk k of the shard; it was checked against the announced digest. */
-static void add_chunk(struct sync *s, struct shard_work *w, uint32_t k, uint32_t i, const uint8_t *bytes,
-                      size_t length) {
+static void add_chunk(struct sync *s, struct shard_work *w, uint32_t k, uint32_t i,
+                      const uint8_t *bytes, size_t length) {
     const struct msg_contributor *c = &s->plan.msg.contributors[i];
     size_t n = chunk_elements(s, s->fragment.chunk[w->first + k]);
     struct err err = {0};
     if (!w->sums[k] && !(w->sums[k] = sync_alloc(s, n, sizeof **w->sums))) return;
-    if (outer_accumulate(w->sums[k], bytes, length, n, s->codec, c->weight, c->clip, s->plan.msg.grid_exponent,
-                         &err)) {
-        sync_log(s, SYNC_WARNING, "member %u is left out of round %llu, chunk %u: %.120s", c->member,
-                 (unsigned long long)s->plan.msg.round, w->first + k, err.msg);
+    if (outer_accumulate(w->sums[k], bytes, length, n, s->codec, c->weight, c->clip,
+                         s->plan.msg.grid_exponent, &err)) {
+        sync_log(s, SYNC_WARNING, "member %u is left out of round %llu, chunk %u: %.120s",
+                 c->member, (unsigned long long)s->plan.msg.round, w->first + k, err.msg);
         drop_contributor(s, (int)i);
         return;
     }
@@ -340,7 +356,8 @@ static void add_chunk(struct sync *s, struct shard_work *w, uint32_t k, uint32_t
     if (is_complete(s, w, k)) finish_chunk(s, w, k);
 }
 
-/* The set must name just its contributor: partial sums of others come with shards of many aggregators. */
+/* The set must name just its contributor: partial sums of others come with shards of many
+ * aggregators. */
 static bool set_is_just(const struct sync *s, struct proto_bytes set, uint32_t i) {
     uint8_t want[PROTO_SET_BYTES_MAX] = {0};
     proto_set_add(want, i);
@@ -350,22 +367,26 @@ static bool set_is_just(const struct sync *s, struct proto_bytes set, uint32_t i
 static struct shard_work *work_with(struct sync *s, uint32_t chunk, enum shard_role role) {
     for (uint32_t i = 0; i < s->plan.work_count; i++) {
         struct shard_work *w = &s->plan.work[i];
-        if (w->role == role && !w->done && chunk >= w->first && chunk - w->first < w->count) return w;
+        if (w->role == role && !w->done && chunk >= w->first && chunk - w->first < w->count)
+            return w;
     }
     return NULL;
 }
 
 static bool chunk_is_right(const struct sync *s, const struct msg_chunk *msg, uint32_t i) {
     const struct inbound *in = &s->plan.inbound[i];
-    if (msg->codec != s->codec || msg->data.length != encoded_bytes(s, s->codec, msg->chunk)) return false;
-    if (!set_is_just(s, msg->set, i) || msg->weight != s->plan.msg.contributors[i].weight) return false;
+    if (msg->codec != s->codec || msg->data.length != encoded_bytes(s, s->codec, msg->chunk))
+        return false;
+    if (!set_is_just(s, msg->set, i) || msg->weight != s->plan.msg.contributors[i].weight)
+        return false;
     struct digest leaf = digest_leaf(msg->chunk, msg->data.data, msg->data.length);
     return digest_equal(&leaf, &in->leaves[msg->chunk].digest);
 }
 
 static int finish_shard(struct sync *s, struct shard_work *w);
 
-int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f, const struct msg_chunk *msg) {
+int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f,
+                    const struct msg_chunk *msg) {
     if (!plan_is_current(s, f) || msg->fragment != 0 || msg->round != s->plan.msg.round) return 0;
     int i = contributor_of(s, p->id);
     struct shard_work *w = work_with(s, msg->chunk, SHARD_AGGREGATE);
@@ -381,7 +402,7 @@ int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f, const
     return w->finished_count == w->count ? finish_shard(s, w) : 0;
 }
 
-/* ---- finished ------------------------------------------------------------------------------------------------------ */
+/* ---- finished --------------------------------------------------------------------------- */
 
 static void report(struct sync *s, struct shard_work *w) {
     struct held *h = results_find(s, s->plan.term, s->plan.number, s->plan.msg.round, w->shard);
@@ -398,7 +419,7 @@ static int finish_shard(struct sync *s, struct shard_work *w) {
     return 0;
 }
 
-/* ---- the second holder ------------------------------------------------------------------------------------------------ */
+/* ---- the second holder ------------------------------------------------------------------ */
 
 static uint64_t weight_of(const struct sync *s, struct proto_bytes set) {
     uint64_t weight = 0;
@@ -412,7 +433,8 @@ static bool take_summed(struct sync *s, struct shard_work *w, const struct msg_r
     uint32_t k = 0;
     for (uint32_t r = 0; r < msg->summed_count; r++) {
         const struct msg_summed *run = &msg->summed[r];
-        if (run->set.length != s->plan.set_bytes || run->weight != weight_of(s, run->set)) return false;
+        if (run->set.length != s->plan.set_bytes || run->weight != weight_of(s, run->set))
+            return false;
         if (run->chunks > w->count - k) return false;
         for (uint32_t end = k + run->chunks; k < end; k++) {
             memcpy(set_of(s, w, k), run->set.data, s->plan.set_bytes);
@@ -429,7 +451,8 @@ static struct shard_work *held_work(struct sync *s, const struct peer *p, uint32
 
 void reduce_on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
                              const struct msg_result_leaves *msg) {
-    struct shard_work *w = plan_is_current(s, f) && msg->fragment == 0 ? held_work(s, p, msg->first) : NULL;
+    struct shard_work *w = plan_is_current(s, f) && msg->fragment == 0 ? held_work(s, p, msg->first)
+                                                                       : NULL;
     if (!w || msg->first != w->first) return;
     w->asked_ms = s->now;
     if (w->leaves_known) return;
@@ -447,9 +470,11 @@ void reduce_on_result_leaves(struct sync *s, struct peer *p, const struct frame 
     w->recheck = w->finished_count == w->count;
 }
 
-int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f, const struct msg_result *msg) {
+int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f,
+                     const struct msg_result *msg) {
     enum outer_codec codec = (enum outer_codec)s->plan.msg.codec;
-    struct shard_work *w = plan_is_current(s, f) && msg->fragment == 0 ? held_work(s, p, msg->chunk) : NULL;
+    struct shard_work *w = plan_is_current(s, f) && msg->fragment == 0 ? held_work(s, p, msg->chunk)
+                                                                       : NULL;
     if (!w || !w->leaves_known || w->finished[msg->chunk - w->first]) return 0;
     uint32_t k = msg->chunk - w->first;
     struct digest leaf = digest_leaf(msg->chunk, msg->data.data, msg->data.length);
@@ -458,8 +483,8 @@ int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f, cons
         peer_close(s, p, "a result is not what it announced");
         return 0;
     }
-    memcpy(w->data + encoded_offset(s, codec, msg->chunk) - encoded_offset(s, codec, w->first), msg->data.data,
-           msg->data.length);
+    memcpy(w->data + encoded_offset(s, codec, msg->chunk) - encoded_offset(s, codec, w->first),
+           msg->data.data, msg->data.length);
     w->asked_ms = s->now;
     w->finished[k] = true;
     w->finished_count++;
@@ -476,20 +501,21 @@ static void ask_results(struct sync *s, struct shard_work *w) {
     if (!chunks) return;
     for (uint32_t k = 0; k < w->count; k++)
         if (!w->finished[k]) proto_set_add(chunks, w->first + k);
-    struct msg_result_get get = {.round = s->plan.msg.round, .plan = s->plan.number,
-                                 .chunks = {chunks, (uint32_t)bytes}};
+    struct msg_result_get get = {
+        .round = s->plan.msg.round, .plan = s->plan.number, .chunks = {chunks, (uint32_t)bytes}};
     peer_send(s, p, MSG_RESULT_GET, s->plan.term, s->plan.number, &get, bytes);
     free(chunks);
     w->asked_ms = s->now;
 }
 
-/* ---- pump and work ------------------------------------------------------------------------------------------------------ */
+/* ---- pump and work ---------------------------------------------------------------------- */
 
 int reduce_pump(struct sync *s) {
     for (uint32_t i = 0; s->plan.active && i < s->plan.work_count; i++) {
         struct shard_work *w = &s->plan.work[i];
         if (!w->done && w->role == SHARD_HOLD) ask_results(s, w);
-        if (w->done && (!w->reported || s->now - w->reported_ms >= s->outer->silence_ms_max)) report(s, w);
+        if (w->done && (!w->reported || s->now - w->reported_ms >= s->outer->silence_ms_max))
+            report(s, w);
     }
     return s->failure.code ? -1 : 0;
 }
@@ -501,7 +527,9 @@ static bool has_own_chunks(const struct sync *s, const struct shard_work *w) {
 
 bool reduce_has_work(const struct sync *s) {
     for (uint32_t i = 0; s->plan.active && i < s->plan.work_count; i++)
-        if (!s->plan.work[i].done && (s->plan.work[i].recheck || has_own_chunks(s, &s->plan.work[i]))) return true;
+        if (!s->plan.work[i].done &&
+            (s->plan.work[i].recheck || has_own_chunks(s, &s->plan.work[i])))
+            return true;
     return false;
 }
 
@@ -520,10 +548,12 @@ static void recheck(struct sync *s, struct shard_work *w) {
 }
 
 static void add_own_chunks(struct sync *s, struct shard_work *w) {
-    for (size_t done = 0; has_own_chunks(s, w) && done < SYNC_WORK_ELEMENTS; done += s->chunk_elements) {
+    for (size_t done = 0; has_own_chunks(s, w) && done < SYNC_WORK_ELEMENTS;
+         done += s->chunk_elements) {
         uint32_t k = w->own_next++, chunk = w->first + k;
         if (w->finished[k]) continue;
-        add_chunk(s, w, k, (uint32_t)s->plan.own, s->contribution.bytes + encoded_offset(s, s->codec, chunk),
+        add_chunk(s, w, k, (uint32_t)s->plan.own,
+                  s->contribution.bytes + encoded_offset(s, s->codec, chunk),
                   encoded_bytes(s, s->codec, chunk));
     }
 }
@@ -532,10 +562,8 @@ int reduce_work(struct sync *s) {
     for (uint32_t i = 0; i < s->plan.work_count; i++) {
         struct shard_work *w = &s->plan.work[i];
         if (w->done || !(w->recheck || has_own_chunks(s, w))) continue;
-        if (w->recheck)
-            recheck(s, w);
-        else
-            add_own_chunks(s, w);
+        if (w->recheck) recheck(s, w);
+        else add_own_chunks(s, w);
         return w->finished_count == w->count ? finish_shard(s, w) : 0;
     }
     return 0;

@@ -1,9 +1,9 @@
-/* sync_results.c - finished shards that this member holds, as aggregator or second holder: one blob
- * per shard and round on disk, kept until every live member has applied the round, served to whoever
- * asks.
+/* sync_results.c - finished shards that this member holds, as aggregator or second holder: one
+ * blob per shard and round on disk, kept until every live member has applied the round, served
+ * to whoever asks.
  *
- * A blob: the encoded chunks one after the other, then an encoded msg_result_leaves, then a trailer.
- * Names go round SYNC_RESULTS_KEPT, so what was forgotten is overwritten. */
+ * A blob: the encoded chunks one after the other, then an encoded msg_result_leaves, then a
+ * trailer. Names go round SYNC_RESULTS_KEPT, so what was forgotten is overwritten. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +14,8 @@ struct trailer {
     char magic[8];
     uint64_t term, data_bytes, meta_bytes;
     uint32_t shard, codec;
-    struct digest digest; /* of the leaves' record and what stands above; the leaves vouch for the data */
+    struct digest
+        digest; /* of the leaves' record and what stands above; the leaves vouch for the data */
 };
 
 static void blob_name(uint64_t round, uint32_t shard, char out[32]) {
@@ -33,7 +34,7 @@ static struct digest trailer_digest(const struct trailer *t, const uint8_t *meta
     return digest_stream_final(&d);
 }
 
-/* ---- the list ------------------------------------------------------------------------------------- */
+/* ---- the list --------------------------------------------------------------------------- */
 
 static void held_release(struct held *h) {
     proto_copy_release(RECORD_result_leaves, &h->leaves);
@@ -48,7 +49,8 @@ static void forget(struct sync *s, uint32_t i) {
 /* Takes *h over; whatever had its name on disk is gone from memory too. */
 static struct held *add(struct sync *s, struct held *h) {
     for (uint32_t i = s->held_count; i-- > 0;)
-        if (s->held[i].round % SYNC_RESULTS_KEPT == h->round % SYNC_RESULTS_KEPT && s->held[i].shard == h->shard)
+        if (s->held[i].round % SYNC_RESULTS_KEPT == h->round % SYNC_RESULTS_KEPT &&
+            s->held[i].shard == h->shard)
             forget(s, i);
     struct held *list = realloc(s->held, (s->held_count + 1) * sizeof *list);
     if (!list) {
@@ -71,7 +73,8 @@ void results_settle(struct sync *s) {
     for (uint32_t i = s->held_count; i-- > 0;) {
         struct held *h = &s->held[i];
         struct commit *c = ledger_commit(s, h->round);
-        bool is_void = c ? c->term != h->term || c->body.plan != h->plan : h->round < s->ledger.rounds;
+        bool is_void = c ? c->term != h->term || c->body.plan != h->plan
+                         : h->round < s->ledger.rounds;
         if (!is_void && !(c && c->index <= s->settled && state_current(s))) continue;
         char name[32];
         blob_name(h->round, h->shard, name);
@@ -80,25 +83,31 @@ void results_settle(struct sync *s) {
     }
 }
 
-/* ---- writing ---------------------------------------------------------------------------------------- */
+/* ---- writing ---------------------------------------------------------------------------- */
 
 /* Neighbours that were summed from the same contributors are one run. */
-static uint32_t make_runs(const struct sync *s, const struct shard_work *w, struct msg_summed *runs) {
+static uint32_t make_runs(const struct sync *s, const struct shard_work *w,
+                          struct msg_summed *runs) {
     uint32_t n = 0, bytes = s->plan.set_bytes;
     for (uint32_t k = 0; k < w->count; k++) {
         const uint8_t *set = w->sets + (size_t)k * bytes;
         if (n && runs[n - 1].weight == w->weights[k] && !memcmp(runs[n - 1].set.data, set, bytes))
             runs[n - 1].chunks++;
         else
-            runs[n++] = (struct msg_summed){.chunks = 1, .set = {set, bytes}, .weight = w->weights[k]};
+            runs[n++] = (struct msg_summed){
+                .chunks = 1, .set = {set, bytes}, .weight = w->weights[k]};
     }
     return n;
 }
 
 /* The data array grows into the blob, so that a large shard is not copied. */
-static int write_blob(struct sync *s, struct shard_work *w, const struct msg_result_leaves *leaves) {
+static int write_blob(struct sync *s, struct shard_work *w,
+                      const struct msg_result_leaves *leaves) {
     enum outer_codec codec = (enum outer_codec)s->plan.msg.codec;
-    struct trailer t = {.magic = "ITLRSLT", .term = s->plan.term, .shard = w->shard, .codec = codec,
+    struct trailer t = {.magic = "ITLRSLT",
+                        .term = s->plan.term,
+                        .shard = w->shard,
+                        .codec = codec,
                         .data_bytes = shard_bytes(s, codec, w->first, w->count)};
     struct proto_buffer meta;
     char name[32];
@@ -112,7 +121,8 @@ static int write_blob(struct sync *s, struct shard_work *w, const struct msg_res
         memcpy(blob + t.data_bytes, meta.data, meta.length);
         memcpy(blob + t.data_bytes + meta.length, &t, sizeof t);
         blob_name(s->plan.msg.round, w->shard, name);
-        rc = s->disk.put(s->disk.arg, name, blob, t.data_bytes + meta.length + sizeof t, &s->failure);
+        rc = s->disk.put(s->disk.arg, name, blob, t.data_bytes + meta.length + sizeof t,
+                         &s->failure);
     } else if (rc == 0) {
         rc = err_set(&s->failure, ERR_MEMORY, "no memory for a result");
     }
@@ -122,12 +132,19 @@ static int write_blob(struct sync *s, struct shard_work *w, const struct msg_res
 
 int results_keep(struct sync *s, struct shard_work *w) {
     const struct plan *p = &s->plan;
-    struct held h = {.term = p->term, .plan = p->number, .round = p->msg.round, .shard = w->shard,
+    struct held h = {.term = p->term,
+                     .plan = p->number,
+                     .round = p->msg.round,
+                     .shard = w->shard,
                      .codec = (enum outer_codec)p->msg.codec};
     struct msg_summed *runs = sync_alloc(s, w->count, sizeof *runs);
     if (!runs) return -1;
-    struct msg_result_leaves leaves = {.round = p->msg.round, .plan = p->number, .first = w->first,
-                                       .leaves = w->leaves, .leaves_count = w->count, .summed = runs,
+    struct msg_result_leaves leaves = {.round = p->msg.round,
+                                       .plan = p->number,
+                                       .first = w->first,
+                                       .leaves = w->leaves,
+                                       .leaves_count = w->count,
+                                       .summed = runs,
                                        .summed_count = make_runs(s, w, runs)};
     int rc = write_blob(s, w, &leaves);
     if (rc == 0) rc = proto_copy(RECORD_result_leaves, &leaves, &h.leaves, &s->failure);
@@ -138,12 +155,13 @@ int results_keep(struct sync *s, struct shard_work *w) {
     return add(s, &h) ? 0 : -1;
 }
 
-/* ---- reading ------------------------------------------------------------------------------------------ */
+/* ---- reading ---------------------------------------------------------------------------- */
 
 /* Does every chunk of the blob have the leaf it should? */
 static bool data_is_intact(const struct sync *s, const struct held *h, size_t bytes) {
     const struct msg_result_leaves *l = &h->leaves;
-    if (l->leaves_count == 0 || l->first >= s->fragment.count || l->leaves_count > s->fragment.count - l->first)
+    if (l->leaves_count == 0 || l->first >= s->fragment.count ||
+        l->leaves_count > s->fragment.count - l->first)
         return false;
     if (bytes != shard_bytes(s, h->codec, l->first, l->leaves_count)) return false;
     for (uint32_t k = 0; k < l->leaves_count; k++) {
@@ -159,7 +177,9 @@ static bool read_trailer(const uint8_t *blob, size_t length, struct trailer *t) 
     if (length < sizeof *t) return false;
     memcpy(t, blob + length - sizeof *t, sizeof *t);
     size_t rest = length - sizeof *t;
-    if (memcmp(t->magic, "ITLRSLT", 8) || t->data_bytes > rest || t->meta_bytes != rest - t->data_bytes) return false;
+    if (memcmp(t->magic, "ITLRSLT", 8) || t->data_bytes > rest ||
+        t->meta_bytes != rest - t->data_bytes)
+        return false;
     if (outer_encoded_bytes((enum outer_codec)t->codec, 1) == 0) return false;
     struct digest d = trailer_digest(t, blob + t->data_bytes);
     return digest_equal(&d, &t->digest);
@@ -171,10 +191,16 @@ static bool read_blob(struct sync *s, uint8_t *blob, size_t length, struct held 
     struct msg_result_leaves leaves = {0};
     struct err err = {0};
     if (!read_trailer(blob, length, &t)) return false;
-    bool ok = proto_decode(blob + t.data_bytes, t.meta_bytes, RECORD_result_leaves, &leaves, &err) == 0;
+    bool ok = proto_decode(blob + t.data_bytes, t.meta_bytes, RECORD_result_leaves, &leaves,
+                           &err) == 0;
     if (ok) {
-        *h = (struct held){.term = t.term, .plan = leaves.plan, .round = leaves.round, .shard = t.shard,
-                           .codec = (enum outer_codec)t.codec, .leaves = leaves, .data = blob};
+        *h = (struct held){.term = t.term,
+                           .plan = leaves.plan,
+                           .round = leaves.round,
+                           .shard = t.shard,
+                           .codec = (enum outer_codec)t.codec,
+                           .leaves = leaves,
+                           .data = blob};
         ok = data_is_intact(s, h, t.data_bytes) &&
              proto_copy(RECORD_result_leaves, &leaves, &h->leaves, &s->failure) == 0;
     }
@@ -198,48 +224,57 @@ static struct held *load(struct sync *s, uint64_t round, uint32_t shard) {
     return NULL;
 }
 
-static bool is_of(const struct held *h, uint64_t term, uint64_t plan, uint64_t round, uint32_t shard) {
+static bool is_of(const struct held *h, uint64_t term, uint64_t plan, uint64_t round,
+                  uint32_t shard) {
     return h->term == term && h->plan == plan && h->round == round && h->shard == shard;
 }
 
-struct held *results_find(struct sync *s, uint64_t term, uint64_t plan, uint64_t round, uint32_t shard) {
+struct held *results_find(struct sync *s, uint64_t term, uint64_t plan, uint64_t round,
+                          uint32_t shard) {
     for (uint32_t i = 0; i < s->held_count; i++) {
         struct held *h = &s->held[i];
         if (is_of(h, term, plan, round, shard)) return h;
         /* What has this name on disk is in memory, and something else. */
-        if (h->round % SYNC_RESULTS_KEPT == round % SYNC_RESULTS_KEPT && h->shard == shard) return NULL;
+        if (h->round % SYNC_RESULTS_KEPT == round % SYNC_RESULTS_KEPT && h->shard == shard)
+            return NULL;
     }
     struct held *h = load(s, round, shard);
     return h && is_of(h, term, plan, round, shard) ? h : NULL;
 }
 
-/* ---- reporting ------------------------------------------------------------------------------------------- */
+/* ---- reporting -------------------------------------------------------------------------- */
 
 void results_report(struct sync *s, const struct held *h) {
-    struct msg_shard_report report = {.round = h->round, .shard = h->shard, .results = h->leaves.leaves,
-                                      .results_count = h->leaves.leaves_count, .summed = h->leaves.summed,
+    struct msg_shard_report report = {.round = h->round,
+                                      .shard = h->shard,
+                                      .results = h->leaves.leaves,
+                                      .results_count = h->leaves.leaves_count,
+                                      .summed = h->leaves.summed,
                                       .summed_count = h->leaves.summed_count};
     sync_send(s, MSG_SHARD_REPORT, h->plan, &report);
 }
 
-/* ---- serving ----------------------------------------------------------------------------------------------- */
+/* ---- serving ---------------------------------------------------------------------------- */
 
 /* After a restart what we hold of a commit is still on disk only. */
 static void load_of_commit(struct sync *s, uint64_t term, uint64_t plan, uint64_t round) {
     struct commit *c = ledger_commit(s, round);
     if (!c || c->term != term || c->body.plan != plan) return;
     for (uint32_t i = 0; i < c->body.shards_count; i++)
-        if (c->body.shards[i].aggregator == s->config.member || c->body.shards[i].holder == s->config.member)
+        if (c->body.shards[i].aggregator == s->config.member ||
+            c->body.shards[i].holder == s->config.member)
             results_find(s, term, plan, round, i);
 }
 
-void results_on_get(struct sync *s, struct peer *p, const struct frame *f, const struct msg_result_get *msg) {
+void results_on_get(struct sync *s, struct peer *p, const struct frame *f,
+                    const struct msg_result_get *msg) {
     size_t bytes = bitmap_bytes(s->fragment.count);
     if (msg->fragment != 0 || msg->plan != f->plan || msg->chunks.length != bytes) {
         peer_close(s, p, "it asks for results that cannot be");
         return;
     }
-    bool more = p->results && p->results_term == f->term && p->results_plan == f->plan && p->results_round == msg->round;
+    bool more = p->results && p->results_term == f->term && p->results_plan == f->plan &&
+                p->results_round == msg->round;
     if (!more) {
         if (!p->results && !(p->results = sync_alloc(s, bytes, 1))) return;
         memset(p->results, 0, bytes);
@@ -267,7 +302,8 @@ static bool send_leaves(struct sync *s, struct peer *p) {
     for (uint32_t i = 0; i < s->held_count; i++) {
         const struct held *h = &s->held[i];
         if (!is_asked(p, h)) continue;
-        peer_send(s, p, MSG_RESULT_LEAVES, h->term, h->plan, &h->leaves, h->leaves.leaves_count * sizeof(struct digest));
+        peer_send(s, p, MSG_RESULT_LEAVES, h->term, h->plan, &h->leaves,
+                  h->leaves.leaves_count * sizeof(struct digest));
         any = true;
     }
     return any;
@@ -276,14 +312,18 @@ static bool send_leaves(struct sync *s, struct peer *p) {
 static const struct held *held_with(const struct sync *s, const struct peer *p, uint32_t k) {
     for (uint32_t i = 0; i < s->held_count; i++) {
         const struct held *h = &s->held[i];
-        if (is_asked(p, h) && k >= h->leaves.first && k - h->leaves.first < h->leaves.leaves_count) return h;
+        if (is_asked(p, h) && k >= h->leaves.first && k - h->leaves.first < h->leaves.leaves_count)
+            return h;
     }
     return NULL;
 }
 
 static void send_result(struct sync *s, struct peer *p, const struct held *h, uint32_t k) {
     size_t length = encoded_bytes(s, h->codec, k);
-    struct msg_result result = {.round = h->round, .plan = h->plan, .chunk = k, .codec = (uint8_t)h->codec,
+    struct msg_result result = {.round = h->round,
+                                .plan = h->plan,
+                                .chunk = k,
+                                .codec = (uint8_t)h->codec,
                                 .data = {results_chunk(s, h, k), (uint32_t)length}};
     peer_send(s, p, MSG_RESULT, h->term, h->plan, &result, length);
     s->progress++;
@@ -293,7 +333,8 @@ static void send_result(struct sync *s, struct peer *p, const struct held *h, ui
 static bool may_come(const struct sync *s, const struct peer *p) {
     if (p->results_round < s->ledger.rounds) return false;
     return plan_is_newer(s, p->results_term, p->results_plan) ||
-           (p->results_term == s->plan.term && p->results_plan == s->plan.number && s->plan.work_count > 0);
+           (p->results_term == s->plan.term && p->results_plan == s->plan.number &&
+            s->plan.work_count > 0);
 }
 
 bool results_send_next(struct sync *s, struct peer *p) {
@@ -301,7 +342,8 @@ bool results_send_next(struct sync *s, struct peer *p) {
     if (p->results_leaves) {
         if (!send_leaves(s, p)) {
             if (may_come(s, p)) return false;
-            peer_none(s, p, MSG_RESULT_GET, p->results_term, p->results_plan, p->results_round, "not held");
+            peer_none(s, p, MSG_RESULT_GET, p->results_term, p->results_plan, p->results_round,
+                      "not held");
             end_results(p);
             return false;
         }

@@ -7,7 +7,7 @@
 
 #include "node/sync_internal.h"
 
-/* ---- encoding ------------------------------------------------------------------------------------- */
+/* ---- encoding --------------------------------------------------------------------------- */
 
 int contribution_begin(struct sync *s) {
     struct contribution *c = &s->contribution;
@@ -27,12 +27,16 @@ static float *part(float *array, size_t first) { return array ? array + first : 
 static int encode_chunk(struct sync *s, uint32_t k, struct err *err) {
     struct contribution *c = &s->contribution;
     uint32_t chunk = s->fragment.chunk[k];
-    size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk), length = encoded_bytes(s, s->codec, k);
+    size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk),
+           length = encoded_bytes(s, s->codec, k);
     uint8_t *bytes = c->bytes + encoded_offset(s, s->codec, k);
-    outer_pseudo_gradient(s->scratch, s->state.anchor + first, s->trainer.local + first, part(c->residual, first), n);
+    outer_pseudo_gradient(s->scratch, s->state.anchor + first, s->trainer.local + first,
+                          part(c->residual, first), n);
     if (outer_encode(bytes, s->scratch, n, s->codec, err)) return -1;
     if (outer_decode(s->scratch2, bytes, length, n, s->codec, err)) return -1;
-    if (c->residual && outer_residual(c->residual_next + first, s->scratch, bytes, length, n, s->codec, err)) return -1;
+    if (c->residual &&
+        outer_residual(c->residual_next + first, s->scratch, bytes, length, n, s->codec, err))
+        return -1;
     float absmax = outer_absmax(s->scratch2, n);
     if (absmax > c->absmax) c->absmax = absmax;
     c->norm2 += outer_norm2(s->scratch2, n);
@@ -40,7 +44,8 @@ static int encode_chunk(struct sync *s, uint32_t k, struct err *err) {
     return 0;
 }
 
-/* As the values give them, but never apart by a rounding error: absmax <= norm <= absmax * sqrt(n). */
+/* As the values give them, but never apart by a rounding error: absmax <= norm <= absmax *
+ * sqrt(n). */
 static double norm_of(const struct sync *s) {
     double absmax = s->contribution.absmax, norm = sqrt(s->contribution.norm2);
     return fmax(absmax, fmin(norm, absmax * sqrt((double)s->config.elements)));
@@ -72,14 +77,21 @@ static int freeze(struct sync *s) {
     const struct trainer *t = &s->trainer;
     struct msg_lease claims[PROTO_LEASES_MAX];
     struct msg_ready ready = {
-        .round = s->ledger.rounds, .base_index = s->state.index, .base_root = s->state.root,
-        .codec = (uint8_t)s->codec, .chunks = s->fragment.count,
-        .tokens = leases_used(s) * s->genesis.model->sequence, .norm = norm_of(s), .absmax = c->absmax,
+        .round = s->ledger.rounds,
+        .base_index = s->state.index,
+        .base_root = s->state.root,
+        .codec = (uint8_t)s->codec,
+        .chunks = s->fragment.count,
+        .tokens = leases_used(s) * s->genesis.model->sequence,
+        .norm = norm_of(s),
+        .absmax = c->absmax,
         .loss = t->loss_count ? t->loss_sum / (double)t->loss_count : 0,
-        .root = digest_tree_root(c->leaves, s->fragment.count), .ranges = claims,
+        .root = digest_tree_root(c->leaves, s->fragment.count),
+        .ranges = claims,
         .ranges_count = leases_claims(s, claims),
     };
-    if (s->disk.flush(s->disk.arg, "contribution", 0, contribution_bytes(s), &s->failure)) return -1;
+    if (s->disk.flush(s->disk.arg, "contribution", 0, contribution_bytes(s), &s->failure))
+        return -1;
     if (put_ready(s, &ready) || proto_copy(RECORD_ready, &ready, &c->ready, &s->failure)) return -1;
     c->encoding = false;
     c->frozen = true;
@@ -93,7 +105,8 @@ int contribution_work(struct sync *s) {
     struct err err = {0};
     for (size_t done = 0; c->next < s->fragment.count && done < SYNC_WORK_ELEMENTS; c->next++) {
         if (encode_chunk(s, c->next, &err)) {
-            sync_log(s, SYNC_ERROR, "the trainer's parameters cannot be contributed, chunk %u: %.150s", c->next,
+            sync_log(s, SYNC_ERROR,
+                     "the trainer's parameters cannot be contributed, chunk %u: %.150s", c->next,
                      err.msg);
             trainer_lose_work(s, "its parameters are not finite");
             return 0;
@@ -104,7 +117,7 @@ int contribution_work(struct sync *s) {
     return c->next == s->fragment.count ? freeze(s) : 0;
 }
 
-/* ---- on disk ------------------------------------------------------------------------------------------ */
+/* ---- on disk ---------------------------------------------------------------------------- */
 
 void contribution_drop(struct sync *s) {
     struct contribution *c = &s->contribution;
@@ -118,10 +131,11 @@ void contribution_drop(struct sync *s) {
 /* Does what the array holds still have the root that was announced? */
 static bool bytes_are_intact(struct sync *s, const struct msg_ready *ready) {
     struct contribution *c = &s->contribution;
-    if (ready->fragment != 0 || ready->chunks != s->fragment.count || ready->codec != s->codec) return false;
+    if (ready->fragment != 0 || ready->chunks != s->fragment.count || ready->codec != s->codec)
+        return false;
     for (uint32_t k = 0; k < s->fragment.count; k++)
-        c->leaves[k].digest =
-            digest_leaf(k, c->bytes + encoded_offset(s, s->codec, k), encoded_bytes(s, s->codec, k));
+        c->leaves[k].digest = digest_leaf(k, c->bytes + encoded_offset(s, s->codec, k),
+                                          encoded_bytes(s, s->codec, k));
     struct digest root = digest_tree_root(c->leaves, s->fragment.count);
     return digest_equal(&root, &ready->root);
 }
@@ -137,9 +151,11 @@ static int load_ready(struct sync *s) {
         s->failure = err;
         return -1;
     }
-    struct digest d = length > sizeof d ? digest_of(bytes + sizeof d, length - sizeof d) : (struct digest){{0}};
+    struct digest d = length > sizeof d ? digest_of(bytes + sizeof d, length - sizeof d)
+                                        : (struct digest){{0}};
     c->frozen = length > sizeof d && !memcmp(&d, bytes, sizeof d) &&
-                proto_decode(bytes + sizeof d, length - sizeof d, RECORD_ready, &ready, &err) == 0 &&
+                proto_decode(bytes + sizeof d, length - sizeof d, RECORD_ready, &ready, &err) ==
+                    0 &&
                 bytes_are_intact(s, &ready);
     int rc = c->frozen ? proto_copy(RECORD_ready, &ready, &c->ready, &s->failure) : 0;
     if (!c->frozen) s->disk.remove(s->disk.arg, "ready");
@@ -167,7 +183,8 @@ int contribution_open(struct sync *s) {
     bool created;
     if (!s->config.trains) return 0;
     c->leaves = sync_alloc(s, s->fragment.count, sizeof *c->leaves);
-    c->bytes = s->disk.map(s->disk.arg, "contribution", contribution_bytes(s), &created, &s->failure);
+    c->bytes = s->disk.map(s->disk.arg, "contribution", contribution_bytes(s), &created,
+                           &s->failure);
     if (!c->leaves || !c->bytes || open_residuals(s)) return -1;
     return load_ready(s);
 }
@@ -177,7 +194,7 @@ void contribution_release(struct sync *s) {
     free(s->contribution.leaves);
 }
 
-/* ---- announcing ----------------------------------------------------------------------------------------- */
+/* ---- announcing ------------------------------------------------------------------------- */
 
 void contribution_announce(struct sync *s) {
     struct contribution *c = &s->contribution;
@@ -199,7 +216,7 @@ int contribution_on_reset(struct sync *s, const struct msg_reset *msg) {
     return 0;
 }
 
-/* ---- sending ------------------------------------------------------------------------------------------------ */
+/* ---- sending ---------------------------------------------------------------------------- */
 
 static bool aggregates(const struct sync *s, uint32_t member) {
     for (uint32_t i = 0; i < s->plan.msg.shards_count; i++)
@@ -211,19 +228,22 @@ static bool wants_something(const struct sync *s, const struct peer *p) {
     return p->wanted && bitmap_next(p->wanted, s->fragment.count) >= 0;
 }
 
-/* Again when there was no WANT, and now and then when all was sent: it says what is still missing. */
+/* Again when there was no WANT, and now and then when all was sent: it says what is still
+ * missing. */
 static void show_leaves(struct sync *s, struct peer *p) {
     uint32_t wait_ms = p->wanted ? s->outer->silence_ms_max / 2 : s->outer->heartbeat_ms;
     if (p->leaves_sent && (wants_something(s, p) || s->now - p->leaves_ms < wait_ms)) return;
-    struct msg_leaves leaves = {.round = s->plan.msg.round, .all = s->contribution.leaves,
-                                .all_count = s->fragment.count};
-    peer_send(s, p, MSG_LEAVES, s->plan.term, s->plan.number, &leaves, s->fragment.count * sizeof(struct digest));
+    struct msg_leaves leaves = {
+        .round = s->plan.msg.round, .all = s->contribution.leaves, .all_count = s->fragment.count};
+    peer_send(s, p, MSG_LEAVES, s->plan.term, s->plan.number, &leaves,
+              s->fragment.count * sizeof(struct digest));
     p->leaves_sent = true;
     p->leaves_ms = s->now;
 }
 
 void contribution_pump(struct sync *s) {
-    if (s->contribution.frozen && s->synced && s->now - s->contribution.announced_ms >= s->outer->silence_ms_max / 2 &&
+    if (s->contribution.frozen && s->synced &&
+        s->now - s->contribution.announced_ms >= s->outer->silence_ms_max / 2 &&
         !(s->plan.active && s->plan.own >= 0))
         contribution_announce(s);
     if (!s->plan.active || s->plan.own < 0) return;
@@ -238,14 +258,17 @@ void contribution_pump(struct sync *s) {
 static void keep_own_shards(const struct sync *s, struct peer *p) {
     for (uint32_t i = 0; i < s->plan.msg.shards_count; i++) {
         const struct msg_shard *shard = &s->plan.msg.shards[i];
-        for (uint32_t k = shard->first; shard->aggregator != p->id && k < shard->first + shard->count; k++)
+        for (uint32_t k = shard->first;
+             shard->aggregator != p->id && k < shard->first + shard->count; k++)
             proto_set_del(p->wanted, k);
     }
 }
 
-void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f, const struct msg_want *msg) {
-    if (!s->plan.active || s->plan.own < 0 || f->term != s->plan.term || f->plan != s->plan.number ||
-        msg->fragment != 0 || msg->round != s->plan.msg.round || !aggregates(s, p->id)) {
+void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,
+                          const struct msg_want *msg) {
+    if (!s->plan.active || s->plan.own < 0 || f->term != s->plan.term ||
+        f->plan != s->plan.number || msg->fragment != 0 || msg->round != s->plan.msg.round ||
+        !aggregates(s, p->id)) {
         sync_log(s, SYNC_DEBUG, "WANT of member %u for another plan ignored", p->id);
         return;
     }
@@ -272,9 +295,13 @@ bool contribution_send_chunk(struct sync *s, struct peer *p) {
     proto_set_add(set, (uint32_t)plan->own);
     size_t length = encoded_bytes(s, s->codec, (uint32_t)k);
     struct msg_chunk chunk = {
-        .round = plan->msg.round, .chunk = (uint32_t)k, .codec = (uint8_t)s->codec, .set = {set, plan->set_bytes},
+        .round = plan->msg.round,
+        .chunk = (uint32_t)k,
+        .codec = (uint8_t)s->codec,
+        .set = {set, plan->set_bytes},
         .weight = plan->msg.contributors[plan->own].weight,
-        .data = {s->contribution.bytes + encoded_offset(s, s->codec, (uint32_t)k), (uint32_t)length},
+        .data = {s->contribution.bytes + encoded_offset(s, s->codec, (uint32_t)k),
+                 (uint32_t)length},
     };
     peer_send(s, p, MSG_CHUNK, plan->term, plan->number, &chunk, length);
     proto_set_del(p->wanted, (uint32_t)k);

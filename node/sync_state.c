@@ -1,18 +1,20 @@
-/* sync_state.c - anchor and momentum as mapped arrays, with a version and a digest per chunk, and the
- * journal that makes a change of several chunks safe against a crash at any moment:
+/* sync_state.c - anchor and momentum as mapped arrays, with a version and a digest per chunk,
+ * and the journal that makes a change of several chunks safe against a crash at any moment:
  *
  *   1. the old bytes of the chunks are put in the blob "journal"
  *   2. the arrays are changed and flushed
  *   3. their entries in the index are changed and flushed
  *
- * At start every chunk is hashed. One that is not what its entry says was caught between 1 and 3: the
- * journal has it as it was. Without a copy there it is missing, and other members have it. */
+ * At start every chunk is hashed. One that is not what its entry says was caught between 1 and
+ * 3: the journal has it as it was. Without a copy there it is missing, and other members have
+ * it. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "node/sync_internal.h"
 
-/* An entry fills a disk sector's eighth, so it is torn only by a broken disk; `check` finds that too. */
+/* An entry fills a disk sector's eighth, so it is torn only by a broken disk; `check` finds that
+ * too. */
 struct index_entry {
     uint64_t version;
     struct digest leaf;
@@ -24,7 +26,8 @@ struct index_header {
     uint64_t elements, chunk_elements;
     uint8_t unused[40];
 };
-_Static_assert(sizeof(struct index_entry) == 64 && sizeof(struct index_header) == 64, "sizes on disk");
+_Static_assert(sizeof(struct index_entry) == 64 && sizeof(struct index_header) == 64,
+               "sizes on disk");
 
 struct journal_head {
     char magic[8];
@@ -35,7 +38,7 @@ struct journal_chunk {
     struct digest leaf;
 };
 
-/* ---- the index --------------------------------------------------------------------------------------- */
+/* ---- the index -------------------------------------------------------------------------- */
 
 static struct index_entry *entry_of(struct sync *s, uint32_t chunk) {
     return (struct index_entry *)(void *)(s->state.index_map + sizeof(struct index_header)) + chunk;
@@ -66,11 +69,12 @@ static void set_missing(struct sync *s, uint32_t chunk) {
 }
 
 static int flush_index(struct sync *s, uint32_t first, uint32_t count) {
-    return s->disk.flush(s->disk.arg, "index", sizeof(struct index_header) + first * sizeof(struct index_entry),
+    return s->disk.flush(s->disk.arg, "index",
+                         sizeof(struct index_header) + first * sizeof(struct index_entry),
                          count * sizeof(struct index_entry), &s->failure);
 }
 
-/* ---- flushing runs of neighbours ----------------------------------------------------------------------- */
+/* ---- flushing runs of neighbours -------------------------------------------------------- */
 
 static int flush_arrays(struct sync *s, uint32_t first, uint32_t count) {
     size_t begin = chunk_first(s, first), last = first + count - 1;
@@ -89,13 +93,14 @@ static int for_runs(struct sync *s, const uint32_t *chunks, uint32_t count,
     return 0;
 }
 
-/* ---- the journal ---------------------------------------------------------------------------------------- */
+/* ---- the journal ------------------------------------------------------------------------ */
 
 static size_t journal_bytes(struct sync *s, const uint32_t *chunks, uint32_t count) {
     size_t bytes = sizeof(struct journal_head) + sizeof(struct digest);
     for (uint32_t i = 0; i < count; i++)
         if (s->state.version[chunks[i]] != SYNC_MISSING)
-            bytes += sizeof(struct journal_chunk) + 2 * sizeof(float) * chunk_elements(s, chunks[i]);
+            bytes += sizeof(struct journal_chunk) +
+                     2 * sizeof(float) * chunk_elements(s, chunks[i]);
     return bytes;
 }
 
@@ -105,13 +110,15 @@ static uint8_t *append(uint8_t *at, const void *bytes, size_t length) {
 }
 
 /* Returns how many chunks are in it. */
-static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *chunks, uint32_t count) {
+static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *chunks,
+                             uint32_t count) {
     struct journal_head head = {.magic = "ITLJRNL"};
     uint8_t *at = journal + sizeof head;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t c = chunks[i];
         if (s->state.version[c] == SYNC_MISSING) continue;
-        struct journal_chunk jc = {.chunk = c, .version = s->state.version[c], .leaf = s->state.leaf[c].digest};
+        struct journal_chunk jc = {
+            .chunk = c, .version = s->state.version[c], .leaf = s->state.leaf[c].digest};
         size_t bytes = chunk_elements(s, c) * sizeof(float);
         at = append(at, &jc, sizeof jc);
         at = append(at, s->state.anchor + chunk_first(s, c), bytes);
@@ -125,7 +132,8 @@ static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *c
 }
 
 int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count) {
-    for (uint32_t i = 0; s->before_change && i < count; i++) s->before_change(s->before_change_arg, chunks[i]);
+    for (uint32_t i = 0; s->before_change && i < count; i++)
+        s->before_change(s->before_change_arg, chunks[i]);
     size_t bytes = journal_bytes(s, chunks, count);
     uint8_t *journal = sync_alloc(s, bytes, 1);
     if (!journal) return -1;
@@ -136,7 +144,8 @@ int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count) {
     return rc;
 }
 
-int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions, uint32_t count) {
+int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions,
+                     uint32_t count) {
     if (for_runs(s, chunks, count, flush_arrays)) return -1;
     for (uint32_t i = 0; i < count; i++) {
         struct digest leaf = leaf_of(s, chunks[i]);
@@ -148,7 +157,7 @@ int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *ver
     return 0;
 }
 
-/* ---- at start --------------------------------------------------------------------------------------------- */
+/* ---- at start --------------------------------------------------------------------------- */
 
 static int restore_chunk(struct sync *s, const struct journal_chunk *jc, const uint8_t *anchor,
                          const uint8_t *momentum) {
@@ -176,7 +185,8 @@ static int restore_from(struct sync *s, const uint8_t *journal, size_t length) {
         if (jc.chunk >= s->chunk_count) return 0;
         size_t bytes = chunk_elements(s, (uint32_t)jc.chunk) * sizeof(float);
         if ((size_t)(end - at) < 2 * bytes) return 0;
-        if (s->state.version[jc.chunk] == SYNC_MISSING && restore_chunk(s, &jc, at, at + bytes)) return -1;
+        if (s->state.version[jc.chunk] == SYNC_MISSING && restore_chunk(s, &jc, at, at + bytes))
+            return -1;
         at += 2 * bytes;
     }
     return 0;
@@ -207,18 +217,16 @@ static void check_chunks(struct sync *s) {
         struct index_entry e = *entry_of(s, c);
         bool there = e.check == entry_check(&e) && e.version != SYNC_MISSING;
         struct digest leaf = there ? leaf_of(s, c) : e.leaf;
-        if (there && digest_equal(&leaf, &e.leaf))
-            set_entry(s, c, e.version, &leaf);
-        else
-            set_missing(s, c);
+        if (there && digest_equal(&leaf, &e.leaf)) set_entry(s, c, e.version, &leaf);
+        else set_missing(s, c);
     }
 }
 
 static int open_arrays(struct sync *s) {
     struct state *st = &s->state;
     size_t bytes = s->config.elements * sizeof(float);
-    struct index_header want = {.magic = "ITLINDX", .elements = s->config.elements,
-                                .chunk_elements = s->chunk_elements};
+    struct index_header want = {
+        .magic = "ITLINDX", .elements = s->config.elements, .chunk_elements = s->chunk_elements};
     size_t index_bytes = sizeof want + s->chunk_count * sizeof(struct index_entry);
     bool created;
     if (!(st->anchor = s->disk.map(s->disk.arg, "anchor", bytes, &created, &s->failure)) ||
@@ -248,7 +256,7 @@ void state_release(struct sync *s) {
     free(s->state.leaf);
 }
 
-/* ---- looking ------------------------------------------------------------------------------------------------ */
+/* ---- looking ---------------------------------------------------------------------------- */
 
 void state_survey(struct sync *s) {
     struct state *st = &s->state;
@@ -263,7 +271,9 @@ void state_survey(struct sync *s) {
     st->root = digest_tree_root(st->leaf, s->chunk_count);
 }
 
-bool state_current(struct sync *s) { return s->state.whole && s->state.index == ledger_head_version(s); }
+bool state_current(struct sync *s) {
+    return s->state.whole && s->state.index == ledger_head_version(s);
+}
 
 int state_forget(struct sync *s) {
     for (uint32_t c = 0; c < s->chunk_count; c++) set_missing(s, c);

@@ -11,21 +11,24 @@
 
 #include "node/sync_internal.h"
 
-/* ---- changes of the state -------------------------------------------------------------------------- */
+/* ---- changes of the state --------------------------------------------------------------- */
 
 static void clear_ops(struct sync *s) {
     if (s->trainer.ops) memset(s->trainer.ops, SYNC_OP_KEEP, s->chunk_count);
     s->trainer.slot_dirty = false;
 }
 
-bool trainer_takes_changes(const struct sync *s) { return !s->trainer.slot_busy && !s->trainer.filling; }
+bool trainer_takes_changes(const struct sync *s) {
+    return !s->trainer.slot_busy && !s->trainer.filling;
+}
 
 bool trainer_follows(const struct sync *s) {
     const struct trainer *t = &s->trainer;
     return t->state >= TRAINER_TRAINING && !t->need_reset && t->slot;
 }
 
-/* old: the chunk before; the anchor already holds the new one. Several changes may meet in one chunk. */
+/* old: the chunk before; the anchor already holds the new one. Several changes may meet in one
+ * chunk. */
 void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summed) {
     struct trainer *t = &s->trainer;
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
@@ -35,27 +38,24 @@ void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summe
         t->ops[chunk] = summed ? SYNC_OP_MIX : SYNC_OP_ADD;
         memset(slot, 0, n * sizeof *slot);
     }
-    if (t->ops[chunk] == SYNC_OP_MIX)
-        memcpy(slot, now, n * sizeof *slot);
-    else
-        outer_add_delta(slot, now, old, n);
+    if (t->ops[chunk] == SYNC_OP_MIX) memcpy(slot, now, n * sizeof *slot);
+    else outer_add_delta(slot, now, old, n);
     t->slot_dirty = true;
 }
 
-/* ---- losing work ---------------------------------------------------------------------------------------- */
+/* ---- losing work ------------------------------------------------------------------------ */
 
 /* A frozen contribution lives on without its trainer: its claims stay. */
 static void rewind_leases(struct sync *s) {
-    if (s->contribution.frozen)
-        leases_requeue(s);
-    else
-        leases_rewind(s);
+    if (s->contribution.frozen) leases_requeue(s);
+    else leases_rewind(s);
 }
 
 void trainer_lose_work(struct sync *s, const char *why) {
     struct trainer *t = &s->trainer;
     contribution_abort(s);
-    if (t->state >= TRAINER_TRAINING && leases_used(s)) sync_log(s, SYNC_WARNING, "back to the anchor: %s", why);
+    if (t->state >= TRAINER_TRAINING && leases_used(s))
+        sync_log(s, SYNC_WARNING, "back to the anchor: %s", why);
     rewind_leases(s);
     t->need_reset = true;
     if (!t->slot_busy) clear_ops(s);
@@ -71,7 +71,7 @@ void trainer_new_base(struct sync *s, bool had_contribution) {
     if (had_contribution && t->state != TRAINER_FROZEN) t->need_reset = true;
 }
 
-/* ---- events ------------------------------------------------------------------------------------------------ */
+/* ---- events ----------------------------------------------------------------------------- */
 
 void trainer_on_down(struct sync *s) {
     struct trainer *t = &s->trainer;
@@ -95,7 +95,7 @@ int trainer_on_up(struct sync *s, const struct sync_event *ev) {
     t->lives++;
     t->steps = ev->steps;
     t->want_moments = ev->steps == 0;
-    t->moments_tries = 0;
+    t->moments_tries = t->moments_next = 0;
     return 0;
 }
 
@@ -146,7 +146,7 @@ void trainer_on_applied(struct sync *s) {
     clear_ops(s);
 }
 
-/* ---- what it is told next ------------------------------------------------------------------------------------- */
+/* ---- what it is told next --------------------------------------------------------------- */
 
 static void emit_slot(struct sync *s, enum sync_action_type type) {
     struct commit *c = ledger_last(s);
@@ -230,21 +230,19 @@ void trainer_pump(struct sync *s) {
         }
         return;
     }
-    if (t->slot_dirty && state_current(s) && t->state != TRAINER_FREEZING)
-        emit_apply(s);
-    else if (t->state == TRAINER_FROZEN)
-        unfreeze(s);
-    else if (t->state == TRAINER_TRAINING && !t->slot_dirty)
-        train(s);
+    if (t->slot_dirty && state_current(s) && t->state != TRAINER_FREEZING) emit_apply(s);
+    else if (t->state == TRAINER_FROZEN) unfreeze(s);
+    else if (t->state == TRAINER_TRAINING && !t->slot_dirty) train(s);
 }
 
-/* ---- work: the anchor into the slot, some chunks at a time ----------------------------------------------------- */
+/* ---- work: the anchor into the slot, some chunks at a time ------------------------------ */
 
 bool trainer_has_work(const struct sync *s) { return s->trainer.filling; }
 
 int trainer_work(struct sync *s) {
     struct trainer *t = &s->trainer;
-    for (size_t done = 0; t->fill_next < s->chunk_count && done < SYNC_WORK_ELEMENTS; t->fill_next++) {
+    for (size_t done = 0; t->fill_next < s->chunk_count && done < SYNC_WORK_ELEMENTS;
+         t->fill_next++) {
         size_t first = chunk_first(s, t->fill_next), n = chunk_elements(s, t->fill_next);
         memcpy(t->slot + first, s->state.anchor + first, n * sizeof *t->slot);
         done += n;

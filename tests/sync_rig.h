@@ -33,7 +33,7 @@ static void *xcalloc(size_t n, size_t size) {
     return p;
 }
 
-/* ---- the disk ------------------------------------------------------------------------------- */
+/* ---- the disk --------------------------------------------------------------------------- */
 
 struct file {
     char name[64];
@@ -44,8 +44,8 @@ struct file {
 
 struct memory_disk {
     struct file file[FILES_MAX];
-    uint32_t ops;      /* flush, put, remove so far */
-    uint32_t fail_at;  /* this one and all later ones fail; 0 = none */
+    uint32_t ops;     /* flush, put, remove so far */
+    uint32_t fail_at; /* this one and all later ones fail; 0 = none */
 };
 
 static struct file *file_find(struct memory_disk *d, const char *name) {
@@ -130,10 +130,8 @@ static void disk_crash(struct memory_disk *d, uint32_t torn) {
         struct file *f = &d->file[i];
         for (size_t at = 0; f->mapped && at < f->bytes; at += 64) {
             size_t n = f->bytes - at < 64 ? f->bytes - at : 64;
-            if (torn && at / 64 % torn == 0)
-                memcpy(f->durable + at, f->live + at, n);
-            else
-                memcpy(f->live + at, f->durable + at, n);
+            if (torn && at / 64 % torn == 0) memcpy(f->durable + at, f->live + at, n);
+            else memcpy(f->live + at, f->durable + at, n);
         }
     }
 }
@@ -143,10 +141,10 @@ static void disk_wipe(struct memory_disk *d) {
     memset(d, 0, sizeof *d);
 }
 
-/* ---- the run -------------------------------------------------------------------------------- */
+/* ---- the run ---------------------------------------------------------------------------- */
 
 struct sent {
-    bool peer;          /* between members, else to the coordinator */
+    bool peer; /* between members, else to the coordinator */
     uint32_t from, to;
     struct frame frame;
     void *msg;
@@ -189,15 +187,15 @@ struct rig {
     uint64_t rounds, base_index;
     struct node node[MEMBERS];
     bool link[MEMBERS][MEMBERS], no_route[MEMBERS];
-    struct sent sent[SENT_MAX]; /* everything ever sent, in order */
-    uint32_t sent_count, delivered; /* to members: those before `delivered` arrived */
-    bool hold_peers;            /* what members send each other waits */
+    struct sent sent[SENT_MAX];                   /* everything ever sent, in order */
+    uint32_t sent_count, delivered;               /* to members: those before `delivered` arrived */
+    bool hold_peers;                              /* what members send each other waits */
     bool (*spoil)(struct rig *r, struct sent *m); /* may change or swallow (false) it */
 };
 
 static void step(struct rig *r, uint32_t id, const struct sync_event *ev);
 
-/* ---- ledger entries --------------------------------------------------------------------------- */
+/* ---- ledger entries --------------------------------------------------------------------- */
 
 static struct proto_bytes encoded(enum proto_record which, const void *record) {
     struct proto_buffer b;
@@ -207,9 +205,14 @@ static struct proto_bytes encoded(enum proto_record which, const void *record) {
 }
 
 static void entry_add(struct rig *r, enum ledger_kind kind, struct proto_bytes body) {
-    struct msg_entry e = {.index = r->entries, .previous = r->head, .kind = (uint8_t)kind, .body = body,
-                          .term = kind == LEDGER_GENESIS || kind == LEDGER_DELEGATION ? 0 : r->term};
-    const struct identity *by = kind == LEDGER_GENESIS || kind == LEDGER_DELEGATION ? &r->root_id : &r->online_id;
+    struct msg_entry e = {.index = r->entries,
+                          .previous = r->head,
+                          .kind = (uint8_t)kind,
+                          .body = body,
+                          .term = kind == LEDGER_GENESIS || kind == LEDGER_DELEGATION ? 0
+                                                                                      : r->term};
+    const struct identity *by = kind == LEDGER_GENESIS || kind == LEDGER_DELEGATION ? &r->root_id
+                                                                                    : &r->online_id;
     struct msg_signed_entry *s = &r->ledger[r->entries++];
     s->bytes = encoded(RECORD_entry, &e);
     proto_sign(by, "ledger", &r->run, e.term, s->bytes.data, s->bytes.length, &s->signature);
@@ -225,7 +228,7 @@ static void begin_ledger(struct rig *r) {
     entry_add(r, LEDGER_DELEGATION, encoded(RECORD_delegation, &d));
 }
 
-/* ---- actions ------------------------------------------------------------------------------------ */
+/* ---- actions ---------------------------------------------------------------------------- */
 
 static void *copy_of(uint8_t type, const void *msg) {
     enum proto_record which = (enum proto_record)proto_record_of_type(type);
@@ -236,9 +239,14 @@ static void *copy_of(uint8_t type, const void *msg) {
 
 static void keep(struct rig *r, bool peer, uint32_t from, const struct sync_action *a) {
     assert_true(r->sent_count < SENT_MAX);
-    if (getenv("SYNC_LOG")) printf("%u -> %u %s plan %llu\n", from, a->peer, proto_type_name(a->message), (unsigned long long)a->plan);
+    if (getenv("SYNC_LOG"))
+        printf("%u -> %u %s plan %llu\n", from, a->peer, proto_type_name(a->message),
+               (unsigned long long)a->plan);
     r->sent[r->sent_count++] = (struct sent){
-        .peer = peer, .from = from, .to = a->peer, .msg = copy_of(a->message, a->msg),
+        .peer = peer,
+        .from = from,
+        .to = a->peer,
+        .msg = copy_of(a->message, a->msg),
         .frame = {.type = a->message, .term = a->term, .session = a->session, .plan = a->plan}};
 }
 
@@ -246,7 +254,8 @@ static void dial(struct rig *r, uint32_t from, uint32_t to) {
     bool ok = to < MEMBERS && r->node[to].sync && !r->no_route[from] && !r->no_route[to];
     if (r->link[from][to]) return;
     if (ok) r->link[from][to] = r->link[to][from] = true;
-    step(r, from, &(struct sync_event){.type = ok ? SYNC_EV_PEER_OPEN : SYNC_EV_PEER_CLOSED, .peer = to});
+    step(r, from,
+         &(struct sync_event){.type = ok ? SYNC_EV_PEER_OPEN : SYNC_EV_PEER_CLOSED, .peer = to});
     if (ok) step(r, to, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = from});
 }
 
@@ -284,7 +293,9 @@ static void on_slot(struct rig *r, struct node *n, const struct sync_action *a) 
 
 static void perform(struct rig *r, struct node *n, const struct sync_action *a) {
     switch (a->type) {
-    case SYNC_ACT_SEND: if (n->connected) keep(r, false, n->id, a); break;
+    case SYNC_ACT_SEND:
+        if (n->connected) keep(r, false, n->id, a);
+        break;
     case SYNC_ACT_PEER_SEND: keep(r, true, n->id, a); break;
     case SYNC_ACT_PEER_DIAL: dial(r, n->id, a->peer); break;
     case SYNC_ACT_PEER_CLOSE:
@@ -292,12 +303,20 @@ static void perform(struct rig *r, struct node *n, const struct sync_action *a) 
         r->link[n->id][a->peer] = r->link[a->peer][n->id] = false;
         step(r, a->peer, &(struct sync_event){.type = SYNC_EV_PEER_CLOSED, .peer = n->id});
         break;
-    case SYNC_ACT_DISCONNECT: n->disconnects++; n->connected = false; break;
-    case SYNC_ACT_TRAINER_SAMPLES: n->queue[n->queued++] = (struct range){a->start, a->count}; break;
+    case SYNC_ACT_DISCONNECT:
+        n->disconnects++;
+        n->connected = false;
+        break;
+    case SYNC_ACT_TRAINER_SAMPLES:
+        n->queue[n->queued++] = (struct range){a->start, a->count};
+        break;
     case SYNC_ACT_TRAINER_FREEZE: n->freeze_asked = true; break;
     case SYNC_ACT_TRAINER_APPLY:
     case SYNC_ACT_TRAINER_RESET: on_slot(r, n, a); break;
-    case SYNC_ACT_TRAINER_CONTINUE: n->frozen = false; n->continues++; break;
+    case SYNC_ACT_TRAINER_CONTINUE:
+        n->frozen = false;
+        n->continues++;
+        break;
     case SYNC_ACT_TRAINER_MOMENTS_IMPORT:
         memcpy(n->moments, n->slot, sizeof n->slot);
         n->moments_steps = a->steps;
@@ -305,11 +324,15 @@ static void perform(struct rig *r, struct node *n, const struct sync_action *a) 
         n->applied_due = true;
         break;
     case SYNC_ACT_TRAINER_MOMENTS_EXPORT:
-        step(r, n->id, &(struct sync_event){.type = SYNC_EV_TRAINER_MOMENTS, .local = n->moments, .steps = n->steps});
+        step(r, n->id,
+             &(struct sync_event){
+                 .type = SYNC_EV_TRAINER_MOMENTS, .local = n->moments, .steps = n->steps});
         break;
     case SYNC_ACT_CHECKPOINT_BEGIN: n->checkpoint_begins++; break;
-    case SYNC_ACT_LOG: if (getenv("SYNC_LOG")) printf("[%u] %s\n", n->id, a->text);
-        snprintf(n->logged, sizeof n->logged, "%s", a->text); break;
+    case SYNC_ACT_LOG:
+        if (getenv("SYNC_LOG")) printf("[%u] %s\n", n->id, a->text);
+        snprintf(n->logged, sizeof n->logged, "%s", a->text);
+        break;
     default: break;
     }
 }
@@ -337,7 +360,9 @@ static void deliver_peers(struct rig *r) {
             step(r, m.from, &(struct sync_event){.type = SYNC_EV_PEER_CLOSED, .peer = m.to});
             continue;
         }
-        step(r, m.to, &(struct sync_event){.type = SYNC_EV_PEER_MESSAGE, .peer = m.from, .frame = m.frame, .msg = m.msg});
+        step(r, m.to,
+             &(struct sync_event){
+                 .type = SYNC_EV_PEER_MESSAGE, .peer = m.from, .frame = m.frame, .msg = m.msg});
         step(r, m.from, &(struct sync_event){.type = SYNC_EV_PEER_DRAINED, .peer = m.to});
     }
 }
@@ -350,8 +375,11 @@ static void answer_trainer(struct rig *r, struct node *n) {
     if (n->freeze_asked && n->trainer_up) {
         n->freeze_asked = false;
         n->frozen = true;
-        step(r, n->id, &(struct sync_event){.type = SYNC_EV_TRAINER_FROZEN, .local = n->local, .samples = n->samples,
-                                            .steps = n->steps});
+        step(r, n->id,
+             &(struct sync_event){.type = SYNC_EV_TRAINER_FROZEN,
+                                  .local = n->local,
+                                  .samples = n->samples,
+                                  .steps = n->steps});
     }
 }
 
@@ -367,7 +395,8 @@ static void settle(struct rig *r) {
                 step(r, id, &(struct sync_event){.type = SYNC_EV_WORK});
                 quiet = 0;
             }
-            if (n->sync && ((n->applied_due && !n->hold_applied) || (n->freeze_asked && n->trainer_up))) {
+            if (n->sync &&
+                ((n->applied_due && !n->hold_applied) || (n->freeze_asked && n->trainer_up))) {
                 answer_trainer(r, n);
                 quiet = 0;
             }
@@ -380,15 +409,17 @@ static void settle(struct rig *r) {
 static void pass(struct rig *r, uint64_t ms) {
     for (uint64_t end = r->now + ms; r->now < end;) {
         r->now += SYNC_TICK_MS;
-        for (uint32_t id = 1; id < MEMBERS; id++) step(r, id, &(struct sync_event){.type = SYNC_EV_TICK});
+        for (uint32_t id = 1; id < MEMBERS; id++)
+            step(r, id, &(struct sync_event){.type = SYNC_EV_TICK});
         settle(r);
     }
 }
 
-/* ---- the coordinator's side ------------------------------------------------------------------------ */
+/* ---- the coordinator's side ------------------------------------------------------------- */
 
 static void say(struct rig *r, uint32_t id, enum proto_type type, uint64_t plan, const void *msg) {
-    struct frame f = {.type = (uint8_t)type, .term = r->term, .session = r->term << 24 | id, .plan = plan};
+    struct frame f = {
+        .type = (uint8_t)type, .term = r->term, .session = r->term << 24 | id, .plan = plan};
     if (r->node[id].connected)
         step(r, id, &(struct sync_event){.type = SYNC_EV_MESSAGE, .frame = f, .msg = msg});
 }
@@ -401,7 +432,8 @@ static const struct sent *last_sent(const struct rig *r, uint32_t from, enum pro
 
 static uint32_t count_sent(const struct rig *r, uint32_t from, enum proto_type type) {
     uint32_t n = 0;
-    for (uint32_t i = 0; i < r->sent_count; i++) n += r->sent[i].from == from && r->sent[i].frame.type == type;
+    for (uint32_t i = 0; i < r->sent_count; i++)
+        n += r->sent[i].from == from && r->sent[i].frame.type == type;
     return n;
 }
 
@@ -417,21 +449,27 @@ static void say_leases(struct rig *r, uint32_t id, struct msg_lease *list, uint3
 
 /* A lease of its own for every member: samples from id * 1000 on, so that nothing overlaps. */
 static struct msg_lease lease_of(uint32_t id, uint64_t used) {
-    return (struct msg_lease){.lease = id, .generation = 1, .start = id * 1000 + used, .count = 400 - used};
+    return (struct msg_lease){
+        .lease = id, .generation = 1, .start = id * 1000 + used, .count = 400 - used};
 }
 
 static void dial_coordinator(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     n->connected = true;
-    step(r, id, &(struct sync_event){.type = SYNC_EV_CONNECTED, .frame = {.type = MSG_WELCOME, .term = r->term}});
+    step(r, id,
+         &(struct sync_event){.type = SYNC_EV_CONNECTED,
+                              .frame = {.type = MSG_WELCOME, .term = r->term}});
 }
 
 /* What follows a HELLO, donors as given. */
 static void welcome(struct rig *r, uint32_t id, const uint32_t *donors, uint32_t count) {
     const struct msg_hello *hello = last_sent(r, id, MSG_HELLO)->msg;
     struct msg_address list[MEMBERS];
-    for (uint32_t i = 0; i < count; i++) list[i] = (struct msg_address){donors[i], proto_str("10.0.0.1"), 7000 + donors[i]};
-    struct msg_hello_ack ack = {.session = r->term << 24 | id, .head_index = r->entries - 1, .donors = list,
+    for (uint32_t i = 0; i < count; i++)
+        list[i] = (struct msg_address){donors[i], proto_str("10.0.0.1"), 7000 + donors[i]};
+    struct msg_hello_ack ack = {.session = r->term << 24 | id,
+                                .head_index = r->entries - 1,
+                                .donors = list,
                                 .donors_count = count};
     say(r, id, MSG_HELLO_ACK, 0, &ack);
     say_ledger(r, id, digest_is_zero(&hello->head_digest) ? 0 : (uint32_t)hello->head_index + 1);
@@ -441,8 +479,13 @@ static void welcome(struct rig *r, uint32_t id, const uint32_t *donors, uint32_t
 static void node_start(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     struct sync_config config = {
-        .genesis = &r->genesis, .run = r->run, .member = id, .trains = n->trains, .port = 7000 + id,
-        .elements = ELEMENTS, .disk = {&n->disk, rig_map, rig_flush, rig_put, rig_get, rig_remove}};
+        .genesis = &r->genesis,
+        .run = r->run,
+        .member = id,
+        .trains = n->trains,
+        .port = 7000 + id,
+        .elements = ELEMENTS,
+        .disk = {&n->disk, rig_map, rig_flush, rig_put, rig_get, rig_remove}};
     struct err err = {0};
     extern void rig_init(void *arg, uint64_t first, size_t count, float *out);
     config.init = rig_init;
@@ -506,8 +549,12 @@ static void train(struct rig *r, uint32_t id) {
     n->steps++;
     for (uint32_t i = 0; i < ELEMENTS; i++)
         n->local[i] += 0.01f * (float)((i * 7 + id * 13 + n->steps * 3) % 29) / 29.0f - 0.004f;
-    step(r, id, &(struct sync_event){.type = SYNC_EV_TRAINER_STEP, .samples = n->samples, .steps = n->steps,
-                                     .loss = 2.5, .tokens_per_s = 100});
+    step(r, id,
+         &(struct sync_event){.type = SYNC_EV_TRAINER_STEP,
+                              .samples = n->samples,
+                              .steps = n->steps,
+                              .loss = 2.5,
+                              .tokens_per_s = 100});
     settle(r);
 }
 
@@ -522,18 +569,22 @@ static const struct msg_ready *ready_of(const struct rig *r, uint32_t id) {
     return s->msg;
 }
 
-/* ---- plans and commits -------------------------------------------------------------------------------- */
+/* ---- plans and commits ------------------------------------------------------------------ */
 
 /* A plan over the contributors' last READYs; addresses are known to all. */
 struct plan_spec {
     uint32_t contributor[MEMBERS], count, aggregator, holder;
 };
 
-static void make_contributors(struct rig *r, const struct plan_spec *spec, struct msg_contributor *out) {
+static void make_contributors(struct rig *r, const struct plan_spec *spec,
+                              struct msg_contributor *out) {
     for (uint32_t i = 0; i < spec->count; i++) {
         const struct msg_ready *ready = ready_of(r, spec->contributor[i]);
-        out[i] = (struct msg_contributor){.member = spec->contributor[i], .weight = 12 + 5 * i, .clip = i ? 0.75f : 1,
-                                          .tokens = ready->tokens, .root = ready->root};
+        out[i] = (struct msg_contributor){.member = spec->contributor[i],
+                                          .weight = 12 + 5 * i,
+                                          .clip = i ? 0.75f : 1,
+                                          .tokens = ready->tokens,
+                                          .root = ready->root};
     }
 }
 
@@ -544,10 +595,16 @@ static void say_plan(struct rig *r, const struct plan_spec *spec) {
     struct msg_shard shard = {0, CHUNKS, spec->aggregator, spec->holder};
     struct msg_address address = {spec->aggregator, proto_str("10.0.0.1"), 7000 + spec->aggregator};
     make_contributors(r, spec, contributors);
-    struct msg_plan plan = {.round = r->rounds, .base_index = r->base_index, .grid_exponent = GRID,
-                            .codec = r->outer.result_codec, .contributors = contributors,
-                            .contributors_count = spec->count, .shards = &shard, .shards_count = 1,
-                            .addresses = &address, .addresses_count = 1};
+    struct msg_plan plan = {.round = r->rounds,
+                            .base_index = r->base_index,
+                            .grid_exponent = GRID,
+                            .codec = r->outer.result_codec,
+                            .contributors = contributors,
+                            .contributors_count = spec->count,
+                            .shards = &shard,
+                            .shards_count = 1,
+                            .addresses = &address,
+                            .addresses_count = 1};
     r->plan++;
     for (uint32_t id = 1; id < MEMBERS; id++) {
         bool in = id == spec->aggregator || id == spec->holder;
@@ -566,7 +623,8 @@ static const struct msg_shard_report *report_of(const struct rig *r, uint32_t id
 
 /* Both reports are there and equal: append the commit. Nobody is told. */
 static void commit(struct rig *r, const struct plan_spec *spec, const struct digest *base_root) {
-    const struct msg_shard_report *a = report_of(r, spec->aggregator), *b = report_of(r, spec->holder);
+    const struct msg_shard_report *a = report_of(r, spec->aggregator),
+                                  *b = report_of(r, spec->holder);
     assert_int_equal(a->results_count, CHUNKS);
     assert_int_equal(b->results_count, CHUNKS);
     assert_memory_equal(a->results, b->results, CHUNKS * sizeof *a->results);
@@ -575,20 +633,32 @@ static void commit(struct rig *r, const struct plan_spec *spec, const struct dig
     struct msg_shard shard = {0, CHUNKS, spec->aggregator, spec->holder};
     struct msg_spend spent[MEMBERS * 4];
     make_contributors(r, spec, contributors);
-    struct msg_commit body = {.round = r->rounds, .plan = r->plan, .base_index = r->base_index, .base_root = *base_root,
-                              .lr = 0.7f, .momentum = 0.9f, .codec = r->outer.result_codec, .grid_exponent = GRID,
+    struct msg_commit body = {.round = r->rounds,
+                              .plan = r->plan,
+                              .base_index = r->base_index,
+                              .base_root = *base_root,
+                              .lr = 0.7f,
+                              .momentum = 0.9f,
+                              .codec = r->outer.result_codec,
+                              .grid_exponent = GRID,
                               .tokens_committed = 1000 * (r->rounds + 1),
-                              .result_root = digest_tree_root(a->results, CHUNKS), .contributors = contributors,
-                              .contributors_count = spec->count, .shards = &shard, .shards_count = 1,
-                              .summed = a->summed, .summed_count = a->summed_count, .spent = spent};
+                              .result_root = digest_tree_root(a->results, CHUNKS),
+                              .contributors = contributors,
+                              .contributors_count = spec->count,
+                              .shards = &shard,
+                              .shards_count = 1,
+                              .summed = a->summed,
+                              .summed_count = a->summed_count,
+                              .spent = spent};
     for (uint32_t i = 0; i < spec->count; i++) {
         bool summed = false;
-        for (uint32_t j = 0; j < a->summed_count; j++) summed |= proto_set_has(a->summed[j].set.data, i);
+        for (uint32_t j = 0; j < a->summed_count; j++)
+            summed |= proto_set_has(a->summed[j].set.data, i);
         const struct msg_ready *ready = ready_of(r, spec->contributor[i]);
         for (uint32_t j = 0; summed && j < ready->ranges_count; j++)
-            spent[body.spent_count++] = (struct msg_spend){spec->contributor[i], ready->ranges[j].lease,
-                                                           ready->ranges[j].generation, ready->ranges[j].start,
-                                                           ready->ranges[j].count};
+            spent[body.spent_count++] = (struct msg_spend){
+                spec->contributor[i], ready->ranges[j].lease, ready->ranges[j].generation,
+                ready->ranges[j].start, ready->ranges[j].count};
     }
     r->base_index = r->entries;
     r->rounds++;
@@ -596,9 +666,11 @@ static void commit(struct rig *r, const struct plan_spec *spec, const struct dig
 }
 
 static void say_holders(struct rig *r, uint32_t id, const struct plan_spec *spec) {
-    struct msg_address list[2] = {{spec->aggregator, proto_str("10.0.0.1"), 7000 + spec->aggregator},
-                                  {spec->holder, proto_str("10.0.0.1"), 7000 + spec->holder}};
-    say(r, id, MSG_HOLDERS, 0, &(struct msg_holders){.index = r->base_index, .addresses = list, .addresses_count = 2});
+    struct msg_address list[2] = {
+        {spec->aggregator, proto_str("10.0.0.1"), 7000 + spec->aggregator},
+        {spec->holder, proto_str("10.0.0.1"), 7000 + spec->holder}};
+    say(r, id, MSG_HOLDERS, 0,
+        &(struct msg_holders){.index = r->base_index, .addresses = list, .addresses_count = 2});
 }
 
 /* Tell one member of the newest commit, its leases first when it was summed. */
@@ -620,15 +692,17 @@ static void assert_same_state(const struct rig *r, uint32_t a, uint32_t b) {
     struct sync_view x = look(r, a), y = look(r, b);
     assert_int_equal(x.state_index, y.state_index);
     assert_memory_equal(&x.state_root, &y.state_root, sizeof x.state_root);
-    assert_memory_equal(sync_anchor(r->node[a].sync), sync_anchor(r->node[b].sync), ELEMENTS * sizeof(float));
-    assert_memory_equal(sync_momentum(r->node[a].sync), sync_momentum(r->node[b].sync), ELEMENTS * sizeof(float));
+    assert_memory_equal(sync_anchor(r->node[a].sync), sync_anchor(r->node[b].sync),
+                        ELEMENTS * sizeof(float));
+    assert_memory_equal(sync_momentum(r->node[a].sync), sync_momentum(r->node[b].sync),
+                        ELEMENTS * sizeof(float));
 }
 
 static void assert_local_is_anchor(const struct rig *r, uint32_t id) {
     assert_memory_equal(r->node[id].local, sync_anchor(r->node[id].sync), sizeof r->node[id].local);
 }
 
-/* ---- set-up ---------------------------------------------------------------------------------------------- */
+/* ---- set-up ----------------------------------------------------------------------------- */
 
 void rig_init(void *arg, uint64_t first, size_t count, float *out);
 void rig_init(void *arg, uint64_t first, size_t count, float *out) {
@@ -641,18 +715,44 @@ static int rig_setup(void **state) {
     assert_int_equal(proto_init(NULL), 0);
     identity_from_seed(&r->root_id, (const uint8_t[32]){1});
     identity_from_seed(&r->online_id, (const uint8_t[32]){2});
-    r->model = (struct msg_model){.layers = 1, .width = 8, .heads = 1, .kv_heads = 1, .ffn = 8, .vocabulary = 16,
-                                  .sequence = SEQUENCE, .rope_theta = 1e4, .norm_eps = 1e-5};
-    r->inner = (struct msg_inner){.batch = BATCH, .lr = 1e-3, .beta1 = .9, .beta2 = .95, .eps = 1e-8};
-    r->outer = (struct msg_outer){.inner_steps = STEPS, .round_ms = 60000, .quorum = 1, .grace_ms = 500, .lr = 0.7f,
-                                  .momentum = 0.9f, .contribution_codec = OUTER_INT8, .result_codec = OUTER_INT8,
-                                  .chunk_elements = CHUNK, .fragments = 1, .ramp_rounds = 1, .heartbeat_ms = 200,
-                                  .silence_ms_max = 1000, .lease_samples = 200};
-    r->corpus = (struct msg_corpus){.manifest_url = proto_str("file:///c"), .tokenizer = proto_str("bytes"),
-                                    .samples = 10000};
-    r->genesis = (struct msg_genesis){.version = 1, .name = proto_str("t"), .root_key = r->root_id.key,
-                                      .model = &r->model, .model_count = 1, .inner = &r->inner, .inner_count = 1,
-                                      .outer = &r->outer, .outer_count = 1, .corpus = &r->corpus, .corpus_count = 1};
+    r->model = (struct msg_model){.layers = 1,
+                                  .width = 8,
+                                  .heads = 1,
+                                  .kv_heads = 1,
+                                  .ffn = 8,
+                                  .vocabulary = 16,
+                                  .sequence = SEQUENCE,
+                                  .rope_theta = 1e4,
+                                  .norm_eps = 1e-5};
+    r->inner = (struct msg_inner){
+        .batch = BATCH, .lr = 1e-3, .beta1 = .9, .beta2 = .95, .eps = 1e-8};
+    r->outer = (struct msg_outer){.inner_steps = STEPS,
+                                  .round_ms = 60000,
+                                  .quorum = 1,
+                                  .grace_ms = 500,
+                                  .lr = 0.7f,
+                                  .momentum = 0.9f,
+                                  .contribution_codec = OUTER_INT8,
+                                  .result_codec = OUTER_INT8,
+                                  .chunk_elements = CHUNK,
+                                  .fragments = 1,
+                                  .ramp_rounds = 1,
+                                  .heartbeat_ms = 200,
+                                  .silence_ms_max = 1000,
+                                  .lease_samples = 200};
+    r->corpus = (struct msg_corpus){
+        .manifest_url = proto_str("file:///c"), .tokenizer = proto_str("bytes"), .samples = 10000};
+    r->genesis = (struct msg_genesis){.version = 1,
+                                      .name = proto_str("t"),
+                                      .root_key = r->root_id.key,
+                                      .model = &r->model,
+                                      .model_count = 1,
+                                      .inner = &r->inner,
+                                      .inner_count = 1,
+                                      .outer = &r->outer,
+                                      .outer_count = 1,
+                                      .corpus = &r->corpus,
+                                      .corpus_count = 1};
     r->term = 1;
     r->now = 100000;
     begin_ledger(r);
@@ -662,7 +762,8 @@ static int rig_setup(void **state) {
 
 static void forget_sent(struct rig *r) {
     for (uint32_t i = 0; i < r->sent_count; i++) {
-        proto_copy_release((enum proto_record)proto_record_of_type(r->sent[i].frame.type), r->sent[i].msg);
+        proto_copy_release((enum proto_record)proto_record_of_type(r->sent[i].frame.type),
+                           r->sent[i].msg);
         free(r->sent[i].msg);
     }
     r->sent_count = r->delivered = 0;

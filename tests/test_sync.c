@@ -1,6 +1,6 @@
 /* test_sync.c - a member's machine alone and with others, against a coordinator that is a script
- * (sync_rig.h): what it promises is durable, what it computes is what anybody would, and what others
- * send it is checked. The core and this machine against each other are the simulator's. */
+ * (sync_rig.h): what it promises is durable, what it computes is what anybody would, and what
+ * others send it is checked. The core and this machine against each other are the simulator's. */
 #include "tests/sync_rig.h"
 
 /* Members 1 (aggregates only), 2 and 3 (train), all trained to READY. */
@@ -27,7 +27,7 @@ static void whole_round(struct rig *r, const struct plan_spec *spec) {
     commit(r, spec, &base);
 }
 
-/* ---- alone --------------------------------------------------------------------------------- */
+/* ---- alone ------------------------------------------------------------------------------ */
 
 /* A fresh run has no donor: everybody derives the same state, and shows it. */
 static void fresh_member_derives_the_initial_state(void **state) {
@@ -96,7 +96,8 @@ static void ready_claims_what_was_trained(void **state) {
     assert_int_equal(ready->ranges[0].count, 8);
     assert_int_equal(ready->ranges[1].start, 700);
     assert_int_equal(ready->ranges[1].count, STEPS * BATCH - 8);
-    assert_true(ready->absmax > 0 && ready->norm >= ready->absmax && ready->norm <= ready->absmax * sqrt(ELEMENTS));
+    assert_true(ready->absmax > 0 && ready->norm >= ready->absmax &&
+                ready->norm <= ready->absmax * sqrt(ELEMENTS));
     assert_true(ready->loss == 2.5);
 }
 
@@ -131,7 +132,8 @@ static void lost_lease_resets_to_the_anchor(void **state) {
     struct rig *r = *state;
     node_with_work(r, 2);
     train(r, 2);
-    assert_memory_not_equal(r->node[2].local, sync_anchor(r->node[2].sync), sizeof r->node[2].local);
+    assert_memory_not_equal(r->node[2].local, sync_anchor(r->node[2].sync),
+                            sizeof r->node[2].local);
     struct msg_lease other = {77, 1, 9000, 40};
     say_leases(r, 2, &other, 1);
     assert_int_equal(r->node[2].resets, 2);
@@ -210,7 +212,7 @@ static void trainer_with_broken_numbers_is_reset(void **state) {
     assert_local_is_anchor(r, 2);
 }
 
-/* ---- terms and sessions ------------------------------------------------------------------------ */
+/* ---- terms and sessions ----------------------------------------------------------------- */
 
 /* The higher term is on disk before anything is done under it, so no restart forgets it. */
 static void older_term_ends_the_connection(void **state) {
@@ -232,10 +234,12 @@ static void frames_of_another_session_are_ignored(void **state) {
     node_with_work(r, 2);
     train_round(r, 2);
     struct frame f = {.type = MSG_RESET, .term = r->term, .session = 999};
-    step(r, 2, &(struct sync_event){.type = SYNC_EV_MESSAGE, .frame = f, .msg = &(struct msg_reset){0}});
+    step(r, 2,
+         &(struct sync_event){.type = SYNC_EV_MESSAGE, .frame = f, .msg = &(struct msg_reset){0}});
     f.session = r->term << 24 | 2;
     f.term = 0;
-    step(r, 2, &(struct sync_event){.type = SYNC_EV_MESSAGE, .frame = f, .msg = &(struct msg_reset){0}});
+    step(r, 2,
+         &(struct sync_event){.type = SYNC_EV_MESSAGE, .frame = f, .msg = &(struct msg_reset){0}});
     assert_int_equal(look(r, 2).contributions_refused, 0);
 }
 
@@ -246,7 +250,8 @@ static void another_history_ends_the_connection(void **state) {
     struct msg_signed_entry forged = r->ledger[1];
     struct msg_entry e = {.index = 2, .previous = {{9}}, .term = 1, .kind = LEDGER_REVOCATION};
     forged.bytes = encoded(RECORD_entry, &e);
-    proto_sign(&r->online_id, "ledger", &r->run, 1, forged.bytes.data, forged.bytes.length, &forged.signature);
+    proto_sign(&r->online_id, "ledger", &r->run, 1, forged.bytes.data, forged.bytes.length,
+               &forged.signature);
     say(r, 2, MSG_LEDGER, 0, &(struct msg_ledger){.entries = &forged, .entries_count = 1});
     assert_int_equal(r->node[2].disconnects, 1);
     assert_int_equal(sync_ledger_count(r->node[2].sync), 2);
@@ -263,7 +268,7 @@ static void silent_coordinator_is_left(void **state) {
     assert_int_equal(r->node[2].disconnects, 1);
 }
 
-/* ---- a whole round -------------------------------------------------------------------------------- */
+/* ---- a whole round ---------------------------------------------------------------------- */
 
 struct expectation {
     float anchor[ELEMENTS], momentum[ELEMENTS];
@@ -271,8 +276,8 @@ struct expectation {
 
 /* The mean of the frozen bytes, computed another way: 128-bit integers over decoded values, then
  * the result codec, then Nesterov written out. */
-static void expect_step(struct rig *r, const struct plan_spec *spec, const struct msg_shard_report *report,
-                        struct expectation *e) {
+static void expect_step(struct rig *r, const struct plan_spec *spec,
+                        const struct msg_shard_report *report, struct expectation *e) {
     struct msg_contributor contributors[MEMBERS];
     static float value[MEMBERS][ELEMENTS];
     bool got[MEMBERS][CHUNKS] = {{false}};
@@ -281,8 +286,9 @@ static void expect_step(struct rig *r, const struct plan_spec *spec, const struc
         const struct msg_chunk *m = r->sent[i].msg;
         if (r->sent[i].frame.type != MSG_CHUNK || r->sent[i].frame.plan != r->plan) continue;
         uint32_t n = m->chunk == CHUNKS - 1 ? ELEMENTS - (CHUNKS - 1) * CHUNK : CHUNK;
-        assert_int_equal(outer_decode(value[r->sent[i].from] + m->chunk * CHUNK, m->data.data, m->data.length, n,
-                                      OUTER_INT8, NULL), 0);
+        assert_int_equal(outer_decode(value[r->sent[i].from] + m->chunk * CHUNK, m->data.data,
+                                      m->data.length, n, OUTER_INT8, NULL),
+                         0);
         got[r->sent[i].from][m->chunk] = true;
     }
     uint32_t chunk = 0;
@@ -293,20 +299,24 @@ static void expect_step(struct rig *r, const struct plan_spec *spec, const struc
             uint8_t bytes[CHUNK + 4];
             uint64_t weight = 0;
             for (uint32_t i = 0; i < spec->count; i++)
-                if (proto_set_has(report->summed[run].set.data, i)) weight += contributors[i].weight;
+                if (proto_set_has(report->summed[run].set.data, i))
+                    weight += contributors[i].weight;
             assert_int_equal(weight, report->summed[run].weight);
             for (size_t j = 0; j < n; j++) {
                 __int128 sum = 0;
                 for (uint32_t i = 0; i < spec->count; i++) {
                     if (!proto_set_has(report->summed[run].set.data, i)) continue;
                     assert_true(got[spec->contributor[i]][chunk]);
-                    double x = (double)value[spec->contributor[i]][first + j] * (double)contributors[i].clip;
+                    double x = (double)value[spec->contributor[i]][first + j] *
+                               (double)contributors[i].clip;
                     sum += (__int128)llrint(ldexp(x, GRID)) * contributors[i].weight;
                 }
                 mean[j] = (float)((double)sum / ldexp((double)weight, GRID));
             }
             assert_int_equal(outer_encode(bytes, mean, n, OUTER_INT8, NULL), 0);
-            assert_int_equal(outer_decode(result, bytes, outer_encoded_bytes(OUTER_INT8, n), n, OUTER_INT8, NULL), 0);
+            assert_int_equal(outer_decode(result, bytes, outer_encoded_bytes(OUTER_INT8, n), n,
+                                          OUTER_INT8, NULL),
+                             0);
             for (size_t j = 0; j < n; j++) {
                 volatile float m = 0.9f * e->momentum[first + j];
                 m = m + result[j];
@@ -441,7 +451,8 @@ static void broken_link_resumes(void **state) {
     for (int i = 0; i < 3; i++) pass(r, 100);
     assert_int_equal(report_of(r, 1)->summed[0].weight, 12 + 17);
     assert_int_equal(report_of(r, 1)->summed[0].chunks, CHUNKS);
-    assert_int_equal(count_sent(r, 3, MSG_CHUNK), CHUNKS + 2); /* only what was missing came again */
+    assert_int_equal(count_sent(r, 3, MSG_CHUNK),
+                     CHUNKS + 2); /* only what was missing came again */
 }
 
 static bool member_3_chunks_wait(struct rig *r, struct sent *m) {
@@ -462,7 +473,9 @@ static void new_plan_makes_the_old_one_void(void **state) {
     assert_int_equal(report->summed_count, 1);
     assert_int_equal(report->summed[0].weight, 12);
     uint32_t reports = count_sent(r, 1, MSG_SHARD_REPORT);
-    step(r, 1, &(struct sync_event){.type = SYNC_EV_PEER_MESSAGE, .peer = 3, .frame = late.frame, .msg = late.msg});
+    step(r, 1,
+         &(struct sync_event){
+             .type = SYNC_EV_PEER_MESSAGE, .peer = 3, .frame = late.frame, .msg = late.msg});
     settle(r);
     assert_int_equal(count_sent(r, 1, MSG_SHARD_REPORT), reports);
     /* and an older plan that comes late changes nothing */
@@ -500,7 +513,7 @@ static void new_term_voids_the_plan(void **state) {
     assert_null(last_sent(r, 1, MSG_SHARD_REPORT));
 }
 
-/* ---- summed or not ---------------------------------------------------------------------------------- */
+/* ---- summed or not ---------------------------------------------------------------------- */
 
 /* Member 3 comes too late for the round: it keeps its work on top of the new anchor, and its claims
  * go into the next contribution. */
@@ -511,7 +524,8 @@ static void not_summed_keeps_work_and_claims(void **state) {
     three_members(r);
     train_round(r, 2);
     train_round(r, 3);
-    for (int i = 0; i < ELEMENTS; i++) work[i] = r->node[3].local[i] - sync_anchor(r->node[3].sync)[i];
+    for (int i = 0; i < ELEMENTS; i++)
+        work[i] = r->node[3].local[i] - sync_anchor(r->node[3].sync)[i];
     struct digest first = ready_of(r, 3)->root;
     whole_round(r, &two);
     announce(r, 1, &two, 0);
@@ -579,7 +593,8 @@ static void busy_slot_holds_the_next_commit_back(void **state) {
     for (int round = 0; round < 2; round++) {
         train_round(r, 2);
         whole_round(r, &two);
-        for (uint32_t id = 1; id <= 3; id++) announce(r, id, &two, id == 2 ? (round + 1) * STEPS * BATCH : 0);
+        for (uint32_t id = 1; id <= 3; id++)
+            announce(r, id, &two, id == 2 ? (round + 1) * STEPS * BATCH : 0);
     }
     assert_int_equal(r->node[3].applies, 1);
     assert_true(look(r, 3).state_index < r->base_index);
@@ -606,7 +621,8 @@ static void residual_is_taken_over_only_when_summed(void **state) {
     announce(r, 3, &two, 0);
     assert_memory_equal(residual(r, 3), zero, sizeof zero);
     assert_memory_not_equal(residual(r, 2), zero, sizeof zero);
-    assert_memory_equal(residual(r, 2), file_find(&r->node[2].disk, "residual-next")->live, sizeof zero);
+    assert_memory_equal(residual(r, 2), file_find(&r->node[2].disk, "residual-next")->live,
+                        sizeof zero);
 }
 
 /* Partly summed: spent, and mixed only where it is in the sum. */
@@ -644,7 +660,7 @@ static void refused_contribution_resets(void **state) {
     assert_int_equal(ready_of(r, 2)->ranges[0].lease, 77);
 }
 
-/* ---- deaths -------------------------------------------------------------------------------------------- */
+/* ---- deaths ----------------------------------------------------------------------------- */
 
 /* A contribution outlives its trainer: it is summed, and only then the new one gets samples. */
 static void frozen_contribution_outlives_its_trainer(void **state) {
@@ -678,8 +694,8 @@ static void contribution_without_trainer_and_commit_is_trained_again(void **stat
     assert_int_equal(ready_of(r, 3)->ranges[0].count, STEPS * BATCH);
 }
 
-/* The power fails at any write between FREEZE and READY: either the member comes back with the READY
- * it may have shown, bytes intact, or with none at all, and never with another. */
+/* The power fails at any write between FREEZE and READY: either the member comes back with the
+ * READY it may have shown, bytes intact, or with none at all, and never with another. */
 static void crash_while_freezing_keeps_the_promise(void **state) {
     struct rig *r = *state;
     struct node *n = &r->node[2];
@@ -717,7 +733,8 @@ static void disk_copy(struct memory_disk *to, const struct memory_disk *from) {
         *f = from->file[i];
         if (!f->name[0]) continue;
         f->live = memcpy(xcalloc(f->bytes, 1), from->file[i].live, f->bytes);
-        f->durable = f->mapped ? memcpy(xcalloc(f->bytes, 1), from->file[i].durable, f->bytes) : f->live;
+        f->durable = f->mapped ? memcpy(xcalloc(f->bytes, 1), from->file[i].durable, f->bytes)
+                               : f->live;
     }
 }
 
@@ -737,7 +754,8 @@ static uint32_t check_every_chunk(const struct rig *r, uint32_t id, const struct
     assert_int_equal(look(r, id).chunks_missing, 0);
     for (uint32_t c = 0; c < CHUNKS; c++) {
         const struct expectation *e = sync_chunk_version(s, c) == r->base_index ? new : old;
-        size_t first = c * CHUNK, bytes = (c == CHUNKS - 1 ? ELEMENTS - first : CHUNK) * sizeof(float);
+        size_t first = c * CHUNK,
+               bytes = (c == CHUNKS - 1 ? ELEMENTS - first : CHUNK) * sizeof(float);
         assert_memory_equal(sync_anchor(s) + first, e->anchor + first, bytes);
         assert_memory_equal(sync_momentum(s) + first, e->momentum + first, bytes);
         n += e == old;
@@ -783,7 +801,8 @@ static void crash_while_applying_tears_nothing(void **state) {
     disk_wipe(&before);
 }
 
-/* The journal is not enough where the disk itself lies: such a chunk is missing, and a donor has it. */
+/* The journal is not enough where the disk itself lies: such a chunk is missing, and a donor has
+ * it. */
 static void rotten_chunk_is_fetched(void **state) {
     struct rig *r = *state;
     three_ready(r);
@@ -807,7 +826,8 @@ static void rotten_chunk_is_fetched(void **state) {
     assert_int_equal(count_sent(r, 1, MSG_STATE) + count_sent(r, 2, MSG_STATE), 2);
 }
 
-/* Aggregator and holder die right after the commit: both still have the results, and nobody else. */
+/* Aggregator and holder die right after the commit: both still have the results, and nobody
+ * else. */
 static void results_survive_their_holders(void **state) {
     struct rig *r = *state;
     three_ready(r);
@@ -855,14 +875,18 @@ static void finished_shard_is_reported_after_a_restart(void **state) {
     train(r, 2); /* READYs are needed to write the same plan again */
     struct msg_shard shard = {0, CHUNKS, 1, 2};
     struct msg_contributor k[2] = {{2, 12, 1, 96, {{1}}}, {3, 17, 0.75f, 96, {{2}}}};
-    struct msg_plan plan = {.grid_exponent = GRID, .codec = OUTER_INT8, .contributors = k, .contributors_count = 2,
-                            .shards = &shard, .shards_count = 1};
+    struct msg_plan plan = {.grid_exponent = GRID,
+                            .codec = OUTER_INT8,
+                            .contributors = k,
+                            .contributors_count = 2,
+                            .shards = &shard,
+                            .shards_count = 1};
     say(r, 1, MSG_PLAN, r->plan, &plan);
     settle(r);
     assert_true(digest_equal(&report_of(r, 1)->results[3].digest, &leaf));
 }
 
-/* ---- catching up ------------------------------------------------------------------------------------------- */
+/* ---- catching up ------------------------------------------------------------------------ */
 
 static void two_rounds(struct rig *r) {
     three_members(r);
@@ -870,7 +894,8 @@ static void two_rounds(struct rig *r) {
         train_round(r, 2);
         train_round(r, 3);
         whole_round(r, &THREE);
-        for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? (round + 1) * STEPS * BATCH : 0);
+        for (uint32_t id = 1; id <= 3; id++)
+            announce(r, id, &THREE, id > 1 ? (round + 1) * STEPS * BATCH : 0);
     }
 }
 
@@ -900,7 +925,8 @@ static void joiner_catches_up_while_a_commit_lands(void **state) {
     train_round(r, 2);
     train_round(r, 3);
     whole_round(r, &THREE);
-    for (uint32_t id = 1; id <= 4; id++) announce(r, id, &THREE, id == 2 || id == 3 ? 3 * STEPS * BATCH : 0);
+    for (uint32_t id = 1; id <= 4; id++)
+        announce(r, id, &THREE, id == 2 || id == 3 ? 3 * STEPS * BATCH : 0);
     r->spoil = NULL;
     root = root_of(r, 1);
     say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
@@ -930,7 +956,8 @@ static void missed_commit_keeps_the_work(void **state) {
     announce(r, 1, &two, 0);
     announce(r, 2, &two, STEPS * BATCH);
     for (uint32_t id = 1; id <= 2; id++) /* the results are gone */
-        say(r, id, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){.settled_index = r->base_index});
+        say(r, id, MSG_HEARTBEAT_ACK, 0,
+            &(struct msg_heartbeat_ack){.settled_index = r->base_index});
     r->node[3].connected = false;
     step(r, 3, &(struct sync_event){.type = SYNC_EV_DISCONNECTED});
     struct digest root = root_of(r, 1);
@@ -954,10 +981,12 @@ static void resync_fetches_everything_anew(void **state) {
     two_rounds(r);
     struct digest root = root_of(r, 1), wrong = {{1, 2, 3}};
     struct msg_address donor = {1, proto_str("10.0.0.1"), 7001};
-    struct msg_resync msg = {.index = r->base_index, .root = root, .donors = &donor, .donors_count = 1};
+    struct msg_resync msg = {
+        .index = r->base_index, .root = root, .donors = &donor, .donors_count = 1};
     say(r, 3, MSG_RESYNC, 0, &msg);
     settle(r);
-    assert_int_equal(look(r, 3).chunks_missing, 0); /* ours is the right one: only donors were meant */
+    assert_int_equal(look(r, 3).chunks_missing,
+                     0); /* ours is the right one: only donors were meant */
     msg.root = wrong;
     say(r, 3, MSG_RESYNC, 0, &msg);
     assert_int_equal(look(r, 3).chunks_missing, CHUNKS);
@@ -982,12 +1011,13 @@ static void stuck_catch_up_asks_again(void **state) {
     assert_int_equal(r->node[4].disconnects, 1);
 }
 
-/* ---- hostile members ------------------------------------------------------------------------------------------ */
+/* ---- hostile members -------------------------------------------------------------------- */
 
 static bool flip_chunk(struct rig *r, struct sent *m) {
     struct msg_chunk *chunk = m->msg;
     (void)r;
-    if (m->from == 3 && m->frame.type == MSG_CHUNK) ((uint8_t *)(uintptr_t)chunk->data.data)[9] ^= 1;
+    if (m->from == 3 && m->frame.type == MSG_CHUNK)
+        ((uint8_t *)(uintptr_t)chunk->data.data)[9] ^= 1;
     return true;
 }
 
@@ -1006,7 +1036,8 @@ static void wrong_chunk_closes_the_link(void **state) {
 
 static bool flip_leaves(struct rig *r, struct sent *m) {
     (void)r;
-    if (m->from == 3 && m->frame.type == MSG_LEAVES) ((struct msg_leaves *)m->msg)->all[1].digest.b[0] ^= 1;
+    if (m->from == 3 && m->frame.type == MSG_LEAVES)
+        ((struct msg_leaves *)m->msg)->all[1].digest.b[0] ^= 1;
     return true;
 }
 
@@ -1036,7 +1067,8 @@ static void foreign_set_closes_the_link(void **state) {
     assert_null(last_sent(r, 1, MSG_SHARD_REPORT));
 }
 
-/* A value beyond the grid would overflow the exact sum: its contributor is left out, not the round. */
+/* A value beyond the grid would overflow the exact sum: its contributor is left out, not the
+ * round. */
 static void value_beyond_the_grid_drops_its_contributor(void **state) {
     struct rig *r = *state;
     three_members(r);
@@ -1053,7 +1085,8 @@ static uint32_t liar;
 static bool flip_results(struct rig *r, struct sent *m) {
     struct msg_result *result = m->msg;
     (void)r;
-    if (m->from == liar && m->frame.type == MSG_RESULT) ((uint8_t *)(uintptr_t)result->data.data)[9] ^= 1;
+    if (m->from == liar && m->frame.type == MSG_RESULT)
+        ((uint8_t *)(uintptr_t)result->data.data)[9] ^= 1;
     return true;
 }
 static bool flip_result_leaves(struct rig *r, struct sent *m) {
@@ -1075,17 +1108,20 @@ static void lying_holder_is_passed_over(void **state) {
         whole_round(r, &THREE);
         r->spoil = lies[round / 2];
         liar = 1 + round % 2;
-        for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? (round + 1) * STEPS * BATCH : 0);
+        for (uint32_t id = 1; id <= 3; id++)
+            announce(r, id, &THREE, id > 1 ? (round + 1) * STEPS * BATCH : 0);
         pass(r, 600);
         assert_same_state(r, 1, 3);
-        for (uint32_t id = 1; id <= 3; id++) say(r, id, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+        for (uint32_t id = 1; id <= 3; id++)
+            say(r, id, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
     }
 }
 
 static bool flip_states(struct rig *r, struct sent *m) {
     struct msg_state *chunk = m->msg;
     (void)r;
-    if (m->from == liar && m->frame.type == MSG_STATE) ((uint8_t *)(uintptr_t)chunk->data.data)[9] ^= 1;
+    if (m->from == liar && m->frame.type == MSG_STATE)
+        ((uint8_t *)(uintptr_t)chunk->data.data)[9] ^= 1;
     return true;
 }
 
@@ -1095,8 +1131,10 @@ static void lying_donor_is_passed_over(void **state) {
     r->spoil = flip_states;
     liar = 1;
     node_new(r, 4, false);
-    struct msg_address list[] = {{1, proto_str("10.0.0.1"), 7001}, {2, proto_str("10.0.0.1"), 7002}};
-    struct msg_resync msg = {.index = r->base_index, .root = root_of(r, 1), .donors = list, .donors_count = 2};
+    struct msg_address list[] = {{1, proto_str("10.0.0.1"), 7001},
+                                 {2, proto_str("10.0.0.1"), 7002}};
+    struct msg_resync msg = {
+        .index = r->base_index, .root = root_of(r, 1), .donors = list, .donors_count = 2};
     say(r, 4, MSG_RESYNC, 0, &msg);
     pass(r, 900);
     assert_true(r->node[4].closes > 0);
@@ -1134,28 +1172,76 @@ static void senseless_messages_do_no_harm(void **state) {
         struct frame f = {.term = xorshift(&x) % 4 ? r->term : xorshift(&x),
                           .plan = xorshift(&x) % 4 ? r->plan : xorshift(&x) % 4};
         union {
-            struct msg_leaves l; struct msg_want w; struct msg_chunk c; struct msg_result_get g;
-            struct msg_result_leaves rl; struct msg_result re; struct msg_state_get sg; struct msg_state st;
-            struct msg_moments mo; struct msg_none no; struct msg_moments_get mg;
+            struct msg_leaves l;
+            struct msg_want w;
+            struct msg_chunk c;
+            struct msg_result_get g;
+            struct msg_result_leaves rl;
+            struct msg_result re;
+            struct msg_state_get sg;
+            struct msg_state st;
+            struct msg_moments mo;
+            struct msg_none no;
+            struct msg_moments_get mg;
         } m = {0};
         f.type = (uint8_t)(MSG_LEAVES + xorshift(&x) % 11);
         switch (f.type) {
-        case MSG_LEAVES: m.l = (struct msg_leaves){.round = round, .all = leaves, .all_count = small}; break;
+        case MSG_LEAVES:
+            m.l = (struct msg_leaves){.round = round, .all = leaves, .all_count = small};
+            break;
         case MSG_WANT: m.w = (struct msg_want){.round = round, .chunks = bytes}; break;
-        case MSG_CHUNK: m.c = (struct msg_chunk){.round = round, .chunk = chunk, .codec = (uint8_t)(small % 3), .set = {junk, 1}, .weight = small, .data = bytes}; break;
-        case MSG_RESULT_GET: m.g = (struct msg_result_get){.round = round, .plan = small % 2 ? f.plan : small, .chunks = bytes}; break;
-        case MSG_RESULT_LEAVES: m.rl = (struct msg_result_leaves){.round = round, .plan = f.plan, .first = chunk, .leaves = leaves, .leaves_count = small, .summed = runs, .summed_count = small % 3}; break;
-        case MSG_RESULT: m.re = (struct msg_result){.round = round, .plan = f.plan, .chunk = chunk, .codec = 1, .data = bytes}; break;
-        case MSG_STATE_GET: m.sg = (struct msg_state_get){.index_min = small, .chunks = bytes}; break;
-        case MSG_STATE: m.st = (struct msg_state){.chunk = chunk, .version = r->base_index, .index = r->base_index, .path = leaves, .path_count = small, .data = bytes}; break;
-        case MSG_MOMENTS: m.mo = (struct msg_moments){.chunk = chunk, .steps = small, .data = bytes}; break;
-        case MSG_NONE: m.no = (struct msg_none){.what = (uint8_t)(MSG_LEAVES + small), .round = round}; break;
+        case MSG_CHUNK:
+            m.c = (struct msg_chunk){.round = round,
+                                     .chunk = chunk,
+                                     .codec = (uint8_t)(small % 3),
+                                     .set = {junk, 1},
+                                     .weight = small,
+                                     .data = bytes};
+            break;
+        case MSG_RESULT_GET:
+            m.g = (struct msg_result_get){
+                .round = round, .plan = small % 2 ? f.plan : small, .chunks = bytes};
+            break;
+        case MSG_RESULT_LEAVES:
+            m.rl = (struct msg_result_leaves){.round = round,
+                                              .plan = f.plan,
+                                              .first = chunk,
+                                              .leaves = leaves,
+                                              .leaves_count = small,
+                                              .summed = runs,
+                                              .summed_count = small % 3};
+            break;
+        case MSG_RESULT:
+            m.re = (struct msg_result){
+                .round = round, .plan = f.plan, .chunk = chunk, .codec = 1, .data = bytes};
+            break;
+        case MSG_STATE_GET:
+            m.sg = (struct msg_state_get){.index_min = small, .chunks = bytes};
+            break;
+        case MSG_STATE:
+            m.st = (struct msg_state){.chunk = chunk,
+                                      .version = r->base_index,
+                                      .index = r->base_index,
+                                      .path = leaves,
+                                      .path_count = small,
+                                      .data = bytes};
+            break;
+        case MSG_MOMENTS:
+            m.mo = (struct msg_moments){.chunk = chunk, .steps = small, .data = bytes};
+            break;
+        case MSG_NONE:
+            m.no = (struct msg_none){.what = (uint8_t)(MSG_LEAVES + small), .round = round};
+            break;
         default: break;
         }
-        if (xorshift(&x) % 8 == 0) step(r, to, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = from});
-        step(r, to, &(struct sync_event){.type = SYNC_EV_PEER_MESSAGE, .peer = from, .frame = f, .msg = &m});
+        if (xorshift(&x) % 8 == 0)
+            step(r, to, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = from});
+        step(r, to,
+             &(struct sync_event){
+                 .type = SYNC_EV_PEER_MESSAGE, .peer = from, .frame = f, .msg = &m});
         if (i % 50 == 0) {
-            while (sync_has_work(r->node[to].sync)) step(r, to, &(struct sync_event){.type = SYNC_EV_WORK});
+            while (sync_has_work(r->node[to].sync))
+                step(r, to, &(struct sync_event){.type = SYNC_EV_WORK});
             forget_sent(r);
         }
     }
@@ -1165,7 +1251,7 @@ static void senseless_messages_do_no_harm(void **state) {
     assert_same_state(r, 1, 3);
 }
 
-/* ---- checkpoints, leaving ----------------------------------------------------------------------------------------- */
+/* ---- checkpoints, leaving --------------------------------------------------------------- */
 
 static void checkpoint_is_of_the_state_it_names(void **state) {
     struct rig *r = *state;
@@ -1173,12 +1259,15 @@ static void checkpoint_is_of_the_state_it_names(void **state) {
     struct digest root = root_of(r, 1);
     struct msg_checkpoint_write w = {.index = 9, .root = root, .url = proto_str("file:///x")};
     say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
-    assert_int_equal(((const struct msg_checkpoint_done *)last_sent(r, 1, MSG_CHECKPOINT_DONE)->msg)->written, 0);
+    assert_int_equal(
+        ((const struct msg_checkpoint_done *)last_sent(r, 1, MSG_CHECKPOINT_DONE)->msg)->written,
+        0);
     w.index = 0;
     say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
     assert_int_equal(r->node[1].checkpoint_begins, 1);
     /* the connection breaks before the signature: it is asked for again on the next one */
-    struct sync_event manifest = {.type = SYNC_EV_CHECKPOINT, .manifest = {(const uint8_t *)"abc", 3}};
+    struct sync_event manifest = {.type = SYNC_EV_CHECKPOINT,
+                                  .manifest = {(const uint8_t *)"abc", 3}};
     step(r, 1, &manifest);
     r->node[1].connected = false;
     step(r, 1, &(struct sync_event){.type = SYNC_EV_DISCONNECTED});
@@ -1186,7 +1275,8 @@ static void checkpoint_is_of_the_state_it_names(void **state) {
     welcome(r, 1, NULL, 0);
     assert_int_equal(count_sent(r, 1, MSG_CHECKPOINT_SIGN), 2);
     say(r, 1, MSG_CHECKPOINT_SIGNED, 0, &(struct msg_checkpoint_signed){.index = 0});
-    step(r, 1, &(struct sync_event){.type = SYNC_EV_CHECKPOINT, .done = true, .ok = true, .text = ""});
+    step(r, 1,
+         &(struct sync_event){.type = SYNC_EV_CHECKPOINT, .done = true, .ok = true, .text = ""});
     const struct msg_checkpoint_done *done = last_sent(r, 1, MSG_CHECKPOINT_DONE)->msg;
     assert_int_equal(done->written, 1);
     assert_int_equal(done->index, 0);
@@ -1206,25 +1296,57 @@ static void leaving_is_the_last_word(void **state) {
 int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
-        T(fresh_member_derives_the_initial_state), T(restart_shows_its_state), T(trainer_gets_anchor_and_samples),
-        T(ready_claims_what_was_trained), T(round_ends_by_the_clock_too), T(end_of_data_ends_the_round),
-        T(lost_lease_resets_to_the_anchor), T(same_lease_of_another_generation_is_lost), T(more_leases_do_not_disturb),
-        T(dead_trainer_gives_its_samples_back), T(training_goes_on_without_the_coordinator),
-        T(trainer_with_broken_numbers_is_reset), T(older_term_ends_the_connection),
-        T(frames_of_another_session_are_ignored), T(another_history_ends_the_connection), T(silent_coordinator_is_left),
-        T(round_gives_everybody_the_right_bits), T(contributor_aggregates),
-        T(dropped_contributor_does_not_count_in_the_divisor), T(silent_contributor_is_dropped_by_the_aggregator),
-        T(broken_link_resumes), T(new_plan_makes_the_old_one_void), T(leaves_before_the_plan), T(new_term_voids_the_plan),
-        T(not_summed_keeps_work_and_claims), T(commit_reaches_a_trainer_at_work), T(commit_meets_a_freeze),
-        T(busy_slot_holds_the_next_commit_back), T(residual_is_taken_over_only_when_summed),
-        T(partly_summed_is_mixed_where_it_is_in), T(refused_contribution_resets),
-        T(frozen_contribution_outlives_its_trainer), T(contribution_without_trainer_and_commit_is_trained_again),
-        T(crash_while_freezing_keeps_the_promise), T(crash_while_applying_tears_nothing), T(rotten_chunk_is_fetched),
-        T(results_survive_their_holders), T(settled_results_are_deleted), T(finished_shard_is_reported_after_a_restart),
-        T(joiner_catches_up_while_a_commit_lands), T(missed_commit_keeps_the_work), T(resync_fetches_everything_anew),
-        T(stuck_catch_up_asks_again), T(wrong_chunk_closes_the_link), T(wrong_leaves_close_the_link),
-        T(foreign_set_closes_the_link), T(value_beyond_the_grid_drops_its_contributor), T(lying_holder_is_passed_over),
-        T(lying_donor_is_passed_over), T(senseless_messages_do_no_harm), T(checkpoint_is_of_the_state_it_names),
+        T(fresh_member_derives_the_initial_state),
+        T(restart_shows_its_state),
+        T(trainer_gets_anchor_and_samples),
+        T(ready_claims_what_was_trained),
+        T(round_ends_by_the_clock_too),
+        T(end_of_data_ends_the_round),
+        T(lost_lease_resets_to_the_anchor),
+        T(same_lease_of_another_generation_is_lost),
+        T(more_leases_do_not_disturb),
+        T(dead_trainer_gives_its_samples_back),
+        T(training_goes_on_without_the_coordinator),
+        T(trainer_with_broken_numbers_is_reset),
+        T(older_term_ends_the_connection),
+        T(frames_of_another_session_are_ignored),
+        T(another_history_ends_the_connection),
+        T(silent_coordinator_is_left),
+        T(round_gives_everybody_the_right_bits),
+        T(contributor_aggregates),
+        T(dropped_contributor_does_not_count_in_the_divisor),
+        T(silent_contributor_is_dropped_by_the_aggregator),
+        T(broken_link_resumes),
+        T(new_plan_makes_the_old_one_void),
+        T(leaves_before_the_plan),
+        T(new_term_voids_the_plan),
+        T(not_summed_keeps_work_and_claims),
+        T(commit_reaches_a_trainer_at_work),
+        T(commit_meets_a_freeze),
+        T(busy_slot_holds_the_next_commit_back),
+        T(residual_is_taken_over_only_when_summed),
+        T(partly_summed_is_mixed_where_it_is_in),
+        T(refused_contribution_resets),
+        T(frozen_contribution_outlives_its_trainer),
+        T(contribution_without_trainer_and_commit_is_trained_again),
+        T(crash_while_freezing_keeps_the_promise),
+        T(crash_while_applying_tears_nothing),
+        T(rotten_chunk_is_fetched),
+        T(results_survive_their_holders),
+        T(settled_results_are_deleted),
+        T(finished_shard_is_reported_after_a_restart),
+        T(joiner_catches_up_while_a_commit_lands),
+        T(missed_commit_keeps_the_work),
+        T(resync_fetches_everything_anew),
+        T(stuck_catch_up_asks_again),
+        T(wrong_chunk_closes_the_link),
+        T(wrong_leaves_close_the_link),
+        T(foreign_set_closes_the_link),
+        T(value_beyond_the_grid_drops_its_contributor),
+        T(lying_holder_is_passed_over),
+        T(lying_donor_is_passed_over),
+        T(senseless_messages_do_no_harm),
+        T(checkpoint_is_of_the_state_it_names),
         T(leaving_is_the_last_word),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
