@@ -72,5 +72,68 @@ expect 1 '' "$node" inspect "$dir/no-such-checkpoint"
 expect 1 '' "$node" verify "$dir"
 expect 2 'argument' "$node" export "$dir"
 
+
+# ---- the life of one node -----------------------------------------------------------------------------
+# What is refused while a run goes on is in bad_input.sh; here: start, trainer, leaving.
+
+coordinator=${node%-node}-coordinator
+check() { # check "WHAT" CONDITION...
+    local what=$1
+    shift
+    if "$@"; then echo "ok: $what"; else failed=$((failed + 1)) && echo "FAILED: $what"; fi
+}
+await() { # await COUNT PATTERN: until the node's log has it so often
+    for _ in $(seq 200); do [ "$(grep -c -- "$2" "$dir/node.log")" -ge "$1" ] && return 0; sleep 0.1; done
+    return 1
+}
+for _ in $(seq 400); do echo "Some text that is long enough for a corpus, line after line."; done >"$dir/text"
+"$node" data --out "$dir/corpus" --sequence 128 "$dir/text" >/dev/null || exit 1
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+"$coordinator" init "$dir/run" --corpus "$dir/corpus/corpus.json" >/dev/null 2>&1 || exit 1
+"$coordinator" serve "$dir/run" --no-aggregator --listen "127.0.0.1:$port" >"$dir/coordinator.log" 2>&1 &
+served=$!
+node_pid=
+trap 'kill $served $node_pid 2>/dev/null; wait 2>/dev/null; rm -rf "$dir"' EXIT
+"$coordinator" invite "$dir/run" --address "127.0.0.1:$port" >"$dir/invite" 2>/dev/null || exit 1
+
+"$node" join "@$dir/invite" --name first --threads 1 --no-listen >"$dir/node.log" 2>&1 &
+node_pid=$!
+check "it enrols, and its trainer starts" await 1 'trainer is ready'
+check "it says what it will do" grep -q 'trains on cpu, 1 threads, nice 10, corpus file://' "$dir/node.log"
+check "it says where its things are" grep -q "identity and state in $dir/home" "$dir/node.log"
+trainer=$(pgrep -P $node_pid)
+check "the trainer stands back behind other programs" [ "$(ps -o ni= -p "$trainer" | tr -d ' ')" = 10 ]
+kill -KILL "$trainer"
+check "a killed trainer is started again" await 2 'trainer is ready'
+trainer=$(pgrep -P $node_pid)
+kill -INT "$trainer"
+kill -INT $node_pid
+wait $node_pid
+check "Ctrl-C leaves in order, also when the terminal sends it to both" [ $? -eq 0 ]
+check "it says so" grep -q 'left in order' "$dir/node.log"
+check "the moments are saved" [ -s "$dir/home/inner.state" ]
+check "the trainer is gone" [ ! -e "/proc/$trainer" ]
+
+# The same key may show its invite again: a person who is not sure whether it worked tries again.
+"$node" join "@$dir/invite" --threads 1 --log-json >"$dir/node.log" 2>&1 &
+node_pid=$!
+check "the same node may use its invite again, with its moments" await 1 'with the moments of its last life'
+check "JSON lines are JSON" python3 -c 'import json, sys; [json.loads(l) for l in open(sys.argv[1])]' "$dir/node.log"
+trainer=$(pgrep -P $node_pid)
+kill -KILL $node_pid
+wait $node_pid 2>/dev/null
+for _ in $(seq 50); do [ -e "/proc/$trainer" ] || break; sleep 0.1; done
+check "the trainer of a killed agent dies with it" [ ! -e "/proc/$trainer" ]
+"$node" run --threads 1 >"$dir/node.log" 2>&1 &
+node_pid=$!
+check "run goes on after that" await 1 'trainer is ready'
+trainer=$(pgrep -P $node_pid)
+kill -STOP "$trainer" # so that it cannot end in order
+kill -TERM $node_pid
+await 1 'leaving in order'
+kill -TERM $node_pid
+wait $node_pid
+check "a second signal quits at once" [ $? -ne 0 ]
+
 [ $failed -eq 0 ] && echo "all as expected"
 exit $((failed > 0))
