@@ -52,7 +52,7 @@ all: $(PROGRAMS) ## build both programs
 
 help: ## this list, and what was found
 	@echo "make TARGET [CC=clang] [CFLAGS=...] [BUILD=dir]"; echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo; CC="$(CC)" NVCC="$(NVCC)" PACKAGES="$(PACKAGES)" docker/found.sh
 
 setup: ## install the missing Debian packages (asks sudo unless root)
@@ -75,6 +75,10 @@ unit: unit-build ## unit, twin and reference-vector tests only
 
 integration: unit-build ## tests with real processes only
 	@tests/run.sh $(BUILD) integration
+
+.PHONY: test-debian13
+test-debian13: ## build and unit tests in a fresh Debian 13 (root and debootstrap; 6 minutes)
+	@docker/test-debian13.sh || [ $$? = 77 ]
 
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
 	@BUILD=$(BUILD) tests/churn.sh
