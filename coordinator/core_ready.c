@@ -177,6 +177,7 @@ static void choose_contributors(struct core *c, bool only_planned) {
             (struct msg_contributor){.member = m->id,
                                      .tokens = m->ready.samples * c->sequence,
                                      .root = m->ready.msg.root,
+                                     .norm = m->ready.msg.norm,
                                      .clip = 1};
     }
 }

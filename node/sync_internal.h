@@ -154,6 +154,7 @@ struct inbound {
     struct msg_digest_item *leaves; /* [fragment.count] once they gave the announced root */
     bool dropped;
     uint64_t heard_ms;
+    double norm2;                   /* of the chunks that were added */
 };
 
 enum shard_role { SHARD_AGGREGATE, SHARD_HOLD };

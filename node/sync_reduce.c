@@ -2,10 +2,13 @@
  * against the root its contributor announced, adds exactly, divides by the weight that really
  * arrived and quantises once; as second holder it copies the finished shard. Both report only
  * what is on disk. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "node/sync_internal.h"
+
+#define NORM_SLACK 1e-6 /* sums of squares in another order differ in their last digits */
 
 /* ---- which plan ------------------------------------------------------------------------- */
 
@@ -336,6 +339,17 @@ static void finish_chunk(struct sync *s, struct shard_work *w, uint32_t k) {
     s->progress++;
 }
 
+/* The clip factor stands on the norm that was announced, before anybody saw the bytes: more than that
+ * is not taken. In shards of several aggregators each sees a part, which has no more than the whole. */
+static int hold_to_norm(struct sync *s, uint32_t i, const uint8_t *bytes, size_t length, size_t n,
+                        struct err *err) {
+    double *norm2 = &s->plan.inbound[i].norm2, limit = s->plan.msg.contributors[i].norm;
+    if (outer_decode(s->scratch2, bytes, length, n, s->codec, err)) return -1;
+    *norm2 += outer_norm2(s->scratch2, n);
+    if (*norm2 <= limit * limit * (1 + NORM_SLACK)) return 0;
+    return err_set(err, ERR_REFUSED, "its values have norm %g so far, announced was %g", sqrt(*norm2), limit);
+}
+
 /* One contributor's chunk k of the shard; it was checked against the announced digest. */
 static void add_chunk(struct sync *s, struct shard_work *w, uint32_t k, uint32_t i,
                       const uint8_t *bytes, size_t length) {
@@ -343,7 +357,8 @@ static void add_chunk(struct sync *s, struct shard_work *w, uint32_t k, uint32_t
     size_t n = chunk_elements(s, s->fragment.chunk[w->first + k]);
     struct err err = {0};
     if (!w->sums[k] && !(w->sums[k] = sync_alloc(s, n, sizeof **w->sums))) return;
-    if (outer_accumulate(w->sums[k], bytes, length, n, s->codec, c->weight, c->clip,
+    if (hold_to_norm(s, i, bytes, length, n, &err) ||
+        outer_accumulate(w->sums[k], bytes, length, n, s->codec, c->weight, c->clip,
                          s->plan.msg.grid_exponent, &err)) {
         sync_log(s, SYNC_WARNING, "member %u is left out of round %llu, chunk %u: %.120s",
                  c->member, (unsigned long long)s->plan.msg.round, w->first + k, err.msg);

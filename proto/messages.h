@@ -97,9 +97,11 @@
 #define FIELDS_digest_item(F, L) F(DIGEST, digest, 0)
 
 /* One contributor of a plan. weight is what its values are multiplied by (see outer_accumulate in
- * kernels.h); root is the digest tree over its encoded chunks, announced before the plan. */
+ * kernels.h); root, the digest tree over its encoded chunks, and norm were announced before the plan.
+ * clip stands on the norm, so aggregators hold the contributor to it. */
 #define FIELDS_contributor(F, L)                                                                   \
-    F(U32, member, 0) F(U32, weight, 1u << 24) F(F32, clip, 0) F(U64, tokens, 0) F(DIGEST, root, 0)
+    F(U32, member, 0) F(U32, weight, 1u << 24) F(F32, clip, 0) F(U64, tokens, 0) F(DIGEST, root, 0) \
+    F(F64, norm, 0)
 
 /* Chunks [first, first+count) of the fragment: averaged by `aggregator`, copied by `holder`. */
 #define FIELDS_shard(F, L)                                                                         \

@@ -584,7 +584,8 @@ static void make_contributors(struct rig *r, const struct plan_spec *spec,
                                           .weight = 12 + 5 * i,
                                           .clip = i ? 0.75f : 1,
                                           .tokens = ready->tokens,
-                                          .root = ready->root};
+                                          .root = ready->root,
+                                          .norm = ready->norm};
     }
 }
 

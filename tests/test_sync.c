@@ -1081,6 +1081,20 @@ static void value_beyond_the_grid_drops_its_contributor(void **state) {
     assert_int_equal(report_of(r, 1)->summed[0].weight, 12);
 }
 
+/* The clip factor stands on the announced norm, so who announces a smaller one than its values have
+ * would get past it: left out from the chunk on in which that shows, which here is the last. */
+static void larger_norm_than_announced_drops_its_contributor(void **state) {
+    struct rig *r = *state;
+    three_members(r);
+    train_round(r, 2);
+    train_round(r, 3);
+    ((struct msg_ready *)(uintptr_t)ready_of(r, 3))->norm *= 0.999;
+    say_plan(r, &THREE);
+    const struct msg_shard_report *report = report_of(r, 1);
+    assert_int_equal(report->summed[0].weight, 12 + 17);
+    assert_int_equal(report->summed[report->summed_count - 1].weight, 12);
+}
+
 static uint32_t liar;
 static bool flip_results(struct rig *r, struct sent *m) {
     struct msg_result *result = m->msg;
@@ -1343,6 +1357,7 @@ int main(int argc, char **argv) {
         T(wrong_leaves_close_the_link),
         T(foreign_set_closes_the_link),
         T(value_beyond_the_grid_drops_its_contributor),
+        T(larger_norm_than_announced_drops_its_contributor),
         T(lying_holder_is_passed_over),
         T(lying_donor_is_passed_over),
         T(senseless_messages_do_no_harm),

@@ -21,7 +21,7 @@ enum fault {
     NOT_FINITE, WRONG_CHUNKS, WRONG_CODEC, NORM_TOO_SMALL, NORM_TOO_LARGE, ABSMAX_TOO_LARGE, NO_ROOT, NO_CLAIMS,
     FOREIGN_LEASE, OLD_GENERATION, MORE_THAN_LEASED, CLAIMED_TWICE, ROUND_AHEAD, OTHER_BASE,
     /* to the aggregator */
-    WRONG_LEAVES, FLIPPED_BYTE, NAN_SCALE, SHORT_CHUNK, HUGE_VALUES, FOREIGN_SET, WRONG_WEIGHT, SILENT,
+    WRONG_LEAVES, FLIPPED_BYTE, NAN_SCALE, SHORT_CHUNK, HUGE_VALUES, LARGER_NORM, FOREIGN_SET, WRONG_WEIGHT, SILENT,
     /* as second holder */
     LYING_HOLDER, BROKEN_HOLDER
 };
@@ -58,6 +58,10 @@ static void encode_chunk(struct contribution *c, uint32_t k, enum fault fault, f
     if (outer_absmax(x, n) > (float)c->ready.absmax) c->ready.absmax = (double)outer_absmax(x, n);
     if (fault == HUGE_VALUES) { /* after the norm was taken */
         for (size_t i = 0; i < n; i++) x[i] = 1e9f;
+        if (outer_encode(bytes, x, n, c->codec, NULL)) abort();
+    }
+    if (fault == LARGER_NORM) { /* values that fit, of a norm that would have been clipped */
+        for (size_t i = 0; i < n; i++) x[i] *= 10;
         if (outer_encode(bytes, x, n, c->codec, NULL)) abort();
     }
     if (fault == NAN_SCALE) memcpy(bytes, nan_scale, sizeof nan_scale);
@@ -270,7 +274,8 @@ static int contribute(const struct target *t, const struct attack *a) {
     bool wanted = dialled && fault != SILENT && show_leaves(&m, &c, &l, fault);
     for (uint32_t k = 0; wanted && k < c.chunks; k++)
         if (!send_chunk(&m, &c, &l, k, k ? HONEST : fault)) break;
-    bool stays = fault == HONEST || fault == NAN_SCALE || fault == HUGE_VALUES || fault == FLIPPED_BYTE || fault == SILENT;
+    bool stays = fault == HONEST || fault == NAN_SCALE || fault == HUGE_VALUES || fault == LARGER_NORM ||
+                 fault == FLIPPED_BYTE || fault == SILENT;
     bool cut = !stays || fault == FLIPPED_BYTE ? link_hear_out(&l) : false;
     bool over = stays && member_follow(&m, round_is_over, PATIENCE_MS);
     bool summed = m.summed_round == round + 1;
@@ -337,6 +342,7 @@ const struct attack contribution_attacks[] = {
     {"nan-scale", contribute, NAN_SCALE},
     {"short-chunk", contribute, SHORT_CHUNK},
     {"huge-values", contribute, HUGE_VALUES},
+    {"larger-norm", contribute, LARGER_NORM},
     {"foreign-set", contribute, FOREIGN_SET},
     {"wrong-weight", contribute, WRONG_WEIGHT},
     {"silent-contributor", contribute, SILENT},

@@ -159,7 +159,8 @@ attack coordinator 'closing the link to member [0-9]+: a chunk is not what it an
 attack coordinator 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" flipped-byte
 said coordinator 'member [0-9]+ sends nothing for round [0-9]+: going on without it'
 attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: .*finite' "$P" nan-scale
-attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: ' "$P" huge-values
+attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: its values have norm .*, announced was' "$P" huge-values
+attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: its values have norm .*, announced was' "$P" larger-norm
 attack coordinator 'member [0-9]+ sends nothing for round [0-9]+: going on without it' "$P" silent-contributor
 tokens() { status "$R" 'sum(m["tokens_committed"] for m in members if m["name"] == "mallory")'; }
 [ "$(tokens)" = 0 ] || bad "mallory was summed: $(tokens) tokens"
