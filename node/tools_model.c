@@ -41,14 +41,23 @@ static int pick_tokenizer(struct loaded *l, const char *stored, const char *want
 
 #define BLOCK_ELEMENTS ((size_t)1 << 20)
 
-static int read_params(struct loaded *l, const struct ckpt *c, struct err *err) {
+/* A block of the checkpoint's parameters, or of those that the run began with. */
+static int read_block(const struct loaded *l, const struct ckpt *c, const struct msg_genesis *untrained,
+                      size_t at, size_t n, float *block, struct err *err) {
+    if (!untrained) return ckpt_read(c, CKPT_ANCHOR, at, n, block, err);
+    model_init_elements(&l->m, untrained->init_std, untrained->init_seed, at, n, block);
+    return 0;
+}
+
+static int read_params(struct loaded *l, const struct ckpt *c, const struct msg_genesis *untrained,
+                       struct err *err) {
     size_t n = (size_t)proto_model_elements(&l->m);
     if (!(l->params = l->k->alloc(l->k, n * sizeof *l->params, err))) return -1;
     float *block = malloc(BLOCK_ELEMENTS * sizeof *block);
     int rc = block ? 0 : err_set(err, ERR_MEMORY, "no memory to read parameters");
     for (size_t at = 0, take; rc == 0 && at < n; at += take) {
         take = n - at < BLOCK_ELEMENTS ? n - at : BLOCK_ELEMENTS;
-        if ((rc = ckpt_read(c, CKPT_ANCHOR, at, take, block, err))) break;
+        if ((rc = read_block(l, c, untrained, at, take, block, err))) break;
         l->k->copy_in(l->k, l->params + at, block, take * sizeof *block);
         rc = l->k->check(l->k, err);
     }
@@ -57,15 +66,17 @@ static int read_params(struct loaded *l, const struct ckpt *c, struct err *err) 
 }
 
 static int load(struct loaded *l, const char *where, const char *tokenizer, uint64_t threads,
-                struct err *err) {
+                bool untrained, struct err *err) {
     struct ckpt *c = ckpt_open(where, NULL, err);
     if (!c) return -1;
     l->m = *ckpt_model(c);
     int rc = proto_model_check(&l->m, err);
+    if (rc == 0 && untrained && !ckpt_genesis(c))
+        rc = err_set(err, ERR_CONFIG, "%.150s is of no run: how its parameters began is not known", where);
     if (rc == 0) rc = pick_tokenizer(l, ckpt_tokenizer(c), tokenizer, err);
     if (rc == 0) rc = ckpt_verify_vector(c, CKPT_ANCHOR, err); /* a wrong byte would only be a worse model */
     if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
-    if (rc == 0) rc = read_params(l, c, err);
+    if (rc == 0) rc = read_params(l, c, untrained ? ckpt_genesis(c) : NULL, err);
     ckpt_close(c);
     return rc;
 }
@@ -90,6 +101,7 @@ static const char eval_help[] =
     "  --corpus CORPUS    the held-out slice of a corpus that `data` wrote\n"
     "  --sequence N       tokens per window, at most the model's sequence (default: that)\n"
     "  --tokenizer NAME   bytes; needed where the model does not say\n"
+    "  --untrained        the parameters that the run began with, instead of the checkpoint's\n"
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: loss, perplexity, tokens, sequence\n"
     "\n"
@@ -176,6 +188,7 @@ struct eval_wish {
     const char *where, *text, *corpus, *tokenizer;
     uint64_t sequence, threads;
     int json;
+    bool untrained;
 };
 
 static int eval_tokens(const struct eval_wish *w, const struct loaded *l, const int32_t *tokens, size_t n,
@@ -200,7 +213,7 @@ static int eval(const struct eval_wish *w, struct err *err) {
     struct loaded l = { 0 };
     int32_t *tokens = NULL;
     size_t n = 0;
-    int rc = load(&l, w->where, w->tokenizer, w->threads, err);
+    int rc = load(&l, w->where, w->tokenizer, w->threads, w->untrained, err);
     if (rc == 0)
         rc = w->text ? tokens_of_text(l.tokenizer, w->text, &tokens, &n, err)
                      : tokens_of_corpus(l.tokenizer, w->corpus, &tokens, &n, err);
@@ -215,7 +228,8 @@ int tool_eval(int argc, char **argv) {
         { "text", required_argument, NULL, 't' },      { "corpus", required_argument, NULL, 'c' },
         { "sequence", required_argument, NULL, 's' },  { "tokenizer", required_argument, NULL, 'z' },
         { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
-        { "help", no_argument, NULL, 'h' },            { 0 },
+        { "untrained", no_argument, NULL, 'u' },       { "help", no_argument, NULL, 'h' },
+        { 0 },
     };
     struct eval_wish w = { 0 };
     struct err err;
@@ -228,6 +242,7 @@ int tool_eval(int argc, char **argv) {
         case 'z': w.tokenizer = optarg; break;
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
         case 'j': w.json = 1; break;
+        case 'u': w.untrained = true; break;
         case 'h': fputs(eval_help, stdout); return 0;
         default: return args_wrong(argv[0], "wrong arguments");
         }
@@ -381,7 +396,7 @@ static int run_generator(struct generator *g, const struct generate_wish *w, str
 static int generate(const struct generate_wish *w, struct err *err) {
     struct loaded l = { 0 };
     struct generator g = { .l = &l };
-    int rc = load(&l, w->where, w->tokenizer, w->threads, err);
+    int rc = load(&l, w->where, w->tokenizer, w->threads, false, err);
     if (rc == 0) rc = take_generator(&g, w, err);
     if (rc == 0) rc = run_generator(&g, w, err);
     model_destroy(g.model);

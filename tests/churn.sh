@@ -38,7 +38,7 @@ while [ $SECONDS -lt $((60 * MINUTES)) ]; do
     if [ -n "$pid" ]; then
         if [ $((RANDOM % 2)) = 0 ]; then
             say "$(printf '%-18s SIGKILL' "$what") $(status "$R" '"(round %d, %d live)" % (round, members_live)')"
-            kill -KILL "$pid" 2>/dev/null; sleep 2; revive; sleep 8
+            kill -KILL "$pid"; sleep 2; revive; sleep 8
         else
             say "$(printf '%-18s SIGSTOP' "$what") $(status "$R" '"(round %d, %d live)" % (round, members_live)')"
             kill -STOP "$pid" 2>/dev/null; sleep 8; kill -CONT "$pid" 2>/dev/null; sleep 2; revive

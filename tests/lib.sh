@@ -25,6 +25,8 @@ trap end_all EXIT
 trap 'exit 130' INT TERM
 
 fail() { echo "FAILED: $*"; for l in "$W"/*.log; do echo "--- $l"; tail -n "${LOG_LINES:-15}" "$l"; done; exit 1; }
+# SIGKILL, without the shell's own remark about it.
+kill_now() { { kill -KILL "${PID[$1]}"; wait "${PID[$1]}"; } 2>/dev/null; unset "PID[$1]"; }
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 # The demo's text: the manual pages of Perl in Debian's package perl-doc, 8 MB of English.
