@@ -140,7 +140,9 @@ whole() { ls -d "$SMALL"/step-*/manifest.sig 2>/dev/null | sort -V | tail -n 1; 
 if [ -n "$mounted" ]; then
     said coordinator 'checkpoint of ledger [0-9]+ failed: .*(No space left on device|full)' 20
     [ -z "$(whole)" ] || bad "a checkpoint on a full disk looks whole"
-    goes_on "a full disk under a checkpoint"
+    says 1 "small/home.*No space left on device" "$NODE" join "$("$COORDINATOR" invite "$R" 2>/dev/null)" --home "$SMALL/home"
+    rm -rf "$SMALL/home"
+    goes_on "a full disk under a checkpoint, and under a node's home"
     mount -o remount,size=64m "$SMALL" || bad "remount"
 else
     echo "    skipped: a full disk while a checkpoint is written: $(tail -n 1 "$W/mount.err")"
