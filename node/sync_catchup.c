@@ -156,9 +156,21 @@ static void ask_donors(struct sync *s) {
     else if (!cu->asked_ms) cu->asked_ms = s->now; /* the link is being made */
 }
 
+static void say_catching_up(struct sync *s, bool begins) {
+    if (begins)
+        sync_log(s, SYNC_INFO, "catching up to ledger index %llu: %u of %u chunks are missing",
+                 (unsigned long long)ledger_head_version(s), s->state.missing, s->chunk_count);
+    else
+        sync_log(s, SYNC_INFO, "caught up to ledger index %llu",
+                 (unsigned long long)ledger_head_version(s));
+}
+
 void catchup_pump(struct sync *s) {
     struct catchup *cu = &s->catchup;
-    if (!s->synced || !catchup_busy(s)) {
+    bool busy = catchup_busy(s);
+    if (busy != cu->busy && s->ledger.rounds) say_catching_up(s, busy);
+    cu->busy = busy;
+    if (!s->synced || !busy) {
         cu->progress_ms = s->now;
         return;
     }

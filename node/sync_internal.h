@@ -154,7 +154,7 @@ struct inbound {
     struct msg_digest_item *leaves; /* [fragment.count] once they gave the announced root */
     bool dropped;
     uint64_t heard_ms;
-    double norm2;                   /* of the chunks that were added */
+    double norm2; /* of the chunks that were added */
 };
 
 enum shard_role { SHARD_AGGREGATE, SHARD_HOLD };
@@ -234,6 +234,7 @@ struct catchup {
     uint32_t ready_count, ready_capacity;
     size_t window;
     bool early;        /* a chunk came whose root we do not know yet */
+    bool busy;         /* as last seen */
     bool initialising; /* the initial state is being derived from the genesis */
 };
 

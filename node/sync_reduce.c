@@ -347,7 +347,8 @@ static int hold_to_norm(struct sync *s, uint32_t i, const uint8_t *bytes, size_t
     if (outer_decode(s->scratch2, bytes, length, n, s->codec, err)) return -1;
     *norm2 += outer_norm2(s->scratch2, n);
     if (*norm2 <= limit * limit * (1 + NORM_SLACK)) return 0;
-    return err_set(err, ERR_REFUSED, "its values have norm %g so far, announced was %g", sqrt(*norm2), limit);
+    return err_set(err, ERR_REFUSED, "its values have norm %g so far, announced was %g",
+                   sqrt(*norm2), limit);
 }
 
 /* One contributor's chunk k of the shard; it was checked against the announced digest. */

@@ -181,6 +181,8 @@ static void emit_moments(struct sync *s) {
     struct sync_action *a = sync_act(s, SYNC_ACT_TRAINER_MOMENTS_IMPORT);
     if (!a) return;
     a->steps = t->moments_steps;
+    sync_log(s, SYNC_INFO, "the trainer takes over second moments of member %u (%llu steps)",
+             t->moments_peer, (unsigned long long)t->moments_steps);
     t->slot_busy = t->importing = true;
     moments_abort(s);
 }
