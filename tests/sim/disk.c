@@ -1,6 +1,6 @@
 /* disk.c - struct disk in memory. A mapped file keeps two images: what the process sees and what
- * would survive a power cut; flush copies from one to the other. The owner can be made to die at any
- * operation: that operation and all later ones of the step fail and change nothing. */
+ * would survive a power cut; flush copies from one to the other. The owner can be made to die at
+ * any operation: that operation and all later ones of the step fail and change nothing. */
 #include "tests/sim/sim.h"
 
 #include <stdlib.h>
@@ -23,8 +23,9 @@ static struct sim_file *find(struct sim_disk *d, const char *name) {
 }
 
 static struct sim_file *add(struct sim_disk *d, const char *name) {
-    if (d->count == SIM_DISK_FILES_MAX) sim_violation(d->world, "slot %u keeps %u files on its disk: they are never removed",
-                                                      d->owner, d->count);
+    if (d->count == SIM_DISK_FILES_MAX)
+        sim_violation(d->world, "slot %u keeps %u files on its disk: they are never removed",
+                      d->owner, d->count);
     struct sim_file *f = &d->files[d->count++];
     memset(f, 0, sizeof *f);
     snprintf(f->name, sizeof f->name, "%s", name);
@@ -43,7 +44,8 @@ static void *disk_map(void *arg, const char *name, size_t bytes, bool *created, 
         f->memory = calloc(1, bytes ? bytes : 1);
         f->durable = calloc(1, bytes ? bytes : 1);
     }
-    if (f->bytes != bytes) sim_violation(d->world, "map of %s with %zu bytes, it has %zu", name, bytes, f->bytes);
+    if (f->bytes != bytes)
+        sim_violation(d->world, "map of %s with %zu bytes, it has %zu", name, bytes, f->bytes);
     return f->memory;
 }
 
@@ -51,12 +53,14 @@ static int disk_flush(void *arg, const char *name, size_t offset, size_t bytes, 
     struct sim_disk *d = arg;
     if (dies_now(d, "flush", name, err)) return -1;
     struct sim_file *f = find(d, name);
-    if (!f || offset + bytes > f->bytes) sim_violation(d->world, "flush of %s outside the file", name);
+    if (!f || offset + bytes > f->bytes)
+        sim_violation(d->world, "flush of %s outside the file", name);
     memcpy(f->durable + offset, f->memory + offset, bytes);
     return 0;
 }
 
-static int disk_put(void *arg, const char *name, const void *bytes, size_t length, struct err *err) {
+static int disk_put(void *arg, const char *name, const void *bytes, size_t length,
+                    struct err *err) {
     struct sim_disk *d = arg;
     if (dies_now(d, "put", name, err)) return -1;
     struct sim_file *f = find(d, name);
@@ -91,8 +95,12 @@ static void disk_remove(void *arg, const char *name) {
 }
 
 struct disk sim_disk_ops(struct sim_disk *d) {
-    return (struct disk){ .arg = d, .map = disk_map, .flush = disk_flush, .put = disk_put, .get = disk_get,
-                          .remove = disk_remove };
+    return (struct disk){.arg = d,
+                         .map = disk_map,
+                         .flush = disk_flush,
+                         .put = disk_put,
+                         .get = disk_get,
+                         .remove = disk_remove};
 }
 
 void sim_disk_lose_power(struct sim_disk *d) {

@@ -1,4 +1,5 @@
-/* main.c - the simulator's command line: many seeds on several processes, or one seed with a trace. */
+/* main.c - the simulator's command line: many seeds on several processes, or one seed with a trace.
+ */
 #include "tests/sim/sim.h"
 
 #include <getopt.h>
@@ -15,11 +16,15 @@ struct outcome {
 };
 
 static void usage(FILE *to) {
-    fputs("sim - runs coordinator and members on a simulated clock, network and disk, with faults\n\n"
-          "  sim [--seeds N] [--first S] [--jobs J]   N seeds from S on; exit 1 if an invariant is violated\n"
-          "  sim --seed S --trace                     one seed, every event of note\n"
-          "  sim --deliberate [--seeds N]             plant each deliberate fault; exit 1 unless each is found\n"
-          "  sim --fault NAME --seed S --trace        replay a seed with a fault planted\n", to);
+    fputs(
+        "sim - runs coordinator and members on a simulated clock, network and disk, with faults\n\n"
+        "  sim [--seeds N] [--first S] [--jobs J]   N seeds from S on; exit 1 if an invariant is "
+        "violated\n"
+        "  sim --seed S --trace                     one seed, every event of note\n"
+        "  sim --deliberate [--seeds N]             plant each deliberate fault; exit 1 unless "
+        "each is found\n"
+        "  sim --fault NAME --seed S --trace        replay a seed with a fault planted\n",
+        to);
 }
 
 static const struct {
@@ -27,9 +32,10 @@ static const struct {
     enum core_fault core;
     enum sync_fault sync;
 } faults[] = {
-    { "commit-announced-before-durable", CORE_FAULT_COMMIT_ANNOUNCED_BEFORE_DURABLE, SYNC_FAULT_NONE },
-    { "divisor-not-corrected", CORE_FAULT_NONE, SYNC_FAULT_DIVISOR_NOT_CORRECTED },
-    { "plan-number-ignored", CORE_FAULT_NONE, SYNC_FAULT_PLAN_NUMBER_IGNORED },
+    {"commit-announced-before-durable", CORE_FAULT_COMMIT_ANNOUNCED_BEFORE_DURABLE,
+     SYNC_FAULT_NONE},
+    {"divisor-not-corrected", CORE_FAULT_NONE, SYNC_FAULT_DIVISOR_NOT_CORRECTED},
+    {"plan-number-ignored", CORE_FAULT_NONE, SYNC_FAULT_PLAN_NUMBER_IGNORED},
 };
 #define FAULTS (sizeof faults / sizeof *faults)
 
@@ -66,35 +72,37 @@ static struct outcome run_many(uint64_t first, uint64_t seeds, int jobs, bool st
             continue;
         }
         struct outcome o = {0};
-        for (uint64_t s = (uint64_t)j; s < seeds && !(stop_at_first && o.failed) && o.failed < 5; s += (uint64_t)jobs) {
+        for (uint64_t s = (uint64_t)j; s < seeds && !(stop_at_first && o.failed) && o.failed < 5;
+             s += (uint64_t)jobs) {
             uint64_t failed = o.failed;
             char last[512];
             memcpy(last, o.violation, sizeof last);
             alarm(60); /* a seed that hangs kills its job, which counts as a failure */
             run_one(first + s, false, &o);
             if (o.failed > failed && !stop_at_first)
-                fprintf(stderr, "seed %llu: %s\n", (unsigned long long)(first + s), failed ? "another violation" : o.violation);
+                fprintf(stderr, "seed %llu: %s\n", (unsigned long long)(first + s),
+                        failed ? "another violation" : o.violation);
         }
         if (write(pipes[j][1], &o, sizeof o) != sizeof o) _exit(2);
         _exit(0);
     }
     for (int j = 0; j < jobs; j++) {
         struct outcome o = {0};
-        int status;
         ssize_t n = read(pipes[j][0], &o, sizeof o);
         close(pipes[j][0]);
         if (n != sizeof o) {
             o.failed = 1;
-            snprintf(o.violation, sizeof o.violation, "a job died (an assertion, a crash, or a seed that ran for a minute)");
+            snprintf(o.violation, sizeof o.violation,
+                     "a job died (an assertion, a crash, or a seed that ran for a minute)");
         }
-        all.seeds += o.seeds, all.commits += o.commits, all.events += o.events, all.simulated_s += o.simulated_s;
+        all.seeds += o.seeds, all.commits += o.commits, all.events += o.events,
+            all.simulated_s += o.simulated_s;
         all.checked += o.checked, all.unchecked += o.unchecked, all.checkpoints += o.checkpoints;
         if (o.failed && (!all.failed || o.first_failed < all.first_failed)) {
             all.first_failed = o.first_failed;
             memcpy(all.violation, o.violation, sizeof all.violation);
         }
         all.failed += o.failed;
-        (void)status;
     }
     while (wait(NULL) > 0) {}
     return all;
@@ -112,8 +120,12 @@ static int find_deliberate_faults(uint64_t seeds, int jobs) {
         core_fault = faults[i].core;
         sync_fault = faults[i].sync;
         struct outcome o = run_many(1, seeds, jobs, true);
-        if (o.failed) printf("deliberate fault %-34s found at seed %llu: %s\n", faults[i].name, (unsigned long long)o.first_failed, o.violation);
-        else printf("deliberate fault %-34s NOT FOUND in %llu seeds\n", faults[i].name, (unsigned long long)o.seeds);
+        if (o.failed)
+            printf("deliberate fault %-34s found at seed %llu: %s\n", faults[i].name,
+                   (unsigned long long)o.first_failed, o.violation);
+        else
+            printf("deliberate fault %-34s NOT FOUND in %llu seeds\n", faults[i].name,
+                   (unsigned long long)o.seeds);
         missed += !o.failed;
     }
     return missed ? 1 : 0;
@@ -124,8 +136,9 @@ int main(int argc, char **argv) {
     int jobs = 1, option;
     bool trace = false, deliberate = false;
     static const struct option options[] = {
-        { "seeds", 1, 0, 'n' }, { "first", 1, 0, 'f' }, { "jobs", 1, 0, 'j' }, { "seed", 1, 0, 's' }, { "trace", 0, 0, 't' },
-        { "deliberate", 0, 0, 'd' }, { "fault", 1, 0, 'x' }, { "help", 0, 0, 'h' }, { 0 } };
+        {"seeds", 1, 0, 'n'}, {"first", 1, 0, 'f'}, {"jobs", 1, 0, 'j'},
+        {"seed", 1, 0, 's'},  {"trace", 0, 0, 't'}, {"deliberate", 0, 0, 'd'},
+        {"fault", 1, 0, 'x'}, {"help", 0, 0, 'h'},  {0}};
     struct err err;
     if (proto_init(&err)) return fprintf(stderr, "sim: %s\n", err.msg), 2;
     while ((option = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (option) {
@@ -137,7 +150,8 @@ int main(int argc, char **argv) {
         case 'd': deliberate = true; break;
         case 'x':
             for (size_t i = 0; i < FAULTS; i++)
-                if (!strcmp(optarg, faults[i].name)) core_fault = faults[i].core, sync_fault = faults[i].sync;
+                if (!strcmp(optarg, faults[i].name))
+                    core_fault = faults[i].core, sync_fault = faults[i].sync;
             break;
         case 'h': usage(stdout); return 0;
         default: usage(stderr); return 2;
@@ -149,11 +163,14 @@ int main(int argc, char **argv) {
     double start = seconds();
     if (one) run_one(one, trace, &o);
     else o = run_many(first, seeds, jobs, false);
-    printf("%llu seeds, %.0f s simulated in %.1f s: %llu events, %llu commits, %llu checkpoints, %llu chunk sums recomputed (%llu not on the network)\n",
-           (unsigned long long)o.seeds, o.simulated_s, seconds() - start, (unsigned long long)o.events, (unsigned long long)o.commits,
-           (unsigned long long)o.checkpoints, (unsigned long long)o.checked, (unsigned long long)o.unchecked);
+    printf("%llu seeds, %.0f s simulated in %.1f s: %llu events, %llu commits, %llu checkpoints, "
+           "%llu chunk sums recomputed (%llu not on the network)\n",
+           (unsigned long long)o.seeds, o.simulated_s, seconds() - start,
+           (unsigned long long)o.events, (unsigned long long)o.commits,
+           (unsigned long long)o.checkpoints, (unsigned long long)o.checked,
+           (unsigned long long)o.unchecked);
     if (!o.failed) return puts("all invariants held"), 0;
-    printf("seed %llu VIOLATED: %s\nreplay: sim --seed %llu --trace\n", (unsigned long long)o.first_failed, o.violation,
-           (unsigned long long)o.first_failed);
+    printf("seed %llu VIOLATED: %s\nreplay: sim --seed %llu --trace\n",
+           (unsigned long long)o.first_failed, o.violation, (unsigned long long)o.first_failed);
     return 1;
 }
