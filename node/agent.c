@@ -19,11 +19,12 @@ uint64_t agent_now_ms(void) {
 }
 
 void agent_timer(struct event *ev, uint32_t ms) {
-    struct timeval tv = { .tv_sec = (time_t)(ms / 1000), .tv_usec = (suseconds_t)(ms % 1000) * 1000 };
+    struct timeval tv = { .tv_sec = (time_t)(ms / 1000),
+                          .tv_usec = (suseconds_t)(ms % 1000) * 1000 };
     event_add(ev, &tv);
 }
 
-/* ---- becoming a member ------------------------------------------------------------------------------------ */
+/* ---- becoming a member ----------------------------------------------------------------------- */
 
 static void derive_initial(void *arg, uint64_t first, size_t n, float *out) {
     const struct msg_genesis *g = arg;
@@ -69,8 +70,8 @@ static int set_up_trainer(struct agent *a, struct err *err) {
     home_file(&a->home, "inner.state", state);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);
     corpus_of(a, setup.corpus, sizeof setup.corpus);
-    a->keeper = keeper_create(a->base, &setup, a->genesis.outer->silence_ms_max, &agent_keeper_ops, a,
-                              err);
+    a->keeper =
+        keeper_create(a->base, &setup, a->genesis.outer->silence_ms_max, &agent_keeper_ops, a, err);
     if (!a->keeper) return -1;
     sync_set_slot(a->sync, segment_in(keeper_segment(a->keeper)),
                   segment_ops(keeper_segment(a->keeper)));
@@ -103,15 +104,17 @@ static void say_what_it_is(struct agent *a) {
     proto_str_copy(a->genesis.name, name, sizeof name);
     corpus_of(a, corpus, sizeof corpus);
     sync_look(a->sync, &v);
-    console_say(a->console, SYNC_INFO, "run", "run \"%s\" (%.16s...), %.2f million parameters", name,
-                hex, (double)a->elements / 1e6);
-    console_say(a->console, SYNC_INFO, "state", "member %u; own state: round %llu, ledger index %llu",
-                a->run.member, (unsigned long long)v.round, (unsigned long long)v.state_index);
+    console_say(a->console, SYNC_INFO, "run", "run \"%s\" (%.16s...), %.2f million parameters",
+                name, hex, (double)a->elements / 1e6);
+    console_say(a->console, SYNC_INFO, "state",
+                "member %u; own state: round %llu, ledger index %llu", a->run.member,
+                (unsigned long long)v.round, (unsigned long long)v.state_index);
     if (a->run.aggregate_only)
         console_say(a->console, SYNC_INFO, "device", "holds the state and sums; does not train");
     else if (a->options->threads)
-        console_say(a->console, SYNC_INFO, "device", "trains on cpu, %d threads, nice %d, corpus %s",
-                    a->options->threads, a->options->nice, corpus);
+        console_say(a->console, SYNC_INFO, "device",
+                    "trains on cpu, %d threads, nice %d, corpus %s", a->options->threads,
+                    a->options->nice, corpus);
     else
         console_say(a->console, SYNC_INFO, "device", "trains on cpu, all cores, nice %d, corpus %s",
                     a->options->nice, corpus);
@@ -129,7 +132,7 @@ static int set_up(struct agent *a, struct err *err) {
     return 0;
 }
 
-/* ---- the coordinator ------------------------------------------------------------------------------------------ */
+/* ---- the coordinator ------------------------------------------------------------------------- */
 
 static int on_welcome(void *arg, const struct uplink_welcome *w, struct err *err) {
     struct agent *a = arg;
@@ -145,7 +148,8 @@ static int on_enrolled(void *arg, uint32_t member, struct err *err) {
     struct agent *a = arg;
     if (member == 0) return err_set(err, ERR_PROTOCOL, "the coordinator gave member id 0");
     a->run.member = member;
-    console_say(a->console, SYNC_INFO, "enrolled", "enrolled as member %u \"%s\"", member, a->run.name);
+    console_say(a->console, SYNC_INFO, "enrolled", "enrolled as member %u \"%s\"", member,
+                a->run.name);
     return home_run_save(&a->home, &a->run, err) ? -1 : set_up(a, err);
 }
 
@@ -186,7 +190,7 @@ static const struct uplink_ops uplink_callbacks = {
     .on_down = on_down, .on_refused = on_refused, .on_trouble = on_trouble
 };
 
-/* ---- the end ------------------------------------------------------------------------------------------------------ */
+/* ---- the end --------------------------------------------------------------------------------- */
 
 static void on_end(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
@@ -205,7 +209,8 @@ void agent_leave(struct agent *a) {
         agent_feed(a, &(struct sync_event){ .type = SYNC_EV_LEAVE });
     if (a->uplink) uplink_stop(a->uplink);
     if (a->keeper && keeper_stop(a->keeper)) {
-        console_say(a->console, SYNC_INFO, "leaving", "waiting for the trainer to save its moments");
+        console_say(a->console, SYNC_INFO, "leaving",
+                    "waiting for the trainer to save its moments");
         return;
     }
     a->trainer_gone = true;
@@ -230,7 +235,7 @@ static void on_signal(evutil_socket_t number, short what, void *arg) {
     agent_leave(a);
 }
 
-/* ---- the beginning -------------------------------------------------------------------------------------------------- */
+/* ---- the beginning --------------------------------------------------------------------------- */
 
 static int take_run(struct agent *a, struct err *err) {
     const struct agent_options *o = a->options;
@@ -276,7 +281,8 @@ static int take_corpus(struct agent *a, struct err *err) {
     if (!whole) return err_set_errno(err, "--corpus %s", corpus);
     int n = snprintf(a->corpus, sizeof a->corpus, "%s", whole);
     free(whole);
-    if ((size_t)n >= sizeof a->corpus) return err_set(err, ERR_CONFIG, "--corpus: the path is too long");
+    if ((size_t)n >= sizeof a->corpus)
+        return err_set(err, ERR_CONFIG, "--corpus: the path is too long");
     return 0;
 }
 

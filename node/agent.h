@@ -1,7 +1,8 @@
-/* agent.h - a node: one process that is a member of a run. It joins the state machine of sync.h to the
- * world: coordinator (uplink.h), other members (peers.h), trainer (keeper.h), disk (disk.h),
- * checkpoints (checkpoint.h) and the person at the terminal (console.h). One thread, one event loop;
- * sync's arithmetic is done in small pieces when nothing else is to be done. It never opens a device. */
+/* agent.h - a node: one process that is a member of a run. It joins the state machine of sync.h to
+ * the world: coordinator (uplink.h), other members (peers.h), trainer (keeper.h), disk (disk.h),
+ * checkpoints (checkpoint.h) and the person at the terminal (console.h). One thread, one event
+ * loop; sync's arithmetic is done in small pieces when nothing else is to be done. It never opens
+ * a device. */
 #ifndef INTELLECT_NODE_AGENT_H
 #define INTELLECT_NODE_AGENT_H
 

@@ -1,4 +1,4 @@
-/* agent_events.c - sync's surroundings: every event that reaches it and every action it asks for. */
+/* agent_events.c - sync's surroundings: the events that reach it and the actions it asks for. */
 #include "node/agent_internal.h"
 
 #include <assert.h>
@@ -7,7 +7,7 @@
 
 static void perform(struct agent *a, const struct sync_action *act);
 
-/* ---- sync ------------------------------------------------------------------------------------------ */
+/* ---- sync ------------------------------------------------------------------------------------ */
 
 /* One event in, its actions carried out. Nothing that is called from here calls back into here: the
  * modules around sync tell what follows from the loop. */
@@ -43,8 +43,11 @@ void agent_on_work(evutil_socket_t fd, short what, void *arg) {
 }
 
 static struct console_figures figures(const struct agent *a) {
-    struct console_figures f = { .step = a->step, .loss = a->loss, .tokens_per_s = a->tokens_per_s,
-                                 .trains = a->keeper != NULL, .connected = uplink_is_up(a->uplink) };
+    struct console_figures f = { .step = a->step,
+                                 .loss = a->loss,
+                                 .tokens_per_s = a->tokens_per_s,
+                                 .trains = a->keeper != NULL,
+                                 .connected = uplink_is_up(a->uplink) };
     sync_look(a->sync, &f.view);
     f.view.peers = peers_count(a->peers);
     return f;
@@ -67,7 +70,7 @@ void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     console_live(a->console, &f);
 }
 
-/* ---- what sync wants ---------------------------------------------------------------------------------- */
+/* ---- what sync wants ------------------------------------------------------------------------- */
 
 static void on_bye_action(struct agent *a, const struct sync_action *act) {
     if (act->final && act->code == ERR_NONE) {
@@ -136,7 +139,7 @@ static void perform(struct agent *a, const struct sync_action *act) {
     }
 }
 
-/* ---- trainer, members, checkpoints: what they say becomes events ---------------------------------------- */
+/* ---- trainer, members, checkpoints: what they say becomes events ----------------------------- */
 
 /* A corpus that a trainer could open is worth remembering. */
 static void keep_corpus(struct agent *a) {
@@ -249,7 +252,8 @@ static void on_manifest(void *arg, const void *manifest, size_t length) {
                   .type = SYNC_EV_CHECKPOINT, .manifest = { manifest, (uint32_t)length },
                   .manifest_digest = digest_of(manifest, length) });
 }
-static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest, const char *text) {
+static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest,
+                               const char *text) {
     struct agent *a = arg;
     console_say(a->console, ok ? SYNC_INFO : SYNC_WARNING, "checkpoint",
                 ok ? "checkpoint written: %s" : "checkpoint not written: %s", text);

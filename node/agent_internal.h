@@ -1,5 +1,5 @@
-/* agent_internal.h - what the two files of the agent share: agent.c (begin, become a member, end) and
- * agent_events.c (what happens outside becomes an event for sync, what sync wants a call). */
+/* agent_internal.h - what the two files of the agent share: agent.c (begin, become a member, end)
+ * and agent_events.c (what happens outside becomes an event for sync, what sync wants a call). */
 #ifndef INTELLECT_NODE_AGENT_INTERNAL_H
 #define INTELLECT_NODE_AGENT_INTERNAL_H
 
@@ -63,8 +63,8 @@ extern const struct keeper_ops agent_keeper_ops;
 extern const struct peers_ops agent_peers_ops;
 extern const struct checkpoint_ops agent_checkpoint_ops;
 
-/* agent.c: end in order; with an error, of which the first one counts. Only sets things in motion, so
- * it may be called from anywhere. */
+/* agent.c: end in order; with an error, of which the first one counts. Only sets things in motion,
+ * so it may be called from anywhere. */
 void agent_leave(struct agent *a);
 void agent_fail(struct agent *a, const struct err *why);
 

@@ -52,7 +52,7 @@ static void fail(struct checkpoint *c, const struct err *err) {
     add_timer(c->work, 0);
 }
 
-/* ---- putting ------------------------------------------------------------------------------------------ */
+/* ---- putting --------------------------------------------------------------------------------- */
 
 /* Hand over a chunk unless that was done. -1: the writer failed and was closed. */
 static int put(struct checkpoint *c, uint32_t chunk) {
@@ -101,7 +101,7 @@ static void on_work(evutil_socket_t fd, short what, void *arg) {
     if (ckpt_writer_finish(c->writer, &err)) fail(c, &err);
 }
 
-/* ---- the writer's own progress --------------------------------------------------------------------------- */
+/* ---- the writer's own progress --------------------------------------------------------------- */
 
 static void on_published(struct checkpoint *c) {
     char where[PROTO_URL_BYTES_MAX + 1] = "";
@@ -131,13 +131,14 @@ static void on_ready(evutil_socket_t fd, short what, void *arg) {
 void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,
                        const struct proto_sig *signature, const struct uplink_welcome *w) {
     struct err err = {0};
-    if (!c->writer || index != c->index || ckpt_writer_poll(c->writer, &err) != CKPT_UNSIGNED) return;
+    if (!c->writer || index != c->index || ckpt_writer_poll(c->writer, &err) != CKPT_UNSIGNED)
+        return;
     if (ckpt_writer_publish(c->writer, term, signature, &w->key, w->delegation,
                             &w->delegation_signature, &err))
         fail(c, &err);
 }
 
-/* ---- beginning ----------------------------------------------------------------------------------------------- */
+/* ---- beginning ------------------------------------------------------------------------------- */
 
 /* The URL may name the store or the checkpoint's own folder in it. */
 static void store_url(const struct msg_checkpoint_write *msg, char out[PROTO_URL_BYTES_MAX + 1]) {
@@ -149,17 +150,20 @@ static void store_url(const struct msg_checkpoint_write *msg, char out[PROTO_URL
 }
 
 /* The entries up to the one with the checkpoint's index. */
-static int pick_ledger(const struct sync *s, uint64_t index, struct ckpt_meta *meta, struct err *err) {
+static int pick_ledger(const struct sync *s, uint64_t index, struct ckpt_meta *meta,
+                       struct err *err) {
     uint32_t count = sync_ledger_count(s);
     struct msg_entry first;
     if (count == 0) return err_set(err, ERR_CORRUPT, "there is no ledger to put into a checkpoint");
     meta->ledger = sync_ledger_entry(s, 0);
-    if (proto_decode(meta->ledger->bytes.data, meta->ledger->bytes.length, RECORD_entry, &first, err))
+    if (proto_decode(meta->ledger->bytes.data, meta->ledger->bytes.length, RECORD_entry, &first,
+                     err))
         return -1;
     uint64_t begin = first.index;
     proto_decoded_release(RECORD_entry, &first);
     if (index < begin || index - begin >= count)
-        return err_set(err, ERR_CORRUPT, "the ledger here has no entry %llu", (unsigned long long)index);
+        return err_set(err, ERR_CORRUPT, "the ledger here has no entry %llu",
+                       (unsigned long long)index);
     meta->ledger_count = (uint32_t)(index - begin + 1);
     return 0;
 }
@@ -194,7 +198,7 @@ void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_b
         add_timer(c->work, 0);
 }
 
-/* ---- life ------------------------------------------------------------------------------------------------------ */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
                                      uint32_t chunk_elements, const struct checkpoint_ops *ops,

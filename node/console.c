@@ -43,7 +43,7 @@ void console_destroy(struct console *c) {
     free(c);
 }
 
-/* ---- lines ------------------------------------------------------------------------------------------ */
+/* ---- lines ----------------------------------------------------------------------------------- */
 
 static const char *level_name(enum sync_level level) {
     static const char *name[] = { "debug", "info", "warning", "error" };
@@ -91,12 +91,13 @@ void console_say(struct console *c, enum sync_level level, const char *name, con
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     if (c->json)
-        print_json(json_pack("{ss ss ss}", "event", name, "level", level_name(level), "text", text));
+        print_json(
+            json_pack("{ss ss ss}", "event", name, "level", level_name(level), "text", text));
     else
         print_line(c, level, text);
 }
 
-/* ---- figures ------------------------------------------------------------------------------------------ */
+/* ---- figures --------------------------------------------------------------------------------- */
 
 /* 1234567 as "1.23M": four significant places say enough on one line. */
 static const char *short_number(double x, char out[16]) {

@@ -16,8 +16,8 @@ struct console *console_create(bool json, enum sync_level least);
 void console_destroy(struct console *c); /* wipes the live line; NULL is fine */
 
 /* An event. In JSON it is {"time","event":name,"level","text"}. */
-void console_say(struct console *c, enum sync_level level, const char *name, const char *format, ...)
-    __attribute__((format(printf, 4, 5)));
+void console_say(struct console *c, enum sync_level level, const char *name, const char *format,
+                 ...) __attribute__((format(printf, 4, 5)));
 
 /* What the live line and the round's line show. */
 struct console_figures {

@@ -39,7 +39,7 @@ static struct mapping *find(struct folder *f, const char *name) {
     return NULL;
 }
 
-/* ---- atomically: write under another name, sync, rename, sync the folder ------------------------- */
+/* ---- atomically: write under another name, sync, rename, sync the folder --------------------- */
 
 static int write_all(int fd, const uint8_t *bytes, size_t length) {
     while (length > 0) {
@@ -74,7 +74,8 @@ static int put_file(struct folder *f, const char *name, const void *bytes, size_
     return rc;
 }
 
-static int disk_put(void *arg, const char *name, const void *bytes, size_t length, struct err *err) {
+static int disk_put(void *arg, const char *name, const void *bytes, size_t length,
+                    struct err *err) {
     check_name(name);
     return put_file(arg, name, bytes ? bytes : "", length, err);
 }
@@ -116,7 +117,7 @@ static int disk_get(void *arg, const char *name, uint8_t **out, size_t *length, 
     return rc;
 }
 
-/* ---- mapped arrays -------------------------------------------------------------------------------- */
+/* ---- mapped arrays --------------------------------------------------------------------------- */
 
 /* Open the file of a mapping; *created where there was none. Returns the descriptor or -1. */
 static int open_array(struct folder *f, const char *name, size_t bytes, bool *created,
@@ -188,7 +189,7 @@ static void disk_remove(void *arg, const char *name) {
     unlinkat(f->fd, name, 0);
 }
 
-/* ---- life ------------------------------------------------------------------------------------------ */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static void remove_leftovers(struct folder *f) {
     int fd = dup(f->fd);

@@ -9,7 +9,8 @@
 
 /* Open `path` (made with mode 0700 if missing; its parent must exist) and fill *out.
  *
- * map     a file is made at full size with its blocks reserved under another name, then renamed, so
+ * map     a file is made at full size with its blocks reserved under another name, then renamed,
+ * so
  *         a full disk is ERR_FULL here and never a SIGBUS later. ERR_CORRUPT: the file that is there
  *         has another size. At most DISK_MAPS_MAX names are mapped at once.
  * remove  also unmaps a mapped name: its memory is gone, and a later map of it begins with zeroes.

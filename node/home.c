@@ -25,7 +25,8 @@ int home_default(char out[HOME_PATH_BYTES], struct err *err) {
     else if (user && *user)
         n = snprintf(out, HOME_PATH_BYTES, "%s/.local/share/intellect", user);
     else
-        return err_set(err, ERR_CONFIG, "no home folder: set HOME or INTELLECT_HOME, or give --home");
+        return err_set(err, ERR_CONFIG,
+                       "no home folder: set HOME or INTELLECT_HOME, or give --home");
     if (n >= HOME_PATH_BYTES)
         return err_set(err, ERR_CONFIG, "home folder: the path has more than %d bytes",
                        HOME_PATH_BYTES - 1);
@@ -37,7 +38,7 @@ void home_file(const struct home *h, const char *name, char out[HOME_FILE_BYTES]
     assert(n > 0 && n < HOME_FILE_BYTES);
 }
 
-/* ---- opening ------------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 /* mkdir -p; only the last folder is ours, so only it gets mode 0700. */
 static int make_folders(const char *path, struct err *err) {
@@ -110,7 +111,7 @@ void home_release(struct home *h) {
     h->lock_fd = -1;
 }
 
-/* ---- run.json -------------------------------------------------------------------------------------- */
+/* ---- run.json -------------------------------------------------------------------------------- */
 
 static char *hex_of(const uint8_t *bytes, size_t n) {
     char *out = malloc(2 * n + 1);
@@ -147,10 +148,10 @@ int home_run_save(const struct home *h, const struct home_run *run, struct err *
     char hex[DIGEST_HEX_BYTES];
     digest_hex(&run->run, hex);
     char *genesis = run->genesis ? hex_of(run->genesis, run->genesis_bytes) : NULL;
-    json_t *root = json_pack("{si ss si ss si sb ss ss ss*}", "format", RUN_FORMAT, "host", run->host,
-                             "port", (int)run->port, "run", hex, "member", (int)run->member,
-                             "aggregate_only", (int)run->aggregate_only, "name", run->name, "corpus",
-                             run->corpus, "genesis", genesis);
+    json_t *root = json_pack("{si ss si ss si sb ss ss ss*}", "format", RUN_FORMAT, "host",
+                             run->host, "port", (int)run->port, "run", hex, "member",
+                             (int)run->member, "aggregate_only", (int)run->aggregate_only, "name",
+                             run->name, "corpus", run->corpus, "genesis", genesis);
     char *text = root ? json_dumps(root, JSON_INDENT(2)) : NULL;
     free(genesis);
     json_decref(root);
@@ -163,7 +164,8 @@ int home_run_save(const struct home *h, const struct home_run *run, struct err *
     return rc;
 }
 
-static int take_string(const json_t *root, const char *key, char *out, size_t size, struct err *err) {
+static int take_string(const json_t *root, const char *key, char *out, size_t size,
+                       struct err *err) {
     const char *s = json_string_value(json_object_get(root, key));
     if (!s || strlen(s) >= size)
         return err_set(err, ERR_CORRUPT, "key \"%s\": a text of at most %zu bytes", key, size - 1);
@@ -176,7 +178,8 @@ static int take_number(const json_t *root, const char *key, json_int_t max, json
     const json_t *v = json_object_get(root, key);
     *out = json_integer_value(v);
     if (!json_is_integer(v) || *out < 0 || *out > max)
-        return err_set(err, ERR_CORRUPT, "key \"%s\": a number from 0 to %lld", key, (long long)max);
+        return err_set(err, ERR_CORRUPT, "key \"%s\": a number from 0 to %lld", key,
+                       (long long)max);
     return 0;
 }
 

@@ -23,7 +23,8 @@ struct home_run {
     uint32_t member;         /* 0 = not enrolled yet */
     bool aggregate_only;
     char name[PROTO_NAME_BYTES_MAX + 1];
-    char corpus[PROTO_URL_BYTES_MAX + 1]; /* where this machine has the corpus; "" = where genesis says */
+    char corpus[PROTO_URL_BYTES_MAX +
+                1];          /* where this machine has the corpus; "" = where genesis says */
     uint8_t *genesis;        /* encoded msg_genesis, owned; NULL before the first WELCOME */
     uint32_t genesis_bytes;
 };

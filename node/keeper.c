@@ -43,11 +43,12 @@ static uint64_t now_ms(void) {
 }
 
 static void add_timer(struct event *ev, uint64_t ms) {
-    struct timeval tv = { .tv_sec = (time_t)(ms / 1000), .tv_usec = (suseconds_t)(ms % 1000 * 1000) };
+    struct timeval tv = { .tv_sec = (time_t)(ms / 1000),
+                          .tv_usec = (suseconds_t)(ms % 1000 * 1000) };
     event_add(ev, &tv);
 }
 
-/* ---- start --------------------------------------------------------------------------------------- */
+/* ---- start ----------------------------------------------------------------------------------- */
 
 /* The trainer's environment: OpenMP's threads wait without spinning, since they share their cores
  * with the agent; libgomp reads this before main(). */
@@ -75,7 +76,8 @@ static int spawn(struct keeper *k) {
     snprintf(number, sizeof number, "%d", fds[0]);
     posix_spawn_file_actions_init(&actions);
     /* A dup2 onto itself takes close-on-exec away in the child alone. */
-    for (int i = 0; i < SEGMENT_FDS; i++) posix_spawn_file_actions_adddup2(&actions, fds[i], fds[i]);
+    for (int i = 0; i < SEGMENT_FDS; i++)
+        posix_spawn_file_actions_adddup2(&actions, fds[i], fds[i]);
     posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);
     posix_spawnattr_init(&attributes);
     sigemptyset(&none);
@@ -116,7 +118,7 @@ static void on_restart(evutil_socket_t fd, short what, void *arg) {
     start(k);
 }
 
-/* ---- messages -------------------------------------------------------------------------------------- */
+/* ---- messages -------------------------------------------------------------------------------- */
 
 static void drain(struct keeper *k) {
     struct segment_message m;
@@ -144,7 +146,7 @@ void keeper_send(struct keeper *k, const struct segment_message *m) {
     if (!segment_send(k->segment, m)) kill(k->pid, SIGKILL);
 }
 
-/* ---- end -------------------------------------------------------------------------------------------- */
+/* ---- end ------------------------------------------------------------------------------------- */
 
 static uint32_t backoff_ms(const struct keeper *k) {
     uint32_t ms = KEEPER_BACKOFF_MS;
@@ -178,7 +180,8 @@ static void on_failure(struct keeper *k, const char *why) {
 
 static void describe(int status, char *out, size_t size) {
     if (WIFSIGNALED(status))
-        snprintf(out, size, "killed by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+        snprintf(out, size, "killed by signal %d (%s)", WTERMSIG(status),
+                 strsignal(WTERMSIG(status)));
     else
         snprintf(out, size, "exit status %d", WEXITSTATUS(status));
 }
@@ -197,7 +200,7 @@ static void on_child(evutil_socket_t fd, short what, void *arg) {
     on_failure(k, why);
 }
 
-/* ---- the watch --------------------------------------------------------------------------------------- */
+/* ---- the watch ------------------------------------------------------------------------------- */
 
 static uint64_t hung_after_ms(const struct keeper *k) {
     uint64_t ms = HUNG_MS_MIN;
@@ -215,7 +218,8 @@ static void on_watch(evutil_socket_t fd, short what, void *arg) {
     if (segment_taken(k->segment) != k->taken) k->moved = true;
     k->taken = segment_taken(k->segment);
     bool must_work = segment_busy(k->segment) || segment_untaken(k->segment) > 0;
-    k->still_ms = k->moved || !must_work ? 0 : k->still_ms + (passed < 2 * WATCH_MS ? passed : WATCH_MS);
+    k->still_ms =
+        k->moved || !must_work ? 0 : k->still_ms + (passed < 2 * WATCH_MS ? passed : WATCH_MS);
     k->moved = false;
     k->watched_at_ms = now;
     if (k->pid && k->still_ms > hung_after_ms(k)) {
@@ -244,7 +248,7 @@ bool keeper_stop(struct keeper *k) {
     return true;
 }
 
-/* ---- life --------------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static int make_events(struct keeper *k) {
     k->wake = event_new(k->base, segment_wake_fd(k->segment), EV_READ | EV_PERSIST, on_wake, k);

@@ -61,7 +61,7 @@ static int failed(const char *command, const struct err *err) {
     return err->code == ERR_CONFIG ? 2 : 1;
 }
 
-/* ---- join and run ---------------------------------------------------------------------------------- */
+/* ---- join and run ---------------------------------------------------------------------------- */
 
 struct invite_line {
     char text[INVITE_BYTES_MAX];
@@ -143,9 +143,11 @@ static const char *take_option(int c, struct agent_options *o) {
     case OPT_AGGREGATE: o->aggregate_only = true; return NULL;
     case OPT_DEVICE: o->device = optarg; return NULL;
     case OPT_THREADS:
-        return take_number(optarg, 1, THREADS_MAX, &o->threads) ? "--threads: a number from 1 to 1024"
-                                                                : NULL;
-    case OPT_NICE: return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
+        return take_number(optarg, 1, THREADS_MAX, &o->threads)
+                   ? "--threads: a number from 1 to 1024"
+                   : NULL;
+    case OPT_NICE:
+        return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
     case OPT_CORPUS: o->corpus = optarg; return NULL;
     case OPT_LISTEN:
         return take_number(optarg, 1, 65535, &o->listen_port) ? "--listen: a port from 1 to 65535"
@@ -182,7 +184,8 @@ static int run_node(int argc, char **argv, bool joins) {
         if ((complaint = take_option(c, &o)))
             return misuse(argv[0], complaint, c == '?' || c == ':' ? argv[optind - 1] : NULL);
     }
-    if (argc - optind > joins) return misuse(argv[0], "one argument too many:", argv[optind + joins]);
+    if (argc - optind > joins)
+        return misuse(argv[0], "one argument too many:", argv[optind + joins]);
     if (argc - optind < joins) return misuse(argv[0], "the invite is missing", NULL);
     if (check_device(o.device, &err) || check_name(o.name, &err)) return failed(argv[0], &err);
     if (joins) {
@@ -197,7 +200,7 @@ static int run_node(int argc, char **argv, bool joins) {
 static int command_join(int argc, char **argv) { return run_node(argc, argv, true); }
 static int command_run(int argc, char **argv) { return run_node(argc, argv, false); }
 
-/* ---- which command ------------------------------------------------------------------------------------ */
+/* ---- which command --------------------------------------------------------------------------- */
 
 /* What the agent starts; not for people. */
 static int command_trainer(int argc, char **argv) {
@@ -246,6 +249,7 @@ int main(int argc, char **argv) {
     if (proto_init(&err)) return failed(argv[1], &err);
     for (size_t i = 0; i < COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name)) return commands[i].run(argc - 1, argv + 1);
-    fprintf(stderr, "intellect-node: unknown command \"%s\"; intellect-node --help lists them\n", argv[1]);
+    fprintf(stderr, "intellect-node: unknown command \"%s\"; intellect-node --help lists them\n",
+            argv[1]);
     return 2;
 }

@@ -45,7 +45,7 @@ struct peers {
     uint32_t complaints, complaints_untold;
 };
 
-/* ---- finding ---------------------------------------------------------------------------------------- */
+/* ---- finding --------------------------------------------------------------------------------- */
 
 static const struct msg_member *by_id(const struct peers *p, uint32_t member) {
     for (uint32_t i = 0; i < p->roster.members_count; i++)
@@ -73,7 +73,7 @@ static bool has_any(const struct peers *p, uint32_t member) {
     return false;
 }
 
-/* ---- links come and go --------------------------------------------------------------------------------- */
+/* ---- links come and go ----------------------------------------------------------------------- */
 
 static struct link *add_link(struct peers *p, uint32_t member, bool outbound) {
     struct link *l = calloc(1, sizeof *l);
@@ -122,7 +122,7 @@ static void on_tell(evutil_socket_t fd, short what, void *arg) {
     }
 }
 
-/* ---- complaints ----------------------------------------------------------------------------------------- */
+/* ---- complaints ------------------------------------------------------------------------------ */
 
 /* Strangers must not be able to fill a disk with lines about them. */
 static bool may_complain(struct peers *p) {
@@ -140,7 +140,8 @@ static bool may_complain(struct peers *p) {
 /* Who merely goes away is no news; who was refused, broke the rules or took too long is. */
 static bool is_news(const struct link *l, enum err_code code) {
     if (l->outbound && !l->open) return false; /* on_close says why */
-    return code == ERR_PROTOCOL || code == ERR_TRUNCATED || code == ERR_REFUSED || code == ERR_TIMEOUT;
+    return code == ERR_PROTOCOL || code == ERR_TRUNCATED || code == ERR_REFUSED ||
+           code == ERR_TIMEOUT;
 }
 
 static void complain(const struct link *l, const char *why) {
@@ -149,17 +150,19 @@ static void complain(const struct link *l, const char *why) {
     uint16_t port;
     if (!may_complain(p)) return;
     if (p->complaints_untold)
-        snprintf(more, sizeof more, " (and %u others since the last such line)", p->complaints_untold);
+        snprintf(more, sizeof more, " (and %u others since the last such line)",
+                 p->complaints_untold);
     p->complaints_untold = 0;
     channel_peer_address(l->channel, host, &port);
     if (l->member)
         snprintf(text, sizeof text, "link to member %u: %.200s%s", l->member, why, more);
     else
-        snprintf(text, sizeof text, "connection from %.64s port %u: %.200s%s", host, (unsigned)port, why, more);
+        snprintf(text, sizeof text, "connection from %.64s port %u: %.200s%s", host, (unsigned)port,
+                 why, more);
     p->ops->on_complaint(p->arg, text);
 }
 
-/* ---- the channels ---------------------------------------------------------------------------------------- */
+/* ---- the channels ---------------------------------------------------------------------------- */
 
 static const char *why_refused(const struct link *l, const struct msg_member *m) {
     if (!m) return "its key is not in the roster";
@@ -173,7 +176,8 @@ static void replace_same_direction(struct link *l) {
     struct link *next;
     for (struct link *o = l->peers->links; o; o = next) {
         next = o->next;
-        if (o != l && o->member == l->member && o->outbound == l->outbound && o->open) close_link(o);
+        if (o != l && o->member == l->member && o->outbound == l->outbound && o->open)
+            close_link(o);
     }
 }
 
@@ -217,7 +221,8 @@ static void on_close(void *arg, struct channel *ch, const struct err *why) {
     bool failed_dial = l->outbound && !l->open;
     if (is_news(l, why->code)) complain(l, l->refused ? l->refused : why->msg);
     drop_link(l);
-    if (was_used || (failed_dial && !has_any(p, member))) p->ops->on_close(p->arg, member, why->msg);
+    if (was_used || (failed_dial && !has_any(p, member)))
+        p->ops->on_close(p->arg, member, why->msg);
     if (was_used && newest(p, member)) p->ops->on_open(p->arg, member);
 }
 
@@ -225,7 +230,7 @@ static const struct channel_ops channel_callbacks = {
     .on_open = on_open, .on_message = on_message, .on_close = on_close, .on_drained = on_drained
 };
 
-/* ---- for the agent ----------------------------------------------------------------------------------------- */
+/* ---- for the agent --------------------------------------------------------------------------- */
 
 struct peers *peers_create(struct event_base *base, struct channel_context *ctx, uint32_t own,
                            const struct peers_ops *ops, void *arg, struct err *err) {

@@ -1,9 +1,9 @@
-/* peers.h - the links to other members: dials and accepts, knows who may (the roster), and gives the
- * rest of the agent one link per member id.
+/* peers.h - the links to other members: dials and accepts, knows who may (the roster), and gives
+ * the rest of the agent one link per member id.
  *
  * Two members may dial each other at the same moment. Both connections are then kept; what is sent
- * goes over the one that opened last, what arrives is taken from both. A member is gone when its last
- * connection is. */
+ * goes over the one that opened last, what arrives is taken from both. A member is gone when its
+ * last connection is. */
 #ifndef INTELLECT_NODE_PEERS_H
 #define INTELLECT_NODE_PEERS_H
 

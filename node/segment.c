@@ -34,7 +34,7 @@ struct shared {
     uint64_t shared_bytes; /* sizeof of this struct: tells builds apart */
     uint64_t total_bytes;
     struct segment_setup setup; /* its genesis.data means nothing here */
-    int fd[SEGMENT_FDS];        /* memfd, commands' and results' eventfd, as the agent numbers them */
+    int fd[SEGMENT_FDS]; /* memfd, commands' and results' eventfd, as the agent numbers them */
     _Alignas(64) _Atomic bool busy;
     struct ring commands, results;
 };
@@ -53,7 +53,8 @@ static size_t page_up(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 /* Where everything lies follows from the setup alone. */
 static void lay_out(struct segment *s) {
     size_t slot = page_up((size_t)s->setup.elements * sizeof(float));
-    s->chunks = (uint32_t)((s->setup.elements + s->setup.chunk_elements - 1) / s->setup.chunk_elements);
+    s->chunks =
+        (uint32_t)((s->setup.elements + s->setup.chunk_elements - 1) / s->setup.chunk_elements);
     s->genesis_at = page_up(sizeof(struct shared));
     s->in_at = s->genesis_at + page_up(s->setup.genesis.length);
     s->ops_at = s->in_at + slot;
@@ -69,7 +70,7 @@ static int map(struct segment *s, struct err *err) {
     return 0;
 }
 
-/* ---- agent -------------------------------------------------------------------------------------- */
+/* ---- agent ----------------------------------------------------------------------------------- */
 
 static int make(struct segment *s, struct err *err) {
     s->fd[0] = memfd_create("intellect-segment", MFD_CLOEXEC);
@@ -84,7 +85,7 @@ static int make(struct segment *s, struct err *err) {
     s->shared->setup = s->setup;
     memcpy(s->shared->fd, s->fd, sizeof s->fd);
     uint8_t *genesis = (uint8_t *)s->shared + s->genesis_at;
-    memcpy(genesis, s->setup.genesis.data, s->setup.genesis.length);
+    if (s->setup.genesis.length) memcpy(genesis, s->setup.genesis.data, s->setup.genesis.length);
     s->setup.genesis.data = genesis;
     return 0;
 }
@@ -119,7 +120,7 @@ void segment_reset(struct segment *s) {
         while (read(s->fd[i], &count, sizeof count) > 0) {}
 }
 
-/* ---- trainer ------------------------------------------------------------------------------------ */
+/* ---- trainer --------------------------------------------------------------------------------- */
 
 /* The agent is this very program, so a wrong size means a wrong descriptor, not an attack. */
 static int adopt(struct segment *s, struct err *err) {
@@ -132,7 +133,8 @@ static int adopt(struct segment *s, struct err *err) {
     if (map(s, err)) return -1;
     const struct shared *h = s->shared;
     if (h->magic != SEGMENT_MAGIC || h->shared_bytes != sizeof *h || h->total_bytes != s->bytes)
-        return err_set(err, ERR_CORRUPT, "descriptor %d is no shared segment of this build", s->fd[0]);
+        return err_set(err, ERR_CORRUPT, "descriptor %d is no shared segment of this build",
+                       s->fd[0]);
     s->setup = h->setup;
     memcpy(s->fd + 1, h->fd + 1, sizeof s->fd - sizeof s->fd[0]);
     lay_out(s);
@@ -154,7 +156,7 @@ struct segment *segment_open(int fd, struct err *err) {
     return NULL;
 }
 
-/* ---- both --------------------------------------------------------------------------------------- */
+/* ---- both ------------------------------------------------------------------------------------ */
 
 void segment_destroy(struct segment *s) {
     if (!s) return;
@@ -164,7 +166,9 @@ void segment_destroy(struct segment *s) {
     free(s);
 }
 
-void segment_fds(const struct segment *s, int out[SEGMENT_FDS]) { memcpy(out, s->fd, sizeof s->fd); }
+void segment_fds(const struct segment *s, int out[SEGMENT_FDS]) {
+    memcpy(out, s->fd, sizeof s->fd);
+}
 const struct segment_setup *segment_setup(const struct segment *s) { return &s->setup; }
 uint32_t segment_chunks(const struct segment *s) { return s->chunks; }
 
@@ -178,7 +182,8 @@ static struct ring *incoming(const struct segment *s) {
 bool segment_send(struct segment *s, const struct segment_message *m) {
     struct ring *r = outgoing(s);
     uint64_t produced = atomic_load_explicit(&r->produced, memory_order_relaxed);
-    if (produced - atomic_load_explicit(&r->consumed, memory_order_acquire) >= SEGMENT_RING_MESSAGES)
+    if (produced - atomic_load_explicit(&r->consumed, memory_order_acquire) >=
+        SEGMENT_RING_MESSAGES)
         return false;
     r->message[produced & (SEGMENT_RING_MESSAGES - 1)] = *m;
     atomic_store_explicit(&r->produced, produced + 1, memory_order_release);

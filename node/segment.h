@@ -1,10 +1,10 @@
 /* segment.h - the memory that an agent shares with one trainer process: a ring of commands, a ring
- * of results, and slots through which parameters pass without being copied through a pipe. It knows
- * neither what trains nor what synchronises.
+ * of results, and slots through which parameters pass without being copied through a pipe. It
+ * knows neither what trains nor what synchronises.
  *
- * The segment is a memfd, so it has no name, needs no clean-up and dies with its last process. Each
- * ring has one producer and one consumer and two eventfds wake the other side. The agent makes the
- * segment once and keeps it over the lives of several trainers.
+ * The segment is a memfd, so it has no name, needs no clean-up and dies with its last process.
+ * Each ring has one producer and one consumer and two eventfds wake the other side. The agent
+ * makes the segment once and keeps it over the lives of several trainers.
  *
  *   setup     what a trainer must know before its first command (genesis, corpus, threads)
  *   in        [elements] fp32 and one byte per chunk: written by the agent, read by the trainer
@@ -27,22 +27,22 @@ enum segment_out { SEGMENT_OUT_PARAMETERS = 0, SEGMENT_OUT_MOMENTS = 1, SEGMENT_
 
 enum segment_type {
     /* agent -> trainer */
-    SEGMENT_SAMPLES = 1,     /* append samples [start, start + count) of the run's order */
-    SEGMENT_FREEZE,          /* write the parameters to out[0] at the next step boundary, then wait */
-    SEGMENT_APPLY,           /* take the in slot over as its ops say; tokens, contributors */
-    SEGMENT_RESET,           /* parameters := in slot, no samples queued; tokens, contributors */
-    SEGMENT_CONTINUE,        /* after a FREEZE: go on as if there had been none */
-    SEGMENT_MOMENTS_EXPORT,  /* write AdamW's second moments to out[1] */
-    SEGMENT_MOMENTS_IMPORT,  /* take them from the in slot; steps = how many they average over */
-    SEGMENT_STOP,            /* save the inner state and end with exit status 0 */
+    SEGMENT_SAMPLES = 1, /* append samples [start, start + count) of the run's order */
+    SEGMENT_FREEZE,      /* write the parameters to out[0] at the next step boundary, then wait */
+    SEGMENT_APPLY,       /* take the in slot over as its ops say; tokens, contributors */
+    SEGMENT_RESET,       /* parameters := in slot, no samples queued; tokens, contributors */
+    SEGMENT_CONTINUE,    /* after a FREEZE: go on as if there had been none */
+    SEGMENT_MOMENTS_EXPORT, /* write AdamW's second moments to out[1] */
+    SEGMENT_MOMENTS_IMPORT, /* take them from the in slot; steps = how many they average over */
+    SEGMENT_STOP,           /* save the inner state and end with exit status 0 */
     /* trainer -> agent */
-    SEGMENT_UP = 64,         /* ready for a RESET; steps = those in the inner state found on disk */
-    SEGMENT_STEP,            /* one inner step done: samples, steps, loss, tokens_per_s */
-    SEGMENT_FROZEN,          /* out[0] is filled; samples, steps */
-    SEGMENT_APPLIED,         /* an APPLY, RESET or MOMENTS_IMPORT is done: the in slot is free */
-    SEGMENT_MOMENTS,         /* out[1] is filled; steps = how many they average over */
-    SEGMENT_NOTE,            /* text: worth a line in the log */
-    SEGMENT_FAILED           /* text, code: the trainer ends, and would again */
+    SEGMENT_UP = 64, /* ready for a RESET; steps = those in the inner state found on disk */
+    SEGMENT_STEP,    /* one inner step done: samples, steps, loss, tokens_per_s */
+    SEGMENT_FROZEN,  /* out[0] is filled; samples, steps */
+    SEGMENT_APPLIED, /* an APPLY, RESET or MOMENTS_IMPORT is done: the in slot is free */
+    SEGMENT_MOMENTS, /* out[1] is filled; steps = how many they average over */
+    SEGMENT_NOTE,    /* text: worth a line in the log */
+    SEGMENT_FAILED   /* text, code: the trainer ends, and would again */
 };
 
 struct segment_message {
@@ -118,6 +118,6 @@ bool segment_busy(const struct segment *s);
 float *segment_in(struct segment *s);                           /* [elements] */
 uint8_t *segment_ops(struct segment *s);                        /* [chunks], enum sync_op */
 float *segment_out(struct segment *s, enum segment_out which);  /* [elements] */
-uint32_t segment_chunks(const struct segment *s);               /* elements over chunk_elements, up */
+uint32_t segment_chunks(const struct segment *s); /* elements over chunk_elements, up */
 
 #endif

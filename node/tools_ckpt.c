@@ -52,7 +52,7 @@ static const char *hex(const struct digest *d, char out[DIGEST_HEX_BYTES]) {
     return out;
 }
 
-/* ---- inspect ------------------------------------------------------------------------------------------ */
+/* ---- inspect --------------------------------------------------------------------------------- */
 
 static const char inspect_help[] =
     "intellect-node inspect CHECKPOINT [--json]\n"
@@ -64,10 +64,11 @@ static const char inspect_help[] =
     "example: intellect-node inspect demo-run/checkpoints\n";
 
 static json_t *model_object(const struct msg_model *m) {
-    return json_pack("{sI si si si si si si si sb}", "parameters", (json_int_t)proto_model_elements(m),
-                     "layers", (int)m->layers, "width", (int)m->width, "heads", (int)m->heads,
-                     "kv_heads", (int)m->kv_heads, "ffn", (int)m->ffn, "vocabulary",
-                     (int)m->vocabulary, "sequence", (int)m->sequence, "tied", (int)m->tied);
+    return json_pack("{sI si si si si si si si sb}", "parameters",
+                     (json_int_t)proto_model_elements(m), "layers", (int)m->layers, "width",
+                     (int)m->width, "heads", (int)m->heads, "kv_heads", (int)m->kv_heads, "ffn",
+                     (int)m->ffn, "vocabulary", (int)m->vocabulary, "sequence", (int)m->sequence,
+                     "tied", (int)m->tied);
 }
 
 static json_t *facts_object(const struct ckpt *c) {
@@ -75,11 +76,11 @@ static json_t *facts_object(const struct ckpt *c) {
     char manifest[DIGEST_HEX_BYTES], name[80];
     const struct ckpt_facts *f = ckpt_facts(c);
     proto_str_copy(ckpt_genesis(c)->name, name, sizeof name);
-    return json_pack("{ss ss sI sI sI sI ss ss ss}", "name", name, "run", hex(&f->run, run), "index",
-                     (json_int_t)f->index, "round", (json_int_t)f->round, "tokens_committed",
-                     (json_int_t)f->tokens_committed, "term", (json_int_t)f->term, "state_root",
-                     hex(&f->state_root, root), "ledger_head", hex(&f->ledger_head, head), "manifest",
-                     hex(&f->manifest, manifest));
+    return json_pack("{ss ss sI sI sI sI ss ss ss}", "name", name, "run", hex(&f->run, run),
+                     "index", (json_int_t)f->index, "round", (json_int_t)f->round,
+                     "tokens_committed", (json_int_t)f->tokens_committed, "term",
+                     (json_int_t)f->term, "state_root", hex(&f->state_root, root), "ledger_head",
+                     hex(&f->ledger_head, head), "manifest", hex(&f->manifest, manifest));
 }
 
 static void print_json(json_t *object) {
@@ -126,7 +127,7 @@ int tool_inspect(int argc, char **argv) {
     return 0;
 }
 
-/* ---- verify -------------------------------------------------------------------------------------------- */
+/* ---- verify ---------------------------------------------------------------------------------- */
 
 static const char verify_help[] =
     "intellect-node verify CHECKPOINT [--run DIGEST] [--json]\n"
@@ -167,8 +168,8 @@ static int verify_ledger(struct ckpt *c, struct err *err) {
 }
 
 /* The digest-tree leaves of all chunks; see docs/flow.md for what a leaf covers. */
-static int make_leaves(const struct ckpt *c, size_t chunk, struct msg_digest_item *leaf, size_t count,
-                       struct err *err) {
+static int make_leaves(const struct ckpt *c, size_t chunk, struct msg_digest_item *leaf,
+                       size_t count, struct err *err) {
     uint64_t elements = proto_model_elements(ckpt_model(c));
     float *values = malloc(2 * chunk * sizeof *values);
     if (!values) return err_set(err, ERR_MEMORY, "no memory for a chunk");
@@ -237,7 +238,7 @@ int tool_verify(int argc, char **argv) {
     return rc;
 }
 
-/* ---- export -------------------------------------------------------------------------------------------- */
+/* ---- export ---------------------------------------------------------------------------------- */
 
 static const char export_help[] =
     "intellect-node export CHECKPOINT DIR\n"

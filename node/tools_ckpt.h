@@ -1,12 +1,12 @@
-/* tools_ckpt.h - the commands that look at a checkpoint without a network in memory. As in tools.h:
- * each parses its own arguments, prints results to stdout and errors to stderr, and returns the exit
- * code: 0, 1 (failed), 2 (wrong use). CHECKPOINT is a folder or URL of a checkpoint, or of a store
- * of them: then its latest. */
+/* tools_ckpt.h - the commands that look at a checkpoint without a network in memory. As in
+ * tools.h: each parses its own arguments, prints results to stdout and errors to stderr, and
+ * returns the exit code: 0, 1 (failed), 2 (wrong use). CHECKPOINT is a folder or URL of a
+ * checkpoint, or of a store of them: then its latest. */
 #ifndef INTELLECT_NODE_TOOLS_CKPT_H
 #define INTELLECT_NODE_TOOLS_CKPT_H
 
-/* inspect CHECKPOINT [--json]
- * Network, run, ledger index, tokens, round, who signed. Signatures are checked, tensors are not. */
+/* inspect CHECKPOINT [--json] Network, run, ledger index, tokens, round, who signed. Signatures
+ * are checked, tensors are not. */
 int tool_inspect(int argc, char **argv);
 
 /* verify CHECKPOINT [--run DIGEST] [--json]

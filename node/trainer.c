@@ -77,7 +77,7 @@ static int fail(struct trainer *t, const struct err *err) {
     return 1;
 }
 
-/* ---- start --------------------------------------------------------------------------------------- */
+/* ---- start ----------------------------------------------------------------------------------- */
 
 static int check_corpus(const struct trainer *t, struct err *err) {
     const struct data_info *info = data_info(t->data);
@@ -135,7 +135,7 @@ static void tear_down(struct trainer *t) {
     free(t->scratch);
 }
 
-/* ---- inner steps ---------------------------------------------------------------------------------- */
+/* ---- inner steps ----------------------------------------------------------------------------- */
 
 /* Take up to `want` samples off the front of the ranges into t->tokens. */
 static int take_samples(struct trainer *t, uint32_t want, struct err *err) {
@@ -178,7 +178,7 @@ static int step(struct trainer *t, uint32_t samples, struct err *err) {
     return 0;
 }
 
-/* ---- commands ------------------------------------------------------------------------------------- */
+/* ---- commands -------------------------------------------------------------------------------- */
 
 static void save(struct trainer *t) {
     struct err err = {0};
@@ -265,8 +265,8 @@ static void on_moments_export(struct trainer *t) {
 static void on_moments_import(struct trainer *t, const struct segment_message *m) {
     struct err err = {0};
     engine_reset_moments(t->engine);
-    if (engine_second_moments_write(t->engine, 0, engine_elements(t->engine), segment_in(t->segment),
-                                    m->steps, &err)) {
+    if (engine_second_moments_write(t->engine, 0, engine_elements(t->engine),
+                                    segment_in(t->segment), m->steps, &err)) {
         engine_reset_moments(t->engine);
         note(t, "starting without moments: %.200s", err.msg);
     }
@@ -287,7 +287,7 @@ static int on_command(struct trainer *t, const struct segment_message *m, struct
     }
 }
 
-/* ---- the loop ------------------------------------------------------------------------------------- */
+/* ---- the loop -------------------------------------------------------------------------------- */
 
 /* How many samples to train on now; 0 = wait. */
 static uint32_t samples_due(const struct trainer *t) {

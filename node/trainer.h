@@ -2,8 +2,8 @@
  * parameters through the segment at step boundaries. Everything it does is asked for by its agent;
  * it knows no run state, no network and no other trainer, and it dies with its agent.
  *
- * An inner step takes inner.batch samples. Fewer are trained only when a FREEZE finds some left over
- * or no more came for TRAINER_PARTIAL_S, so that the end of the data is used too.
+ * An inner step takes inner.batch samples. Fewer are trained only when a FREEZE finds some left
+ * over or no more came for TRAINER_PARTIAL_S, so that the end of the data is used too.
  *
  * Moments and counters are saved to setup.inner_state while it waits frozen for an outer step, at
  * most every TRAINER_SAVE_S seconds, or between two steps where it was never frozen for

@@ -45,15 +45,16 @@ static uint64_t now_ms(void) {
 }
 
 static void add_timer(struct event *ev, uint64_t ms) {
-    struct timeval tv = { .tv_sec = (time_t)(ms / 1000), .tv_usec = (suseconds_t)(ms % 1000 * 1000) };
+    struct timeval tv = { .tv_sec = (time_t)(ms / 1000),
+                          .tv_usec = (suseconds_t)(ms % 1000 * 1000) };
     event_add(ev, &tv);
 }
 
-/* ---- trying again ---------------------------------------------------------------------------------- */
+/* ---- trying again ---------------------------------------------------------------------------- */
 
-/* Half of the wait is fixed, half is chance: nodes that lost the coordinator at one moment do not all
- * come back at one moment. A coordinator that comes back waits one silence for its members: so the
- * backoff stays well below that. */
+/* Half of the wait is fixed, half is chance: nodes that lost the coordinator at one moment do not
+ * all come back at one moment. A coordinator that comes back waits one silence for its members: so
+ * the backoff stays well below that. */
 static void plan_redial(struct uplink *u) {
     uint64_t ms = (uint64_t)UPLINK_BACKOFF_MS << (u->attempts < 6 ? u->attempts : 6);
     if (ms > UPLINK_BACKOFF_MS_MAX) ms = UPLINK_BACKOFF_MS_MAX;
@@ -103,7 +104,7 @@ static void refuse(struct uplink *u, const struct err *why, bool final) {
     u->ops->on_refused(u->arg, why, false);
 }
 
-/* ---- before the HELLO -------------------------------------------------------------------------------- */
+/* ---- before the HELLO ------------------------------------------------------------------------ */
 
 /* Keep a copy of the welcome. The genesis never changes: its digest is the run. */
 static int keep_welcome(struct uplink *u, const struct msg_welcome *m, struct err *err) {
@@ -198,7 +199,7 @@ static void on_early_bye(struct uplink *u, const struct msg_bye *m) {
     refuse(u, &err, m->final);
 }
 
-/* ---- the channel -------------------------------------------------------------------------------------- */
+/* ---- the channel ----------------------------------------------------------------------------- */
 
 static bool on_open(void *arg, struct channel *ch, const struct proto_key *key) {
     (void)arg, (void)key; /* judged by the WELCOME's delegation, which is in a genesis' size */
@@ -265,7 +266,7 @@ static void on_watch(evutil_socket_t fd, short what, void *arg) {
     lost(u, why);
 }
 
-/* ---- for the agent -------------------------------------------------------------------------------------- */
+/* ---- for the agent --------------------------------------------------------------------------- */
 
 struct uplink *uplink_create(struct event_base *base, struct channel_context *ctx, const char *host,
                              uint16_t port, const struct digest *run, const struct uplink_ops *ops,
@@ -275,8 +276,8 @@ struct uplink *uplink_create(struct event_base *base, struct channel_context *ct
         err_set(err, ERR_MEMORY, "no memory for an uplink");
         return NULL;
     }
-    *u = (struct uplink){ .base = base, .ctx = ctx, .port = port, .run = *run, .ops = ops, .arg = arg,
-                          .silence_ms = SILENCE_MS };
+    *u = (struct uplink){ .base = base, .ctx = ctx, .port = port, .run = *run, .ops = ops,
+                          .arg = arg, .silence_ms = SILENCE_MS };
     snprintf(u->host, sizeof u->host, "%s", host);
     u->redial = evtimer_new(base, on_redial, u);
     u->watch = evtimer_new(base, on_watch, u);

@@ -1,6 +1,6 @@
-/* uplink.h - the agent's connection to the coordinator: dials, checks that it is the run's, enrols,
- * hands over messages, and dials again when it is lost. Which message means what, from the HELLO on,
- * is sync's business. */
+/* uplink.h - the agent's connection to the coordinator: dials, checks that it is the run's,
+ * enrols, hands over messages, and dials again when it is lost. Which message means what, from the
+ * HELLO on, is sync's business. */
 #ifndef INTELLECT_NODE_UPLINK_H
 #define INTELLECT_NODE_UPLINK_H
 
@@ -32,13 +32,15 @@ struct uplink_ops {
     void (*on_message)(void *arg, const struct frame *f, const void *msg);
     /* After on_up: the connection is gone. */
     void (*on_down)(void *arg, const char *why);
-    /* Said good-bye before on_up, or is not this run's coordinator. final: no further attempt is made. */
+    /* Said good-bye before on_up, or is not this run's coordinator. final: no further attempt is
+     * made. */
     void (*on_refused)(void *arg, const struct err *why, bool final);
-    /* For people: "cannot reach 127.0.0.1:7400 (connection refused); trying again every few seconds". */
+    /* For people: "cannot reach 127.0.0.1:7400 (connection refused); trying again every few
+     * seconds". */
     void (*on_trouble)(void *arg, const char *text);
 };
 
-#define UPLINK_BACKOFF_MS 250       /* doubles, with jitter of half, up to a third of the silence ... */
+#define UPLINK_BACKOFF_MS 250 /* doubles, with jitter of half, up to a third of the silence ... */
 #define UPLINK_BACKOFF_MS_MAX 10000 /* ... and to this */
 
 /* Start dialling. run: the digest every WELCOME must show. host is copied. */
@@ -50,8 +52,8 @@ void uplink_destroy(struct uplink *u); /* NULL is fine; what is queued is still 
 /* Show this secret before the HELLO, from the next WELCOME on, until a member id was given. */
 void uplink_set_enrol(struct uplink *u, const struct digest *secret, const char *name,
                       bool aggregate_only);
-/* No frame for so long: the connection is dead (default 30 s). Time in which this process itself did
- * not run does not count. */
+/* No frame for so long: the connection is dead (default 30 s). Time in which this process itself
+ * did not run does not count. */
 void uplink_set_silence(struct uplink *u, uint32_t silence_ms);
 
 /* Queue a message. Dropped when there is no connection: on_down was called. */

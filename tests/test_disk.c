@@ -39,8 +39,8 @@ static struct disk open_disk(void) {
     return d;
 }
 
-/* An agent that is killed -9 between two commits goes on from its mapped anchor: every store that was
- * made must be there, without any flush. */
+/* An agent that is killed -9 between two commits goes on from its mapped anchor: every store that
+ * was made must be there, without any flush. */
 static void a_mapped_array_survives_kill_9(void **state) {
     (void)state;
     int pipes[2];
@@ -75,7 +75,8 @@ static void a_mapped_array_survives_kill_9(void **state) {
     disk_close(&d);
 }
 
-/* A new array must be zero: version 0 of a chunk is told by it. And the same name is the same memory. */
+/* A new array must be zero: version 0 of a chunk is told by it. And the same name is the same
+ * memory. */
 static void a_new_array_is_zero_and_has_one_address(void **state) {
     (void)state;
     struct disk d = open_disk();
@@ -140,8 +141,9 @@ static void a_record_comes_back_as_it_was_put(void **state) {
     disk_close(&d);
 }
 
-/* The index names the versions of all chunks: half of an old and half of a new one would be a state
- * that never was. A writer is killed at random moments; each time one whole record must be there. */
+/* The index names the versions of all chunks: half of an old and half of a new one would be a
+ * state that never was. A writer is killed at random moments; each time one whole record must be
+ * there. */
 static void a_record_is_never_seen_in_halves(void **state) {
     (void)state;
     enum { BYTES = 200000 };
@@ -184,7 +186,7 @@ static void leftovers_are_removed_at_the_next_start(void **state) {
     disk_close(&d);
 }
 
-/* ---- the home folder ---- */
+/* ---- the home folder ------------------------------------------------------------------------- */
 
 /* Two agents on one home would sign as the same member with two states. */
 static void a_home_has_one_user_at_a_time(void **state) {
@@ -236,7 +238,8 @@ static void the_run_of_a_home_comes_back(void **state) {
     home_release(&h);
 }
 
-/* A person may edit run.json; what is wrong must be named, and a genesis of another run not be used. */
+/* A person may edit run.json; what is wrong must be named, and a genesis of another run not be
+ * used. */
 static void a_damaged_run_file_is_named(void **state) {
     (void)state;
     static const char *bad[][2] = {

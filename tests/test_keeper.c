@@ -17,33 +17,41 @@
 
 #define BEHAVIOUR "TEST_TRAINER"
 
-/* ---- the trainer ---- */
+/* ---- the trainer ----------------------------------------------------------------------------- */
 
 static int trainer(int fd) {
     const char *how = getenv(BEHAVIOUR);
     struct segment *s = segment_open(fd, NULL);
     struct segment_message m;
     if (!s || !how) return 2;
-    if (!strcmp(how, "dies")) return 3;
+    if (!strcmp(how, "dies")) {
+        segment_destroy(s);
+        return 3;
+    }
     if (!strcmp(how, "cannot")) {
         m = (struct segment_message){ .type = SEGMENT_FAILED, .code = ERR_CONFIG };
         snprintf(m.text, sizeof m.text, "no such corpus");
         segment_send(s, &m);
+        segment_destroy(s);
         return 1;
     }
     const char *policy = getenv("OMP_WAIT_POLICY");
-    m = (struct segment_message){ .type = SEGMENT_UP, .steps = policy && !strcmp(policy, "passive") };
+    m = (struct segment_message){ .type = SEGMENT_UP,
+                                  .steps = policy && !strcmp(policy, "passive") };
     segment_send(s, &m);
-    segment_send(s, &(struct segment_message){ .type = SEGMENT_STEP, .samples = (uint64_t)getpid() });
+    segment_send(s,
+                 &(struct segment_message){ .type = SEGMENT_STEP, .samples = (uint64_t)getpid() });
     for (;;) {
         if (!segment_receive(s, &m))
             segment_wait(s, 1000);
         else if (m.type == SEGMENT_STOP && strcmp(how, "stubborn"))
-            return 0;
+            break;
     }
+    segment_destroy(s);
+    return 0;
 }
 
-/* ---- the agent ---- */
+/* ---- the agent ------------------------------------------------------------------------------- */
 
 struct watched {
     struct event_base *base;
@@ -122,8 +130,8 @@ static void a_killed_trainer_is_started_again(void **state) {
     let_go(&w);
 }
 
-/* OpenMP's threads must not spin on cores that the agent and other programs need; libgomp reads this
- * before main(), so it must be in the environment that the trainer starts with. */
+/* OpenMP's threads must not spin on cores that the agent and other programs need; libgomp reads
+ * this before main(), so it must be in the environment that the trainer starts with. */
 static void threads_of_the_trainer_wait_passively(void **state) {
     (void)state;
     setenv("OMP_WAIT_POLICY", "active", 1);

@@ -28,7 +28,7 @@ static struct event_base *base;
 static struct end end[ENDS];
 static bool timed_out;
 
-/* ---- the ends ---- */
+/* ---- the ends -------------------------------------------------------------------------------- */
 
 static void on_open(void *arg, uint32_t member) {
     (void)member;
@@ -89,6 +89,9 @@ static int tear_down(void **state) {
     for (int i = 0; i < ENDS; i++) {
         listener_destroy(end[i].listener);
         peers_destroy(end[i].peers);
+    }
+    event_base_dispatch(base); /* connections that are still being closed */
+    for (int i = 0; i < ENDS; i++) {
         channel_context_destroy(end[i].ctx);
         identity_release(&end[i].identity);
     }
@@ -113,14 +116,16 @@ static void on_timeout(evutil_socket_t fd, short what, void *arg) {
         if (timed_out) fail_msg("never: %s", #condition);                                          \
     } while (0)
 
-static void dial(int from, int to) { peers_dial(end[from].peers, (uint32_t)to + 1, "127.0.0.1", end[to].port); }
+static void dial(int from, int to) {
+    peers_dial(end[from].peers, (uint32_t)to + 1, "127.0.0.1", end[to].port);
+}
 
 static void say(int from, int to, uint32_t what) {
     struct msg_moments_get m = { .fragment = what };
     peers_send(end[from].peers, (uint32_t)to + 1, MSG_MOMENTS_GET, 1, 0, 0, &m);
 }
 
-/* ---- tests ---- */
+/* ---- tests ----------------------------------------------------------------------------------- */
 
 /* A member behind NAT only dials; what the other one has to say must come over that connection. */
 static void one_dial_serves_both_directions(void **state) {
@@ -175,7 +180,8 @@ static void a_member_that_dials_again_replaces_its_old_link(void **state) {
     UNTIL(end[0].closes == 1); /* the old one was closed by member 2 */
 }
 
-/* Only the roster says who is a member. Its key proves who somebody is, so nobody answers for another. */
+/* Only the roster says who is a member. Its key proves who somebody is, so nobody answers for
+ * another. */
 static void strangers_and_impostors_are_refused(void **state) {
     (void)state;
     tell_roster(1, 1); /* member 2 does not know member 3, nor itself */
@@ -194,7 +200,9 @@ static void leaving_the_roster_closes_the_link(void **state) {
     (void)state;
     dial(0, 1);
     UNTIL(end[0].opens && end[1].opens);
-    struct msg_member only_self = { .member = 2, .key = end[1].identity.key, .name = proto_str("m") };
+    struct msg_member only_self = { .member = 2,
+                                    .key = end[1].identity.key,
+                                    .name = proto_str("m") };
     struct msg_roster_body roster = { .members = &only_self, .members_count = 1 };
     assert_int_equal(peers_set_roster(end[1].peers, &roster, NULL), 0);
     UNTIL(end[1].closes == 1 && end[0].closes == 1);

@@ -47,7 +47,7 @@ static int wait_for(pid_t pid) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
 }
 
-/* ---- what the trainers of these tests do ---- */
+/* ---- what the trainers of these tests do ----------------------------------------------------- */
 
 static int checks_setup(struct segment *s) {
     const struct segment_setup *setup = segment_setup(s);
@@ -87,7 +87,7 @@ static int adds(struct segment *s) {
     }
 }
 
-/* ---- tests ---- */
+/* ---- tests ----------------------------------------------------------------------------------- */
 
 /* All that a trainer knows at start comes this way, and its parent's id must be the agent's, or it
  * would train on without one. */
@@ -98,8 +98,8 @@ static void trainer_sees_the_setup_in_another_mapping(void **state) {
     segment_destroy(s);
 }
 
-/* Both rings run full and empty many times over: no message may be lost, doubled or reordered, since
- * a lost FREEZE stops a node for ever. */
+/* Both rings run full and empty many times over: no message may be lost, doubled or reordered,
+ * since a lost FREEZE stops a node for ever. */
 static void rings_keep_every_message_in_order(void **state) {
     (void)state;
     struct segment *s = make();
@@ -164,6 +164,7 @@ static void a_full_ring_refuses_and_stays_intact(void **state) {
     assert_int_equal(segment_taken(s), n);
     assert_true(segment_send(s, &(struct segment_message){ .type = SEGMENT_STOP }));
     segment_destroy(trainer);
+    segment_destroy(s);
 }
 
 /* A trainer that was killed leaves commands behind; the next one must not find them. */

@@ -55,11 +55,21 @@ static int set_up(void **state) {
                                .clip = 1.0, .total_tokens = 1000000 };
     struct msg_outer outer = { .chunk_elements = CHUNK, .fragments = 1, .heartbeat_ms = 500,
                                .silence_ms_max = 5000 };
-    struct msg_corpus corpus = { .manifest_url = proto_str("unused"), .tokenizer = proto_str("bytes"),
-                                 .manifest_digest = info.manifest_digest, .samples = info.samples };
-    struct msg_genesis g = { .version = 1, .name = proto_str("test"), .model = &model,
-                             .model_count = 1, .inner = &inner, .inner_count = 1, .outer = &outer,
-                             .outer_count = 1, .corpus = &corpus, .corpus_count = 1, .init_std = 0.02f,
+    struct msg_corpus corpus = { .manifest_url = proto_str("unused"),
+                                 .tokenizer = proto_str("bytes"),
+                                 .manifest_digest = info.manifest_digest,
+                                 .samples = info.samples };
+    struct msg_genesis g = { .version = 1,
+                             .name = proto_str("test"),
+                             .model = &model,
+                             .model_count = 1,
+                             .inner = &inner,
+                             .inner_count = 1,
+                             .outer = &outer,
+                             .outer_count = 1,
+                             .corpus = &corpus,
+                             .corpus_count = 1,
+                             .init_std = 0.02f,
                              .checkpoint_url = proto_str("unused") };
     proto_buffer_init(&genesis, PROTO_BLOB_BYTES_MAX);
     if (proto_encode(&genesis, RECORD_genesis, &g, &err)) fail_msg("%s", err.msg);
@@ -135,8 +145,8 @@ static void stop(struct segment *s, pid_t pid) {
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
-/* A claim that does not match what was trained spends samples nobody saw, or sees them twice: counts
- * must be exact, the batch that is not full included. */
+/* A claim that does not match what was trained spends samples nobody saw, or sees them twice:
+ * counts must be exact, the batch that is not full included. */
 static void it_trains_on_what_it_was_given_and_counts_it(void **state) {
     (void)state;
     struct segment *s = make_segment();
@@ -152,7 +162,8 @@ static void it_trains_on_what_it_was_given_and_counts_it(void **state) {
     assert_int_equal(m.samples, 10);
     assert_int_equal(steps, 1);
     assert_int_equal(m.steps, 3);
-    assert_memory_not_equal(segment_out(s, SEGMENT_OUT_PARAMETERS), initial, elements * sizeof(float));
+    assert_memory_not_equal(segment_out(s, SEGMENT_OUT_PARAMETERS), initial,
+                            elements * sizeof(float));
     stop(s, pid);
     segment_destroy(s);
 }
@@ -177,8 +188,8 @@ static void a_frozen_trainer_waits_until_it_is_told(void **state) {
     segment_destroy(s);
 }
 
-/* The commit decides what becomes of own work: a mixed chunk takes the anchor over (alpha is 0 here),
- * an added one keeps its work and moves with the anchor. */
+/* The commit decides what becomes of own work: a mixed chunk takes the anchor over (alpha is 0
+ * here), an added one keeps its work and moves with the anchor. */
 static void apply_mixes_adds_and_keeps(void **state) {
     (void)state;
     struct segment *s = make_segment();
@@ -200,8 +211,8 @@ static void apply_mixes_adds_and_keeps(void **state) {
     segment_destroy(s);
 }
 
-/* Work that was not summed stays in the claim; work that was is in the anchor and must not be claimed
- * again. */
+/* Work that was not summed stays in the claim; work that was is in the anchor and must not be
+ * claimed again. */
 static void samples_are_counted_until_a_chunk_is_mixed(void **state) {
     (void)state;
     struct segment *s = make_segment();
@@ -265,8 +276,8 @@ static void moments_travel_and_survive_a_restart(void **state) {
     segment_destroy(s);
 }
 
-/* Where leases end in less than a batch and nobody asks for a freeze, the end of the run must not wait
- * for ever. */
+/* Where leases end in less than a batch and nobody asks for a freeze, the end of the run must not
+ * wait for ever. */
 static void the_rest_of_the_data_is_trained_without_a_freeze(void **state) {
     (void)state;
     struct segment *s = make_segment();
