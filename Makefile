@@ -44,9 +44,12 @@ SIM_LIB_O := $(filter-out $(patsubst %.c,$(BUILD)/%.o,$(SIM_PURE)),$(LIB_O))
 
 # A client that breaks the rules, for tests/integration/hostile.sh.
 HOSTILE_O := $(call objects,tests/hostile) $(KERNELS_O) $(PROTO_O)
+BENCH_O := $(call objects,tests/bench) $(LIB_O)
 
 .PHONY: all setup help test unit integration demo lint asan tsan sim churn bench install clean
 .DEFAULT_GOAL := all
+# Keep the test programs' objects.
+.SECONDARY:
 
 all: $(PROGRAMS) ## build both programs
 
@@ -87,14 +90,15 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 	$(BUILD)/sim --seeds $(SEEDS) --jobs 2
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
-SOURCES := $(foreach d,proto kernels ckpt coordinator node tests tests/sim tests/hostile,$(wildcard $(d)/*.c))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests tests/sim tests/hostile tests/bench,\
+             $(wildcard $(d)/*.c))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr \
 	    --suppress=missingIncludeSystem -I. --std=c11 -j2 proto kernels ckpt coordinator node
-	@printf '%s\n' $(SOURCES) | xargs -P2 -n4 clang-tidy --quiet 2>&1 -- -std=gnu11 -I. -fopenmp $(PKG_CFLAGS) \
-	    > $(BUILD)/clang-tidy.log; if grep -E 'warning:|error:' $(BUILD)/clang-tidy.log; then exit 1; fi
+	@printf '%s\n' $(SOURCES) | xargs -P2 -n4 sh -c 'clang-tidy --quiet "$$@" -- -std=gnu11 -I. -DSIM_FAULTS -fopenmp $(PKG_CFLAGS)' tidy \
+	    > $(BUILD)-clang/tidy.log 2>&1; if grep -iE 'warning:|error:' $(BUILD)-clang/tidy.log; then exit 1; fi
 
 SANITIZE := -O1 -g -fno-omit-frame-pointer
 asan: ## the CPU tests under address and undefined-behaviour sanitizers
@@ -107,8 +111,8 @@ tsan: ## network, sync and checkpoint tests under thread sanitizer
 	    LDFLAGS="-fsanitize=thread" $(patsubst $(BUILD)/%,$(BUILD)-tsan/%,$(TSAN_TESTS))
 	@OMP_NUM_THREADS=1 tests/run.sh $(BUILD)-tsan unit
 
-bench: all $(BUILD)/tests/bench ## rates beside their floors, as a table and JSON
-	@$(BUILD)/tests/bench --json $(BUILD)/bench.json
+bench: all $(BUILD)/bench ## rates beside their floors, as a table and JSON
+	@$(BUILD)/bench --json $(BUILD)/bench.json
 
 install: all ## install both programs under PREFIX (/usr/local)
 	install -d $(DESTDIR)$(PREFIX)/bin
@@ -130,7 +134,7 @@ $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(LIB_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
 
-$(BUILD)/tests/bench: $(BUILD)/tests/bench.o $(LIB_O)
+$(BUILD)/bench: $(BENCH_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 

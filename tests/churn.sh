@@ -17,19 +17,20 @@ for n in $NODES; do start_node $n "$R"; done
 wait_for 60 "$R" "round >= 1" || fail "no first round"
 say "churn for $MINUTES minutes, SEED=$SEED"
 SECONDS=0
-alive() { kill -0 "${PID[$1]}" 2>/dev/null; }
+alive() { [ -n "${PID[$1]:-}" ] && kill -0 "${PID[$1]}" 2>/dev/null; }
 
 revive() { # what was killed is started again, as its owner's service manager would
-    for n in $NODES; do alive $n || { wait "${PID[$n]}" 2>/dev/null; start_node $n "$R"; }; done
-    alive coordinator || { wait "${PID[coordinator]}" 2>/dev/null; start_coordinator "$R" "$P"; }
+    for n in $NODES; do alive $n || start_node $n "$R"; done
+    alive coordinator || start_coordinator "$R" "$P"
 }
-victim() { # sets what and pid
+victim() { # sets what, pid, and name for a child of ours
     local n=$(set -- $NODES; eval echo \${$((RANDOM % 4 + 1))})
+    name=
     case $((RANDOM % 4)) in
         0) what="$n's trainer" pid=$(pgrep -P "${PID[$n]}" | head -n 1) ;;
-        1) what="$n's agent" pid=${PID[$n]} ;;
+        1) what="$n's agent" pid=${PID[$n]} name=$n ;;
         2) what="the aggregator" pid=$(pgrep -P "${PID[coordinator]}" | head -n 1) ;;
-        3) what="the coordinator" pid=${PID[coordinator]} ;;
+        3) what="the coordinator" pid=${PID[coordinator]} name=coordinator ;;
     esac
 }
 faults=0
@@ -38,7 +39,8 @@ while [ $SECONDS -lt $((60 * MINUTES)) ]; do
     if [ -n "$pid" ]; then
         if [ $((RANDOM % 2)) = 0 ]; then
             say "$(printf '%-18s SIGKILL' "$what") $(status "$R" '"(round %d, %d live)" % (round, members_live)')"
-            kill -KILL "$pid"; sleep 2; revive; sleep 8
+            if [ -n "$name" ]; then kill_now $name; else kill -KILL "$pid"; fi
+            sleep 2; revive; sleep 8
         else
             say "$(printf '%-18s SIGSTOP' "$what") $(status "$R" '"(round %d, %d live)" % (round, members_live)')"
             kill -STOP "$pid" 2>/dev/null; sleep 8; kill -CONT "$pid" 2>/dev/null; sleep 2; revive
