@@ -28,6 +28,7 @@ static int parse(int argc, char **argv, struct tool_options *o) {
                                              { "run", required_argument, NULL, 'r' },
                                              { "help", no_argument, NULL, 'h' }, { 0 } };
     o->name = argv[0];
+    o->operand = argv + argc; /* none so far */
     optind = 1;
     for (int c; (c = getopt_long(argc, argv, ":", options, NULL)) != -1;) {
         if (c == 'h') {
