@@ -230,8 +230,8 @@ WIDE static void extremes(const int8_t *q, size_t n, int *min, int *max) {
         low = q[i] < low ? q[i] : low;
         high = q[i] > high ? q[i] : high;
     }
-    *min = low;
-    *max = high;
+    *min = (int)low; /* NOLINT(bugprone-signed-char-misuse): signed on purpose */
+    *max = (int)high; /* NOLINT(bugprone-signed-char-misuse) */
 }
 
 /* Check every block and find the largest magnitude that it decodes to. */
