@@ -12,9 +12,8 @@ bad() { failed=$((failed + 1)); echo "  NOT OK  $*"; }
 
 # ---- the run -----------------------------------------------------------------------------------------
 corpus "$W/corpus" --sequence 64 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
-"$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set model.layers=1 --set model.width=64 \
-    --set model.heads=2 --set model.kv_heads=1 --set model.ffn=128 --set model.sequence=64 \
-    --set outer.chunk_elements=8192 --set inner.batch=4 --set outer.inner_steps=30 --set outer.round_seconds=1 \
+"$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set model.sequence=64 \
+    --set outer.chunk_elements=65536 --set inner.batch=4 --set outer.inner_steps=30 --set outer.round_seconds=1 \
     --set outer.grace_seconds=0.5 --set outer.heartbeat_seconds=0.3 --set outer.silence_seconds=3 \
     --set outer.checkpoint_rounds=20 --set serve.stranger_seconds=3 >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 start_coordinator "$R" "$P"
