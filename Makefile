@@ -79,9 +79,10 @@ unit: unit-build ## unit, twin and reference-vector tests only
 integration: unit-build ## tests with real processes only
 	@tests/run.sh $(BUILD) integration
 
-.PHONY: test-debian13
-test-debian13: ## build and unit tests in a fresh Debian 13 (root and debootstrap; 6 minutes)
-	@docker/test-debian13.sh || [ $$? = 77 ]
+.PHONY: test-debian
+test-debian: ## make test in a fresh Debian 12, and in a fresh 13 (root and debootstrap; 20 minutes)
+	@docker/test-debian.sh bookworm || [ $$? = 77 ]
+	@docker/test-debian.sh trixie || [ $$? = 77 ]
 
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
 	@BUILD=$(BUILD) tests/churn.sh

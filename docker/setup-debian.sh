@@ -2,7 +2,7 @@
 # Install what building and testing needs, on Debian 12 or newer. Only what is missing; nothing when all is there.
 set -eu
 need="gcc g++ make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
-libyaml-dev libjansson-dev libcurl4-openssl-dev libcmocka-dev python3-minimal"
+libyaml-dev libjansson-dev libcurl4-openssl-dev libcmocka-dev python3 procps"
 [ "${1:-}" = --lint ] && need="$need clang clang-tidy cppcheck libclang-rt-dev libomp-dev"
 # The demo's text; its package is named in README.md.
 [ "${1:-}" = --lint ] || need="$need perl-doc"
