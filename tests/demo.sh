@@ -1,7 +1,7 @@
 #!/bin/bash
 # The main job on one machine: a coordinator and three nodes train a small model on real text; one node is
 # killed in the middle of a round, a fourth joins, the coordinator is killed and restarted. Exit 0 only if
-# nothing was lost. About four minutes on two cores.
+# nothing was lost. Two to five minutes on two cores.
 cd "$(dirname "$0")/.." || exit 1
 . tests/lib.sh
 TOKENS=${TOKENS:-1500000}

@@ -79,7 +79,6 @@ struct sim_member {
     float slot_values[SIM_ELEMENTS_MAX];
     uint8_t slot_ops[SIM_CHUNKS_MAX];
     uint64_t conn; /* connection to the coordinator, 0 = none */
-    uint64_t term_seen;
     bool roster[SIM_MEMBERS_MAX + 1]; /* by id */
     uint32_t step_ms;
     uint64_t versions[SIM_CHUNKS_MAX]; /* as the oracle saw them last */
@@ -171,7 +170,7 @@ struct sim_world {
     struct msg_corpus corpus;
     struct digest run;
     uint64_t faults_until; /* after this everything is healed and the run must end */
-    uint32_t fault_every_ms, crash_per_mille, cut_per_mille, duplicate_per_mille;
+    uint32_t fault_every_ms, duplicate_per_mille;
     uint32_t delay_ms_max;
     /* clock */
     struct sim_event *heap;
@@ -179,7 +178,7 @@ struct sim_world {
     /* coordinator */
     struct core *core;
     struct identity root, online;
-    uint64_t term, core_paused_until, core_last_tick;
+    uint64_t term, core_paused_until;
     uint32_t core_life;
     struct sim_table store[CORE_TABLES];
     struct core_actions core_out;
