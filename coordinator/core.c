@@ -231,6 +231,8 @@ void core_step(struct core *c, const struct core_event *ev, uint64_t now_ms,
     case CORE_EV_TICK: on_tick(c, now_ms, out); break;
     case CORE_EV_PAUSE: on_pause(c, true, out); break;
     case CORE_EV_RESUME: on_pause(c, false, out); break;
+    case CORE_EV_REVOKE:
+    case CORE_EV_RELEASE: break;
     case CORE_EV_STOP: on_stop(c, out); return;
     }
     core_check_round(c, now_ms, out);

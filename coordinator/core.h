@@ -13,8 +13,10 @@
  *   REDUCE   quorum was ready and the grace window is over (or everybody was): the plan is frozen and sent;
  *            aggregators and second holders report each shard; a lost contributor is dropped from what had not arrived
  *            (MSG_DROP), a lost aggregator or holder makes a new plan (higher number, same contributors)
- *   commit   every shard has two equal reports and every chunk a weight > 0: ONE ACT_PERSIST appends the
- *            ledger entry and spends the leases; only then LEDGER and HOLDERS are sent; next round
+ *   AUDIT    every shard has two equal reports and every chunk a weight > 0: some chunks are summed once more
+ *   commit   ONE ACT_PERSIST appends the ledger entry and spends the leases; only then LEDGER, LEASES and
+ *            HOLDERS are sent; next round
+ * Fragments go through their rounds side by side; leases, terms and plan numbers are common to all.
  * Docs: docs/architecture.md (why), docs/protocol.md (each message). */
 #ifndef INTELLECT_CORE_H
 #define INTELLECT_CORE_H
@@ -40,6 +42,8 @@ struct core_write {
     uint64_t key;
     uint8_t *value; /* owned by the action; NULL deletes the row */
     uint32_t value_length;
+    bool is_signed; /* CORE_LEDGER: an entry taken over from a member; the shell keeps this signature */
+    struct proto_sig signature;
 };
 
 /* ---- events ---------------------------------------------------------------------------------- */
@@ -60,6 +64,8 @@ enum core_event_type {
     CORE_EV_CLOSED,
     CORE_EV_TICK,         /* about every CORE_TICK_MS, only after all pending input was delivered */
     CORE_EV_PAUSE, CORE_EV_RESUME, /* operator */
+    CORE_EV_REVOKE,       /* operator: member, text: never again, its key leaves the roster */
+    CORE_EV_RELEASE,      /* operator: member, text: out of quarantine */
     CORE_EV_STOP          /* operator: say BYE (not final) to everybody */
 };
 #define CORE_TICK_MS 100
@@ -68,6 +74,10 @@ struct core_event {
     enum core_event_type type;
     uint64_t conn;                 /* a number the shell never uses twice */
     uint64_t term;                 /* CORE_EV_START */
+    struct digest seed;            /* CORE_EV_START: random, secret; which chunks are audited follows from it */
+    uint64_t hold_ms;              /* CORE_EV_START: no leases and plans for so long: after CORE_ACT_RESTART */
+    uint32_t member;               /* CORE_EV_REVOKE, CORE_EV_RELEASE */
+    const char *text;              /* likewise: the operator's reason, borrowed */
     struct proto_key key;          /* CORE_EV_OPENED */
     char host[PROTO_ADDRESS_BYTES_MAX + 1]; /* CORE_EV_OPENED: the address the peer is seen from */
     struct frame frame;            /* CORE_EV_MESSAGE */
@@ -84,6 +94,9 @@ enum core_action_type {
     CORE_ACT_SIGN,         /* sign msg (a msg_checkpoint_sign), answer conn with MSG_CHECKPOINT_SIGNED */
     CORE_ACT_KNOWN,        /* conn is a member now: lift the limits for strangers */
     CORE_ACT_CLOSE,        /* send BYE with code, final, text; then close conn */
+    CORE_ACT_RESTART,      /* entries of a newer ledger were persisted: raise the store's term above `term`, make a
+                            * new core from the store, start it with hold_ms; nothing of this list comes after */
+    CORE_ACT_FAIL,         /* the run has failed (fixed membership): end, with code and text */
     CORE_ACT_LOG           /* one line for the operator: level, text */
 };
 enum core_level { CORE_INFO, CORE_WARNING, CORE_ERROR };
@@ -97,6 +110,7 @@ struct core_action {
     struct core_write *writes;     /* CORE_ACT_PERSIST */
     uint32_t write_count;
     uint64_t from;                 /* CORE_ACT_SEND_LEDGER */
+    uint64_t term;                 /* CORE_ACT_RESTART: the highest seen */
     enum err_code code;            /* CORE_ACT_CLOSE */
     bool final;
     enum core_level level;
@@ -121,7 +135,8 @@ struct core *core_create(const struct msg_genesis *genesis, const struct digest 
 void core_destroy(struct core *c);
 
 /* Feed every row of the store, CORE_LEDGER in index order first (value = entry bytes without the
- * signature); then one CORE_EV_START. ERR_CORRUPT: the row does not decode or contradicts another. */
+ * signature; who signed is the shell's business, but entries that a member shows are checked in full);
+ * then one CORE_EV_START. ERR_CORRUPT: the row does not decode or contradicts another. */
 int core_load(struct core *c, enum core_table table, uint64_t key, const uint8_t *value, size_t length,
               struct err *err);
 
@@ -138,23 +153,31 @@ struct core_member_view {
     uint32_t member;
     const char *name;
     struct proto_key key;
-    bool aggregate_only, revoked, live, ready, trains;
+    bool aggregate_only, revoked, quarantined, live, ready, trains; /* ready: for any fragment */
     uint64_t session, tokens_committed, state_index, step;
     double loss, tokens_per_s;
     uint8_t phase;
     uint32_t trainer_restarts;
     uint64_t silent_ms;
+    double uplink; /* bytes a second, as its receivers measured; 0 = unknown */
+};
+struct core_fragment_view {
+    uint64_t round, base_index, plan; /* plan: number of the one in work, 0 = none */
+    uint32_t ready, contributors, shards;
+    const char *phase; /* "train", "reduce", "audit" */
 };
 struct core_view {
     uint64_t term, head_index, settled_index, round, tokens_committed, tokens_total, samples_free, samples_spent,
-        plan;
+        plan; /* round: commits of all fragments; plan: the newest number */
     struct digest head_digest, state_root; /* newest root that all reports agree on */
     uint64_t state_root_index;
     const char *phase; /* "train", "reduce", "paused", "complete" */
-    uint32_t members_live, root_mismatches, plans_made, handovers;
+    uint32_t members_live, root_mismatches, plans_made, handovers, audits, audits_failed, quarantines;
+    uint32_t fragments;
     uint64_t commits;
 };
 void core_look(const struct core *c, uint64_t now_ms, struct core_view *out);
+void core_fragment_look(const struct core *c, uint32_t fragment, struct core_fragment_view *out);
 uint32_t core_member_count(const struct core *c);
 void core_member_look(const struct core *c, uint32_t i, uint64_t now_ms, struct core_member_view *out);
 

@@ -224,7 +224,7 @@ int core_take_commit(struct core *c, uint64_t index, const struct msg_commit *co
                      struct err *err) {
     struct state *base = core_state_now(c);
     if (check_commit(c, index, commit, err) || spend_all(c, commit, err)) return -1;
-    base->root = commit->base_root;
+    base->root = commit->state_root;
     base->root_known = base->root_fixed = true;
     struct state next = {.index = index, .tokens_committed = commit->tokens_committed};
     for (uint32_t i = 0; i < commit->shards_count; i++) {

@@ -104,7 +104,7 @@ void core_on_ready(struct core *c, struct member *m, const struct msg_ready *msg
         if (m->ready.planned) core_send_plan(c, m, out);
         return;
     }
-    if (core_note_root(c, m, msg->base_index, &msg->base_root, out) != ROOT_AGREES) return;
+    if (core_note_root(c, m, msg->base_index, &msg->state_root, out) != ROOT_AGREES) return;
     if (m->ready.planned) {
         reset_member(c, m, "another contribution of yours is in the plan", out);
         return;

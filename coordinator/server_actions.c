@@ -123,6 +123,8 @@ static int carry_out(struct server *s, struct core_action *a, struct err *err) {
     struct connection *c = server_connection(s, a->conn); /* it may have gone meanwhile */
     switch (a->type) {
     case CORE_ACT_PERSIST: return persist(s, a, err);
+    case CORE_ACT_RESTART:
+    case CORE_ACT_FAIL: break;
     case CORE_ACT_LOG: log_line(a->level, "%s", a->text); return 0;
     case CORE_ACT_SEND_LEDGER: return c ? send_ledger(s, a, err) : 0;
     case CORE_ACT_SEND: if (c) send_message(s, c, a); return 0;

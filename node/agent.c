@@ -26,9 +26,14 @@ void agent_timer(struct event *ev, uint32_t ms) {
 
 /* ---- becoming a member ----------------------------------------------------------------------- */
 
-static void derive_initial(void *arg, uint64_t first, size_t n, float *out) {
+static int load_state(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n,
+                      float *anchor, float *momentum, struct err *err) {
     const struct msg_genesis *g = arg;
-    model_init_elements(g->model, g->init_std, g->init_seed, first, n, out);
+    if (from || g->init_from_count)
+        return err_set(err, ERR_NOT_FOUND, "checkpoints are not read here yet");
+    model_init_elements(g->model, g->init_std, g->init_seed, first, n, anchor);
+    memset(momentum, 0, n * sizeof *momentum);
+    return 0;
 }
 
 /* The genesis is what the invite names, but whoever made it may have been wrong. */
@@ -83,10 +88,10 @@ static int set_up_sync(struct agent *a, struct err *err) {
     home_file(&a->home, "state", state);
     if (disk_open(state, &a->disk, err)) return -1;
     struct sync_config config = { .genesis = &a->genesis, .run = a->run.run,
-                                  .key = a->home.identity.key, .member = a->run.member,
+                                  .identity = &a->home.identity, .member = a->run.member,
                                   .trains = !a->run.aggregate_only, .port = a->port,
-                                  .elements = a->elements, .init = derive_initial,
-                                  .init_arg = &a->genesis, .disk = a->disk };
+                                  .elements = a->elements, .load = load_state,
+                                  .load_arg = &a->genesis, .disk = a->disk };
     if (!(a->sync = sync_create(&config, agent_now_ms(), err))) return -1;
     a->peers = peers_create(a->base, a->ctx, a->run.member, &agent_peers_ops, a, err);
     if (!a->peers) return -1;

@@ -28,7 +28,8 @@ enum segment_out { SEGMENT_OUT_PARAMETERS = 0, SEGMENT_OUT_MOMENTS = 1, SEGMENT_
 enum segment_type {
     /* agent -> trainer */
     SEGMENT_SAMPLES = 1, /* append samples [start, start + count) of the run's order */
-    SEGMENT_FREEZE,      /* write the parameters to out[0] at the next step boundary, then wait */
+    SEGMENT_FREEZE,      /* write the fragment's parameters to out[0] at the next step boundary; wait = 1: then stand
+                          * still until APPLY, RESET or CONTINUE */
     SEGMENT_APPLY,       /* take the in slot over as its ops say; tokens, contributors */
     SEGMENT_RESET,       /* parameters := in slot, no samples queued; tokens, contributors */
     SEGMENT_CONTINUE,    /* after a FREEZE: go on as if there had been none */
@@ -38,7 +39,7 @@ enum segment_type {
     /* trainer -> agent */
     SEGMENT_UP = 64, /* ready for a RESET; steps = those in the inner state found on disk */
     SEGMENT_STEP,    /* one inner step done: samples, steps, loss, tokens_per_s */
-    SEGMENT_FROZEN,  /* out[0] is filled; samples, steps */
+    SEGMENT_FROZEN,  /* the fragment's chunks of out[0] are filled; fragment, samples, steps */
     SEGMENT_APPLIED, /* an APPLY, RESET or MOMENTS_IMPORT is done: the in slot is free */
     SEGMENT_MOMENTS, /* out[1] is filled; steps = how many they average over */
     SEGMENT_NOTE,    /* text: worth a line in the log */
@@ -49,7 +50,8 @@ struct segment_message {
     uint32_t type;
     uint32_t contributors; /* APPLY, RESET: members whose tokens grow the run between commits */
     uint64_t start, count; /* SAMPLES */
-    uint64_t samples;      /* consumed since the last RESET or the last APPLY that mixed a chunk */
+    uint32_t fragment, wait; /* FREEZE; FROZEN: fragment */
+    uint64_t samples;      /* consumed since the last RESET */
     uint64_t steps;
     uint64_t tokens;       /* APPLY, RESET: the run's committed tokens */
     double loss, tokens_per_s;

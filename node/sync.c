@@ -511,7 +511,7 @@ static int load(struct sync *s) {
 struct sync *sync_create(const struct sync_config *config, uint64_t now_ms, struct err *err) {
     const uint32_t one = 1;
     assert(*(const uint8_t *)&one == 1); /* fp32 travels little-endian and is not turned round */
-    assert(config->elements > 0 && config->init);
+    assert(config->elements > 0 && config->load);
     if (check_config(config, err)) return NULL;
     struct sync *s = calloc(1, sizeof *s);
     if (!s) {

@@ -37,14 +37,18 @@ struct disk {
 struct sync_config {
     const struct msg_genesis *genesis;   /* copied */
     struct digest run;
-    struct proto_key key;                /* own public key */
+    const struct identity *identity;     /* own, signs contributions and reports; borrowed */
+    uint64_t instance;                   /* random, of this life of the process */
     uint32_t member;                     /* own id, from ENROLLED */
     bool trains;                         /* false: aggregate-only */
     uint32_t port;                       /* where peers may dial us; 0 = not reachable */
     uint64_t elements;                   /* of the parameter vector; > 0 */
-    /* Fill out[0..n) with the initial anchor from element `first` on (seed and std are genesis's). */
-    void (*init)(void *arg, uint64_t first, size_t n, float *out);
-    void *init_arg;
+    /* Fill anchor[0..n) and momentum[0..n) from element `first` on: from == NULL: the initial state (by
+     * genesis's seed, or its init_from checkpoint); else that checkpoint's. -1 with ERR_NOT_FOUND: it cannot be
+     * had here, members are asked for it. */
+    int (*load)(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
+                float *momentum, struct err *err);
+    void *load_arg;
     struct disk disk;
 };
 
@@ -64,8 +68,9 @@ enum sync_event_type {
     SYNC_EV_TRAINER_UP,       /* trainer processes run and wait for parameters; also after a restart. steps: as
                                * found in its saved inner state; 0 = it has no moments, so peers are asked */
     SYNC_EV_TRAINER_STEP,     /* one inner step done: samples, steps, loss, tokens_per_s */
-    SYNC_EV_TRAINER_FROZEN,   /* answer to TRAINER_FREEZE: samples, steps; local = parameters [elements], encoded
-                               * piece by piece: valid until the next TRAINER_FREEZE or TRAINER_DOWN */
+    SYNC_EV_TRAINER_FROZEN,   /* answer to TRAINER_FREEZE: fragment, samples, steps; local = parameters [elements], of
+                               * which the fragment's chunks were written, and are encoded piece by piece: valid until
+                               * the next TRAINER_FREEZE of the fragment or TRAINER_DOWN */
     SYNC_EV_TRAINER_APPLIED,  /* answer to TRAINER_APPLY, _RESET or _MOMENTS_IMPORT: its slot may be rewritten */
     SYNC_EV_TRAINER_MOMENTS,  /* answer to TRAINER_MOMENTS_EXPORT: local = second moments [elements], served to
                                * peers piece by piece: valid until the next EXPORT or TRAINER_DOWN; steps */
@@ -80,8 +85,9 @@ struct sync_event {
     uint32_t peer;
     struct frame frame;
     const void *msg;              /* borrowed until return */
+    uint32_t fragment;
     const float *local;
-    uint64_t samples;             /* consumed since the trainer's last RESET, or APPLY that had a SYNC_OP_MIX, in all */
+    uint64_t samples;             /* consumed since the trainer's last RESET, in all */
     uint64_t steps;               /* inner steps it ever did, or went into its moments */
     double loss, tokens_per_s;
     /* SYNC_EV_CHECKPOINT: either manifest bytes to be signed (done = false) or the end (done = true, ok) */
@@ -101,10 +107,11 @@ enum sync_action_type {
     SYNC_ACT_PEER_CLOSE,
     SYNC_ACT_ROSTER,             /* msg (msg_roster_body): whom to accept from now on */
     SYNC_ACT_TRAINER_SAMPLES,    /* append [start, start+count) to what the trainer works on */
-    SYNC_ACT_TRAINER_FREEZE,     /* at the next step boundary: write the parameters, then wait for APPLY */
+    SYNC_ACT_TRAINER_FREEZE,     /* at the next step boundary: write the fragment's parameters; wait: then stand still
+                                  * until APPLY, RESET or CONTINUE */
     SYNC_ACT_TRAINER_APPLY,      /* slot and ops were filled in: take them over at a step boundary and go on */
     SYNC_ACT_TRAINER_RESET,      /* parameters := slot (the anchor), forget queued samples; keep moments */
-    SYNC_ACT_TRAINER_CONTINUE,   /* after a FREEZE whose contribution is dropped: go on training as is */
+    SYNC_ACT_TRAINER_CONTINUE,   /* after a FREEZE that waits and whose contribution is dropped: go on as is */
     SYNC_ACT_TRAINER_MOMENTS_EXPORT,
     SYNC_ACT_TRAINER_MOMENTS_IMPORT, /* slot holds second moments, steps their count */
     SYNC_ACT_CHECKPOINT_BEGIN,   /* msg (msg_checkpoint_write): the agent opens a writer; the state is the current one */
@@ -123,6 +130,8 @@ struct sync_action {
     char host[PROTO_ADDRESS_BYTES_MAX + 1];
     uint16_t port;
     uint64_t start, count;          /* TRAINER_SAMPLES */
+    uint32_t fragment;              /* TRAINER_FREEZE */
+    bool wait;                      /* likewise */
     uint64_t tokens;                /* TRAINER_APPLY, _RESET: committed tokens, for the learning rate */
     uint32_t contributors;          /* likewise: members whose tokens grow the run between commits */
     uint64_t steps;

@@ -119,7 +119,7 @@ static void take_held(struct sync *s, const struct commit *c) {
 /* The ledger says what every member had before this commit. */
 static bool base_is_right(struct sync *s, const struct commit *c) {
     if (!s->state.whole || s->state.index != c->body.base_index) return true;
-    if (digest_equal(&s->state.root, &c->body.base_root)) return true;
+    if (digest_equal(&s->state.root, &c->body.state_root)) return true;
     sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching it anew",
              (unsigned long long)s->state.index);
     catchup_forget_state(s);

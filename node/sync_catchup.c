@@ -327,8 +327,9 @@ static int initialise(struct sync *s) {
     if (state_change_begin(s, chunks, n)) return -1;
     for (uint32_t i = 0; i < n; i++) {
         size_t first = chunk_first(s, chunks[i]), count = chunk_elements(s, chunks[i]);
-        s->config.init(s->config.init_arg, first, count, s->state.anchor + first);
-        memset(s->state.momentum + first, 0, count * sizeof(float));
+        if (s->config.load(s->config.load_arg, NULL, first, count, s->state.anchor + first,
+                           s->state.momentum + first, &s->failure))
+            return -1;
     }
     if (state_change_end(s, chunks, versions, n)) return -1;
     if (s->state.missing == 0) s->catchup.initialising = false;

@@ -45,7 +45,7 @@ struct commit *ledger_commit_after(struct sync *s, uint64_t version) {
 
 bool ledger_root(struct sync *s, uint64_t index, struct digest *out) {
     struct commit *after = ledger_commit_after(s, index), *at = ledger_commit_at(s, index);
-    if (after) *out = after->body.base_root;
+    if (after) *out = after->body.state_root;
     else if (at && at->root_known) *out = at->root;
     else if (index == 0 && s->ledger.zero_root_known) *out = s->ledger.zero_root;
     else return false;

@@ -79,10 +79,11 @@ static int freeze(struct sync *s) {
     struct msg_ready ready = {
         .round = s->ledger.rounds,
         .base_index = s->state.index,
-        .base_root = s->state.root,
+        .state_index = s->state.index,
+        .state_root = s->state.root,
         .codec = (uint8_t)s->codec,
         .chunks = s->fragment.count,
-        .tokens = leases_used(s) * s->genesis.model->sequence,
+        .samples = leases_used(s),
         .norm = norm_of(s),
         .absmax = c->absmax,
         .loss = t->loss_count ? t->loss_sum / (double)t->loss_count : 0,

@@ -163,3 +163,30 @@ bool proto_verify(const struct proto_key *key, const char *purpose, const struct
     free(all);
     return ok;
 }
+
+int proto_record_sign(const struct identity *id, const char *purpose, const struct digest *run,
+                      uint64_t term, enum proto_record which, const void *record,
+                      struct proto_sig *out, struct err *err) {
+    struct proto_buffer b;
+    proto_buffer_init(&b, proto_record_bytes_max(which));
+    int rc = proto_encode(&b, which, record, err);
+    if (!rc) {
+        memset(b.data + b.length - sizeof *out, 0, sizeof *out);
+        proto_sign(id, purpose, run, term, b.data, b.length, out);
+    }
+    proto_buffer_release(&b);
+    return rc;
+}
+
+bool proto_record_verify(const struct proto_key *key, const char *purpose, const struct digest *run,
+                         uint64_t term, const uint8_t *bytes, size_t length) {
+    struct proto_sig sig;
+    uint8_t *blank = length > sizeof sig ? malloc(length) : NULL;
+    if (!blank) return false;
+    memcpy(blank, bytes, length);
+    memcpy(&sig, bytes + length - sizeof sig, sizeof sig);
+    memset(blank + length - sizeof sig, 0, sizeof sig);
+    bool ok = proto_verify(key, purpose, run, term, blank, length, &sig);
+    free(blank);
+    return ok;
+}

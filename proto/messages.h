@@ -35,6 +35,9 @@
 #define PROTO_CHUNK_ELEMENTS_MAX (1u << 20)
 #define PROTO_SHARDS_MAX 1024u
 #define PROTO_LEASES_MAX 256u           /* held by one member at once */
+#define PROTO_FRAGMENTS_MAX 64u
+#define PROTO_RATES_MAX 64u             /* of one heartbeat */
+#define PROTO_AUDITS_MAX 16u            /* chunks summed again in one round */
 #define PROTO_LEDGER_BATCH_MAX 256u
 #define PROTO_BLOB_BYTES_MAX (1u << 20) /* genesis, ledger body, roster, manifest */
 
@@ -61,7 +64,14 @@
     F(U32, quorum, PROTO_MEMBERS_MAX) F(U32, grace_ms, 0)                                          \
     F(F32, lr, 0) F(F32, momentum, 0) F(F32, alpha, 0)                                             \
     F(U8, contribution_codec, 15) F(U8, result_codec, 15)                                          \
-    F(U32, chunk_elements, PROTO_CHUNK_ELEMENTS_MAX) F(U32, fragments, 256)                        \
+    F(U32, chunk_elements, PROTO_CHUNK_ELEMENTS_MAX)                                               \
+    F(U32, fragments, PROTO_FRAGMENTS_MAX) /* P: chunk i belongs to fragment i mod P */            \
+    F(U32, overlap, 1u << 20)       /* tau: 0 = a trainer waits for the round it contributes to; else it \
+                                     * trains on, and stragglers are given about so many inner steps */ \
+    F(U32, shard_chunks, PROTO_CHUNKS_MAX) /* of a shard, at least */                              \
+    F(U32, audits, PROTO_AUDITS_MAX) /* chunks of a round that somebody else sums again */         \
+    F(U8, lr_rule, 1)               /* enum lr_rule: when contributors vanish or appear */         \
+    F(U8, fixed_membership, 1)      /* the run fails when a member is lost */                      \
     F(F32, clip_factor, 0)          /* norm over this times the median is scaled down; 0 = never */\
     F(U32, ramp_rounds, 1024)       /* a joiner's weight grows to full over so many rounds */      \
     F(U32, heartbeat_ms, 0) F(U32, silence_ms_max, 0) /* no progress for so long: member lost */   \
@@ -75,11 +85,13 @@
 #define FIELDS_genesis(F, L)                                                                       \
     F(U32, version, 0) F(STR, name, 64) F(KEY, root_key, 0) F(U64, created_ms, 0)                  \
     L(model, model, 1) L(inner, inner, 1) L(outer, outer, 1) L(corpus, corpus, 1)                  \
-    F(U64, init_seed, 0) F(F32, init_std, 0) F(STR, checkpoint_url, PROTO_URL_BYTES_MAX)
+    F(U64, init_seed, 0) F(F32, init_std, 0) F(STR, checkpoint_url, PROTO_URL_BYTES_MAX)           \
+    L(checkpoint, init_from, 1)     /* the initial state is this checkpoint's, not the seed's */
 
-/* The root key's word that `key` may speak for the run as a coordinator. */
+/* The root key's word that `key` may speak for the run as a coordinator. number counts from 1;
+ * retires: the delegation whose key speaks for the run no longer (0 = none). */
 #define FIELDS_delegation(F, L)                                                                    \
-    F(DIGEST, run, 0) F(KEY, key, 0) F(U32, number, 0)
+    F(DIGEST, run, 0) F(KEY, key, 0) F(U32, number, 0) F(U32, retires, 0)
 
 #define FIELDS_enrolment(F, L)                                                                     \
     F(U32, member, 0) F(KEY, key, 0) F(STR, name, PROTO_NAME_BYTES_MAX) F(U8, aggregate_only, 1)   \
@@ -128,12 +140,14 @@
     F(U64, index, 0) F(DIGEST, previous, 0) F(U64, term, 0) F(U8, kind, 0)                         \
     F(BYTES, body, PROTO_BLOB_BYTES_MAX)
 
-/* Body of a LEDGER_COMMIT. base_index/base_root: ledger index and digest-tree root of the state
- * this round's contributions were taken from; result_root: tree over the encoded result chunks. */
+/* Body of a LEDGER_COMMIT. base_index: ledger index of the fragment's commit before (0 = initial state);
+ * state_index/state_root: a state on whose digest-tree root the members agreed by then, the newest such one;
+ * result_root: tree over the encoded result chunks of the fragment. tokens: of the samples in `spent`,
+ * which nobody had spent before. */
 #define FIELDS_commit(F, L)                                                                        \
     F(U32, fragment, 0) F(U64, round, 0) F(U64, plan, 0) F(U64, base_index, 0)                     \
-    F(DIGEST, base_root, 0) F(F32, lr, 0) F(F32, momentum, 0) F(U8, codec, 15)                     \
-    F(I32, grid_exponent, 0) F(U64, tokens, 0) F(U64, tokens_committed, 0)                         \
+    F(U64, state_index, 0) F(DIGEST, state_root, 0) F(F32, lr, 0) F(F32, momentum, 0)              \
+    F(U8, codec, 15) F(I32, grid_exponent, 0) F(U64, tokens, 0) F(U64, tokens_committed, 0)        \
     F(DIGEST, result_root, 0)                                                                      \
     L(contributor, contributors, PROTO_MEMBERS_MAX) L(shard, shards, PROTO_SHARDS_MAX)             \
     L(summed, summed, PROTO_CHUNKS_MAX) L(spend, spent, PROTO_CHUNKS_MAX)
@@ -149,6 +163,16 @@
 
 #define FIELDS_revocation(F, L) F(U32, member, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
 
+/* A member is no contributor, aggregator or holder from here on, until an entry with lifted = 1. kind: enum
+ * proto_type of the signed message that proves it (READY or SHARD_REPORT), proof its bytes as sent. */
+#define FIELDS_quarantine(F, L)                                                                    \
+    F(U32, member, 0) F(U8, lifted, 1) F(STR, reason, PROTO_TEXT_BYTES_MAX)                        \
+    F(U8, kind, 0) F(BYTES, proof, PROTO_BLOB_BYTES_MAX / 2)
+
+/* The commits after at_index are undone and their samples are free again: the state of this entry is that
+ * checkpoint's, every chunk's version is this entry's index. */
+#define FIELDS_rewind(F, L) L(checkpoint, to, 1) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+
 /* ---- coordinator and member ---------------------------------------------------------------- */
 
 /* C->N, first on every connection, also to strangers. */
@@ -160,10 +184,11 @@
     F(DIGEST, secret, 0) F(STR, name, PROTO_NAME_BYTES_MAX) F(U8, aggregate_only, 1)
 #define FIELDS_enrolled(F, L) F(U32, member, 0)
 
-/* N->C. head_*: last ledger entry the member has; term_max: highest term it ever saw;
+/* N->C. head_*: last ledger entry the member has; term_max: highest term it ever saw; instance: a random
+ * number of this process' life, so that a copied home directory is told from a reconnect;
  * state_*: what its anchor is (has_state 0 = nothing yet). port 0 = not reachable, dials only. */
 #define FIELDS_hello(F, L)                                                                         \
-    F(STR, software, 64) F(U8, trains, 1) F(U32, port, 65535)                                      \
+    F(STR, software, 64) F(U64, instance, 0) F(U8, trains, 1) F(U32, port, 65535)                  \
     F(U64, head_index, 0) F(DIGEST, head_digest, 0) F(U64, term_max, 0)                            \
     F(U8, has_state, 1) F(U64, state_index, 0) F(DIGEST, state_root, 0)
 
@@ -180,11 +205,15 @@
 #define FIELDS_roster(F, L) F(BYTES, body, PROTO_BLOB_BYTES_MAX) F(SIG, signature, 0)
 #define FIELDS_roster_body(F, L) F(U64, version, 0) L(member, members, PROTO_MEMBERS_MAX)
 
+/* What the sender of the heartbeat received from `member` since the heartbeat before: bulk bytes, and
+ * the milliseconds in which they kept coming. An uplink is what its receivers say it is. */
+#define FIELDS_rate(F, L) F(U32, member, 0) F(U64, bytes, 0) F(U32, busy_ms, 0)
+
 /* progress grows with every inner step, applied chunk or summed chunk: a process that is alive but
  * stuck does not move it. phase: enum member_phase. */
 #define FIELDS_heartbeat(F, L)                                                                     \
     F(U64, progress, 0) F(U64, step, 0) F(F64, loss, 0) F(F64, tokens_per_s, 0) F(U8, phase, 0)    \
-    F(U32, trainer_restarts, 0) F(U64, state_index, 0)
+    F(U32, trainer_restarts, 0) F(U64, state_index, 0) L(rate, rates, PROTO_RATES_MAX)
 #define FIELDS_heartbeat_ack(F, L)                                                                 \
     F(U64, settled_index, 0) F(U64, tokens_committed, 0) F(U32, members_live, 0)
 
@@ -192,26 +221,60 @@
 /* All leases the member holds now; what is not in the list it no longer has. */
 #define FIELDS_leases(F, L) L(lease, leases, PROTO_LEASES_MAX)
 
-/* N->C: a frozen contribution. Its bytes never change from here on. */
+/* N->C: a frozen contribution. Its bytes never change from here on. base_index: as in the commit;
+ * state_*: the member's whole state when it froze (state_index >= base_index). samples: whose effect on this
+ * fragment is in it, also of those that other fragments' commits have spent. ranges: those not known to be
+ * spent. signature: by the member's key, over these bytes with 64 zero bytes in its place, purpose "ready". */
 #define FIELDS_ready(F, L)                                                                         \
-    F(U32, fragment, 0) F(U64, round, 0) F(U64, base_index, 0) F(DIGEST, base_root, 0)             \
-    F(U8, codec, 15) F(U32, chunks, PROTO_CHUNKS_MAX) F(U64, tokens, 0)                            \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, base_index, 0) F(U64, state_index, 0)              \
+    F(DIGEST, state_root, 0) F(U8, codec, 15) F(U32, chunks, PROTO_CHUNKS_MAX) F(U64, samples, 0)  \
     F(F64, norm, 0) F(F64, absmax, 0) F(F64, loss, 0) F(DIGEST, root, 0)                           \
-    L(lease, ranges, PROTO_LEASES_MAX)
+    L(lease, ranges, PROTO_LEASES_MAX) F(SIG, signature, 0)
 
-/* C->N. The plan's number is in the frame header. addresses: whom the receiver must dial. */
+/* C->N: the quorum of this round is ready; who has done a step freezes now or is not waited for. */
+#define FIELDS_due(F, L) F(U32, fragment, 0) F(U64, round, 0)
+
+/* C->N. The plan's number is in the frame header. addresses: whom the receiver must dial. resum: ledger
+ * index of a commit whose results are lost and are summed again, chunk by chunk from the contributors it
+ * names (the shards are then only the lost ones); 0 = an ordinary plan. */
 #define FIELDS_plan(F, L)                                                                          \
-    F(U32, fragment, 0) F(U64, round, 0) F(U64, base_index, 0) F(I32, grid_exponent, 0)            \
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, base_index, 0) F(U64, resum, 0)                    \
+    F(I32, grid_exponent, 0)                                                                       \
     F(U8, codec, 15) L(contributor, contributors, PROTO_MEMBERS_MAX)                               \
     L(shard, shards, PROTO_SHARDS_MAX) L(address, addresses, PROTO_SHARDS_MAX)
 
 /* C->aggregators: finish the round without what has not yet arrived from this contributor. */
 #define FIELDS_drop(F, L) F(U32, fragment, 0) F(U64, round, 0) F(U32, member, 0)
 
-/* N->C, from the aggregator and from the second holder, each after writing to disk. */
+/* N->C, from the aggregator and from the second holder, each after writing to disk. signature: as in
+ * READY, purpose "shard_report". */
 #define FIELDS_shard_report(F, L)                                                                  \
-    F(U32, fragment, 0) F(U64, round, 0) F(U32, shard, PROTO_SHARDS_MAX)                           \
-    L(digest_item, results, PROTO_CHUNKS_MAX) L(summed, summed, PROTO_CHUNKS_MAX)
+    F(U32, fragment, 0) F(U64, round, 0) F(U64, plan, 0) F(U32, shard, PROTO_SHARDS_MAX)           \
+    L(digest_item, results, PROTO_CHUNKS_MAX) L(summed, summed, PROTO_CHUNKS_MAX)                  \
+    F(SIG, signature, 0)
+
+/* C->auditor and contributors of the plan in the frame header: this chunk is summed once more, from the
+ * contributors in `set`, by the auditor. address: whom a contributor dials (none: it is dialled). */
+#define FIELDS_audit(F, L)                                                                         \
+    F(U32, fragment, 0) F(U64, round, 0) F(U32, chunk, PROTO_CHUNKS_MAX) F(U32, auditor, 0)        \
+    F(BYTES, set, PROTO_SET_BYTES_MAX) L(address, address, 1)
+/* N->C: leaf: digest_leaf of the encoded mean; culprit: the contributor whose bytes, right under its root,
+ * are not what it announced (then leaf is zero), else 0; complete = 0: not all bytes could be had. */
+#define FIELDS_audit_report(F, L)                                                                  \
+    F(U32, fragment, 0) F(U64, round, 0) F(U32, chunk, PROTO_CHUNKS_MAX) F(U8, complete, 1)        \
+    F(DIGEST, leaf, 0) F(U32, culprit, 0)
+/* Aggregator->C: bytes right under the contributor's root are not finite, off the grid, or larger than
+ * announced. */
+#define FIELDS_accuse(F, L)                                                                        \
+    F(U32, fragment, 0) F(U64, round, 0) F(U32, chunk, PROTO_CHUNKS_MAX) F(U32, member, 0)         \
+    F(STR, reason, PROTO_TEXT_BYTES_MAX)
+
+/* C->N: show the leaves of your state, two members' roots differ. N->C: the leaves, of state `index`. */
+#define FIELDS_state_leaves_get(F, L) F(U64, index, 0)
+#define FIELDS_state_leaves(F, L) F(U64, index, 0) L(digest_item, leaves, PROTO_CHUNKS_MAX)
+
+/* C->N: send me the ledger from here on (as LEDGER): your head is newer than my store. */
+#define FIELDS_ledger_get(F, L) F(U64, from, 0)
 
 /* C->N, with a commit: who holds its result. */
 #define FIELDS_holders(F, L) F(U64, index, 0) L(address, addresses, PROTO_SHARDS_MAX)
@@ -219,8 +282,10 @@
 #define FIELDS_root(F, L) F(U64, index, 0) F(DIGEST, root, 0)
 /* C->N: your contribution was refused; drop it and go back to the anchor. */
 #define FIELDS_reset(F, L) F(U32, fragment, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
-/* C->N: your state is not the run's; check every chunk and catch up. root: of state at index. */
-#define FIELDS_resync(F, L) F(U64, index, 0) F(DIGEST, root, 0) L(address, donors, 16)
+/* C->N: your state is not the run's; check every chunk and catch up. root: of state at index. wrong: the
+ * chunks known to differ (bitmap over the state); empty = unknown, all are fetched anew. */
+#define FIELDS_resync(F, L)                                                                        \
+    F(U64, index, 0) F(DIGEST, root, 0) F(BYTES, wrong, PROTO_CHUNKS_MAX / 8) L(address, donors, 16)
 
 /* C->N: write the state at `index` (the newest applied) to url. spent: the data cursor. */
 #define FIELDS_checkpoint_write(F, L)                                                              \
@@ -278,10 +343,10 @@
 
 /* Records that are no messages of their own. A record stands after those it contains. */
 #define PROTO_RECORDS(R)                                                                           \
-    R(model) R(inner) R(outer) R(corpus) R(genesis) R(delegation) R(enrolment) R(lease) R(spend)   \
-    R(range) R(digest_item) R(contributor) R(shard) R(address) R(summed) R(member)                 \
-    R(signed_entry) R(entry) R(commit) R(checkpoint) R(revocation) R(roster_body)                  \
-    R(invite_record)
+    R(model) R(inner) R(outer) R(corpus) R(checkpoint) R(genesis) R(delegation) R(enrolment)       \
+    R(lease) R(spend) R(range) R(digest_item) R(contributor) R(shard) R(address) R(summed)         \
+    R(member) R(signed_entry) R(entry) R(commit) R(revocation) R(quarantine) R(rewind)             \
+    R(roster_body) R(invite_record) R(rate)
 
 /* M(NAME, record, number): number is the type byte of the frame and never changes its meaning. */
 #define PROTO_MESSAGES(M)                                                                          \
@@ -292,15 +357,22 @@
     M(HOLDERS, holders, 15) M(ROOT, root, 16) M(RESET, reset, 17) M(RESYNC, resync, 18)            \
     M(CHECKPOINT_WRITE, checkpoint_write, 19) M(CHECKPOINT_SIGN, checkpoint_sign, 20)              \
     M(CHECKPOINT_SIGNED, checkpoint_signed, 21) M(CHECKPOINT_DONE, checkpoint_done, 22)            \
-    M(LEAVE, leave, 23) M(BYE, bye, 24) M(DROP, drop, 25)                                                            \
+    M(LEAVE, leave, 23) M(BYE, bye, 24) M(DROP, drop, 25) M(DUE, due, 26) M(AUDIT, audit, 27)      \
+    M(AUDIT_REPORT, audit_report, 28) M(ACCUSE, accuse, 29)                                        \
+    M(STATE_LEAVES_GET, state_leaves_get, 30) M(STATE_LEAVES, state_leaves, 31)                    \
     M(LEAVES, leaves, 32) M(WANT, want, 33) M(CHUNK, chunk, 34) M(RESULT_GET, result_get, 35)      \
     M(RESULT_LEAVES, result_leaves, 36) M(RESULT, result, 37) M(STATE_GET, state_get, 38)          \
-    M(STATE, state, 39) M(MOMENTS_GET, moments_get, 40) M(MOMENTS, moments, 41) M(NONE, none, 42)
+    M(STATE, state, 39) M(MOMENTS_GET, moments_get, 40) M(MOMENTS, moments, 41) M(NONE, none, 42)  \
+    M(LEDGER_GET, ledger_get, 43)
 
 enum ledger_kind {
     LEDGER_GENESIS = 0, LEDGER_DELEGATION = 1, LEDGER_ENROLMENT = 2, LEDGER_REVOCATION = 3,
-    LEDGER_COMMIT = 4, LEDGER_CHECKPOINT = 5
+    LEDGER_COMMIT = 4, LEDGER_CHECKPOINT = 5, LEDGER_QUARANTINE = 6, LEDGER_REWIND = 7
 };
+
+/* The outer learning rate of a round: 0 = the setting; 1 = the setting times the square root of the round's
+ * weight over that of the rounds before, where that is under 2/3 or over 3/2 (docs/flow.md). */
+enum lr_rule { LR_CONSTANT = 0, LR_SQRT = 1 };
 
 enum member_phase {
     PHASE_CATCHING_UP = 0, PHASE_IDLE = 1, PHASE_TRAINING = 2, PHASE_WAITING = 3, PHASE_APPLYING = 4

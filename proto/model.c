@@ -221,3 +221,44 @@ uint32_t proto_model_tensor_at(const struct msg_model *m, uint64_t element) {
     }
     return low;
 }
+
+/* ---- fragments ------------------------------------------------------------------------------ */
+
+static void join_lightest(uint64_t *elements, uint32_t fragments, uint64_t n, uint8_t *out) {
+    uint32_t lightest = 0;
+    for (uint32_t f = 1; f < fragments; f++)
+        if (elements[f] < elements[lightest]) lightest = f;
+    *out = (uint8_t)lightest;
+    elements[lightest] += n;
+}
+
+static bool in_layer(const struct msg_model *m, uint64_t element, uint32_t *layer) {
+    struct proto_tensor t;
+    proto_model_tensor(m, proto_model_tensor_at(m, element), &t);
+    *layer = t.layer;
+    return t.role != MODEL_EMBED && t.role != MODEL_FINAL_NORM && t.role != MODEL_HEAD;
+}
+
+int proto_model_fragments(const struct msg_model *m, uint32_t chunk_elements, uint32_t fragments,
+                          uint8_t *out, struct err *err) {
+    uint64_t elements[PROTO_FRAGMENTS_MAX] = {0}, total = proto_model_elements(m);
+    uint32_t chunks = (uint32_t)((total - 1) / chunk_elements + 1), layer;
+    assert(fragments >= 1 && fragments <= PROTO_FRAGMENTS_MAX);
+    bool by_layer = fragments <= m->layers;
+    for (int pass = 0; pass < 2; pass++) /* the layers first, then what fills the gaps */
+        for (uint32_t c = 0; c < chunks; c++) {
+            uint64_t first = (uint64_t)c * chunk_elements, left = total - first,
+                     n = left < chunk_elements ? left : chunk_elements;
+            bool strided = !by_layer || in_layer(m, first, &layer);
+            if (strided != (pass == 0)) continue;
+            if (strided) elements[out[c] = (uint8_t)((by_layer ? layer : c) % fragments)] += n;
+            else join_lightest(elements, fragments, n, &out[c]);
+        }
+    for (uint32_t f = 0; f < fragments; f++)
+        if (elements[f] == 0)
+            return err_set(err, ERR_CONFIG,
+                           "fragment %u of %u would be empty: the model has %u chunks of %u elements "
+                           "and %u layers; take fewer fragments or smaller chunks",
+                           f, fragments, chunks, chunk_elements, m->layers);
+    return 0;
+}

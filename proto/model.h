@@ -80,4 +80,13 @@ int proto_model_tensor_find(const struct msg_model *m, const char *name, struct 
 /* Index of the tensor that element `element` of the vector lies in (asserts that it lies in one). */
 uint32_t proto_model_tensor_at(const struct msg_model *m, uint64_t element);
 
+/* Which fragment each chunk of the vector belongs to, in fragments that are synchronised one after the other
+ * (Streaming DiLoCo, arXiv:2501.18512, strided pattern): chunks of layer l (by their first element) in
+ * fragment l mod `fragments`, the others each where the fewest elements are. With more fragments than
+ * layers chunk i is in fragment i mod `fragments`.
+ *   out  [chunks], chunks = elements over chunk_elements, rounded up
+ * Returns 0, or -1 with ERR_CONFIG where a fragment would be empty. */
+int proto_model_fragments(const struct msg_model *m, uint32_t chunk_elements, uint32_t fragments,
+                          uint8_t *out, struct err *err);
+
 #endif

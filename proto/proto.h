@@ -65,11 +65,20 @@ int identity_load(struct identity *id, const char *path, struct err *err);
 
 /* Signatures cover purpose, run, term and the bytes as sent:
  * "intellect/1 " || purpose || 0x00 || run || term LE64 || bytes. Purposes in use: "delegation" (by the root key, term 0),
- * "ledger", "roster", "manifest" (by an online key). */
+ * "ledger", "roster", "manifest" (by an online key), and those of proto_record_sign(). */
 void proto_sign(const struct identity *id, const char *purpose, const struct digest *run, uint64_t term,
                 const void *bytes, size_t length, struct proto_sig *out);
 bool proto_verify(const struct proto_key *key, const char *purpose, const struct digest *run, uint64_t term,
                   const void *bytes, size_t length, const struct proto_sig *sig);
+
+/* A record that ends in a field `signature` carries a signature of its own: over its encoding with 64 zero
+ * bytes in place of the signature, which are the last 64. Purposes: "ready", "shard_report" (by a member).
+ * sign: whatever `record` holds there is ignored. -1: as proto_encode. */
+int proto_record_sign(const struct identity *id, const char *purpose, const struct digest *run, uint64_t term,
+                      enum proto_record which, const void *record, struct proto_sig *out, struct err *err);
+/* Of the encoding; false where it is no such record or the signature is not key's. */
+bool proto_record_verify(const struct proto_key *key, const char *purpose, const struct digest *run,
+                         uint64_t term, const uint8_t *bytes, size_t length);
 
 /* ---- invites ----------------------------------------------------------------------------------
  * One line: "intellect://HOST:PORT/RUN#SECRET", RUN and SECRET in hexadecimal (32 bytes each).

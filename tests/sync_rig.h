@@ -476,6 +476,15 @@ static void welcome(struct rig *r, uint32_t id, const uint32_t *donors, uint32_t
     settle(r);
 }
 
+static int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t count,
+                    float *anchor, float *momentum, struct err *err) {
+    (void)arg;
+    if (from) return err_set(err, ERR_NOT_FOUND, "no checkpoints here");
+    outer_init_normal(anchor, 42, first, count, 0.02f);
+    memset(momentum, 0, count * sizeof *momentum);
+    return 0;
+}
+
 static void node_start(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     struct sync_config config = {
@@ -487,8 +496,8 @@ static void node_start(struct rig *r, uint32_t id) {
         .elements = ELEMENTS,
         .disk = {&n->disk, rig_map, rig_flush, rig_put, rig_get, rig_remove}};
     struct err err = {0};
-    extern void rig_init(void *arg, uint64_t first, size_t count, float *out);
-    config.init = rig_init;
+    config.load = rig_load;
+    config.identity = &r->online_id; /* any will do: nobody checks signatures here */
     n->sync = sync_create(&config, r->now, &err);
     if (!n->sync) fail_msg("sync_create: %s", err.msg);
     sync_set_slot(n->sync, n->slot, n->ops);
@@ -583,7 +592,7 @@ static void make_contributors(struct rig *r, const struct plan_spec *spec,
         out[i] = (struct msg_contributor){.member = spec->contributor[i],
                                           .weight = 12 + 5 * i,
                                           .clip = i ? 0.75f : 1,
-                                          .tokens = ready->tokens,
+                                          .tokens = ready->samples * SEQUENCE,
                                           .root = ready->root,
                                           .norm = ready->norm};
     }
@@ -637,7 +646,7 @@ static void commit(struct rig *r, const struct plan_spec *spec, const struct dig
     struct msg_commit body = {.round = r->rounds,
                               .plan = r->plan,
                               .base_index = r->base_index,
-                              .base_root = *base_root,
+                              .state_root = *base_root,
                               .lr = 0.7f,
                               .momentum = 0.9f,
                               .codec = r->outer.result_codec,
@@ -704,12 +713,6 @@ static void assert_local_is_anchor(const struct rig *r, uint32_t id) {
 }
 
 /* ---- set-up ----------------------------------------------------------------------------- */
-
-void rig_init(void *arg, uint64_t first, size_t count, float *out);
-void rig_init(void *arg, uint64_t first, size_t count, float *out) {
-    (void)arg;
-    outer_init_normal(out, 42, first, count, 0.02f);
-}
 
 static int rig_setup(void **state) {
     struct rig *r = xcalloc(1, sizeof *r);

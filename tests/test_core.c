@@ -363,7 +363,7 @@ static struct msg_ready ready_of(const struct rig *r, struct fake *f) {
     (void)r;
     return (struct msg_ready){.round = f->round,
                               .base_index = f->base,
-                              .base_root = root_at(f->base),
+                              .state_root = root_at(f->base),
                               .codec = 1,
                               .chunks = CHUNKS,
                               .norm = 1,

@@ -39,7 +39,8 @@ static void fresh_member_derives_the_initial_state(void **state) {
     assert_true(digest_is_zero(&hello->head_digest));
     const struct msg_root *root = last_sent(r, 2, MSG_ROOT)->msg;
     assert_int_equal(root->index, 0);
-    rig_init(NULL, 0, ELEMENTS, expect);
+    float momentum[ELEMENTS];
+    assert_int_equal(rig_load(NULL, NULL, 0, ELEMENTS, expect, momentum, NULL), 0);
     assert_memory_equal(sync_anchor(r->node[2].sync), expect, sizeof expect);
     struct digest shown = root_of(r, 2);
     assert_true(digest_equal(&root->root, &shown));
@@ -90,7 +91,7 @@ static void ready_claims_what_was_trained(void **state) {
     assert_int_equal(ready->round, 0);
     assert_int_equal(ready->base_index, 0);
     assert_int_equal(ready->chunks, CHUNKS);
-    assert_int_equal(ready->tokens, STEPS * BATCH * SEQUENCE);
+    assert_int_equal(ready->samples, STEPS * BATCH);
     assert_int_equal(ready->ranges_count, 2);
     assert_int_equal(ready->ranges[0].lease, 9);
     assert_int_equal(ready->ranges[0].count, 8);
@@ -110,7 +111,7 @@ static void round_ends_by_the_clock_too(void **state) {
     assert_null(last_sent(r, 2, MSG_READY));
     train(r, 2);
     pass(r, 500);
-    assert_int_equal(ready_of(r, 2)->tokens, BATCH * SEQUENCE);
+    assert_int_equal(ready_of(r, 2)->samples, BATCH);
 }
 
 /* Data runs out: what is left over of a batch is used, and the round ends early. */
@@ -124,7 +125,7 @@ static void end_of_data_ends_the_round(void **state) {
     say_leases(r, 2, &lease, 1); /* the answer to its question: nothing more */
     train(r, 2);
     pass(r, 50);
-    assert_int_equal(ready_of(r, 2)->tokens, 6 * SEQUENCE);
+    assert_int_equal(ready_of(r, 2)->samples, 6);
 }
 
 /* Work on samples that are somebody else's now must not go on. */

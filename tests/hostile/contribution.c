@@ -84,7 +84,7 @@ static void make_contribution(struct contribution *c, const struct member *m, en
     free(x);
     memcpy(c->claims, m->leases, m->lease_count * sizeof *m->leases);
     double absmax = c->ready.absmax;
-    c->ready = (struct msg_ready){.round = m->round, .base_index = m->base_index, .base_root = m->root,
+    c->ready = (struct msg_ready){.round = m->round, .base_index = m->base_index, .state_root = m->root,
                                   .codec = (uint8_t)c->codec, .chunks = c->chunks, .norm = sqrt(norm2),
                                   .absmax = absmax, .loss = 3, .root = digest_tree_root(c->leaves, c->chunks),
                                   .ranges = c->claims, .ranges_count = m->lease_count};
@@ -112,7 +112,7 @@ static void spoil_ready(struct contribution *c, enum fault fault) {
     case MORE_THAN_LEASED: c->claims[0].count++; break;
     case CLAIMED_TWICE: c->claims[1] = c->claims[0]; r->ranges_count = 2; break;
     case ROUND_AHEAD: r->round += 5; break;
-    case OTHER_BASE: memset(&r->base_root, 7, sizeof r->base_root); break;
+    case OTHER_BASE: memset(&r->state_root, 7, sizeof r->state_root); break;
     default: break;
     }
 }

@@ -248,22 +248,26 @@ static void perform(struct sim_world *w, struct sim_member *m) {
 /* ---- life and death -----------------------------------------------------------------------------
  */
 
-static void initial_values(void *arg, uint64_t first, size_t n, float *out) {
+static int initial_values(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n,
+                          float *anchor, float *momentum, struct err *err) {
     struct sim_world *w = arg;
-    outer_init_normal(out, w->genesis.init_seed, first, n, 0.02f);
+    if (from) return err_set(err, ERR_NOT_FOUND, "no checkpoints here");
+    outer_init_normal(anchor, w->genesis.init_seed, first, n, 0.02f);
+    memset(momentum, 0, n * sizeof *momentum);
+    return 0;
 }
 
 static void create_sync(struct sim_world *w, struct sim_member *m) {
     struct err err = {0};
     struct sync_config config = {.genesis = &w->genesis,
                                  .run = w->run,
-                                 .key = m->identity.key,
+                                 .identity = &m->identity,
                                  .member = m->id,
                                  .trains = m->trains,
                                  .port = m->reachable ? 7000 + m->slot : 0,
                                  .elements = w->elements,
-                                 .init = initial_values,
-                                 .init_arg = w};
+                                 .load = initial_values,
+                                 .load_arg = w};
     config.disk = sim_disk_ops(&m->disk);
     m->disk.dead = false;
     m->sync = sync_create(&config, w->now, &err);

@@ -310,6 +310,8 @@ static void core_perform_one(struct sim_world *w, struct core_action *a) {
         sim_conn_close(w, c, true);
         break;
     }
+    case CORE_ACT_RESTART:
+    case CORE_ACT_FAIL: break;
     case CORE_ACT_LOG: sim_trace(w, "coordinator: %s", a->text); break;
     }
 }
