@@ -337,7 +337,8 @@
 #define FIELDS_moments(F, L)                                                                       \
     F(U32, chunk, PROTO_CHUNKS_MAX) F(U64, steps, 0) F(BYTES, data, PROTO_CHUNK_ELEMENTS_MAX * 4)
 /* "I do not have that": what = message type asked for. */
-#define FIELDS_none(F, L) F(U8, what, 0) F(U64, round, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
+#define FIELDS_none(F, L)                                                                          \
+    F(U8, what, 0) F(U32, fragment, 0) F(U64, round, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
 
 /* ---- the lists ----------------------------------------------------------------------------- */
 

@@ -420,7 +420,7 @@ static void golden_bytes(void **state) {
                                .state_index = UINT64_C(1) << 32};
     b = encoded(RECORD_heartbeat, &hb);
     assert_hex(b.data, b.length,
-               "977fcc80cb3ff8000000000000cbc000000000000000ccffce00010000cf0000000100000000");
+               "987fcc80cb3ff8000000000000cbc000000000000000ccffce00010000cf000000010000000090");
     proto_buffer_release(&b);
 
     struct msg_lease leases[2] = {{1, 2, 3, 4}, {500, 0, 70000, 255}};
@@ -613,17 +613,17 @@ static void refusals_name_record_and_field(void **state) {
         {RECORD_moments_get, "91cf0000000100000000",
          "MOMENTS_GET.fragment: 4294967296, at most 4294967295"},
         {RECORD_plan,
-         "9800000"
-         "0d3ffffffff7fffffff00909090",
+         "99000000"
+         "00d3ffffffff7fffffff00909090",
          "PLAN.grid_exponent: outside 32 bits"},
-        {RECORD_plan, "98000000ce8000000000909090", "PLAN.grid_exponent: outside 32 bits"},
-        {RECORD_plan, "98000000d2ffffffff00909090",
+        {RECORD_plan, "9900000000ce8000000000909090", "PLAN.grid_exponent: outside 32 bits"},
+        {RECORD_plan, "9900000000d2ffffffff00909090",
          "PLAN.grid_exponent: a negative integer that is not"},
-        {RECORD_heartbeat, "970000cb7ff0000000000000cb000000000000000000000000",
+        {RECORD_heartbeat, "980000cb7ff0000000000000cb00000000000000000000000090",
          "loss: not a finite"},
-        {RECORD_heartbeat, "970000cbfff8000000000000cb000000000000000000000000",
+        {RECORD_heartbeat, "980000cbfff8000000000000cb00000000000000000000000090",
          "loss: not a finite"},
-        {RECORD_heartbeat, "970000ca3f800000cb000000000000000000000000",
+        {RECORD_heartbeat, "980000ca3f800000cb00000000000000000000000090",
          "loss: a float32, not a float64"},
         {RECORD_contributor, "960101cb3ff000000000000001" ZERO32 "cb0000000000000000",
          "contributor.clip: a float64, not a float32"},
