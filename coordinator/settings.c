@@ -16,7 +16,7 @@
 
 #include "proto/model.h"
 
-enum kind { TEXT, U8_SWITCH, U8_CODEC, U32, U64, F32, F64, SECONDS };
+enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U32, U64, F32, F64, SECONDS };
 
 struct setting {
     const char *section, *key;
@@ -97,6 +97,11 @@ static const struct setting table[] = {
       "It falls over the last so many tokens. 0: the loss stays where noise keeps it; all of them:\n"
       "little is learnt at the full rate." },
 
+    { "outer", "mode", TEXT, AT(mode), 1, 15, FREE, NULL,
+      "What the keys below are unless they are given. streaming: the parameters go in 4 parts, one after\n"
+      "the other, while training goes on (arXiv:2501.18512); decoupled: likewise, and a single member\n"
+      "may step; diloco: all of them at once, members wait for the result (arXiv:2311.08105);\n"
+      "intellect1: likewise, and everybody waits for everybody (arXiv:2412.01152)." },
     { "outer", "inner_steps", U32, AT(outer.inner_steps), 1, 1048576, SEALED, NULL,
       "Inner steps between two outer steps (H in the DiLoCo paper). 1: all time goes into sending;\n"
       "above about 500 the members drift apart and averaging helps less." },
@@ -124,6 +129,22 @@ static const struct setting table[] = {
       SEALED, NULL,
       "Parameters of one chunk, a multiple of 4096: the unit of sending, hashing and resuming.\n"
       "Small: many digests; large: a broken link repeats more." },
+    { "outer", "fragments", U32, AT(outer.fragments), 1, PROTO_FRAGMENTS_MAX, SEALED, NULL,
+      "Parts of the model, by layers, that are averaged in turn, each once in inner_steps. 1: all traffic\n"
+      "at one moment; many: an even trickle, but each part's rounds overlap with the others'." },
+    { "outer", "overlap", U32, AT(outer.overlap), 0, 1048576, SEALED, NULL,
+      "Inner steps that members may do while a round is under way. 0: they wait for its result; more:\n"
+      "they train on and mix it in when it comes, and slow members have so many steps to be ready." },
+    { "outer", "shard_chunks", U32, AT(outer.shard_chunks), 1, PROTO_CHUNKS_MAX, SEALED, NULL,
+      "Chunks that one member sums at least. Few: every member sums a little; many: few members do." },
+    { "outer", "audits", U32, AT(outer.audits), 0, PROTO_AUDITS_MAX, SEALED, NULL,
+      "Chunks of each round, drawn after it was summed, that somebody else sums again before it counts.\n"
+      "0: a lying aggregator is not found; many: that much more traffic." },
+    { "outer", "lr_rule", U8_RULE, AT(outer.lr_rule), 0, 1, SEALED, NULL,
+      "constant, or sqrt: when a third or more of the samples of a round vanish or appear, lr is scaled by\n"
+      "the square root of the change, at most to lr itself." },
+    { "outer", "fixed_membership", U8_SWITCH, AT(outer.fixed_membership), 0, 1, SEALED, NULL,
+      "The run stops with an error when a member is lost: for experiments that must stay comparable." },
     { "outer", "clip_factor", F32, AT(outer.clip_factor), 0, 1e6, SEALED, NULL,
       "A contribution whose norm is over this times the median of the round is scaled down to it.\n"
       "0: never, so one broken member can ruin a step; near 1: honest ones are cut." },
@@ -165,6 +186,7 @@ _Static_assert(sizeof table / sizeof *table <= SETTINGS_MAX, "struct settings co
 
 /* Numbers of docs/protocol.md. */
 static const char *const codec_name[] = { "fp32", "int8" };
+static const char *const rule_name[] = { "constant", "sqrt" };
 
 void settings_init(struct settings *s) {
     memset(s, 0, sizeof *s);
@@ -213,6 +235,7 @@ static void describe_allowed(const struct setting *t, char *out, size_t size) {
     case TEXT: snprintf(out, size, "text of %.0f to %.0f bytes", t->min, t->max); return;
     case U8_SWITCH: snprintf(out, size, "true and false"); return;
     case U8_CODEC: snprintf(out, size, "fp32 and int8"); return;
+    case U8_RULE: snprintf(out, size, "constant and sqrt"); return;
     case U32:
     case U64: snprintf(out, size, "whole numbers from %.0f to %.0f", t->min, t->max); return;
     case SECONDS: snprintf(out, size, "seconds from %g to %g", t->min, t->max); return;
@@ -294,6 +317,7 @@ static bool store_value(struct settings *s, const struct setting *t, const char 
     case TEXT: return store_text(field, t, text);
     case U8_SWITCH: return parse_name(text, switches, 2, (uint8_t *)field);
     case U8_CODEC: return parse_name(text, codec_name, 2, (uint8_t *)field);
+    case U8_RULE: return parse_name(text, rule_name, 2, (uint8_t *)field);
     case U32:
     case U64: return store_whole(field, t, text);
     case F32:
@@ -510,6 +534,7 @@ static void format_value(const struct settings *s, const struct setting *t, char
     case TEXT: format_text(field, out, size); return;
     case U8_SWITCH: snprintf(out, size, "%s", *(const uint8_t *)field ? "true" : "false"); return;
     case U8_CODEC: snprintf(out, size, "%s", codec_name[*(const uint8_t *)field & 1]); return;
+    case U8_RULE: snprintf(out, size, "%s", rule_name[*(const uint8_t *)field & 1]); return;
     case U32: snprintf(out, size, "%u", *(const uint32_t *)field); return;
     case U64:
         snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)field);
@@ -571,6 +596,7 @@ static size_t value_size(const struct setting *t) {
     switch (t->kind) {
     case U8_SWITCH:
     case U8_CODEC: return 1;
+    case U8_RULE: return 1;
     case U32:
     case F32:
     case SECONDS: return 4;

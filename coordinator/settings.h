@@ -29,6 +29,7 @@ struct settings {
     char corpus[PROTO_URL_BYTES_MAX + 1]; /* manifest: path or URL */
     uint64_t shuffle_seed;
     /* inner, outer; times in milliseconds here, in seconds in the file */
+    char mode[16]; /* outer.mode: the defaults of the outer settings; not in the genesis, which has what they are */
     struct msg_inner inner;
     struct msg_outer outer;
     /* checkpoint */

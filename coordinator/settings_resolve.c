@@ -165,14 +165,42 @@ static uint32_t round_samples(const struct settings *s) {
     return samples < 1u << 20 ? (uint32_t)samples : 1u << 20;
 }
 
-static void default_outer(struct settings *s) {
+/* How the classic methods are settings of the one path; docs/architecture.md, "Modes". */
+static const struct mode {
+    const char *name;
+    uint32_t quorum, fragments, overlap;
+    float alpha;
+} modes[] = {
+    { "decoupled", 1, 4, 5, 0.5f },
+    { "streaming", 2, 4, 5, 0.5f },
+    { "intellect1", PROTO_MEMBERS_MAX, 1, 0, 0 },
+    { "diloco", 2, 1, 0, 0 },
+};
+
+static const struct mode *find_mode(const char *name, struct err *err) {
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (!strcmp(name, modes[i].name)) return &modes[i];
+    err_set(err, ERR_CONFIG,
+            "outer.mode is '%s'; allowed are decoupled, streaming, intellect1 and diloco", name);
+    return NULL;
+}
+
+static int default_outer(struct settings *s, struct err *err) {
+    DEFAULT_TEXT(mode, "diloco");
+    const struct mode *mode = find_mode(s->mode, err);
+    if (!mode) return -1;
     DEFAULT(outer.inner_steps, 100);
     DEFAULT(outer.round_ms, 600000);
-    DEFAULT(outer.quorum, 2);
+    DEFAULT(outer.quorum, mode->quorum);
     DEFAULT(outer.grace_ms, 30000);
+    DEFAULT(outer.fragments, mode->fragments);
+    DEFAULT(outer.overlap, mode->overlap);
+    DEFAULT(outer.alpha, mode->alpha);
+    DEFAULT(outer.audits, 1);
+    DEFAULT(outer.lr_rule, LR_CONSTANT);
+    DEFAULT(outer.fixed_membership, 0);
     DEFAULT(outer.lr, 0.7f); /* INTELLECT-1, arXiv:2412.01152 */
     DEFAULT(outer.momentum, 0.9f);
-    DEFAULT(outer.alpha, 0.0f);
     DEFAULT(outer.contribution_codec, 1);
     DEFAULT(outer.result_codec, 1);
     DEFAULT(outer.chunk_elements, 1u << 18);
@@ -182,7 +210,10 @@ static void default_outer(struct settings *s) {
     DEFAULT(outer.heartbeat_ms, s->outer.silence_ms_max / 8 < 2000 ? s->outer.silence_ms_max / 8 : 2000);
     DEFAULT(outer.lease_samples, round_samples(s));
     DEFAULT(outer.checkpoint_rounds, 10);
-    s->outer.fragments = 1;
+    /* 16 MiB of parameters: less is not worth a member's attention. */
+    uint32_t enough = (4u << 20) / s->outer.chunk_elements;
+    DEFAULT(outer.shard_chunks, enough ? enough : 1);
+    return 0;
 }
 
 static void default_rest(struct settings *s, const char *dir) {
@@ -233,6 +264,14 @@ static int check_outer(const struct settings *s, struct err *err) {
                        "outer.silence_seconds is %g, under three times outer.heartbeat_seconds %g: "
                        "one late packet would lose a member", o->silence_ms_max / 1000.0,
                        o->heartbeat_ms / 1000.0);
+    uint8_t *fragment_of = malloc(chunks);
+    if (!fragment_of) return err_set(err, ERR_MEMORY, "no memory for %llu chunks", (unsigned long long)chunks);
+    int empty = proto_model_fragments(&s->model, o->chunk_elements, o->fragments, fragment_of, err);
+    free(fragment_of);
+    if (empty) {
+        err_prefix(err, "outer.fragments");
+        return -1;
+    }
     if (o->lease_samples < s->inner.batch)
         return err_set(err, ERR_CONFIG,
                        "outer.lease_samples %u is less than inner.batch %u: no inner step could be done",
@@ -260,7 +299,7 @@ int settings_resolve(struct settings *s, const char *dir, const struct corpus_fa
                      struct err *err) {
     DEFAULT_TEXT(preset, "debug");
     if (default_model(s, err) || default_inner(s, corpus, err)) return -1;
-    default_outer(s);
+    if (default_outer(s, err)) return -1;
     default_rest(s, dir);
     if (proto_model_check(&s->model, err) || proto_inner_check(&s->inner, err)) return -1;
     if (check_outer(s, err) || check_serve(s, err)) return -1;

@@ -48,6 +48,34 @@ static void tensors_tile_the_vector_in_order(void **state) {
     }
 }
 
+/* Every program deals the chunks alike: whole layers go round, what is left evens the parts out. */
+static void fragments_are_layers_in_turn_and_of_like_size(void **state) {
+    static uint8_t of[65536];
+    struct msg_model m;
+    struct err err;
+    (void)state;
+    assert_int_equal(proto_model_preset("10b", &m, NULL), 0);
+    uint32_t chunk = 1u << 20, chunks = (uint32_t)((proto_model_elements(&m) - 1) / chunk + 1);
+    assert_int_equal(proto_model_fragments(&m, chunk, 8, of, NULL), 0);
+    uint32_t in[8] = {0}, smallest = UINT32_MAX, largest = 0;
+    for (uint32_t c = 0; c < chunks; c++) {
+        struct proto_tensor t;
+        proto_model_tensor(&m, proto_model_tensor_at(&m, (uint64_t)c * chunk), &t);
+        if (t.role <= MODEL_DOWN) assert_int_equal(of[c], t.layer % 8);
+        in[of[c]]++;
+    }
+    for (int f = 0; f < 8; f++) {
+        if (in[f] < smallest) smallest = in[f];
+        if (in[f] > largest) largest = in[f];
+    }
+    assert_true(largest - smallest <= chunks / 50);
+    assert_int_equal(proto_model_preset("debug", &m, NULL), 0);
+    assert_int_equal(proto_model_fragments(&m, 1u << 20, 4, of, &err), -1);
+    assert_non_null(strstr(err.msg, "would be empty"));
+    assert_int_equal(proto_model_fragments(&m, 4096, 7, of, NULL), 0); /* more than layers: strided */
+    for (uint32_t c = 0; c < 200; c++) assert_int_equal(of[c], c % 7);
+}
+
 /* The reference run's size, and Llama 3 8B's as published: 8,030,261,248. */
 static void presets_have_their_sizes(void **state) {
     (void)state;
@@ -325,6 +353,7 @@ static void network_is_hugging_faces_llama_on_the_fast_backend(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(tensors_tile_the_vector_in_order),
+        cmocka_unit_test(fragments_are_layers_in_turn_and_of_like_size),
         cmocka_unit_test(presets_have_their_sizes),
         cmocka_unit_test(names_are_hugging_faces),
         cmocka_unit_test(impossible_networks_are_refused),

@@ -447,7 +447,7 @@ static void golden_bytes(void **state) {
     for (size_t i = 0; i < sizeof grids / sizeof *grids; i++) {
         struct msg_plan plan = {.grid_exponent = grids[i]};
         char hex[64];
-        snprintf(hex, sizeof hex, "98000000%s00909090", forms[i]);
+        snprintf(hex, sizeof hex, "9900000000%s00909090", forms[i]);
         b = encoded(RECORD_plan, &plan);
         assert_hex(b.data, b.length, hex);
         struct msg_plan back;

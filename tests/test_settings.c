@@ -37,7 +37,7 @@ static void assert_starts(const char *text, const char *with) {
 static void an_unknown_key_is_named_with_its_line_and_the_allowed_ones(void **state) {
     (void)state;
     const char *says = refusal("run:\n  name: x\nouter:\n  # a comment\n  quorums: 3\n");
-    assert_starts(says, "run.yaml line 5: unknown key outer.quorums; allowed in outer: inner_steps, ");
+    assert_starts(says, "run.yaml line 5: unknown key outer.quorums; allowed in outer: mode, inner_steps, ");
     assert_non_null(strstr(says, "quorum, grace_seconds"));
     assert_string_equal(refusal("\nmodle:\n  layers: 4\n"),
                         "run.yaml line 2: unknown section 'modle'; allowed are run, model, corpus, "
@@ -128,6 +128,21 @@ static void an_empty_file_means_every_default(void **state) {
     resolved(&s, "outer:\nmodel:\n"); /* sections without keys */
 }
 
+/* A method by its name is a set of defaults, which what is given replaces. */
+static void a_mode_is_a_set_of_defaults(void **state) {
+    struct settings s;
+    (void)state;
+    resolved(&s, "outer:\n  mode: streaming\n");
+    assert_int_equal(s.outer.fragments, 4);
+    assert_int_equal(s.outer.overlap, 5);
+    assert_true(s.outer.alpha == 0.5f);
+    resolved(&s, "outer:\n  mode: intellect1\n  alpha: 0.25\n");
+    assert_int_equal(s.outer.fragments, 1);
+    assert_int_equal(s.outer.overlap, 0);
+    assert_int_equal(s.outer.quorum, PROTO_MEMBERS_MAX);
+    assert_true(s.outer.alpha == 0.25f);
+}
+
 /* A default that depends on another setting must follow it. */
 static void defaults_follow_what_was_given(void **state) {
     struct settings s;
@@ -141,6 +156,8 @@ static void defaults_follow_what_was_given(void **state) {
 static void settings_that_contradict_each_other_are_refused(void **state) {
     static const struct { const char *text, *says; } cases[] = {
         { "outer: {heartbeat_seconds: 3, silence_seconds: 5}", "outer.silence_seconds is 5, under three" },
+        { "outer: {mode: fast}", "outer.mode is 'fast'; allowed are decoupled, streaming" },
+        { "outer: {fragments: 64}", "outer.fragments: fragment 5 of 64 would be empty" },
         { "outer: {lease_samples: 1}", "outer.lease_samples 1 is less than inner.batch" },
         { "outer: {chunk_elements: 5000}", "outer.chunk_elements is 5000; allowed are multiples of 4096" },
         { "model: {preset: 8b, sequence: 128}\nouter: {chunk_elements: 4096}", "outer.chunk_elements 4096 cuts" },
@@ -284,6 +301,7 @@ int main(void) {
         cmocka_unit_test(what_is_no_yaml_is_named_with_its_line),
         cmocka_unit_test(the_command_line_is_checked_like_the_file),
         cmocka_unit_test(an_empty_file_means_every_default),
+        cmocka_unit_test(a_mode_is_a_set_of_defaults),
         cmocka_unit_test(defaults_follow_what_was_given),
         cmocka_unit_test(settings_that_contradict_each_other_are_refused),
         cmocka_unit_test(the_written_file_reads_back_as_the_same_settings),
