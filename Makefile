@@ -18,11 +18,12 @@ PACKAGES := $(MSGPACK) libsodium libssl libcrypto libevent libevent_openssl libe
 PKG_CFLAGS := $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null) -ldnnl -lm -lpthread
 
-# -ffp-contract=off: what touches the anchor must not be fused differently by different compilers.
+# -ffp-contract=off: what touches the anchor must not be fused differently by different compilers; last, so
+# that no CFLAGS undo it.
 # -fno-math-errno: sqrtf is then one instruction, and a loop around it is vectorised.
 WARN := -Wall -Wextra -Werror -Wshadow -Wpointer-arith -Wwrite-strings -Wstrict-prototypes \
         -Wmissing-prototypes -Wno-missing-field-initializers -Wno-pass-failed
-ALL_CFLAGS = -std=gnu11 -I. $(WARN) -ffp-contract=off -fno-math-errno -fno-strict-aliasing -fopenmp $(PKG_CFLAGS) $(CFLAGS)
+ALL_CFLAGS = -std=gnu11 -I. $(WARN) -fno-math-errno -fno-strict-aliasing -fopenmp $(PKG_CFLAGS) $(CFLAGS) -ffp-contract=off
 ALL_LIBS = $(LDFLAGS) -fopenmp $(PKG_LIBS)
 
 objects = $(patsubst %.c,$(BUILD)/%.o,$(wildcard $(1)/*.c))
@@ -111,6 +112,10 @@ tsan: ## network, sync and checkpoint tests under thread sanitizer
 	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)-tsan CFLAGS="$(SANITIZE) -fsanitize=thread" \
 	    LDFLAGS="-fsanitize=thread" $(patsubst $(BUILD)/%,$(BUILD)-tsan/%,$(TSAN_TESTS))
 	@OMP_NUM_THREADS=1 tests/run.sh $(BUILD)-tsan unit
+
+.PHONY: bitexact
+bitexact: ## the outer step's bits: gcc, clang, vector widths, x86-64, aarch64 (docker/setup-debian.sh --cross)
+	@BUILD=$(BUILD) tests/bitexact/run.sh
 
 bench: all $(BUILD)/bench ## rates beside their floors, as a table and JSON
 	@$(BUILD)/bench --json $(BUILD)/bench.json

@@ -147,8 +147,9 @@ void kernels_rope_tables(float *cos, float *sin, int T, int D, double theta);
 /* ================================================================================================
  * The outer step. fp32 and double IEEE operations in a fixed order, round to nearest even, no fused
  * multiply-add, no libm: every function below gives the same bits on every machine, whatever
- * rounding or flush-to-zero mode the calling thread has. Arrays of n elements; n may be 0. Nothing
- * allocates. */
+ * rounding mode, flushing of subnormals or trapping of exceptions the calling thread has; it finds
+ * that unchanged. A computed NaN is 0x7fc00000 (a double: 0x7ff8000000000000) everywhere. Arrays of n
+ * elements; n may be 0. Nothing allocates. `make bitexact` compares builds. */
 
 /* Set the calling thread's floating-point environment to round-to-nearest with subnormals kept, and
  * put back what was there. The outer_* functions do it themselves; a caller needs the pair only

@@ -1,12 +1,13 @@
 /* outer.c - the arithmetic of the outer step. The same bits come out on every machine because
  *  - each operation is one IEEE fp32 or double operation (no x87, no fused multiply-add, no
- *  fast-math),
- *    in an order that the source fixes; where a sum could go in any order, its lanes are written
- *    out;
- *  - the floating-point environment is set around each public function. The work is done in
- *  noinline
- *    functions, so no compiler moves arithmetic out of that bracket;
- *  - contributions are added as integers. */
+ *    fast-math), in an order that the source fixes; where a sum could go in any order, its lanes
+ *    are written out;
+ *  - the floating-point environment is set around each public function. What computes with
+ *    floating-point numbers, or compares them, is a noinline function that reads or writes arrays,
+ *    so no compiler moves it out of that bracket;
+ *  - a NaN is stored as one and the same NaN, for processors make different ones;
+ *  - contributions are added as integers.
+ * tests/bitexact/ builds this file with many compilers and flags and compares what they compute. */
 #include "kernels/kernels.h"
 #include "kernels/wide.h"
 
@@ -19,7 +20,10 @@
 #ifdef __FAST_MATH__
 #error "the outer step must not be compiled with -ffast-math"
 #endif
-#if FLT_EVAL_METHOD != 0
+#if (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0) || __FINITE_MATH_ONLY__
+#error "the outer step must not be compiled with any part of -ffast-math"
+#endif
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: narrower types are widened to fp16 */
 #error "fp32 and double operations must round once (on 32-bit x86: -mfpmath=sse)"
 #endif
 
@@ -105,6 +109,14 @@ static inline void store_float(uint8_t *p, float x) {
 
 #define SIGN_BIT 0x80000000u
 #define INFINITY_BITS 0x7f800000u /* as a magnitude: this or more is an infinity or a NaN */
+
+/* x86-64 makes negative NaNs and hands on the payloads of some, aarch64 makes positive ones. */
+#define NAN_BITS 0x7fc00000u
+#define NAN_BITS_DOUBLE 0x7ff8000000000000u
+static inline float with_one_nan(float x) {
+    int32_t magnitude = (int32_t)(bits_of(x) & ~SIGN_BIT);
+    return magnitude > (int32_t)INFINITY_BITS ? float_of(NAN_BITS) : x;
+}
 
 /* Adding 1.5 * 2^23 (2^52) leaves no bits for a fraction, so the sum is x rounded to the nearest
  * even integer, and the integer stands in its low bits. Exact for |x| < 2^22 (2^51), and unlike
@@ -198,7 +210,7 @@ WIDE static void store_floats(uint8_t *out, const float *x, size_t n) {
 }
 
 /* The first element of x that is not finite, or the first too large for a scale of its own. */
-static size_t first_not_encodable(const float *x, size_t n) {
+__attribute__((noinline)) static size_t first_not_encodable(const float *x, size_t n) {
     size_t i = 0;
     while (i < n && (bits_of(x[i]) & ~SIGN_BIT) < INFINITY_BITS &&
            scale_is_valid(float_of(bits_of(x[i]) & ~SIGN_BIT) / 127.0f))
@@ -216,10 +228,11 @@ int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec code
     else if (largest_magnitude(x, n) >= INFINITY_BITS) done = 0;
     else store_floats(bytes, x, n);
     if (done < n) done += first_not_encodable(x + done, n - done);
+    if (done < n)
+        err_set(err, ERR_CORRUPT, "element %zu of %zu is %g, which codec %d cannot carry", done, n,
+                (double)x[done], (int)codec);
     outer_fp_end(&fp);
-    if (done == n) return 0;
-    return err_set(err, ERR_CORRUPT, "element %zu of %zu is %g, which codec %d cannot carry", done,
-                   n, (double)x[done], (int)codec);
+    return done == n ? 0 : -1;
 }
 
 /* Smallest and largest int8 of a block, for its largest magnitude and to find a -128. */
@@ -296,7 +309,7 @@ WIDE static void decode_int8(float *out, const float *minus, const int8_t *q, fl
                              size_t n) {
     if (minus) {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++) out[i] = minus[i] - scale * (float)q[i];
+        for (size_t i = 0; i < n; i++) out[i] = with_one_nan(minus[i] - scale * (float)q[i]);
     } else {
 #pragma omp simd
         for (size_t i = 0; i < n; i++) out[i] = scale * (float)q[i];
@@ -306,7 +319,8 @@ WIDE static void decode_int8(float *out, const float *minus, const int8_t *q, fl
 WIDE static void decode_fp32(float *out, const float *minus, const uint8_t *bytes, size_t n) {
     if (minus) {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++) out[i] = minus[i] - load_float(bytes + 4 * i);
+        for (size_t i = 0; i < n; i++)
+            out[i] = with_one_nan(minus[i] - load_float(bytes + 4 * i));
     } else {
 #pragma omp simd
         for (size_t i = 0; i < n; i++) out[i] = load_float(bytes + 4 * i);
@@ -377,10 +391,13 @@ static int check_terms(uint32_t weight, float clip, int grid_exponent, struct er
     return 0;
 }
 
-static int accumulate(int64_t *sum, const uint8_t *bytes, size_t length, size_t n,
-                      enum outer_codec codec, uint32_t weight, double factor, struct err *err) {
+__attribute__((noinline)) static int accumulate(int64_t *sum, const uint8_t *bytes, size_t length,
+                                                size_t n, enum outer_codec codec, uint32_t weight,
+                                                float clip, int grid_exponent, struct err *err) {
     float absmax;
+    if (check_terms(weight, clip, grid_exponent, err) != 0) return -1;
     if (inspect(bytes, length, n, codec, &absmax, err) != 0) return -1;
+    double factor = (double)clip * power_of_two(grid_exponent);
     /* From limit - 0.5 up, rounding to even gives the limit. */
     if (!((double)absmax * factor < (double)OUTER_GRID_LIMIT - 0.5))
         return err_set(err, ERR_CORRUPT, "largest value %g does not fit the round's grid of 1/%g",
@@ -402,10 +419,7 @@ int outer_accumulate(int64_t *sum, const uint8_t *bytes, size_t length, size_t n
                      struct err *err) {
     struct outer_fp fp;
     outer_fp_begin(&fp);
-    int rc = check_terms(weight, clip, grid_exponent, err);
-    if (rc == 0)
-        rc = accumulate(sum, bytes, length, n, codec, weight,
-                        (double)clip * power_of_two(grid_exponent), err);
+    int rc = accumulate(sum, bytes, length, n, codec, weight, clip, grid_exponent, err);
     outer_fp_end(&fp);
     return rc;
 }
@@ -433,7 +447,9 @@ int outer_accumulate_partial(int64_t *sum, const int64_t *partial, size_t n, uin
     return 0;
 }
 
-WIDE static void mean_of(float *out, const int64_t *sum, size_t n, double divisor) {
+WIDE static void mean_of(float *out, const int64_t *sum, size_t n, uint64_t weight,
+                         int grid_exponent) {
+    double divisor = (double)weight * power_of_two(grid_exponent); /* exact: a 24-bit integer */
 #pragma omp simd
     for (size_t i = 0; i < n; i++) out[i] = (float)(double_of_int64(sum[i]) / divisor);
 }
@@ -443,8 +459,7 @@ void outer_mean(float *out, const int64_t *sum, size_t n, uint64_t weight, int g
     assert(weight > 0 && weight < OUTER_WEIGHT_LIMIT);
     assert(grid_exponent >= -OUTER_GRID_EXPONENT_MAX && grid_exponent <= OUTER_GRID_EXPONENT_MAX);
     outer_fp_begin(&fp);
-    mean_of(out, sum, n,
-            (double)weight * power_of_two(grid_exponent)); /* exact: a 24-bit integer */
+    mean_of(out, sum, n, weight, grid_exponent);
     outer_fp_end(&fp);
 }
 
@@ -454,10 +469,11 @@ WIDE static void pseudo_gradient(float *out, const float *anchor, const float *l
                                  const float *residual, size_t n) {
     if (residual) {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++) out[i] = (anchor[i] - local[i]) + residual[i];
+        for (size_t i = 0; i < n; i++)
+            out[i] = with_one_nan((anchor[i] - local[i]) + residual[i]);
     } else {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++) out[i] = anchor[i] - local[i];
+        for (size_t i = 0; i < n; i++) out[i] = with_one_nan(anchor[i] - local[i]);
     }
 }
 
@@ -473,8 +489,8 @@ WIDE static void nesterov(float *anchor, float *momentum, const float *mean, siz
                           float mu) {
 #pragma omp simd
     for (size_t i = 0; i < n; i++) {
-        momentum[i] = mu * momentum[i] + mean[i];
-        anchor[i] = anchor[i] - lr * (mean[i] + mu * momentum[i]);
+        momentum[i] = with_one_nan(mu * momentum[i] + mean[i]);
+        anchor[i] = with_one_nan(anchor[i] - lr * (mean[i] + mu * momentum[i]));
     }
 }
 
@@ -489,12 +505,15 @@ void outer_nesterov(float *anchor, float *momentum, const float *mean, size_t n,
 WIDE static void mix(float *local, const float *anchor_new, size_t n, float alpha) {
     float rest = 1.0f - alpha;
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) local[i] = alpha * local[i] + rest * anchor_new[i];
+    for (size_t i = 0; i < n; i++)
+        local[i] = with_one_nan(alpha * local[i] + rest * anchor_new[i]);
 }
 
 void outer_mix(float *local, const float *anchor_new, size_t n, float alpha) {
     struct outer_fp fp;
-    if (alpha == 0.0f) { /* also where local is not finite or the anchor is -0 */
+    /* Also where local is not finite or the anchor is -0. Asked of the bits: to a caller that
+     * flushes subnormals a tiny alpha would equal 0. */
+    if ((bits_of(alpha) & ~SIGN_BIT) == 0) {
         memcpy(local, anchor_new, n * sizeof *local);
         return;
     }
@@ -506,7 +525,8 @@ void outer_mix(float *local, const float *anchor_new, size_t n, float alpha) {
 WIDE static void add_delta(float *local, const float *anchor_new, const float *anchor_old,
                            size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) local[i] = local[i] + (anchor_new[i] - anchor_old[i]);
+    for (size_t i = 0; i < n; i++)
+        local[i] = with_one_nan(local[i] + (anchor_new[i] - anchor_old[i]));
 }
 
 void outer_add_delta(float *local, const float *anchor_new, const float *anchor_old, size_t n) {
@@ -530,7 +550,7 @@ WIDE static double sum_of_squares(const float *x, size_t n) {
     for (size_t i = whole; i < n; i++) lane[i % LANES] += (double)x[i] * (double)x[i];
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    return lane[0];
+    return lane[0] == lane[0] ? lane[0] : double_of_bits(NAN_BITS_DOUBLE);
 }
 
 double outer_norm2(const float *x, size_t n) {

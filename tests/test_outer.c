@@ -118,6 +118,66 @@ static void bits_do_not_depend_on_the_callers_floating_point_mode(void **state) 
     }
 }
 
+/* A comparison or conversion of a parameter can depend on the mode too: where subnormals are zero, a
+ * tiny alpha would be 0, which is a copy, and a negative clip factor would pass as one. */
+static void tiny_parameters_are_not_zero_where_subnormals_are_flushed(void **state) {
+    (void)state;
+#if defined(__x86_64__)
+    float local[] = { 0x1p127f }, anchor[] = { -0.0f };
+    uint8_t bytes[4] = { 0 };
+    int64_t sum[1] = { 0 };
+    __builtin_ia32_ldmxcsr(0x1f80u | 0x8040u);
+    outer_mix(local, anchor, 1, 0x1p-149f);
+    int rc = outer_accumulate(sum, bytes, 4, 1, OUTER_FP32, 1, -0x1p-149f, 0, &err);
+    __builtin_ia32_ldmxcsr(0x1f80u);
+    assert_true(local[0] == 0x1p-22f);
+    assert_refused(rc, "clip");
+#else
+    skip(); /* tests/bitexact/ has this for aarch64 */
+#endif
+}
+
+/* A library may even have asked for a signal at each inexact result, and want it back afterwards. */
+static void nothing_traps_where_the_caller_wants_signals(void **state) {
+    (void)state;
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x0000u);
+    run_and_compare_with_pins();
+    assert_int_equal(__builtin_ia32_stmxcsr(), 0);
+    __builtin_ia32_ldmxcsr(0x1f80u);
+#else
+    skip();
+#endif
+}
+
+/* inf - inf is a negative NaN on x86-64 and a positive one on aarch64, and 1 * NaN keeps its payload
+ * on both. A model that diverged must do so alike everywhere, else members accuse each other. */
+static void every_nan_has_the_same_bits(void **state) {
+    (void)state;
+    static const uint32_t canonical = 0x7fc00000u;
+    float odd, local[1], anchor[1], momentum[1];
+    memcpy(&odd, &(uint32_t){ 0xffc12345u }, sizeof odd);
+    for (int i = 0; i < 2; i++) {
+        float minuend = i ? odd : INFINITY;
+        outer_pseudo_gradient(local, &minuend, (float[]){ INFINITY }, NULL, 1);
+        assert_memory_equal(local, &canonical, 4);
+        outer_pseudo_gradient(local, &minuend, (float[]){ 1.0f }, (float[]){ -INFINITY }, 1);
+        assert_memory_equal(local, &canonical, 4);
+        anchor[0] = momentum[0] = minuend;
+        outer_nesterov(anchor, momentum, (float[]){ -INFINITY }, 1, 0.7f, 0.9f);
+        assert_memory_equal(anchor, &canonical, 4);
+        assert_memory_equal(momentum, &canonical, 4);
+        local[0] = minuend;
+        outer_mix(local, (float[]){ -INFINITY }, 1, 0.5f);
+        assert_memory_equal(local, &canonical, 4);
+        local[0] = minuend;
+        outer_add_delta(local, (float[]){ -INFINITY }, (float[]){ 1.0f }, 1);
+        assert_memory_equal(local, &canonical, 4);
+    }
+    double norm2 = outer_norm2(&odd, 1);
+    assert_memory_equal(&norm2, &(uint64_t){ 0x7ff8000000000000u }, 8);
+}
+
 /* volatile: each operation is stored, so no compiler can fuse or keep excess precision here. */
 static void nesterov_rounds_after_every_operation(void **state) {
     (void)state;
@@ -586,6 +646,11 @@ int main(void) {
         cmocka_unit_test(bits_are_the_pinned_ones),
         cmocka_unit_test_teardown(bits_do_not_depend_on_the_callers_floating_point_mode,
                                   restore_floating_point_mode),
+        cmocka_unit_test_teardown(tiny_parameters_are_not_zero_where_subnormals_are_flushed,
+                                  restore_floating_point_mode),
+        cmocka_unit_test_teardown(nothing_traps_where_the_caller_wants_signals,
+                                  restore_floating_point_mode),
+        cmocka_unit_test(every_nan_has_the_same_bits),
         cmocka_unit_test(nesterov_rounds_after_every_operation),
         cmocka_unit_test(int8_error_is_at_most_half_a_step),
         cmocka_unit_test(int8_scale_is_a_division),
