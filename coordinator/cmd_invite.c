@@ -82,7 +82,7 @@ static int take(void *arg, int option, const char *value) {
 /* Where the serving process says it is found; it may have been told otherwise than run.yaml. */
 static bool address_of_serving(const struct run *run, struct address *out) {
     struct err ignored;
-    json_t *status = control_ask(run->dir, &ignored);
+    json_t *status = control_ask(run->dir, NULL, &ignored);
     const char *text = json_string_value(json_object_get(status, "address"));
     bool found = text && address_split(text, false, out, &ignored) == 0;
     json_decref(status);

@@ -42,7 +42,7 @@ static json_t *ask(const char *dir, struct err *err) {
     struct run run;
     struct err why;
     if (run_open(&run, dir, err)) return NULL;
-    json_t *status = control_ask(run.dir, &why);
+    json_t *status = control_ask(run.dir, NULL, &why);
     if (!status && why.code != ERR_NOT_FOUND)
         fprintf(stderr, "intellect-coordinator: %s; this is what the store says\n", why.msg);
     if (!status) status = from_store(&run, err);

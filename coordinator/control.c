@@ -27,7 +27,7 @@ struct client {
 struct control {
     struct event_base *base;
     int dir_fd, fd;
-    json_t *(*answer)(void *arg);
+    json_t *(*answer)(void *arg, const json_t *request);
     void *arg;
     struct event *incoming;
     struct client clients[CONTROL_CLIENTS_MAX];
@@ -58,21 +58,38 @@ static void on_trouble(struct bufferevent *bev, short what, void *arg) {
     drop(arg);
 }
 
-static void reply(struct client *c, int fd) {
-    struct timeval patience = { .tv_sec = CONTROL_ANSWER_MS_MAX / 1000 };
-    json_t *object = c->control->answer(c->control->arg);
+static void reply(struct client *c, const json_t *request) {
+    json_t *object = request ? c->control->answer(c->control->arg, request)
+                             : json_pack("{ss}", "error", "that is no JSON object on one line");
     char *text = object ? json_dumps(object, JSON_COMPACT) : NULL;
     json_decref(object);
-    c->bev = text ? bufferevent_socket_new(c->control->base, fd, BEV_OPT_CLOSE_ON_FREE) : NULL;
+    if (!text || evbuffer_add(bufferevent_get_output(c->bev), text, strlen(text))) drop(c);
+    else bufferevent_setcb(c->bev, NULL, on_sent, on_trouble, c);
+    free(text);
+}
+
+static void on_request(struct bufferevent *bev, void *arg) {
+    struct client *c = arg;
+    struct evbuffer *input = bufferevent_get_input(bev);
+    char *line = evbuffer_readln(input, NULL, EVBUFFER_EOL_LF);
+    if (!line && evbuffer_get_length(input) <= CONTROL_REQUEST_BYTES_MAX) return;
+    json_t *request = line ? json_loads(line, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    reply(c, json_is_object(request) ? request : NULL);
+    json_decref(request);
+    free(line);
+}
+
+static void take(struct client *c, int fd) {
+    struct timeval patience = { .tv_sec = CONTROL_ANSWER_MS_MAX / 1000 };
+    c->bev = bufferevent_socket_new(c->control->base, fd, BEV_OPT_CLOSE_ON_FREE);
     if (!c->bev) {
         close(fd);
-    } else {
-        bufferevent_setcb(c->bev, NULL, on_sent, on_trouble, c);
-        bufferevent_set_timeouts(c->bev, NULL, &patience);
-        evbuffer_add(bufferevent_get_output(c->bev), text, strlen(text));
-        bufferevent_enable(c->bev, EV_WRITE);
+        return;
     }
-    free(text);
+    bufferevent_setwatermark(c->bev, EV_READ, 0, CONTROL_REQUEST_BYTES_MAX + 1);
+    bufferevent_setcb(c->bev, on_request, NULL, on_trouble, c);
+    bufferevent_set_timeouts(c->bev, &patience, &patience);
+    bufferevent_enable(c->bev, EV_READ | EV_WRITE);
 }
 
 static void on_incoming(evutil_socket_t listening, short what, void *arg) {
@@ -82,7 +99,7 @@ static void on_incoming(evutil_socket_t listening, short what, void *arg) {
     if (fd < 0) return;
     for (int i = 0; i < CONTROL_CLIENTS_MAX; i++)
         if (!c->clients[i].bev) {
-            reply(&c->clients[i], fd);
+            take(&c->clients[i], fd);
             return;
         }
     close(fd);
@@ -102,7 +119,8 @@ static int listen_in(struct control *c, const char *dir, struct err *err) {
 }
 
 struct control *control_create(struct event_base *base, const char *dir,
-                               json_t *(*answer)(void *arg), void *arg, struct err *err) {
+                               json_t *(*answer)(void *arg, const json_t *request), void *arg,
+                               struct err *err) {
     struct control *c = calloc(1, sizeof *c);
     if (!c) {
         err_set(err, ERR_MEMORY, "no memory for the control socket");
@@ -183,16 +201,31 @@ static int read_answer(int fd, char **text, struct err *err) {
     return err_set(err, ERR_MEMORY, "no memory for an answer");
 }
 
-json_t *control_ask(const char *dir, struct err *err) {
+static int send_request(int fd, const json_t *request, struct err *err) {
+    char *text = json_dumps(request, JSON_COMPACT);
+    size_t length = text ? strlen(text) : 0;
+    if (!text || length >= CONTROL_REQUEST_BYTES_MAX) {
+        free(text);
+        return err_set(err, ERR_CONFIG, "the request has %zu bytes; allowed are %d", length,
+                       CONTROL_REQUEST_BYTES_MAX);
+    }
+    text[length] = '\n'; /* in place of the NUL; a socket takes this much at once */
+    ssize_t n = send(fd, text, length + 1, MSG_NOSIGNAL);
+    free(text);
+    return n == (ssize_t)length + 1 ? 0 : err_set_errno(err, "ask the serving process");
+}
+
+json_t *control_ask(const char *dir, const json_t *request, struct err *err) {
     char *text = NULL;
+    json_t *answer = NULL, *nothing = json_object();
     int fd = connect_in(dir, err);
-    if (fd < 0) return NULL;
-    json_t *answer = NULL;
-    if (read_answer(fd, &text, err) == 0) {
+    if (fd >= 0 && send_request(fd, request ? request : nothing, err) == 0 &&
+        read_answer(fd, &text, err) == 0) {
         answer = json_loads(text, 0, NULL);
         if (!answer) err_set(err, ERR_CORRUPT, "the serving process' answer is no JSON");
     }
+    if (fd >= 0) close(fd);
+    json_decref(nothing);
     free(text);
-    close(fd);
     return answer;
 }

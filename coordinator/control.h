@@ -1,5 +1,6 @@
-/* control.h - how `status` and `invite` ask the serving process what it knows: a Unix socket in the
- * run's folder (mode 0600) that answers every connection with one JSON object and closes it. */
+/* control.h - how other commands ask the serving process, or tell it something: a Unix socket in the
+ * run's folder (mode 0600). A request is one line with a JSON object, the answer is one JSON object;
+ * then the connection is closed. {} asks for the status; see operate.h for orders. */
 #ifndef INTELLECT_COORDINATOR_CONTROL_H
 #define INTELLECT_COORDINATOR_CONTROL_H
 
@@ -10,18 +11,20 @@
 #define CONTROL_SOCKET_NAME "control.sock"
 #define CONTROL_ANSWER_MS_MAX 3000
 #define CONTROL_CLIENTS_MAX 16
+#define CONTROL_REQUEST_BYTES_MAX 4096
 
 struct event_base;
 struct control;
 
-/* answer: called for each connection; the object is taken over. dir: the run's folder, in which the
+/* answer: called for each request; the object it returns is taken over. dir: the run's folder, in which the
  * caller holds serve.lock: a socket that is left there is a dead process's. NULL with ERR_IO. */
 struct control *control_create(struct event_base *base, const char *dir,
-                               json_t *(*answer)(void *arg), void *arg, struct err *err);
+                               json_t *(*answer)(void *arg, const json_t *request), void *arg,
+                               struct err *err);
 void control_destroy(struct control *c); /* removes the socket; NULL is fine */
 
-/* The serving process' answer. ERR_NOT_FOUND: nobody serves; ERR_TIMEOUT: somebody does, and does
+/* The serving process' answer; request NULL: {}. ERR_NOT_FOUND: nobody serves; ERR_TIMEOUT: somebody does, and does
  * not answer; ERR_CORRUPT: that is no JSON. */
-json_t *control_ask(const char *dir, struct err *err);
+json_t *control_ask(const char *dir, const json_t *request, struct err *err);
 
 #endif

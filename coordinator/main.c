@@ -14,6 +14,10 @@ static const struct command {
     { "invite", "make an invite: one line to hand to a contributor", coordinator_invite },
     { "status", "what the run is doing", coordinator_status },
     { "ledger", "check the run's ledger, or show it", coordinator_ledger },
+    { "pause", "hand out no more data, begin no new outer step", coordinator_operate },
+    { "resume", "go on after a pause", coordinator_operate },
+    { "revoke", "put a member out for good", coordinator_operate },
+    { "release", "let a member out of quarantine", coordinator_operate },
 };
 #define COMMANDS (sizeof commands / sizeof *commands)
 

@@ -133,3 +133,56 @@ struct core *run_core(const struct run *r, struct err *err) {
     }
     return c;
 }
+
+/* ---- keys and signatures ----------------------------------------------------------------------- */
+
+int run_keys_load(struct run_keys *k, const struct run *r, struct err *err) {
+    char path[RUN_PATH_BYTES];
+    size_t length;
+    memset(k, 0, sizeof *k);
+    if (run_path(r->dir, RUN_ONLINE_KEY, path, err) || identity_load(&k->online, path, err)) return -1;
+    if (store_get_document(r->store, STORE_DELEGATION, &k->delegation_bytes, &length, err) ||
+        proto_decode(k->delegation_bytes, length, RECORD_signed_entry, &k->delegation, err))
+        goto failed;
+    if (ledger_check_delegation(&r->genesis, &r->id, k->delegation.bytes, &k->delegation.signature,
+                                &k->online.key, err)) {
+        err_prefix(err, "%s", path);
+        goto failed;
+    }
+    return 0;
+failed:
+    run_keys_release(k);
+    return -1;
+}
+
+void run_keys_release(struct run_keys *k) {
+    proto_decoded_release(RECORD_signed_entry, &k->delegation);
+    free(k->delegation_bytes);
+    identity_release(&k->online);
+    memset(k, 0, sizeof *k);
+}
+
+/* `value` is replaced by a msg_signed_entry. */
+static int sign_entry(const struct run *r, const struct run_keys *k, uint64_t term,
+                      struct core_write *w, struct err *err) {
+    struct msg_signed_entry e = { .bytes = { w->value, w->value_length }, .signature = w->signature };
+    struct proto_buffer b;
+    if (!w->is_signed)
+        proto_sign(&k->online, "ledger", &r->id, term, w->value, w->value_length, &e.signature);
+    proto_buffer_init(&b, proto_record_bytes_max(RECORD_signed_entry));
+    if (proto_encode(&b, RECORD_signed_entry, &e, err)) {
+        proto_buffer_release(&b);
+        return -1;
+    }
+    free(w->value);
+    w->value = b.data; /* malloc()ed; the action frees it */
+    w->value_length = (uint32_t)b.length;
+    return 0;
+}
+
+int run_persist(const struct run *r, const struct run_keys *k, uint64_t term, struct core_action *a,
+                struct err *err) {
+    for (uint32_t i = 0; i < a->write_count; i++)
+        if (a->writes[i].table == CORE_LEDGER && sign_entry(r, k, term, &a->writes[i], err)) return -1;
+    return store_commit(r->store, term, a->writes, a->write_count, err);
+}

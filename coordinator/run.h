@@ -43,4 +43,19 @@ int run_settings(const struct run *r, struct settings *out, struct err *err);
 /* A new core with everything the store holds, not started yet. */
 struct core *run_core(const struct run *r, struct err *err);
 
+/* The coordinator's own key, and the root key's word for it, as WELCOME shows it. */
+struct run_keys {
+    struct identity online;
+    uint8_t *delegation_bytes;
+    struct msg_signed_entry delegation; /* borrows from delegation_bytes */
+};
+/* ERR_NOT_FOUND, ERR_REFUSED (the root key did not delegate to online.key), ERR_CORRUPT. */
+int run_keys_load(struct run_keys *k, const struct run *r, struct err *err);
+void run_keys_release(struct run_keys *k); /* a zeroed struct is fine */
+
+/* Carry out a CORE_ACT_PERSIST: ledger entries are signed with the online key on their way, unless they
+ * were taken over with their signatures. The writes of `a` are changed. Errors of store_commit(). */
+int run_persist(const struct run *r, const struct run_keys *k, uint64_t term, struct core_action *a,
+                struct err *err);
+
 #endif

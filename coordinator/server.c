@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "coordinator/operate.h"
 #include "coordinator/server_internal.h"
 #include "coordinator/status.h"
 
@@ -85,8 +86,21 @@ static void watch_rounds(struct server *s, uint64_t now_ms) {
 
 /* ---- status ---------------------------------------------------------------------------------------- */
 
-static json_t *answer_status(void *arg) {
+static json_t *answer_order(struct server *s, const json_t *request) {
+    struct core_event ev;
+    struct err err;
+    char text[512];
+    if (operate_event(s->core, request, &ev, text, sizeof text, &err))
+        return json_pack("{ss}", "error", err.msg);
+    log_line(CORE_INFO, "operator: %s", text);
+    server_step(s, &ev);
+    return s->failure.code ? json_pack("{ss}", "error", s->failure.msg) : json_pack("{ss}", "done", text);
+}
+
+/* A request without an order asks for the status. */
+static json_t *answer(void *arg, const json_t *request) {
     struct server *s = arg;
+    if (json_object_get(request, "do")) return answer_order(s, request);
     char listen[ADDRESS_TEXT_BYTES], others[ADDRESS_TEXT_BYTES];
     json_t *status = status_json(s->core, server_now_ms(), s->run, true);
     address_format(&s->listen, listen);
@@ -195,28 +209,11 @@ static int make_loop(struct server *s, struct err *err) {
     return 0;
 }
 
-static int load_keys(struct server *s, struct err *err) {
-    char path[RUN_PATH_BYTES];
-    size_t length;
-    if (run_path(s->run->dir, RUN_ONLINE_KEY, path, err)) return -1;
-    if (identity_load(&s->online, path, err)) return -1;
-    if (store_get_document(s->run->store, STORE_DELEGATION, &s->delegation_bytes, &length, err))
-        return -1;
-    if (proto_decode(s->delegation_bytes, length, RECORD_signed_entry, &s->delegation, err))
-        return -1;
-    if (ledger_check_delegation(&s->run->genesis, &s->run->id, s->delegation.bytes,
-                                &s->delegation.signature, &s->online.key, err)) {
-        err_prefix(err, "%s", path);
-        return -1;
-    }
-    return 0;
-}
-
 static int open_sockets(struct server *s, struct err *err) {
     const struct settings *set = s->config->settings;
     const char *listen = s->config->listen ? s->config->listen : set->listen;
     if (address_split(listen, false, &s->listen, err)) return -1;
-    s->tls = channel_context_create(&s->online, err);
+    s->tls = channel_context_create(&s->keys.online, err);
     if (!s->tls) return -1;
     channel_context_set_timeouts(s->tls, CHANNEL_HANDSHAKE_MS_MAX, (int)set->stranger_seconds * 1000);
     s->listener = listener_create(s->base, s->listen.host, &s->listen.port, server_on_accept, s, err);
@@ -225,20 +222,42 @@ static int open_sockets(struct server *s, struct err *err) {
         return err_set(err, why.code, "%.170s; choose another port with --listen HOST:PORT", why.msg);
     }
     if (address_for_others(&s->listen, set->address, &s->others, err)) return -1;
-    s->control = control_create(s->base, s->run->dir, answer_status, s, err);
+    s->control = control_create(s->base, s->run->dir, answer, s, err);
     return s->control ? 0 : -1;
+}
+
+/* Raise the term and start the core; hold_ms as in core.h. */
+static int start_core(struct server *s, uint64_t hold_ms, struct err *err) {
+    struct core_event ev = { .type = CORE_EV_START, .hold_ms = hold_ms };
+    do {
+        if (store_raise_term(s->run->store, &s->term, err)) return -1;
+    } while (s->term <= s->restart_above);
+    s->restart_above = 0;
+    ev.term = s->term;
+    randombytes_buf(&ev.seed, sizeof ev.seed);
+    server_step(s, &ev);
+    return 0;
+}
+
+void server_begin_again(struct server *s) {
+    struct err err = {0};
+    log_line(CORE_WARNING, "going on from a newer ledger than this store had, above term %llu",
+             (unsigned long long)s->restart_above);
+    close_connections(s);
+    s->stranger_count = 0;
+    core_destroy(s->core);
+    s->core = run_core(s->run, &err);
+    if (!s->core || start_core(s, s->run->genesis.outer->silence_ms_max, &err)) server_fail(s, &err);
 }
 
 static int begin(struct server *s, struct err *err) {
     char listen[ADDRESS_TEXT_BYTES], others[ADDRESS_TEXT_BYTES], run[DIGEST_HEX_BYTES];
-    if (store_raise_term(s->run->store, &s->term, err)) return -1;
-    struct core_event ev = { .type = CORE_EV_START, .term = s->term };
     address_format(&s->listen, listen);
     address_format(&s->others, others);
     digest_hex(&s->run->id, run);
-    log_line(CORE_INFO, "serving run %s (%.16s) on %s, known to others as %s, term %llu",
-             s->run->sealed.name, run, listen, others, (unsigned long long)s->term);
-    server_step(s, &ev);
+    log_line(CORE_INFO, "serving run %s (%.16s) on %s, known to others as %s", s->run->sealed.name, run,
+             listen, others);
+    if (start_core(s, 0, err)) return -1;
     return s->config->aggregator && !s->failure.code ? server_start_own_node(s, err) : 0;
 }
 
@@ -254,9 +273,7 @@ static void end_everything(struct server *s) {
     if (s->base) event_base_free(s->base);
     core_actions_release(&s->actions);
     core_destroy(s->core);
-    proto_decoded_release(RECORD_signed_entry, &s->delegation);
-    free(s->delegation_bytes);
-    identity_release(&s->online);
+    run_keys_release(&s->keys);
 }
 
 int server_run(const struct server_config *config, struct err *err) {
@@ -270,7 +287,7 @@ int server_run(const struct server_config *config, struct err *err) {
     s->config = config;
     s->run = config->run;
     randombytes_buf(s->rate_seed, sizeof s->rate_seed);
-    if (store_check(s->run->store, err) || load_keys(s, err)) goto out;
+    if (store_check(s->run->store, err) || run_keys_load(&s->keys, s->run, err)) goto out;
     s->core = run_core(s->run, err);
     if (!s->core || make_loop(s, err) || open_sockets(s, err) || begin(s, err)) goto out;
     if (!s->failure.code) event_base_dispatch(s->base);

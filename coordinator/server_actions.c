@@ -9,31 +9,6 @@
 /* Frames have a limit, and a batch may be followed by many more. */
 #define LEDGER_BATCH_BYTES (1u << 20)
 
-/* ---- PERSIST --------------------------------------------------------------------------------------- */
-
-/* A ledger entry is signed on its way into the store: `value` is replaced by a msg_signed_entry. */
-static int sign_entry(struct server *s, struct core_write *w, struct err *err) {
-    struct msg_signed_entry e = { .bytes = { w->value, w->value_length } };
-    struct proto_buffer b;
-    proto_sign(&s->online, "ledger", &s->run->id, s->term, w->value, w->value_length, &e.signature);
-    proto_buffer_init(&b, proto_record_bytes_max(RECORD_signed_entry));
-    int result = proto_encode(&b, RECORD_signed_entry, &e, err);
-    if (result) {
-        proto_buffer_release(&b);
-        return -1;
-    }
-    free(w->value);
-    w->value = b.data; /* malloc()ed; the action frees it */
-    w->value_length = (uint32_t)b.length;
-    return 0;
-}
-
-static int persist(struct server *s, struct core_action *a, struct err *err) {
-    for (uint32_t i = 0; i < a->write_count; i++)
-        if (a->writes[i].table == CORE_LEDGER && sign_entry(s, &a->writes[i], err)) return -1;
-    return store_commit(s->run->store, s->term, a->writes, a->write_count, err);
-}
-
 /* ---- SEND ------------------------------------------------------------------------------------------ */
 
 /* A message that cannot be queued closes its channel by itself; only our own mistakes are logged. */
@@ -47,7 +22,7 @@ static void queue(struct server *s, struct connection *c, uint8_t type, uint64_t
 static void send_message(struct server *s, struct connection *c, struct core_action *a) {
     if (a->message == MSG_ROSTER) {
         struct msg_roster *roster = a->msg;
-        proto_sign(&s->online, "roster", &s->run->id, s->term, roster->body.data,
+        proto_sign(&s->keys.online, "roster", &s->run->id, s->term, roster->body.data,
                    roster->body.length, &roster->signature);
     }
     queue(s, c, a->message, a->session, a->plan, a->msg);
@@ -56,7 +31,7 @@ static void send_message(struct server *s, struct connection *c, struct core_act
 static void sign_checkpoint(struct server *s, struct connection *c, const struct core_action *a) {
     const struct msg_checkpoint_sign *asked = a->msg;
     struct msg_checkpoint_signed answer = { .index = asked->index };
-    proto_sign(&s->online, "manifest", &s->run->id, s->term, asked->manifest.data,
+    proto_sign(&s->keys.online, "manifest", &s->run->id, s->term, asked->manifest.data,
                asked->manifest.length, &answer.signature);
     queue(s, c, MSG_CHECKPOINT_SIGNED, a->session, 0, &answer);
 }
@@ -122,9 +97,9 @@ static void say_bye(struct server *s, struct connection *c, const struct core_ac
 static int carry_out(struct server *s, struct core_action *a, struct err *err) {
     struct connection *c = server_connection(s, a->conn); /* it may have gone meanwhile */
     switch (a->type) {
-    case CORE_ACT_PERSIST: return persist(s, a, err);
-    case CORE_ACT_RESTART:
-    case CORE_ACT_FAIL: break;
+    case CORE_ACT_PERSIST: return run_persist(s->run, &s->keys, s->term, a, err);
+    case CORE_ACT_RESTART: s->restart_above = a->term; return 0;
+    case CORE_ACT_FAIL: return err_set(err, a->code, "%s", a->text);
     case CORE_ACT_LOG: log_line(a->level, "%s", a->text); return 0;
     case CORE_ACT_SEND_LEDGER: return c ? send_ledger(s, a, err) : 0;
     case CORE_ACT_SEND: if (c) send_message(s, c, a); return 0;
@@ -146,4 +121,5 @@ void server_step(struct server *s, const struct core_event *ev) {
             break;
         }
     core_actions_clear(&s->actions);
+    if (s->restart_above && !s->failure.code) server_begin_again(s);
 }

@@ -103,8 +103,8 @@ static bool on_open(void *arg, struct channel *ch, const struct proto_key *key) 
     struct msg_welcome welcome = {
         .version = PROTO_VERSION,
         .genesis = { s->run->genesis_bytes, (uint32_t)s->run->genesis_length },
-        .delegation = s->delegation.bytes,
-        .delegation_signature = s->delegation.signature,
+        .delegation = s->keys.delegation.bytes,
+        .delegation_signature = s->keys.delegation.signature,
     };
     struct core_event ev = { .type = CORE_EV_OPENED, .conn = c->id, .key = *key };
     struct err err;

@@ -45,10 +45,8 @@ struct round_clock {
 struct server {
     const struct server_config *config;
     struct run *run;
-    struct identity online;
-    uint8_t *delegation_bytes;
-    struct msg_signed_entry delegation;
-    uint64_t term;
+    struct run_keys keys;
+    uint64_t term, restart_above; /* restart_above: the core asked for a new one under a higher term; 0 = no */
     struct core *core;
     struct core_actions actions;
     struct event_base *base;
@@ -76,6 +74,8 @@ uint64_t server_unix_ms(void);
 
 /* ---- server.c ---------------------------------------------------------------------------------- */
 
+/* The store holds more of the ledger than our core knows: a new core from it, under a new term. */
+void server_begin_again(struct server *s);
 /* Something is wrong for good: nothing more is sent, the loop ends, server_run() returns this. */
 void server_fail(struct server *s, const struct err *why);
 

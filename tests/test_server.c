@@ -68,7 +68,7 @@ static void start_server(void) {
     struct err err;
     server = start_command(coordinator_serve, arguments);
     for (int waited = 0; waited < WAIT_MS; waited += 20) {
-        json_t *status = control_ask(dir, &err);
+        json_t *status = control_ask(dir, NULL, &err);
         const char *listen = json_string_value(json_object_get(status, "listen"));
         bool there = listen && address_split(listen, false, &at, &err) == 0 &&
                      json_integer_value(json_object_get(status, "pid")) == server;
@@ -440,7 +440,7 @@ static void one_address_may_not_dial_without_end(void **state) {
     assert_true(is_closed_at_once(fd));
     close(fd);
     struct err err;
-    json_t *status = control_ask(dir, &err);
+    json_t *status = control_ask(dir, NULL, &err);
     assert_non_null(status);
     json_decref(status);
 }
