@@ -28,19 +28,23 @@ void audit_init(struct audit *a, const struct digest *run) {
 void audit_release(struct audit *a) {
     free(a->member);
     free(a->spent);
+    free(a->spends);
     a->member = NULL;
     a->spent = NULL;
+    a->spends = NULL;
 }
 
-static struct audit_member *find_member(struct audit *a, uint32_t id) {
+static struct audit_member *find_member(const struct audit *a, uint32_t id) {
     return id >= 1 && id <= a->member_count ? &a->member[id - 1] : NULL;
 }
 
 /* ---- one kind after the other ------------------------------------------------------------------- */
 
 static int take_genesis(struct audit *a, const struct msg_genesis *g, struct err *err) {
-    if (g->model_count != 1 || g->corpus_count != 1 || !g->corpus->samples)
-        return FAULT(0, "a genesis without a model or a corpus");
+    if (g->model_count != 1 || g->corpus_count != 1 || g->outer_count != 1 || !g->corpus->samples ||
+        !g->outer->fragments)
+        return FAULT(0, "a genesis without a model, an outer step or a corpus");
+    a->fragments = g->outer->fragments;
     a->sequence = g->model->sequence;
     a->samples = g->corpus->samples;
     a->spent = calloc(a->samples / 8 + 1, 1);
@@ -68,15 +72,26 @@ static int take_enrolment(struct audit *a, uint64_t index, const struct msg_enro
 
 static int check_place(const struct audit *a, uint64_t index, const struct msg_commit *c,
                        struct err *err) {
-    if (c->fragment != 0 || c->round != a->commits)
-        return FAULT(index, "commits round %llu of fragment %u, round %llu of fragment 0 is next",
-                     (unsigned long long)c->round, c->fragment, (unsigned long long)a->commits);
-    if (c->base_index != a->last_commit)
-        return FAULT(index, "is based on entry %llu, the last commit is entry %llu",
-                     (unsigned long long)c->base_index, (unsigned long long)a->last_commit);
-    for (uint32_t i = 0; i < c->shards_count; i++)
-        if (c->shards[i].aggregator == c->shards[i].holder)
-            return FAULT(index, "shard %u was held by member %u alone", i, c->shards[i].holder);
+    if (c->fragment >= a->fragments)
+        return FAULT(index, "commits fragment %u of %u", c->fragment, a->fragments);
+    if (c->round != a->rounds[c->fragment])
+        return FAULT(index, "commits round %llu of fragment %u, round %llu is next",
+                     (unsigned long long)c->round, c->fragment,
+                     (unsigned long long)a->rounds[c->fragment]);
+    if (c->base_index != a->base[c->fragment])
+        return FAULT(index, "is based on entry %llu, the last commit of fragment %u is entry %llu",
+                     (unsigned long long)c->base_index, c->fragment,
+                     (unsigned long long)a->base[c->fragment]);
+    uint32_t next = 0;
+    for (uint32_t i = 0; i < c->shards_count; i++) {
+        const struct msg_shard *s = &c->shards[i];
+        if (s->aggregator == s->holder)
+            return FAULT(index, "shard %u was held by member %u alone", i, s->holder);
+        if (!find_member(a, s->aggregator) || !find_member(a, s->holder))
+            return FAULT(index, "shard %u was held by somebody who is no member", i);
+        if (s->first != next || !s->count) return FAULT(index, "shard %u leaves a gap", i);
+        next += s->count;
+    }
     return 0;
 }
 
@@ -87,6 +102,8 @@ static int check_summed(struct audit *a, uint64_t index, const struct msg_commit
     for (uint32_t i = 0; i < c->contributors_count; i++) {
         if (!find_member(a, c->contributors[i].member))
             return FAULT(index, "contributor %u is no member", c->contributors[i].member);
+        if (find_member(a, c->contributors[i].member)->quarantined)
+            return FAULT(index, "contributor %u is in quarantine", c->contributors[i].member);
         for (uint32_t j = 0; j < i; j++)
             if (c->contributors[j].member == c->contributors[i].member)
                 return FAULT(index, "contributor %u stands there twice", c->contributors[i].member);
@@ -119,11 +136,19 @@ static int spend(struct audit *a, uint64_t index, const struct msg_spend *s, str
         a->spent[i / 8] |= (uint8_t)(1u << (i % 8));
     }
     a->samples_spent += s->count;
+    if (a->spend_count == a->spend_capacity) {
+        uint64_t more = a->spend_capacity ? 2 * a->spend_capacity : 256;
+        struct audit_spend *grown = realloc(a->spends, more * sizeof *grown);
+        if (!grown) return err_set(err, ERR_MEMORY, "no memory for %llu spends", (unsigned long long)more);
+        a->spends = grown;
+        a->spend_capacity = more;
+    }
+    a->spends[a->spend_count++] = (struct audit_spend){ index, s->start, s->count };
     return 0;
 }
 
-/* Every spent sample belongs to a contributor that was summed, and each one's tokens are those of
- * its samples. */
+/* Every spent sample belongs to a contributor that was summed, and was not more than it contributed. A
+ * contribution's own samples may be more: other fragments' commits have spent those. */
 static int check_spent(struct audit *a, uint64_t index, const struct msg_commit *c,
                        const uint8_t *summed, struct err *err) {
     uint64_t samples[PROTO_MEMBERS_MAX] = {0}, tokens = 0;
@@ -139,16 +164,13 @@ static int check_spent(struct audit *a, uint64_t index, const struct msg_commit 
     for (uint32_t j = 0; j < c->contributors_count; j++) {
         if (!proto_set_has(summed, j)) continue;
         const struct msg_contributor *k = &c->contributors[j];
-        if (k->tokens != samples[j] * a->sequence)
-            return FAULT(index, "member %u has %llu tokens for %llu samples of %u", k->member,
-                         (unsigned long long)k->tokens, (unsigned long long)samples[j], a->sequence);
         struct audit_member *m = find_member(a, k->member);
-        m->tokens += k->tokens;
+        m->tokens += samples[j] * a->sequence;
         m->rounds++;
-        tokens += k->tokens;
+        tokens += samples[j] * a->sequence;
     }
     if (tokens != c->tokens || c->tokens_committed != a->tokens + tokens)
-        return FAULT(index, "says %llu tokens, %llu in all; its contributors have %llu, %llu in all",
+        return FAULT(index, "says %llu tokens, %llu in all; its spent samples have %llu, %llu in all",
                      (unsigned long long)c->tokens, (unsigned long long)c->tokens_committed,
                      (unsigned long long)tokens, (unsigned long long)(a->tokens + tokens));
     return 0;
@@ -161,7 +183,8 @@ static int take_commit(struct audit *a, uint64_t index, const struct msg_commit 
         check_spent(a, index, c, summed, err))
         return -1;
     a->commits++;
-    a->last_commit = index;
+    a->rounds[c->fragment]++;
+    a->base[c->fragment] = a->last_commit = index;
     a->tokens = c->tokens_committed;
     return 0;
 }
@@ -175,6 +198,57 @@ static int take_checkpoint(struct audit *a, uint64_t index, const struct msg_che
     return 0;
 }
 
+static int take_revocation(struct audit *a, uint64_t index, const struct msg_revocation *r,
+                           struct err *err) {
+    struct audit_member *m = find_member(a, r->member);
+    if (!m) return FAULT(index, "revokes member %u, who is none", r->member);
+    m->revoked = true;
+    return 0;
+}
+
+/* The member's own signature is the proof that anybody can check. */
+static int check_proof(const struct audit *a, uint64_t index, const struct msg_quarantine *q,
+                       const struct audit_member *m, struct err *err) {
+    const char *purpose = q->kind == MSG_READY          ? "ready"
+                          : q->kind == MSG_SHARD_REPORT ? "shard_report"
+                                                        : NULL;
+    if (!purpose)
+        return FAULT(index, "puts member %u into quarantine for a %s, which nobody signs", q->member,
+                     proto_type_name(q->kind));
+    if (proto_record_verify(&m->key, purpose, &a->chain.run, q->proof_term, q->proof.data,
+                            q->proof.length))
+        return 0;
+    return FAULT(index, "puts member %u into quarantine, but what it shows is not signed by it",
+                 q->member);
+}
+
+static int take_quarantine(struct audit *a, uint64_t index, const struct msg_quarantine *q,
+                           struct err *err) {
+    struct audit_member *m = find_member(a, q->member);
+    if (!m) return FAULT(index, "puts member %u into quarantine, who is none", q->member);
+    if (!q->lifted && check_proof(a, index, q, m, err)) return -1;
+    m->quarantined = !q->lifted;
+    a->quarantines += !q->lifted;
+    return 0;
+}
+
+/* What the commits after the checkpoint spent is free again; rounds go on counting. */
+static int take_rewind(struct audit *a, uint64_t index, const struct msg_rewind *r, struct err *err) {
+    if (r->to_count != 1 || r->to->at_index > a->last_commit || r->to->tokens_committed > a->tokens)
+        return FAULT(index, "goes back to a checkpoint that does not lie behind it");
+    while (a->spend_count && a->spends[a->spend_count - 1].index > r->to->at_index) {
+        const struct audit_spend *s = &a->spends[--a->spend_count];
+        for (uint64_t i = s->start; i < s->start + s->count; i++)
+            a->spent[i / 8] &= (uint8_t)~(1u << (i % 8));
+        a->samples_spent -= s->count;
+    }
+    a->tokens = r->to->tokens_committed;
+    for (uint32_t f = 0; f < a->fragments; f++) a->base[f] = index;
+    a->last_commit = index;
+    a->rewinds++;
+    return 0;
+}
+
 /* ---- the entry ------------------------------------------------------------------------------------ */
 
 union body {
@@ -184,12 +258,15 @@ union body {
     struct msg_revocation revocation;
     struct msg_commit commit;
     struct msg_checkpoint checkpoint;
+    struct msg_quarantine quarantine;
+    struct msg_rewind rewind;
 };
 
 static const enum proto_record record_of_kind[] = {
     [LEDGER_GENESIS] = RECORD_genesis,       [LEDGER_DELEGATION] = RECORD_delegation,
     [LEDGER_ENROLMENT] = RECORD_enrolment,   [LEDGER_REVOCATION] = RECORD_revocation,
     [LEDGER_COMMIT] = RECORD_commit,         [LEDGER_CHECKPOINT] = RECORD_checkpoint,
+    [LEDGER_QUARANTINE] = RECORD_quarantine, [LEDGER_REWIND] = RECORD_rewind,
 };
 #define KINDS (sizeof record_of_kind / sizeof *record_of_kind)
 
@@ -200,7 +277,10 @@ static int take_body(struct audit *a, const struct msg_entry *e, const union bod
     case LEDGER_ENROLMENT: return take_enrolment(a, e->index, &body->enrolment, err);
     case LEDGER_COMMIT: return take_commit(a, e->index, &body->commit, err);
     case LEDGER_CHECKPOINT: return take_checkpoint(a, e->index, &body->checkpoint, err);
-    default: return 0; /* delegations are the chain's; a revocation changes no sum */
+    case LEDGER_REVOCATION: return take_revocation(a, e->index, &body->revocation, err);
+    case LEDGER_QUARANTINE: return take_quarantine(a, e->index, &body->quarantine, err);
+    case LEDGER_REWIND: return take_rewind(a, e->index, &body->rewind, err);
+    default: return 0; /* delegations are the chain's */
     }
 }
 

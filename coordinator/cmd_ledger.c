@@ -131,6 +131,8 @@ union body {
     struct msg_revocation revocation;
     struct msg_commit commit;
     struct msg_checkpoint checkpoint;
+    struct msg_quarantine quarantine;
+    struct msg_rewind rewind;
 };
 
 static const struct kind {
@@ -143,6 +145,8 @@ static const struct kind {
     [LEDGER_REVOCATION] = { "revocation", RECORD_revocation },
     [LEDGER_COMMIT] = { "commit", RECORD_commit },
     [LEDGER_CHECKPOINT] = { "checkpoint", RECORD_checkpoint },
+    [LEDGER_QUARANTINE] = { "quarantine", RECORD_quarantine },
+    [LEDGER_REWIND] = { "rewind", RECORD_rewind },
 };
 #define KINDS (sizeof kinds / sizeof *kinds)
 
@@ -162,10 +166,20 @@ static json_t *body_json(uint8_t kind, const union body *b) {
         return json_pack("{si so}", "member", (int)b->revocation.member, "reason",
                          string_of(b->revocation.reason));
     case LEDGER_COMMIT:
-        return json_pack("{sI sI sI sI so so}", "round", (json_int_t)b->commit.round, "plan",
-                         (json_int_t)b->commit.plan, "tokens", (json_int_t)b->commit.tokens,
-                         "tokens_committed", (json_int_t)b->commit.tokens_committed, "result_root",
-                         hex(b->commit.result_root.b), "contributors", contributors_of(&b->commit));
+        return json_pack("{si sI sI sI sI sf si so so}", "fragment", (int)b->commit.fragment, "round",
+                         (json_int_t)b->commit.round, "plan", (json_int_t)b->commit.plan, "tokens",
+                         (json_int_t)b->commit.tokens, "tokens_committed",
+                         (json_int_t)b->commit.tokens_committed, "lr", (double)b->commit.lr, "shards",
+                         (int)b->commit.shards_count, "result_root", hex(b->commit.result_root.b),
+                         "contributors", contributors_of(&b->commit));
+    case LEDGER_QUARANTINE:
+        return json_pack("{si sb so ss}", "member", (int)b->quarantine.member, "lifted",
+                         b->quarantine.lifted, "reason", string_of(b->quarantine.reason), "proof",
+                         b->quarantine.lifted ? "" : proto_type_name(b->quarantine.kind));
+    case LEDGER_REWIND:
+        return json_pack("{sI so}", "at_index",
+                         (json_int_t)(b->rewind.to_count ? b->rewind.to->at_index : 0), "reason",
+                         string_of(b->rewind.reason));
     default:
         return json_pack("{sI so sI so}", "at_index", (json_int_t)b->checkpoint.at_index, "url",
                          string_of(b->checkpoint.url), "tokens_committed",

@@ -14,7 +14,7 @@
 #define SAMPLES 100u
 
 struct ledger {
-    struct identity root, online;
+    struct identity root, online, third;
     struct digest run, head;
     uint64_t next;
     struct audit audit;
@@ -39,7 +39,7 @@ static int append(struct ledger *l, enum ledger_kind kind, enum proto_record rec
 static void begin(struct ledger *l) {
     struct msg_model model = { .layers = 1, .sequence = SEQUENCE };
     struct msg_inner inner = { .batch = 1 };
-    struct msg_outer outer = { .inner_steps = 1 };
+    struct msg_outer outer = { .inner_steps = 1, .fragments = 2 };
     struct msg_corpus corpus = { .samples = SAMPLES };
     struct msg_genesis g = { .version = 1, .model = &model, .model_count = 1, .inner = &inner,
                              .inner_count = 1, .outer = &outer, .outer_count = 1, .corpus = &corpus,
@@ -50,6 +50,7 @@ static void begin(struct ledger *l) {
     memset(l, 0, sizeof *l);
     identity_create(&l->root);
     identity_create(&l->online);
+    identity_create(&l->third);
     g.root_key = l->root.key;
     proto_buffer_init(&b, PROTO_BLOB_BYTES_MAX);
     assert_int_equal(proto_encode(&b, RECORD_genesis, &g, &err), 0);
@@ -62,6 +63,7 @@ static void begin(struct ledger *l) {
         fail_msg("%s", err.msg);
     for (uint32_t m = 1; m <= 3; m++) {
         struct msg_enrolment e = { .member = m, .key = {{(uint8_t)m}}, .name = proto_str("m") };
+        if (m == 3) e.key = l->third.key;
         if (append(l, LEDGER_ENROLMENT, RECORD_enrolment, &e, &err)) fail_msg("%s", err.msg);
     }
 }
@@ -163,13 +165,10 @@ static void tokens_that_do_not_add_up_are_found(void **state) {
     (void)state;
     honest(&c);
     c.m.tokens = c.m.tokens_committed = 110;
-    assert_fault(&c, "ledger entry 5: says 110 tokens, 110 in all; its contributors have 100, 100 in all");
+    assert_fault(&c, "ledger entry 5: says 110 tokens, 110 in all; its spent samples have 100, 100 in all");
     honest(&c);
     c.m.tokens_committed = 101;
-    assert_fault(&c, "ledger entry 5: says 100 tokens, 101 in all; its contributors have 100, 100 in all");
-    honest(&c);
-    c.contributors[0].tokens = 50;
-    assert_fault(&c, "ledger entry 5: member 1 has 50 tokens for 4 samples of 10");
+    assert_fault(&c, "ledger entry 5: says 100 tokens, 101 in all; its spent samples have 100, 100 in all");
 }
 
 /* A contributor that was dropped everywhere keeps its samples: they are not in the model. */
@@ -211,13 +210,95 @@ static void rounds_that_do_not_follow_are_found(void **state) {
     (void)state;
     honest(&c);
     c.m.round = 1;
-    assert_fault(&c, "ledger entry 5: commits round 1 of fragment 0, round 0 of fragment 0 is next");
+    assert_fault(&c, "ledger entry 5: commits round 1 of fragment 0, round 0 is next");
     honest(&c);
     c.m.base_index = 4;
-    assert_fault(&c, "ledger entry 5: is based on entry 4, the last commit is entry 0");
+    assert_fault(&c, "ledger entry 5: is based on entry 4, the last commit of fragment 0 is entry 0");
     honest(&c);
     c.shard.holder = 3;
     assert_fault(&c, "ledger entry 5: shard 0 was held by member 3 alone");
+}
+
+/* Fragments count their rounds for themselves, on their own commits. */
+static void fragments_go_side_by_side(void **state) {
+    struct ledger l;
+    struct commit c;
+    struct err err;
+    (void)state;
+    begin(&l);
+    honest(&c);
+    assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), 0);
+    c.m.fragment = 1;
+    c.m.tokens = 40; /* member 2's samples were spent by the commit before */
+    c.m.tokens_committed = 140;
+    c.m.spent_count = 1;
+    c.spent[0].start = 10;
+    if (append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err)) fail_msg("%s", err.msg);
+    c.m.fragment = 2;
+    assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), -1);
+    assert_string_equal(err.msg, "ledger entry 7: commits fragment 2 of 2");
+    audit_release(&l.audit);
+}
+
+/* What it is put out for bears its own signature, and it takes no part from then on. */
+static void quarantine_needs_the_members_signature(void **state) {
+    struct msg_shard_report report = { .round = 3 };
+    struct msg_quarantine q = { .member = 3, .reason = proto_str("wrong sum"), .kind = MSG_SHARD_REPORT,
+                                .proof_term = 7 };
+    struct proto_buffer b;
+    struct ledger l;
+    struct commit c;
+    struct err err;
+    (void)state;
+    begin(&l);
+    assert_int_equal(proto_record_sign(&l.third, "shard_report", &l.run, 7, RECORD_shard_report, &report,
+                                       &report.signature, &err), 0);
+    proto_buffer_init(&b, 1000);
+    assert_int_equal(proto_encode(&b, RECORD_shard_report, &report, &err), 0);
+    q.proof = (struct proto_bytes){ b.data, (uint32_t)b.length };
+    q.member = 1;
+    assert_int_equal(append(&l, LEDGER_QUARANTINE, RECORD_quarantine, &q, &err), -1);
+    assert_non_null(strstr(err.msg, "is not signed by it"));
+    audit_release(&l.audit);
+    begin(&l); /* new keys, so a new signature */
+    assert_int_equal(proto_record_sign(&l.third, "shard_report", &l.run, 7, RECORD_shard_report, &report,
+                                       &report.signature, &err), 0);
+    b.length = 0;
+    assert_int_equal(proto_encode(&b, RECORD_shard_report, &report, &err), 0);
+    q.proof = (struct proto_bytes){ b.data, (uint32_t)b.length };
+    q.member = 3;
+    if (append(&l, LEDGER_QUARANTINE, RECORD_quarantine, &q, &err)) fail_msg("%s", err.msg);
+    honest(&c);
+    c.contributors[1].member = c.spent[1].member = 3;
+    assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), -1);
+    assert_string_equal(err.msg, "ledger entry 6: contributor 3 is in quarantine");
+    proto_buffer_release(&b);
+    audit_release(&l.audit);
+}
+
+static void a_rewind_frees_what_came_after_its_checkpoint(void **state) {
+    struct msg_checkpoint k = { .at_index = 5, .tokens_committed = 100 };
+    struct msg_rewind r = { .to = &k, .to_count = 1, .reason = proto_str("lost") };
+    struct ledger l;
+    struct commit c;
+    struct err err;
+    (void)state;
+    begin(&l);
+    honest(&c);
+    assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), 0);
+    c.m.round = 1;
+    c.m.base_index = 5;
+    c.m.tokens_committed = 200;
+    c.spent[0].start = 10;
+    c.spent[1].start = 20;
+    assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), 0);
+    if (append(&l, LEDGER_REWIND, RECORD_rewind, &r, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(l.audit.samples_spent, 10);
+    c.m.round = 2; /* the same samples again, on the rewind */
+    c.m.base_index = 7;
+    if (append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(l.audit.tokens, 200);
+    audit_release(&l.audit);
 }
 
 static void a_key_that_enrols_twice_is_found(void **state) {
@@ -241,6 +322,9 @@ int main(void) {
         cmocka_unit_test(weights_that_do_not_add_up_are_found),
         cmocka_unit_test(rounds_that_do_not_follow_are_found),
         cmocka_unit_test(a_key_that_enrols_twice_is_found),
+        cmocka_unit_test(fragments_go_side_by_side),
+        cmocka_unit_test(quarantine_needs_the_members_signature),
+        cmocka_unit_test(a_rewind_frees_what_came_after_its_checkpoint),
     };
     struct err err;
     if (proto_init(&err)) return 1;
