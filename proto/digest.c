@@ -1,7 +1,10 @@
 /* digest.c - BLAKE2b-256 digests and the digest tree over chunks. */
 #include <assert.h>
+#include <pthread.h>
 #include <sodium.h>
+#include <stdatomic.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "proto/proto.h"
 
@@ -72,6 +75,44 @@ struct digest digest_leaf2(uint64_t index, const void *a, size_t a_length, const
 
 struct digest digest_leaf(uint64_t index, const void *bytes, size_t length) {
     return digest_leaf2(index, bytes, length, NULL, 0);
+}
+
+struct leaves {
+    struct digest_piece *piece;
+    size_t count;
+    atomic_size_t next; /* the first piece that nobody has taken */
+};
+
+static void *take_pieces(void *arg) {
+    struct leaves *l = arg;
+    for (size_t i; (i = atomic_fetch_add(&l->next, 1)) < l->count;) {
+        struct digest_piece *p = &l->piece[i];
+        p->leaf = digest_leaf2(p->index, p->a, p->a_length, p->b, p->b_length);
+    }
+    return NULL;
+}
+
+static size_t threads_worth(const struct digest_piece *piece, size_t count, size_t threads) {
+    long cores = threads ? (long)threads : sysconf(_SC_NPROCESSORS_ONLN);
+    size_t most = cores > 1 ? (size_t)cores : 1, bytes = 0;
+    for (size_t i = 0; i < count; i++) bytes += piece[i].a_length + piece[i].b_length;
+    if (most > DIGEST_THREADS_MAX) most = DIGEST_THREADS_MAX;
+    if (most > count) most = count;
+    return most > bytes / DIGEST_THREAD_BYTES_MIN ? bytes / DIGEST_THREAD_BYTES_MIN : most;
+}
+
+/* Threads of its own, begun and ended here: a team of OpenMP's spins after its work unless the whole
+ * process says otherwise (half as much CPU again, beside a trainer that wants it), and does not
+ * survive a fork. To begin one takes some 20 us, to digest DIGEST_THREAD_BYTES_MIN half a
+ * millisecond. */
+void digest_leaves(struct digest_piece *piece, size_t count, size_t threads) {
+    struct leaves l = {.piece = piece, .count = count};
+    pthread_t helper[DIGEST_THREADS_MAX];
+    size_t helpers = 0, worth = threads_worth(piece, count, threads);
+    while (helpers + 1 < worth && !pthread_create(&helper[helpers], NULL, take_pieces, &l))
+        helpers++;
+    take_pieces(&l);
+    while (helpers) pthread_join(helper[--helpers], NULL);
 }
 
 static struct digest node_of(const struct digest *left, const struct digest *right) {

@@ -41,6 +41,18 @@ struct digest digest_stream_final(struct digest_stream *s);
 struct digest digest_leaf(uint64_t index, const void *bytes, size_t length);
 /* The same leaf over two pieces, as if they were one (anchor, then momentum). */
 struct digest digest_leaf2(uint64_t index, const void *a, size_t a_length, const void *b, size_t b_length);
+/* Many leaves at once, on as many as `threads` threads (0: one per core; fewer where there is little
+ * to do), the caller's among them. Each piece's leaf = digest_leaf2() of its other fields. Returns when
+ * all are done; cannot fail, for where no thread can be had the caller's does the work. */
+struct digest_piece {
+    uint64_t index;
+    const void *a, *b; /* b may be NULL if b_length is 0 */
+    size_t a_length, b_length;
+    struct digest leaf; /* out */
+};
+#define DIGEST_THREADS_MAX 16
+#define DIGEST_THREAD_BYTES_MIN ((size_t)1 << 19)
+void digest_leaves(struct digest_piece *piece, size_t count, size_t threads);
 struct digest digest_tree_root(const struct msg_digest_item *leaves, size_t count);
 #define DIGEST_PATH_MAX 32
 /* Siblings from leaf `index` up; returns their number (<= DIGEST_PATH_MAX). index < count. */

@@ -235,6 +235,30 @@ static void leaves_are_bound_to_their_place(void **state) {
     assert_true(digest_equal(&a, &by_hand));
 }
 
+/* Pieces of all lengths, with more threads than cores, and with fewer pieces than threads: each gets
+ * the leaf that it gets alone, whoever computes it. */
+static void leaves_at_once_are_the_leaves_one_by_one(void **state) {
+    (void)state;
+    enum { PIECES = 40, LENGTH = 6 << 20 };
+    static uint8_t bytes[LENGTH];
+    struct digest_piece piece[PIECES];
+    for (size_t i = 0; i < LENGTH; i++) bytes[i] = (uint8_t)(i * i >> 8);
+    for (size_t threads = 0; threads <= 20; threads += 5)
+        for (size_t count = 0; count <= PIECES; count += count < 4 ? 1 : 12) {
+            size_t length = LENGTH / 4 / (count + 1);
+            for (size_t i = 0; i < count; i++)
+                piece[i] = (struct digest_piece){
+                    .index = 1000 + i, .a = bytes + i * length, .a_length = length,
+                    .b = i % 3 ? bytes + 7 * i : NULL, .b_length = i % 3 ? i * 1000 : 0};
+            digest_leaves(piece, count, threads);
+            for (size_t i = 0; i < count; i++) {
+                const struct digest_piece *p = &piece[i];
+                struct digest want = digest_leaf2(p->index, p->a, p->a_length, p->b, p->b_length);
+                assert_true(digest_equal(&p->leaf, &want));
+            }
+        }
+}
+
 /* ---- identities ---------------------------------------------------------------------------------
  */
 
@@ -849,6 +873,7 @@ int main(void) {
         cmocka_unit_test(digest_text_goes_both_ways),
         cmocka_unit_test(tree_paths_of_all_sizes_verify),
         cmocka_unit_test(leaves_are_bound_to_their_place),
+        cmocka_unit_test(leaves_at_once_are_the_leaves_one_by_one),
         cmocka_unit_test(identity_survives_its_file),
         cmocka_unit_test(identity_others_may_read_is_refused),
         cmocka_unit_test(identity_file_must_be_whole),
