@@ -47,7 +47,12 @@ SIM_LIB_O := $(filter-out $(patsubst %.c,$(BUILD)/%.o,$(SIM_PURE)),$(LIB_O))
 HOSTILE_O := $(call objects,tests/hostile) $(KERNELS_O) $(PROTO_O)
 BENCH_O := $(call objects,tests/bench) $(LIB_O)
 
-.PHONY: all setup help test unit integration demo lint asan tsan sim churn bench install clean
+# Parsers of outside bytes, each in tests/fuzz/fuzz_NAME.c: libFuzzer programs, and a replayer for any compiler.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+FUZZ_O := $(filter-out %/main.o %/libfuzzer.o,$(call objects,tests/fuzz))
+
+.PHONY: all setup help test unit integration demo lint asan tsan sim churn bench fuzz fuzz-corpus install clean
 .DEFAULT_GOAL := all
 # Keep the test programs' objects.
 .SECONDARY:
@@ -93,7 +98,7 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
 # What clang-tidy reads; the test programs are left to the compilers.
-SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench,$(wildcard $(d)/*.c))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/fuzz,$(wildcard $(d)/*.c))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
@@ -113,6 +118,19 @@ tsan: ## network, sync and checkpoint tests under thread sanitizer
 	    LDFLAGS="-fsanitize=thread" $(patsubst $(BUILD)/%,$(BUILD)-tsan/%,$(TSAN_TESTS))
 	@OMP_NUM_THREADS=1 tests/run.sh $(BUILD)-tsan unit
 
+FUZZ_MAKE = $(MAKE) --no-print-directory -j2 BUILD=$(BUILD)-fuzz CC=clang LDFLAGS="-fsanitize=address,undefined" \
+    CFLAGS="$(SANITIZE) -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all"
+fuzz: ## fuzz each parser for FUZZ_SECONDS=60, two at a time (clang)
+	@$(FUZZ_MAKE) fuzz-build
+	@tests/fuzz/run.sh $(BUILD)-fuzz $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+fuzz-corpus: ## renew tests/fuzz/corpus from samples, the corpus itself and what `make fuzz` found
+	@$(FUZZ_MAKE) fuzz-build
+	@tests/fuzz/corpus.sh $(BUILD)-fuzz $(FUZZ_TARGETS)
+
+.PHONY: fuzz-build
+fuzz-build: $(FUZZ_TARGETS:%=$(BUILD)/fuzz_%) $(BUILD)/fuzz
+
 .PHONY: bitexact
 bitexact: ## the outer step's bits: gcc, clang, vector widths, x86-64, aarch64 (docker/setup-debian.sh --cross)
 	@BUILD=$(BUILD) tests/bitexact/run.sh
@@ -125,7 +143,7 @@ install: all ## install both programs under PREFIX (/usr/local)
 	install -m 755 $(PROGRAMS) $(DESTDIR)$(PREFIX)/bin
 
 clean: ## remove what was built
-	rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-clang
+	rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-clang $(BUILD)-fuzz
 
 # nvcc is optional: the CUDA backend will be a plugin that the CPU build does not need.
 $(BUILD)/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
@@ -139,6 +157,22 @@ $(BUILD)/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) 
 $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(LIB_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
+
+$(BUILD)/tests/test_fuzz_corpus: $(FUZZ_O)
+
+$(BUILD)/fuzz: $(BUILD)/tests/fuzz/main.o $(FUZZ_O) $(BUILD)/fuzzed.a
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+
+# Of the archive a target links only what it needs, so that its coverage counts nothing else.
+$(BUILD)/fuzzed.a: $(LIB_O)
+	$(call say,AR)
+	$(Q)rm -f $@; ar rcs $@ $^
+
+FUZZ_SHARED_O := $(filter-out $(BUILD)/tests/fuzz/fuzz_%,$(FUZZ_O))
+$(BUILD)/fuzz_%: tests/fuzz/libfuzzer.c $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_SHARED_O) $(BUILD)/fuzzed.a
+	$(call say,LINK)
+	$(Q)$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -DFUZZ_TARGET=fuzz_$* -o $@ $^ $(ALL_LIBS)
 
 $(BUILD)/bench: $(BENCH_O)
 	$(call say,LINK)

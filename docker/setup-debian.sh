@@ -4,6 +4,8 @@ set -eu
 need="gcc g++ make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
 libyaml-dev libjansson-dev libcurl4-openssl-dev libcmocka-dev python3 procps"
 [ "${1:-}" = --lint ] && need="$need clang clang-tidy cppcheck libclang-rt-dev libomp-dev"
+# libFuzzer is part of clang's compiler-rt.
+[ "${1:-}" = --fuzz ] && need="$need clang libclang-rt-dev libomp-dev"
 # Programs for aarch64, and running them: make bitexact.
 [ "${1:-}" = --cross ] && need="$need gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
 # The demo's text; its package is named in README.md.

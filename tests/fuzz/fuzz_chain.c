@@ -1,0 +1,153 @@
+/* fuzz_chain.c - a valid ledger that somebody without its keys tampered with: entries dropped,
+ * repeated, exchanged, cut, changed or signed by a stranger, and then the bytes of its file changed.
+ * Whatever is still followed must be, entry by entry, the ledger as it was written.
+ *
+ * Input: steps of four bytes (what, entry, two for where), a byte 0, then bytes laid over the file. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "ckpt/internal.h"
+#include "tests/fuzz/fuzz.h"
+#include "tests/fuzz/ledger.h"
+
+#define ENTRIES_MAX 24
+#define STEPS_MAX 32
+
+static const struct fuzz_ledger *ledger;
+
+struct tampered {
+    struct msg_signed_entry entry[ENTRIES_MAX];
+    uint8_t *own[ENTRIES_MAX]; /* a changed copy of the entry's bytes */
+    uint32_t count;
+};
+
+static void init(void) {
+    struct err err;
+    int failed = proto_init(&err);
+    assert(!failed);
+    ledger = fuzz_ledger();
+}
+
+static uint8_t *own_bytes(struct tampered *t, uint32_t i) {
+    struct proto_bytes *b = &t->entry[i].bytes;
+    if (!t->own[i]) {
+        t->own[i] = malloc(b->length + 1u);
+        assert(t->own[i]);
+        memcpy(t->own[i], b->data, b->length);
+        b->data = t->own[i];
+    }
+    return t->own[i];
+}
+
+static void drop(struct tampered *t, uint32_t i) {
+    size_t after = t->count - i - 1;
+    free(t->own[i]);
+    memmove(&t->entry[i], &t->entry[i + 1], after * sizeof *t->entry);
+    memmove(&t->own[i], &t->own[i + 1], after * sizeof *t->own);
+    t->own[--t->count] = NULL;
+}
+
+/* Put the original entry `from` behind entry i. */
+static void repeat(struct tampered *t, uint32_t i, uint32_t from) {
+    if (t->count == ENTRIES_MAX) return;
+    t->entry[t->count] = ledger->entry[from];
+    t->own[t->count] = NULL;
+    for (uint32_t k = t->count++; k > i + 1; k--) {
+        struct msg_signed_entry e = t->entry[k];
+        uint8_t *own = t->own[k];
+        t->entry[k] = t->entry[k - 1];
+        t->own[k] = t->own[k - 1];
+        t->entry[k - 1] = e;
+        t->own[k - 1] = own;
+    }
+}
+
+static void flip(struct tampered *t, uint32_t i, uint16_t where) {
+    uint32_t length = t->entry[i].bytes.length;
+    if (where / 8u < length) own_bytes(t, i)[where / 8] ^= (uint8_t)(1u << (where % 8));
+}
+
+static void step(struct tampered *t, uint8_t what, uint32_t i, uint16_t where) {
+    struct msg_signed_entry *e = &t->entry[i];
+    switch (what % 7) {
+    case 0: drop(t, i); break;
+    case 1: repeat(t, i, where % LEDGER_ENTRIES); break;
+    case 2: flip(t, i, where); break;
+    case 3: e->signature.b[where / 8 % PROTO_SIG_BYTES] ^= (uint8_t)(1u << (where % 8)); break;
+    case 4: e->bytes.length = where % (e->bytes.length + 1); break;
+    case 5: fuzz_sign(ledger, SIGNER_STRANGER, where % 4, e); break;
+    case 6: e->signature = ledger->entry[where % LEDGER_ENTRIES].signature; break;
+    }
+}
+
+static bool is_original(const struct msg_signed_entry *e, uint64_t i) {
+    const struct msg_signed_entry *o = &ledger->entry[i];
+    return i < LEDGER_ENTRIES && e->bytes.length == o->bytes.length &&
+           !memcmp(e->bytes.data, o->bytes.data, o->bytes.length) &&
+           !memcmp(&e->signature, &o->signature, sizeof o->signature);
+}
+
+/* Follow it; returns how many entries were taken. */
+static uint64_t follow(const struct msg_signed_entry *entries, uint32_t count) {
+    struct ledger_chain chain;
+    ledger_chain_init(&chain, &ledger->run);
+    for (uint32_t i = 0; i < count; i++) {
+        struct msg_entry decoded;
+        struct err err = {0};
+        uint64_t index = chain.next_index;
+        if (ledger_chain_take(&chain, &entries[i], &decoded, &err)) {
+            if (err.code == ERR_STALE) continue;
+            assert(err.code == ERR_CORRUPT);
+            break;
+        }
+        assert(is_original(&entries[i], index));
+        proto_decoded_release(RECORD_entry, &decoded);
+    }
+    return chain.next_index;
+}
+
+/* As a checkpoint keeps it; entries are then taken from the file. */
+static bool through_file(const struct tampered *t, struct fuzz_input *in) {
+    struct ckpt_blob file;
+    struct msg_signed_entry *entries;
+    struct digest head = {0};
+    struct err err = {0};
+    uint32_t count;
+    int failed = ledger_format(t->entry, t->count, &file, &err);
+    assert(!failed);
+    size_t at = fuzz_le(in, 2);
+    for (; in->left && at < file.length; at++) file.data[at] ^= fuzz_u8(in);
+    bool whole = false;
+    if (!ledger_parse(&file, &entries, &count, &err)) {
+        bool linked = !ledger_check(entries, count, LEDGER_ENTRIES - 1, &head, &err);
+        uint64_t taken = follow(entries, count);
+        whole = linked && count == LEDGER_ENTRIES && taken == LEDGER_ENTRIES;
+        free(entries);
+    }
+    assert(whole || !err.code || err.code == ERR_CORRUPT);
+    free(file.data);
+    return whole;
+}
+
+static bool take(const uint8_t *bytes, size_t length) {
+    struct fuzz_input in = {bytes, length};
+    struct tampered t = {.count = LEDGER_ENTRIES};
+    memcpy(t.entry, ledger->entry, sizeof ledger->entry);
+    for (int n = 0; n < STEPS_MAX && t.count; n++) {
+        uint8_t what = fuzz_u8(&in);
+        if (!what) break;
+        uint32_t i = fuzz_u8(&in) % t.count;
+        step(&t, what, i, (uint16_t)fuzz_le(&in, 2));
+    }
+    bool whole = through_file(&t, &in);
+    for (uint32_t i = 0; i < t.count; i++) free(t.own[i]);
+    return whole;
+}
+
+static void samples(const struct fuzz_sink *out) {
+    out->sample(out->arg, "untouched", "", 0);
+    out->sample(out->arg, "flipped-twice", "\2\3\5\0\2\3\5\0", 9);
+    out->sample(out->arg, "dropped-and-put-back", "\7\7\0\0\1\6\7\0\7\6\0\0\1\5\6\0", 17);
+}
+
+const struct fuzz_target fuzz_chain = {"chain", init, take, samples};

@@ -1,0 +1,24 @@
+/* ledger.h - a small valid ledger with its keys, for the two ledger targets. */
+#ifndef INTELLECT_TESTS_FUZZ_LEDGER_H
+#define INTELLECT_TESTS_FUZZ_LEDGER_H
+
+#include "proto/proto.h"
+
+#define LEDGER_ENTRIES 8
+
+enum ledger_signer { SIGNER_ROOT, SIGNER_ONLINE, SIGNER_ONLINE2, SIGNER_STRANGER, SIGNERS };
+
+/* Genesis, delegation to ONLINE, two enrolments, a commit, a delegation to ONLINE2, a checkpoint by
+ * it, a revocation. Made once, never freed. */
+struct fuzz_ledger {
+    struct identity signer[SIGNERS];
+    struct digest run;
+    struct proto_buffer bytes[LEDGER_ENTRIES];
+    struct msg_signed_entry entry[LEDGER_ENTRIES]; /* point into bytes */
+};
+const struct fuzz_ledger *fuzz_ledger(void);
+
+void fuzz_sign(const struct fuzz_ledger *l, enum ledger_signer signer, uint64_t term,
+               struct msg_signed_entry *e);
+
+#endif
