@@ -6,23 +6,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "node/model.h"
+#include "node/timer.h"
 #include "proto/model.h"
-
-uint64_t agent_now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
-void agent_timer(struct event *ev, uint32_t ms) {
-    struct timeval tv = { .tv_sec = (time_t)(ms / 1000),
-                          .tv_usec = (suseconds_t)(ms % 1000) * 1000 };
-    event_add(ev, &tv);
-}
 
 /* ---- becoming a member ----------------------------------------------------------------------- */
 
@@ -92,7 +80,7 @@ static int set_up_sync(struct agent *a, struct err *err) {
                                   .trains = !a->run.aggregate_only, .port = a->port,
                                   .elements = a->elements, .load = load_state,
                                   .load_arg = &a->genesis, .disk = a->disk };
-    if (!(a->sync = sync_create(&config, agent_now_ms(), err))) return -1;
+    if (!(a->sync = sync_create(&config, timer_now_ms(), err))) return -1;
     a->peers = peers_create(a->base, a->ctx, a->run.member, &agent_peers_ops, a, err);
     if (!a->peers) return -1;
     a->checkpoint = checkpoint_create(a->base, a->elements, a->genesis.outer->chunk_elements,
@@ -208,7 +196,7 @@ static void on_end(evutil_socket_t fd, short what, void *arg) {
 void agent_leave(struct agent *a) {
     if (a->leaving) return;
     a->leaving = true;
-    agent_timer(a->end, 0);
+    timer_set(a->end, 0);
     if (a->tick) event_del(a->tick);
     if (!a->stepping && a->uplink && uplink_is_up(a->uplink) && !a->said_goodbye)
         agent_feed(a, &(struct sync_event){ .type = SYNC_EV_LEAVE });
@@ -219,7 +207,7 @@ void agent_leave(struct agent *a) {
         return;
     }
     a->trainer_gone = true;
-    agent_timer(a->end, AGENT_GOODBYE_MS);
+    timer_set(a->end, AGENT_GOODBYE_MS);
 }
 
 /* End with an error; the first one counts. */

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "node/timer.h"
+
 static void perform(struct agent *a, const struct sync_action *act);
 
 /* ---- sync ------------------------------------------------------------------------------------ */
@@ -17,7 +19,7 @@ void agent_feed(struct agent *a, const struct sync_event *ev) {
     assert(!a->stepping);
     a->stepping = true;
     sync_actions_clear(&a->actions);
-    int rc = sync_step(a->sync, ev, agent_now_ms(), &a->actions, &err);
+    int rc = sync_step(a->sync, ev, timer_now_ms(), &a->actions, &err);
     for (uint32_t i = 0; !rc && i < a->actions.count; i++) perform(a, &a->actions.list[i]);
     a->stepping = false;
     if (rc) {
@@ -27,7 +29,7 @@ void agent_feed(struct agent *a, const struct sync_event *ev) {
         a->cut = false;
         agent_feed(a, &(struct sync_event){ .type = SYNC_EV_DISCONNECTED });
     } else if (sync_has_work(a->sync)) {
-        agent_timer(a->work, 0);
+        timer_set(a->work, 0);
     }
 }
 
@@ -92,6 +94,7 @@ static void tell_trainer(struct agent *a, uint32_t type, const struct sync_actio
     if (!a->keeper || !a->trainer_up) return; /* sync was told that it is down */
     keeper_send(a->keeper, &(struct segment_message){
                                .type = type, .start = act->start, .count = act->count,
+                               .fragment = act->fragment, .wait = act->wait,
                                .tokens = act->tokens, .contributors = act->contributors,
                                .steps = act->steps });
 }
@@ -176,8 +179,9 @@ static void on_trainer_message(void *arg, const struct segment_message *m) {
     case SEGMENT_STEP: on_trainer_step(a, m); break;
     case SEGMENT_FROZEN:
         agent_feed(a, &(struct sync_event){
-                    .type = SYNC_EV_TRAINER_FROZEN, .samples = m->samples, .steps = m->steps,
-                    .loss = a->loss, .tokens_per_s = a->tokens_per_s,
+                    .type = SYNC_EV_TRAINER_FROZEN, .fragment = m->fragment,
+                    .samples = m->samples, .steps = m->steps, .loss = a->loss,
+                    .tokens_per_s = a->tokens_per_s,
                     .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_PARAMETERS) });
         break;
     case SEGMENT_APPLIED: feed_type(a, SYNC_EV_TRAINER_APPLIED); break;
@@ -201,7 +205,7 @@ static void on_trainer_end(void *arg, const char *why, uint32_t wait_ms) {
     if (a->leaving) {
         a->trainer_gone = true;
         console_say(a->console, SYNC_INFO, "trainer", "the trainer has ended");
-        agent_timer(a->end, AGENT_GOODBYE_MS);
+        timer_set(a->end, AGENT_GOODBYE_MS);
         return;
     }
     console_say(a->console, SYNC_WARNING, "trainer", "the trainer ended (%s)%s", why,

@@ -68,7 +68,4 @@ extern const struct checkpoint_ops agent_checkpoint_ops;
 void agent_leave(struct agent *a);
 void agent_fail(struct agent *a, const struct err *why);
 
-uint64_t agent_now_ms(void);
-void agent_timer(struct event *ev, uint32_t ms);
-
 #endif

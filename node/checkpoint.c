@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "ckpt/ckpt.h"
+#include "node/timer.h"
 
 #define BACKLOG_WAIT_MS 5
 
@@ -29,11 +30,6 @@ struct checkpoint {
     struct err failed;          /* code != ERR_NONE: to be told */
 };
 
-static void add_timer(struct event *ev, uint32_t ms) {
-    struct timeval tv = { .tv_usec = (suseconds_t)ms * 1000 };
-    event_add(ev, &tv);
-}
-
 static void close_writer(struct checkpoint *c) {
     if (c->ready) event_free(c->ready);
     ckpt_writer_destroy(c->writer);
@@ -49,7 +45,7 @@ static void close_writer(struct checkpoint *c) {
 static void fail(struct checkpoint *c, const struct err *err) {
     close_writer(c);
     c->failed = *err;
-    add_timer(c->work, 0);
+    timer_set(c->work, 0);
 }
 
 /* ---- putting --------------------------------------------------------------------------------- */
@@ -90,11 +86,11 @@ static void on_work(evutil_socket_t fd, short what, void *arg) {
         return;
     }
     if (ckpt_writer_backlog_bytes(c->writer) >= CKPT_BACKLOG_BYTES) {
-        add_timer(c->work, BACKLOG_WAIT_MS);
+        timer_set(c->work, BACKLOG_WAIT_MS);
         return;
     }
     if (c->next < c->chunks) {
-        if (!put(c, c->next++)) add_timer(c->work, 0);
+        if (!put(c, c->next++)) timer_set(c->work, 0);
         return;
     }
     c->finishing = true;
@@ -195,7 +191,7 @@ void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_b
     if (begin(c, genesis, msg, &err))
         fail(c, &err);
     else
-        add_timer(c->work, 0);
+        timer_set(c->work, 0);
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */

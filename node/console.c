@@ -10,6 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "node/timer.h"
+
 #define LINE_BYTES 512
 #define REDRAW_MS 100
 
@@ -124,12 +126,6 @@ static void describe(const struct console_figures *f, bool live, char *out, size
              f->connected ? "" : " | coordinator out of reach");
 }
 
-static uint64_t now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
 static size_t width(void) {
     struct winsize w;
     return ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) || w.ws_col < 20 ? 80 : w.ws_col;
@@ -137,7 +133,7 @@ static size_t width(void) {
 
 void console_live(struct console *c, const struct console_figures *f) {
     char line[LINE_BYTES];
-    uint64_t now = now_ms();
+    uint64_t now = timer_now_ms();
     if (!c->live || (c->drawn && now - c->drawn_at_ms < REDRAW_MS)) return;
     describe(f, true, line, sizeof line);
     if (width() <= strlen(line)) line[width() - 1] = 0; /* a second row could not be redrawn */

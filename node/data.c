@@ -1,6 +1,7 @@
 /* data.c - preparing, opening and reading a corpus; see data.h. */
 #include "node/data.h"
 
+#include "node/file.h"
 #include "node/tokenizer.h"
 #include "proto/proto.h"
 
@@ -79,17 +80,6 @@ uint64_t data_permute(uint64_t seed, uint64_t n, uint64_t index) {
 
 /* ---- files ------------------------------------------------------------------------------------- */
 
-static int write_all(int fd, const void *bytes, size_t n, const char *path, struct err *err) {
-    for (const char *p = bytes; n;) {
-        ssize_t done = write(fd, p, n);
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0) return err_set_errno(err, "write %.150s", path);
-        p += done;
-        n -= (size_t)done;
-    }
-    return 0;
-}
-
 /* Up to n bytes at `offset`; *got is less only at the end of the file. */
 static int read_at(int fd, uint64_t offset, size_t n, void *out, size_t *got, const char *path,
                    struct err *err) {
@@ -149,7 +139,7 @@ static int encode_file(const struct prepare *p, int in, const char *in_path, int
         if ((rc = read_at(in, at, BLOCK_BYTES, text, &got, in_path, err))) break;
         size_t n = p->tokenizer->encode(text, got, ids);
         pack(packed, ids, n, p->token_bytes);
-        rc = write_all(out, packed, n * p->token_bytes, out_path, err);
+        rc = file_write(out, packed, n * p->token_bytes, out_path, err);
         *tokens += n;
     }
     free(text);
@@ -166,7 +156,7 @@ static int cut_heldout(struct prepare *p, int fd, const char *path, uint64_t tok
     int rc = block ? 0 : err_set(err, ERR_MEMORY, "no memory to cut the held-out text");
     for (size_t got; rc == 0 && left; at += got, left -= got) {
         rc = read_at(fd, at, left < BLOCK_BYTES ? (size_t)left : BLOCK_BYTES, block, &got, path, err);
-        if (rc == 0) rc = write_all(p->heldout_fd, block, got, p->heldout_path, err);
+        if (rc == 0) rc = file_write(p->heldout_fd, block, got, p->heldout_path, err);
         if (rc == 0 && !got) rc = err_set(err, ERR_TRUNCATED, "%.150s shrank while it was read", path);
     }
     free(block);
@@ -253,7 +243,7 @@ static int write_manifest(const char *folder, const char *text, struct err *err)
     if (join_new(temporary, folder, DATA_MANIFEST_NAME, err)) return -1;
     int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0) return err_set_errno(err, "create %.150s", temporary);
-    int rc = write_all(fd, text, strlen(text), temporary, err);
+    int rc = file_write(fd, text, strlen(text), temporary, err);
     if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", temporary);
     close(fd);
     return rc;

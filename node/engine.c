@@ -2,13 +2,13 @@
 #include "node/engine.h"
 
 #include "kernels/kernels.h"
+#include "node/file.h"
 #include "node/model.h"
 #include "node/schedule.h"
 #include "proto/model.h"
 #include "proto/proto.h"
 
 #include <assert.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
@@ -243,85 +243,80 @@ static int model_digest(const struct msg_model *m, struct digest *out, struct er
     return rc;
 }
 
-static int write_all(int fd, const void *bytes, size_t n, const char *path, struct err *err) {
-    for (const char *p = bytes; n;) {
-        ssize_t done = write(fd, p, n);
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0) return err_set_errno(err, "write %.150s", path);
-        p += done;
-        n -= (size_t)done;
+struct engine_snapshot {
+    struct state_header header;
+    size_t n;
+    float *values; /* [3 * n]: parameters, first moments, second moments */
+};
+
+struct engine_snapshot *engine_snapshot_create(const struct engine *e, struct err *err) {
+    struct engine_snapshot *s = calloc(1, sizeof *s);
+    if (s) s->values = calloc(3 * e->n, sizeof *s->values);
+    if (!s || !s->values) {
+        err_set(err, ERR_MEMORY, "saving %zu parameters takes %zu bytes", e->n,
+                3 * e->n * sizeof *s->values);
+        free(s);
+        return NULL;
     }
-    return 0;
+    s->n = e->n;
+    s->header = (struct state_header){ .magic = STATE_MAGIC, .elements = e->n };
+    if (!model_digest(&e->config, &s->header.model, err)) return s;
+    engine_snapshot_destroy(s);
+    return NULL;
 }
 
-static int read_all(int fd, void *bytes, size_t n, const char *path, struct err *err) {
-    for (char *p = bytes; n;) {
-        ssize_t done = read(fd, p, n);
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0) return err_set_errno(err, "read %.150s", path);
-        if (done == 0) return err_set(err, ERR_TRUNCATED, "%.150s: %zu bytes are missing", path, n);
-        p += done;
-        n -= (size_t)done;
-    }
-    return 0;
+void engine_snapshot_destroy(struct engine_snapshot *s) {
+    if (!s) return;
+    free(s->values);
+    free(s);
 }
 
-static int write_state(const struct engine *e, int fd, const char *path, uint64_t tag, float *block,
-                       struct err *err) {
-    struct state_header h = { .magic = STATE_MAGIC, .elements = e->n, .steps = e->steps,
-                              .m_count = e->m_count, .v_count = e->v_count, .tag = tag };
+int engine_snapshot_take(struct engine_snapshot *s, const struct engine *e, uint64_t tag,
+                         struct err *err) {
     const float *vectors[] = { e->params, e->m, e->v };
-    struct digest_stream s;
-    if (model_digest(&e->config, &h.model, err)) return -1;
-    digest_stream_init(&s);
-    digest_stream_update(&s, &h, sizeof h);
-    if (write_all(fd, &h, sizeof h, path, err)) return -1;
-    for (int i = 0; i < 3; i++)
-        for (size_t at = 0, n; at < e->n; at += n) {
-            n = e->n - at < BLOCK_ELEMENTS ? e->n - at : BLOCK_ELEMENTS;
-            e->k->copy_out(e->k, block, vectors[i] + at, n * sizeof *block);
-            if (e->k->check(e->k, err)) return -1;
-            digest_stream_update(&s, block, n * sizeof *block);
-            if (write_all(fd, block, n * sizeof *block, path, err)) return -1;
-        }
-    struct digest d = digest_stream_final(&s);
-    return write_all(fd, &d, sizeof d, path, err);
+    assert(s->n == e->n);
+    s->header.steps = e->steps;
+    s->header.m_count = e->m_count;
+    s->header.v_count = e->v_count;
+    s->header.tag = tag;
+    for (size_t i = 0; i < 3; i++)
+        e->k->copy_out(e->k, s->values + i * e->n, vectors[i], e->n * sizeof *s->values);
+    return e->k->check(e->k, err);
 }
 
-static int sync_folder_of(const char *path, struct err *err) {
-    char folder[4096];
-    snprintf(folder, sizeof folder, "%s", path);
-    char *slash = strrchr(folder, '/');
-    if (slash)
-        slash[slash == folder] = '\0';
-    else
-        strcpy(folder, ".");
-    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return err_set_errno(err, "open %.150s", folder);
-    int rc = fsync(fd) ? err_set_errno(err, "fsync %.150s", folder) : 0;
+static int write_state(const struct engine_snapshot *s, int fd, const char *path, struct err *err) {
+    struct digest_stream stream;
+    digest_stream_init(&stream);
+    digest_stream_update(&stream, &s->header, sizeof s->header);
+    if (file_write(fd, &s->header, sizeof s->header, path, err)) return -1;
+    for (size_t at = 0, n; at < 3 * s->n; at += n) {
+        n = 3 * s->n - at < BLOCK_ELEMENTS ? 3 * s->n - at : BLOCK_ELEMENTS;
+        digest_stream_update(&stream, s->values + at, n * sizeof *s->values);
+        if (file_write(fd, s->values + at, n * sizeof *s->values, path, err)) return -1;
+    }
+    struct digest d = digest_stream_final(&stream);
+    return file_write(fd, &d, sizeof d, path, err);
+}
+
+int engine_snapshot_write(const struct engine_snapshot *s, const char *path, struct err *err) {
+    char temporary[4096];
+    if ((size_t)snprintf(temporary, sizeof temporary, "%s.new", path) >= sizeof temporary)
+        return err_set(err, ERR_CONFIG, "path too long: %.100s...", path);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0) return err_set_errno(err, "create %.150s", temporary);
+    int rc = write_state(s, fd, temporary, err);
+    if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", temporary);
     close(fd);
+    if (rc == 0 && rename(temporary, path)) rc = err_set_errno(err, "rename %.150s", temporary);
+    if (rc == 0) rc = file_sync_folder_of(path, err);
+    if (rc) unlink(temporary);
     return rc;
 }
 
 int engine_save(const struct engine *e, const char *path, uint64_t tag, struct err *err) {
-    char temporary[4096];
-    if ((size_t)snprintf(temporary, sizeof temporary, "%s.new", path) >= sizeof temporary)
-        return err_set(err, ERR_CONFIG, "path too long: %.100s...", path);
-    float *block = malloc(BLOCK_ELEMENTS * sizeof *block);
-    if (!block) return err_set(err, ERR_MEMORY, "no memory to save %.150s", path);
-    int rc = -1, fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    if (fd < 0) {
-        err_set_errno(err, "create %.150s", temporary);
-        goto out;
-    }
-    rc = write_state(e, fd, temporary, tag, block, err);
-    if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", temporary);
-    close(fd);
-    if (rc == 0 && rename(temporary, path)) rc = err_set_errno(err, "rename %.150s", temporary);
-    if (rc == 0) rc = sync_folder_of(path, err);
-    if (rc) unlink(temporary);
-out:
-    free(block);
+    struct engine_snapshot *s = engine_snapshot_create(e, err);
+    int rc = !s || engine_snapshot_take(s, e, tag, err) ? -1 : engine_snapshot_write(s, path, err);
+    engine_snapshot_destroy(s);
     return rc;
 }
 
@@ -330,7 +325,7 @@ static int check_state(const struct engine *e, int fd, const char *path, struct 
                        float *block, struct err *err) {
     struct digest model, found, stored;
     struct digest_stream s;
-    if (model_digest(&e->config, &model, err) || read_all(fd, h, sizeof *h, path, err)) return -1;
+    if (model_digest(&e->config, &model, err) || file_read(fd, h, sizeof *h, path, err)) return -1;
     if (h->magic != STATE_MAGIC) return err_set(err, ERR_CORRUPT, "%.150s is not a saved state", path);
     if (!digest_equal(&h->model, &model) || h->elements != e->n)
         return err_set(err, ERR_CONFIG, "%.150s is the state of another model (%llu parameters, not %zu)",
@@ -339,10 +334,10 @@ static int check_state(const struct engine *e, int fd, const char *path, struct 
     digest_stream_update(&s, h, sizeof *h);
     for (size_t left = 3 * e->n, n; left; left -= n) {
         n = left < BLOCK_ELEMENTS ? left : BLOCK_ELEMENTS;
-        if (read_all(fd, block, n * sizeof *block, path, err)) return -1;
+        if (file_read(fd, block, n * sizeof *block, path, err)) return -1;
         digest_stream_update(&s, block, n * sizeof *block);
     }
-    if (read_all(fd, &stored, sizeof stored, path, err)) return -1;
+    if (file_read(fd, &stored, sizeof stored, path, err)) return -1;
     found = digest_stream_final(&s);
     if (!digest_equal(&found, &stored))
         return err_set(err, ERR_CORRUPT, "%.150s does not have the digest it was saved with", path);
@@ -357,7 +352,7 @@ static int read_state(struct engine *e, int fd, const char *path, float *block, 
     for (int i = 0; i < 3; i++)
         for (size_t at = 0, n; at < e->n; at += n) {
             n = e->n - at < BLOCK_ELEMENTS ? e->n - at : BLOCK_ELEMENTS;
-            if (read_all(fd, block, n * sizeof *block, path, err)) return -1;
+            if (file_read(fd, block, n * sizeof *block, path, err)) return -1;
             e->k->copy_in(e->k, vectors[i] + at, block, n * sizeof *block);
             if (e->k->check(e->k, err)) return -1;
         }

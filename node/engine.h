@@ -88,14 +88,28 @@ int engine_second_moments_write(struct engine *e, size_t first, size_t n, const 
 /* Both moments and their counts to zero: the state of a fresh start. */
 void engine_reset_moments(struct engine *e);
 
-/* Save parameters, moments and counters to `path`, so that a trainer that was killed goes on bit
- * for bit: a temporary name beside it, BLAKE2b digest at the end, fsync, rename, fsync of the
- * folder. A crash at any moment leaves the old file or the new one, never a half.
- * tag is stored with it and given back by engine_load: the caller's ledger index or the like.
- * Writes 12 bytes a parameter. Returns 0, or -1 with ERR_IO or ERR_FULL. */
+/* Parameters, moments and counters at one moment, in memory of its own (12 bytes a parameter, taken
+ * by _create), so that they are written while training goes on. The engine may go before it.
+ * _create, _take return NULL, -1 with ERR_MEMORY or the device's error. */
+struct engine_snapshot;
+struct engine_snapshot *engine_snapshot_create(const struct engine *e, struct err *err);
+void engine_snapshot_destroy(struct engine_snapshot *s); /* NULL is fine */
+
+/* Copy the state, between steps; the first time costs more (the memory is touched).
+ * tag is stored with it and given back by engine_load: the caller's ledger index or the like. */
+int engine_snapshot_take(struct engine_snapshot *s, const struct engine *e, uint64_t tag,
+                         struct err *err);
+
+/* Write it to `path`, so that a trainer that was killed goes on bit for bit: a temporary name beside
+ * it, BLAKE2b digest at the end, fsync, rename, fsync of the folder. A crash at any moment leaves
+ * the old file or the new one, never a half. From any thread; the snapshot is only read.
+ * Returns 0, or -1 with ERR_IO or ERR_FULL. */
+int engine_snapshot_write(const struct engine_snapshot *s, const char *path, struct err *err);
+
+/* All of these at once, for who can wait. */
 int engine_save(const struct engine *e, const char *path, uint64_t tag, struct err *err);
 
-/* Load what engine_save wrote, into an engine of the same model. The file is read and its digest
+/* Load what engine_snapshot_write wrote, into an engine of the same model. The file is read and its digest
  * checked before anything in the engine changes. Returns 0 with *tag filled, or -1 with
  * ERR_NOT_FOUND (no such file), ERR_TRUNCATED, ERR_CORRUPT (digest), ERR_CONFIG (another model). */
 int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *err);

@@ -11,8 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "node/timer.h"
 
 #define WATCH_MS 500
 #define HUNG_MS_MIN 30000u
@@ -35,18 +36,6 @@ struct keeper {
     uint64_t silence_ms, started_at_ms, watched_at_ms, still_ms, slowest_step_ms, taken;
     bool moved;
 };
-
-static uint64_t now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
-static void add_timer(struct event *ev, uint64_t ms) {
-    struct timeval tv = { .tv_sec = (time_t)(ms / 1000),
-                          .tv_usec = (suseconds_t)(ms % 1000 * 1000) };
-    event_add(ev, &tv);
-}
 
 /* ---- start ----------------------------------------------------------------------------------- */
 
@@ -99,7 +88,7 @@ static void start(struct keeper *k) {
     k->said = (struct err){0};
     k->still_ms = k->taken = 0;
     k->moved = true;
-    k->watched_at_ms = k->started_at_ms = now_ms();
+    k->watched_at_ms = k->started_at_ms = timer_now_ms();
     int rc = spawn(k);
     if (rc) {
         char why[128];
@@ -107,7 +96,7 @@ static void start(struct keeper *k) {
         on_failure(k, why);
         return;
     }
-    add_timer(k->watch, WATCH_MS);
+    timer_set(k->watch, WATCH_MS);
     k->ops->on_start(k->arg, k->pid);
 }
 
@@ -160,11 +149,11 @@ static void on_failure(struct keeper *k, const char *why) {
         k->ops->on_end(k->arg, why, 0);
         return;
     }
-    if (now_ms() - k->started_at_ms > FAST_MS) k->failures = 0;
+    if (timer_now_ms() - k->started_at_ms > FAST_MS) k->failures = 0;
     k->failures++;
     if (k->said.code == ERR_NONE && k->failures < KEEPER_FAILURES_MAX) {
         uint32_t wait_ms = backoff_ms(k);
-        add_timer(k->restart, wait_ms);
+        timer_set(k->restart, wait_ms);
         k->ops->on_end(k->arg, why, wait_ms);
         return;
     }
@@ -213,7 +202,7 @@ static uint64_t hung_after_ms(const struct keeper *k) {
 static void on_watch(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
     struct keeper *k = arg;
-    uint64_t now = now_ms(), passed = now - k->watched_at_ms;
+    uint64_t now = timer_now_ms(), passed = now - k->watched_at_ms;
     drain(k);
     if (segment_taken(k->segment) != k->taken) k->moved = true;
     k->taken = segment_taken(k->segment);
@@ -230,7 +219,7 @@ static void on_watch(evutil_socket_t fd, short what, void *arg) {
         kill(k->pid, SIGKILL);
         k->still_ms = 0;
     }
-    if (k->pid) add_timer(k->watch, WATCH_MS);
+    if (k->pid) timer_set(k->watch, WATCH_MS);
 }
 
 static void on_too_late(evutil_socket_t fd, short what, void *arg) {
@@ -243,7 +232,7 @@ bool keeper_stop(struct keeper *k) {
     k->stopping = true;
     event_del(k->restart);
     if (!k->pid) return false;
-    add_timer(k->too_late, KEEPER_STOP_MS_MAX);
+    timer_set(k->too_late, KEEPER_STOP_MS_MAX);
     keeper_send(k, &(struct segment_message){ .type = SEGMENT_STOP });
     return true;
 }
@@ -281,7 +270,7 @@ struct keeper *keeper_create(struct event_base *base, const struct segment_setup
         keeper_destroy(k);
         return NULL;
     }
-    add_timer(k->restart, 0);
+    timer_set(k->restart, 0);
     return k;
 }
 

@@ -9,7 +9,8 @@
  *   setup     what a trainer must know before its first command (genesis, corpus, threads)
  *   in        [elements] fp32 and one byte per chunk: written by the agent, read by the trainer
  *   out[2]    [elements] fp32 each: written by the trainer, read by the agent. A slot belongs to the
- *             trainer from the command that names it to the result that does. */
+ *             trainer from the command that names it to the result that does; of out[0] only the
+ *             chunks of the fragment that a FREEZE names do, so other fragments may be read. */
 #ifndef INTELLECT_NODE_SEGMENT_H
 #define INTELLECT_NODE_SEGMENT_H
 

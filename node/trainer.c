@@ -15,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "node/data.h"
 #include "node/engine.h"
+#include "node/saver.h"
 #include "node/segment.h"
 #include "node/sync.h"
 #include "proto/model.h"
@@ -33,12 +34,14 @@ struct trainer {
     struct kernels *kernels;
     struct engine *engine;
     struct data *data;
+    struct saver *saver;
+    uint8_t *fragment_of;  /* [chunks]: the fragment that a chunk is synchronised in */
     int32_t *tokens;       /* [batch, sequence + 1] */
     float *scratch;        /* [chunk_elements] */
     struct range range[RANGES_MAX]; /* what to train on, in this order */
     uint32_t range_count;
     uint64_t queued;       /* samples in them */
-    uint64_t consumed;     /* what is in the parameters and not yet in the anchor */
+    uint64_t consumed;     /* samples since the last RESET */
     double queued_at_s;    /* when samples last came */
     uint64_t position;     /* the run's committed tokens, as last told */
     uint64_t tokens_since; /* own, since then */
@@ -46,6 +49,7 @@ struct trainer {
     bool has_parameters, frozen, stop;
     uint32_t bad_steps;
     double saved_at_s;
+    uint64_t saved_steps;
 };
 
 static double now_s(void) {
@@ -95,6 +99,14 @@ static int check_corpus(const struct trainer *t, struct err *err) {
     return 0;
 }
 
+static int make_fragments(struct trainer *t, struct err *err) {
+    const struct msg_outer *outer = t->genesis.outer;
+    if (!(t->fragment_of = calloc(segment_chunks(t->segment), 1)))
+        return err_set(err, ERR_MEMORY, "no memory for a table of fragments");
+    return proto_model_fragments(t->genesis.model, outer->chunk_elements, outer->fragments,
+                                 t->fragment_of, err);
+}
+
 /* Moments of an earlier life. Anything wrong with the file costs moments, nothing else. */
 static void load_inner_state(struct trainer *t) {
     struct err err = {0};
@@ -119,6 +131,8 @@ static int set_up(struct trainer *t, struct err *err) {
     if (check_corpus(t, err)) return -1;
     if (!(t->kernels = kernels_cpu_create(setup->threads, err))) return -1;
     if (!(t->engine = engine_create(g->model, g->inner, t->kernels, err))) return -1;
+    if (!(t->saver = saver_create(t->engine, setup->inner_state, err))) return -1;
+    if (make_fragments(t, err)) return -1;
     t->tokens = calloc((size_t)g->inner->batch * (g->model->sequence + 1), sizeof *t->tokens);
     t->scratch = calloc(setup->chunk_elements, sizeof *t->scratch);
     if (!t->tokens || !t->scratch) return err_set(err, ERR_MEMORY, "no memory for a batch");
@@ -127,10 +141,12 @@ static int set_up(struct trainer *t, struct err *err) {
 }
 
 static void tear_down(struct trainer *t) {
+    saver_destroy(t->saver);
     engine_destroy(t->engine);
     if (t->kernels) t->kernels->destroy(t->kernels);
     data_close(t->data);
     proto_decoded_release(RECORD_genesis, &t->genesis);
+    free(t->fragment_of);
     free(t->tokens);
     free(t->scratch);
 }
@@ -180,13 +196,6 @@ static int step(struct trainer *t, uint32_t samples, struct err *err) {
 
 /* ---- commands -------------------------------------------------------------------------------- */
 
-static void save(struct trainer *t) {
-    struct err err = {0};
-    t->saved_at_s = now_s();
-    if (engine_save(t->engine, segment_setup(t->segment)->inner_state, t->position, &err))
-        note(t, "moments not saved: %.200s", err.msg);
-}
-
 static void forget_samples(struct trainer *t) {
     t->range_count = 0;
     t->queued = 0;
@@ -202,43 +211,59 @@ static int on_samples(struct trainer *t, const struct segment_message *m, struct
     return 0;
 }
 
-static int on_freeze(struct trainer *t, struct err *err) {
-    if (t->has_parameters && t->queued > 0 && t->queued < t->genesis.inner->batch &&
+static void chunk_range(const struct trainer *t, uint32_t c, size_t *first, size_t *n) {
+    const struct segment_setup *setup = segment_setup(t->segment);
+    *first = (size_t)c * setup->chunk_elements;
+    *n = setup->elements - *first < setup->chunk_elements ? (size_t)setup->elements - *first
+                                                          : setup->chunk_elements;
+}
+
+/* Only the copy happens here, so that training goes on soon: the agent encodes from the slot. */
+static int on_freeze(struct trainer *t, const struct segment_message *m, struct err *err) {
+    float *out = segment_out(t->segment, SEGMENT_OUT_PARAMETERS);
+    if (m->fragment >= t->genesis.outer->fragments)
+        return err_set(err, ERR_PROTOCOL, "the agent asked for fragment %u of %u", m->fragment,
+                       t->genesis.outer->fragments);
+    if (t->has_parameters && !t->frozen && t->queued > 0 && t->queued < t->genesis.inner->batch &&
         step(t, (uint32_t)t->queued, err))
         return -1;
-    engine_params_read(t->engine, 0, engine_elements(t->engine),
-                       segment_out(t->segment, SEGMENT_OUT_PARAMETERS));
-    t->frozen = true;
-    tell(t, &(struct segment_message){ .type = SEGMENT_FROZEN, .samples = t->consumed,
+    for (uint32_t c = 0; c < segment_chunks(t->segment); c++) {
+        size_t first, n;
+        if (t->fragment_of[c] != m->fragment) continue;
+        chunk_range(t, c, &first, &n);
+        engine_params_read(t->engine, first, n, out + first);
+    }
+    if (m->wait) t->frozen = true;
+    tell(t, &(struct segment_message){ .type = SEGMENT_FROZEN, .fragment = m->fragment,
+                                       .samples = t->consumed,
                                        .steps = engine_steps(t->engine) });
-    if (now_s() - t->saved_at_s > TRAINER_SAVE_S) save(t);
     return 0;
 }
 
-/* Every chunk as its op says; the rest of the vector stays. A chunk that is mixed says that this
- * member's work was summed: it is in the anchor now. */
+/* The run's place in the schedule of learning rates; own tokens move it until the next commit. */
+static void take_position(struct trainer *t, const struct segment_message *m) {
+    t->position = m->tokens;
+    t->contributors = m->contributors;
+    t->tokens_since = 0;
+}
+
+/* Every chunk as its op says; the rest of the vector stays. */
 static void on_apply(struct trainer *t, const struct segment_message *m) {
     const float *in = segment_in(t->segment);
     const uint8_t *ops = segment_ops(t->segment);
-    uint64_t elements = segment_setup(t->segment)->elements;
-    size_t chunk = segment_setup(t->segment)->chunk_elements;
-    bool summed = false;
     for (uint32_t c = 0; c < segment_chunks(t->segment); c++) {
-        size_t first = c * chunk, n = elements - first < chunk ? (size_t)(elements - first) : chunk;
+        size_t first, n;
         if (ops[c] == SYNC_OP_KEEP) continue;
+        chunk_range(t, c, &first, &n);
         engine_params_read(t->engine, first, n, t->scratch);
-        summed |= ops[c] == SYNC_OP_MIX;
         if (ops[c] == SYNC_OP_MIX)
             outer_mix(t->scratch, in + first, n, t->genesis.outer->alpha);
         else
             for (size_t i = 0; i < n; i++) t->scratch[i] += in[first + i];
         engine_params_write(t->engine, first, n, t->scratch);
     }
-    if (summed) t->consumed = 0;
     t->frozen = false;
-    t->position = m->tokens;
-    t->contributors = m->contributors;
-    t->tokens_since = 0;
+    take_position(t, m);
     tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
 }
 
@@ -248,9 +273,7 @@ static void on_reset(struct trainer *t, const struct segment_message *m) {
     t->has_parameters = true;
     t->frozen = false;
     t->consumed = 0;
-    t->position = m->tokens;
-    t->contributors = m->contributors;
-    t->tokens_since = 0;
+    take_position(t, m);
     tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
 }
 
@@ -276,7 +299,7 @@ static void on_moments_import(struct trainer *t, const struct segment_message *m
 static int on_command(struct trainer *t, const struct segment_message *m, struct err *err) {
     switch (m->type) {
     case SEGMENT_SAMPLES: return on_samples(t, m, err);
-    case SEGMENT_FREEZE: return on_freeze(t, err);
+    case SEGMENT_FREEZE: return on_freeze(t, m, err);
     case SEGMENT_APPLY: on_apply(t, m); return 0;
     case SEGMENT_RESET: on_reset(t, m); return 0;
     case SEGMENT_CONTINUE: t->frozen = false; return 0;
@@ -297,10 +320,18 @@ static uint32_t samples_due(const struct trainer *t) {
     return now_s() - t->queued_at_s > TRAINER_PARTIAL_S ? (uint32_t)t->queued : 0;
 }
 
+static void save(struct trainer *t, int (*how)(struct saver *, uint64_t, struct err *)) {
+    struct err err = {0};
+    t->saved_at_s = now_s();
+    t->saved_steps = engine_steps(t->engine);
+    if (how(t->saver, t->position, &err)) note(t, "moments not saved: %.200s", err.msg);
+}
+
 static int serve(struct trainer *t, struct err *err) {
     struct segment_message m;
     tell(t, &(struct segment_message){ .type = SEGMENT_UP, .steps = engine_steps(t->engine) });
     t->saved_at_s = now_s();
+    t->saved_steps = engine_steps(t->engine);
     for (;;) {
         while (!t->stop && segment_receive(t->segment, &m)) {
             segment_set_busy(t->segment, true);
@@ -315,9 +346,9 @@ static int serve(struct trainer *t, struct err *err) {
         }
         segment_set_busy(t->segment, true);
         if (step(t, samples, err)) return -1;
-        if (now_s() - t->saved_at_s > TRAINER_SAVE_LATE_S) save(t);
+        if (now_s() - t->saved_at_s > TRAINER_SAVE_S) save(t, saver_begin);
     }
-    if (t->has_parameters) save(t);
+    if (t->has_parameters && engine_steps(t->engine) != t->saved_steps) save(t, saver_finish);
     return 0;
 }
 

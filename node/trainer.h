@@ -5,15 +5,14 @@
  * An inner step takes inner.batch samples. Fewer are trained only when a FREEZE finds some left
  * over or no more came for TRAINER_PARTIAL_S, so that the end of the data is used too.
  *
- * Moments and counters are saved to setup.inner_state while it waits frozen for an outer step, at
- * most every TRAINER_SAVE_S seconds, or between two steps where it was never frozen for
- * TRAINER_SAVE_LATE_S. A new trainer starts from them; its parameters come with the first RESET. */
+ * Moments and counters are saved to setup.inner_state between two steps every TRAINER_SAVE_S
+ * seconds, written by a thread while training goes on, and at the end. A new trainer starts from
+ * them; its parameters come with the first RESET. */
 #ifndef INTELLECT_NODE_TRAINER_H
 #define INTELLECT_NODE_TRAINER_H
 
 #define TRAINER_PARTIAL_S 1
 #define TRAINER_SAVE_S 30
-#define TRAINER_SAVE_LATE_S 600
 
 /* A step whose loss or gradient is not finite is skipped, its samples with it; so many in a row are
  * the end of the trainer. */

@@ -6,7 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
+#include "node/timer.h"
 
 #define WATCH_MS 500
 #define STEADY_MS 5000     /* a connection that lasted so long starts the backoff anew */
@@ -38,18 +39,6 @@ struct uplink {
     uint8_t *genesis_bytes, *delegation;
 };
 
-static uint64_t now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
-static void add_timer(struct event *ev, uint64_t ms) {
-    struct timeval tv = { .tv_sec = (time_t)(ms / 1000),
-                          .tv_usec = (suseconds_t)(ms % 1000 * 1000) };
-    event_add(ev, &tv);
-}
-
 /* ---- trying again ---------------------------------------------------------------------------- */
 
 /* Half of the wait is fixed, half is chance: nodes that lost the coordinator at one moment do not
@@ -61,11 +50,11 @@ static void plan_redial(struct uplink *u) {
     if (ms > u->silence_ms / 3) ms = u->silence_ms / 3;
     u->attempts++;
     u->state = UPLINK_WAITING;
-    add_timer(u->redial, ms / 2 + randombytes_uniform((uint32_t)ms / 2 + 1));
+    timer_set(u->redial, ms / 2 + randombytes_uniform((uint32_t)ms / 2 + 1));
 }
 
 static void trouble(struct uplink *u, const char *text) {
-    uint64_t now = now_ms();
+    uint64_t now = timer_now_ms();
     if (u->trouble_at_ms && now - u->trouble_at_ms < TROUBLE_MS) return;
     u->trouble_at_ms = now;
     char line[512];
@@ -78,7 +67,7 @@ static void lost(struct uplink *u, const char *why) {
     bool was_up = u->state == UPLINK_UP;
     u->channel = NULL;
     event_del(u->watch);
-    if (was_up && now_ms() - u->up_at_ms > STEADY_MS) u->attempts = 0;
+    if (was_up && timer_now_ms() - u->up_at_ms > STEADY_MS) u->attempts = 0;
     plan_redial(u);
     if (was_up)
         u->ops->on_down(u->arg, why);
@@ -153,7 +142,7 @@ static int check_welcome(struct uplink *u, const struct msg_welcome *m, struct e
 
 static void come_up(struct uplink *u) {
     u->state = UPLINK_UP;
-    u->up_at_ms = now_ms();
+    u->up_at_ms = timer_now_ms();
     u->trouble_at_ms = 0;
     u->ops->on_up(u->arg);
 }
@@ -210,7 +199,7 @@ static bool on_open(void *arg, struct channel *ch, const struct proto_key *key) 
 static void on_message(void *arg, struct channel *ch, const struct frame *f, const void *msg) {
     struct uplink *u = arg;
     (void)ch;
-    u->heard_at_ms = now_ms();
+    u->heard_at_ms = timer_now_ms();
     if (u->state == UPLINK_UP)
         u->ops->on_message(u->arg, f, msg);
     else if (f->type == MSG_BYE)
@@ -246,8 +235,8 @@ static void on_redial(evutil_socket_t fd, short what, void *arg) {
         lost(u, err.msg);
         return;
     }
-    u->heard_at_ms = u->watched_at_ms = now_ms();
-    add_timer(u->watch, WATCH_MS);
+    u->heard_at_ms = u->watched_at_ms = timer_now_ms();
+    timer_set(u->watch, WATCH_MS);
 }
 
 /* A coordinator that vanished closes nothing. If this process itself did not run, what the
@@ -255,10 +244,10 @@ static void on_redial(evutil_socket_t fd, short what, void *arg) {
 static void on_watch(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
     struct uplink *u = arg;
-    uint64_t now = now_ms();
+    uint64_t now = timer_now_ms();
     if (now - u->watched_at_ms > 4 * WATCH_MS) u->heard_at_ms = now;
     u->watched_at_ms = now;
-    add_timer(u->watch, WATCH_MS);
+    timer_set(u->watch, WATCH_MS);
     if (now - u->heard_at_ms <= u->silence_ms) return;
     char why[96];
     snprintf(why, sizeof why, "no word for %u ms", u->silence_ms);
@@ -286,7 +275,7 @@ struct uplink *uplink_create(struct event_base *base, struct channel_context *ct
         uplink_destroy(u);
         return NULL;
     }
-    add_timer(u->redial, 0);
+    timer_set(u->redial, 0);
     return u;
 }
 

@@ -17,6 +17,7 @@
 #include "kernels/kernels.h"
 #include "node/engine.h"
 #include "node/model.h"
+#include "node/saver.h"
 #include "node/schedule.h"
 #include "proto/model.h"
 
@@ -339,6 +340,45 @@ static void a_loaded_state_goes_on_bit_for_bit(void **state) {
     engine_destroy(b);
 }
 
+/* Training does not stop for a save: what comes to disk is the state of the moment it began at, whole,
+ * however many steps follow before it is written. */
+static void a_state_saved_beside_training_is_of_one_moment(void **state) {
+    (void)state;
+    struct engine *e = create(kernels_reference()), *twin = create(kernels_reference());
+    struct saver *saver = saver_create(e, saved, NULL);
+    struct err err = { 0 };
+    uint64_t tag;
+    assert_non_null(saver);
+    step(e, 0);
+    step(twin, 0);
+    assert_int_equal(saver_begin(saver, 5, &err), 0);
+    for (uint32_t i = 1; i < 4; i++) step(e, i);
+    saver_destroy(saver); /* waits for the thread */
+    assert_int_equal(engine_load(e, saved, &tag, &err), 0);
+    assert_int_equal(tag, 5);
+    assert_int_equal(engine_steps(e), 1);
+    assert_same_params(e, twin);
+    engine_destroy(e);
+    engine_destroy(twin);
+}
+
+/* Nobody waits for the thread, so its failure is told by the next save, and the one at the end says its
+ * own: an owner whose disk is full reads why the next start has no moments. */
+static void a_save_that_failed_beside_training_is_told_later(void **state) {
+    (void)state;
+    struct engine *e = create(kernels_reference());
+    struct saver *saver = saver_create(e, "/nonexistent/inner.state", NULL);
+    struct err err = { 0 };
+    assert_int_equal(saver_begin(saver, 0, &err), 0);
+    for (int i = 0; i < 1000 && !saver_begin(saver, 0, &err); i++) usleep(1000);
+    assert_int_equal(err.code, ERR_NOT_FOUND);
+    err = (struct err){ 0 };
+    assert_int_equal(saver_finish(saver, 0, &err), -1);
+    assert_non_null(strstr(err.msg, "/nonexistent/"));
+    saver_destroy(saver);
+    engine_destroy(e);
+}
+
 static void flip_byte(const char *path, off_t at) {
     unsigned char byte;
     int fd = open(path, O_RDWR);
@@ -416,6 +456,8 @@ int main(void) {
         cmocka_unit_test(a_joiner_takes_second_moments_in_pieces),
         cmocka_unit_test(second_moments_from_outside_are_checked),
         cmocka_unit_test(a_loaded_state_goes_on_bit_for_bit),
+        cmocka_unit_test(a_state_saved_beside_training_is_of_one_moment),
+        cmocka_unit_test(a_save_that_failed_beside_training_is_told_later),
         cmocka_unit_test(damaged_states_are_refused_and_change_nothing),
         cmocka_unit_test(the_state_of_another_model_is_refused),
         cmocka_unit_test(saving_where_there_is_no_folder_says_so),

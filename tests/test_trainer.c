@@ -1,5 +1,6 @@
 /* The trainer process, driven through its segment as the agent does it, with a network small enough
  * to train in milliseconds. */
+#include <math.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -22,6 +23,8 @@
 #define BATCH 4
 #define SEQUENCE 16
 #define CHUNK 1000
+#define FRAGMENTS 2
+#define ALPHA 0.5f
 
 static char folder[64];
 static struct proto_buffer genesis;
@@ -53,8 +56,8 @@ static int set_up(void **state) {
     write_corpus(&info);
     struct msg_inner inner = { .batch = BATCH, .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
                                .clip = 1.0, .total_tokens = 1000000 };
-    struct msg_outer outer = { .chunk_elements = CHUNK, .fragments = 1, .heartbeat_ms = 500,
-                               .silence_ms_max = 5000 };
+    struct msg_outer outer = { .chunk_elements = CHUNK, .fragments = FRAGMENTS, .alpha = ALPHA,
+                               .heartbeat_ms = 500, .silence_ms_max = 5000 };
     struct msg_corpus corpus = { .manifest_url = proto_str("unused"),
                                  .tokenizer = proto_str("bytes"),
                                  .manifest_digest = info.manifest_digest,
@@ -133,9 +136,19 @@ static void reset(struct segment *s) {
     expect(s, SEGMENT_APPLIED, NULL);
 }
 
+/* One fragment's chunks come to the out slot; wait: and the trainer stands still then. */
+static struct segment_message freeze_fragment(struct segment *s, uint32_t fragment, bool wait,
+                                              int *steps) {
+    tell(s, (struct segment_message){ .type = SEGMENT_FREEZE, .fragment = fragment, .wait = wait });
+    struct segment_message m = expect(s, SEGMENT_FROZEN, steps);
+    assert_int_equal(m.fragment, fragment);
+    return m;
+}
+
+/* All fragments, so that the whole vector lies in the out slot. */
 static struct segment_message freeze(struct segment *s, int *steps) {
-    tell(s, (struct segment_message){ .type = SEGMENT_FREEZE });
-    return expect(s, SEGMENT_FROZEN, steps);
+    for (uint32_t f = 1; f < FRAGMENTS; f++) freeze_fragment(s, f, true, steps);
+    return freeze_fragment(s, 0, true, steps);
 }
 
 static void stop(struct segment *s, pid_t pid) {
@@ -188,8 +201,8 @@ static void a_frozen_trainer_waits_until_it_is_told(void **state) {
     segment_destroy(s);
 }
 
-/* The commit decides what becomes of own work: a mixed chunk takes the anchor over (alpha is 0
- * here), an added one keeps its work and moves with the anchor. */
+/* The commit decides what becomes of own work: a mixed chunk takes the anchor over but for alpha, an
+ * added one keeps its work and moves with the anchor. */
 static void apply_mixes_adds_and_keeps(void **state) {
     (void)state;
     struct segment *s = make_segment();
@@ -204,38 +217,109 @@ static void apply_mixes_adds_and_keeps(void **state) {
     tell(s, (struct segment_message){ .type = SEGMENT_APPLY, .contributors = 1 });
     freeze(s, NULL);
     for (size_t i = 0; i < elements; i++) {
-        float expected = i < CHUNK ? 0.25f : i < 2 * CHUNK ? initial[i] + 0.25f : initial[i];
+        float mixed = ALPHA * initial[i] + (1 - ALPHA) * 0.25f;
+        float expected = i < CHUNK ? mixed : i < 2 * CHUNK ? initial[i] + 0.25f : initial[i];
+        if (fabsf(out[i] - expected) > 1e-6f) fail_msg("element %zu is %g, not %g", i, out[i], expected);
+    }
+    stop(s, pid);
+    segment_destroy(s);
+}
+
+/* With overlap a round takes as long as it takes and the device works all the time. */
+static void a_freeze_that_does_not_wait_lets_training_go_on(void **state) {
+    (void)state;
+    struct segment *s = make_segment();
+    pid_t pid = start(s);
+    float *out = segment_out(s, SEGMENT_OUT_PARAMETERS);
+    expect(s, SEGMENT_UP, NULL);
+    reset(s);
+    tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = 0, .count = BATCH });
+    expect(s, SEGMENT_STEP, NULL);
+    tell(s, (struct segment_message){ .type = SEGMENT_FREEZE, .fragment = 1 });
+    tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = 8, .count = 2 * BATCH });
+    assert_int_equal(expect(s, SEGMENT_FROZEN, NULL).samples, BATCH);
+    float *copy = malloc(elements * sizeof *copy);
+    memcpy(copy, out, elements * sizeof *copy);
+    assert_int_equal(expect(s, SEGMENT_STEP, NULL).samples, 2 * BATCH);
+    assert_int_equal(expect(s, SEGMENT_STEP, NULL).samples, 3 * BATCH);
+    assert_memory_equal(out, copy, elements * sizeof *copy); /* frozen bytes never change */
+    free(copy);
+    stop(s, pid);
+    segment_destroy(s);
+}
+
+/* The agent may still be encoding one fragment when another is frozen: only the named one's chunks may be
+ * written, and all of them, or a contribution would mix the parameters of two moments. */
+static void a_freeze_writes_its_fragment_and_nothing_else(void **state) {
+    (void)state;
+    struct segment *s = make_segment();
+    pid_t pid = start(s);
+    float *out = segment_out(s, SEGMENT_OUT_PARAMETERS);
+    uint8_t fragment[64];
+    assert_int_equal(proto_model_fragments(&model, CHUNK, FRAGMENTS, fragment, NULL), 0);
+    expect(s, SEGMENT_UP, NULL);
+    reset(s);
+    for (size_t i = 0; i < elements; i++) out[i] = 1234.5f;
+    freeze_fragment(s, 1, false, NULL);
+    for (size_t i = 0; i < elements; i++) {
+        float expected = fragment[i / CHUNK] == 1 ? initial[i] : 1234.5f;
         if (out[i] != expected) fail_msg("element %zu is %g, not %g", i, out[i], expected);
     }
     stop(s, pid);
     segment_destroy(s);
 }
 
-/* Work that was not summed stays in the claim; work that was is in the anchor and must not be
- * claimed again. */
-static void samples_are_counted_until_a_chunk_is_mixed(void **state) {
+/* Work that was done after the freeze belongs to the next contribution: where the commit is mixed in, alpha
+ * of it stays, and the batch after it continues from there. */
+static void a_commit_is_mixed_into_parameters_that_moved_on(void **state) {
+    (void)state;
+    struct segment *s = make_segment();
+    pid_t pid = start(s);
+    float *out = segment_out(s, SEGMENT_OUT_PARAMETERS);
+    expect(s, SEGMENT_UP, NULL);
+    reset(s);
+    freeze_fragment(s, 0, false, NULL);
+    tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = 0, .count = BATCH });
+    expect(s, SEGMENT_STEP, NULL);
+    freeze(s, NULL);
+    float *local = malloc(elements * sizeof *local);
+    memcpy(local, out, elements * sizeof *local);
+    for (size_t i = 0; i < elements; i++) segment_in(s)[i] = 0.25f;
+    memset(segment_ops(s), SYNC_OP_MIX, segment_chunks(s));
+    tell(s, (struct segment_message){ .type = SEGMENT_APPLY, .contributors = 1 });
+    freeze(s, NULL);
+    for (size_t i = 0; i < elements; i++) {
+        float expected = ALPHA * local[i] + (1 - ALPHA) * 0.25f;
+        if (fabsf(out[i] - expected) > 1e-6f) fail_msg("element %zu: %g, not %g", i, out[i], expected);
+    }
+    free(local);
+    stop(s, pid);
+    segment_destroy(s);
+}
+
+/* The agent subtracts counts of two moments from each other; one that starts again in between would
+ * claim samples that nobody saw. */
+static void samples_are_counted_from_the_last_reset(void **state) {
     (void)state;
     struct segment *s = make_segment();
     pid_t pid = start(s);
     expect(s, SEGMENT_UP, NULL);
     reset(s);
-    static const enum sync_op ops[] = { SYNC_OP_ADD, SYNC_OP_MIX, SYNC_OP_ADD };
-    static const uint64_t after[] = { 2 * BATCH, BATCH, 2 * BATCH };
+    static const enum sync_op ops[] = { SYNC_OP_ADD, SYNC_OP_MIX, SYNC_OP_KEEP };
     uint64_t next = 0;
     for (int i = 0; i < 3; i++) {
         tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = next, .count = BATCH });
         next += BATCH;
-        expect(s, SEGMENT_STEP, NULL);
-        freeze(s, NULL);
+        assert_int_equal(expect(s, SEGMENT_STEP, NULL).samples, next);
+        assert_int_equal(freeze(s, NULL).samples, next);
         memset(segment_in(s), 0, elements * sizeof(float));
         memset(segment_ops(s), ops[i], segment_chunks(s));
         tell(s, (struct segment_message){ .type = SEGMENT_APPLY, .contributors = 1 });
         expect(s, SEGMENT_APPLIED, NULL);
-        tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = next, .count = BATCH });
-        next += BATCH;
-        assert_int_equal(expect(s, SEGMENT_STEP, NULL).samples, i == 2 ? 3 * BATCH : after[i]);
-        if (i == 0) reset(s); /* forgets all of it */
     }
+    reset(s);
+    tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = next, .count = BATCH });
+    assert_int_equal(expect(s, SEGMENT_STEP, NULL).samples, BATCH);
     stop(s, pid);
     segment_destroy(s);
 }
@@ -338,7 +422,10 @@ int main(void) {
         cmocka_unit_test(it_trains_on_what_it_was_given_and_counts_it),
         cmocka_unit_test(a_frozen_trainer_waits_until_it_is_told),
         cmocka_unit_test(apply_mixes_adds_and_keeps),
-        cmocka_unit_test(samples_are_counted_until_a_chunk_is_mixed),
+        cmocka_unit_test(a_freeze_that_does_not_wait_lets_training_go_on),
+        cmocka_unit_test(a_freeze_writes_its_fragment_and_nothing_else),
+        cmocka_unit_test(a_commit_is_mixed_into_parameters_that_moved_on),
+        cmocka_unit_test(samples_are_counted_from_the_last_reset),
         cmocka_unit_test(moments_travel_and_survive_a_restart),
         cmocka_unit_test(the_rest_of_the_data_is_trained_without_a_freeze),
         cmocka_unit_test(a_corpus_that_is_not_the_runs_is_reported),

@@ -1,0 +1,17 @@
+/* timer.h - milliseconds for what runs on an event loop: the monotonic clock, which no person sets,
+ * and one-shot timers. */
+#ifndef INTELLECT_NODE_TIMER_H
+#define INTELLECT_NODE_TIMER_H
+
+#include <stdint.h>
+
+struct event;
+
+/* Milliseconds since some moment before this process began. */
+uint64_t timer_now_ms(void);
+
+/* Let `ev` fire in `ms` milliseconds, once; 0 = in the next turn of its loop. Moves a timer that
+ * runs already. */
+void timer_set(struct event *ev, uint64_t ms);
+
+#endif
