@@ -232,7 +232,7 @@ static int refuse(const struct origin *at, struct err *err, const char *format, 
 /* "a whole number from 1 to 1024" */
 static void describe_allowed(const struct setting *t, char *out, size_t size) {
     switch (t->kind) {
-    case TEXT: snprintf(out, size, "text of %.0f to %.0f bytes", t->min, t->max); return;
+    case TEXT: snprintf(out, size, "%.0f to %.0f bytes of UTF-8 without control characters", t->min, t->max); return;
     case U8_SWITCH: snprintf(out, size, "true and false"); return;
     case U8_CODEC: snprintf(out, size, "fp32 and int8"); return;
     case U8_RULE: snprintf(out, size, "constant and sqrt"); return;
@@ -271,14 +271,10 @@ static bool parse_name(const char *text, const char *const *names, int n, uint8_
     return false;
 }
 
-static bool text_is_plain(const char *text) {
-    for (; *text; text++)
-        if ((unsigned char)*text < 0x20 || *text == 0x7f) return false;
-    return true;
-}
-
 static bool store_text(char *field, const struct setting *t, const char *text) {
-    if (!text_is_plain(text) || strlen(text) < t->min || strlen(text) > t->max) return false;
+    size_t length = strlen(text);
+    if (length < t->min || length > t->max) return false;
+    if (!proto_text_is_clean((const uint8_t *)text, length)) return false; /* it goes into the genesis */
     strcpy(field, text);
     return true;
 }
@@ -390,6 +386,8 @@ int settings_set(struct settings *s, const char *assignment, struct err *err) {
 
 /* ---- reading run.yaml -------------------------------------------------------------------------- */
 
+#define DEPTH_MAX 8
+
 struct reader {
     struct settings *s;
     const char *path;
@@ -458,10 +456,34 @@ static int read_document(struct reader *r, struct err *err) {
     return 0;
 }
 
+/* Lists in lists by the thousand take libyaml minutes to load; reading them one by one does not. What
+ * is no YAML is left to yaml_parser_load(). */
+static bool is_nested_too_deeply(const char *text, size_t length) {
+    yaml_parser_t parser;
+    int depth = 0, deepest = 0;
+    bool more = yaml_parser_initialize(&parser);
+    if (!more) return false;
+    yaml_parser_set_input_string(&parser, (const unsigned char *)text, length);
+    while (more && deepest <= DEPTH_MAX) {
+        yaml_event_t event;
+        if (!yaml_parser_parse(&parser, &event)) break;
+        depth += event.type == YAML_MAPPING_START_EVENT || event.type == YAML_SEQUENCE_START_EVENT;
+        depth -= event.type == YAML_MAPPING_END_EVENT || event.type == YAML_SEQUENCE_END_EVENT;
+        if (depth > deepest) deepest = depth;
+        more = event.type != YAML_STREAM_END_EVENT;
+        yaml_event_delete(&event);
+    }
+    yaml_parser_delete(&parser);
+    return deepest > DEPTH_MAX;
+}
+
 int settings_parse(struct settings *s, const char *path, const char *text, size_t length,
                    struct err *err) {
     struct reader r = { .s = s, .path = path };
     yaml_parser_t parser;
+    if (is_nested_too_deeply(text, length))
+        return err_set(err, ERR_CONFIG, "%s: lists or sections more than %d deep; run.yaml has sections of keys",
+                       path, DEPTH_MAX);
     if (!yaml_parser_initialize(&parser)) return err_set(err, ERR_MEMORY, "no memory for %s", path);
     yaml_parser_set_input_string(&parser, (const unsigned char *)text, length);
     int result;

@@ -14,7 +14,7 @@
 #include "proto/proto.h"
 
 #define SETTINGS_FILE_NAME "run.yaml"
-#define SETTINGS_BYTES_MAX (1u << 20)
+#define SETTINGS_BYTES_MAX (64u << 10) /* ten times the file with every key and comment */
 #define SETTINGS_MAX 96
 
 struct settings {

@@ -231,7 +231,7 @@ static int take_bytes(struct reader *r, const struct place *at, struct proto_byt
     if (t.value > at->field->max)
         return place_refuse(at, r->err, "%llu bytes, at most %llu", (unsigned long long)t.value,
                             (unsigned long long)at->field->max);
-    if (text && !text_is_clean(t.bytes, t.value))
+    if (text && !proto_text_is_clean(t.bytes, t.value))
         return place_refuse(at, r->err, "not UTF-8 without control characters");
     /* msgpack-c gives no position for an empty string. */
     *out = (struct proto_bytes){t.value ? t.bytes : r->bytes, (uint32_t)t.value};

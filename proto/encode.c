@@ -67,7 +67,7 @@ static int pack_bytes(msgpack_packer *pk, const struct place *at, struct proto_b
         return place_refuse(at, err, "%u bytes, at most %llu", b.length,
                             (unsigned long long)at->field->max);
     if (at->field->kind == KIND_BYTES) return msgpack_pack_bin_with_body(pk, b.data, b.length);
-    if (!text_is_clean(b.data, b.length))
+    if (!proto_text_is_clean(b.data, b.length))
         return place_refuse(at, err, "not UTF-8 without control characters");
     return msgpack_pack_str_with_body(pk, b.data, b.length);
 }

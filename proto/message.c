@@ -110,7 +110,7 @@ static size_t utf8_sequence(const uint8_t *p, size_t left, uint32_t *code) {
     return *code < smallest[length] || *code > 0x10ffff || surrogate ? 0 : length;
 }
 
-bool text_is_clean(const uint8_t *text, size_t length) {
+bool proto_text_is_clean(const uint8_t *text, size_t length) {
     while (length) {
         uint32_t code = 0;
         size_t n = utf8_sequence(text, length, &code);

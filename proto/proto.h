@@ -140,6 +140,10 @@ const char *proto_record_name(enum proto_record which);
 int proto_record_of_type(uint8_t type);
 const char *proto_type_name(uint8_t type);           /* "READY", or "unknown" */
 
+/* What a STR field may hold: UTF-8 (RFC 3629) without the control characters U+0000-U+001F and
+ * U+007F-U+009F. */
+bool proto_text_is_clean(const uint8_t *text, size_t length);
+
 /* Borrow a C string as a STR field; and the way back, cut to fit and NUL-terminated. */
 struct proto_bytes proto_str(const char *text);
 void proto_str_copy(struct proto_bytes s, char *out, size_t size);
@@ -159,13 +163,16 @@ static inline void proto_set_del(uint8_t *set, uint32_t bit) { set[bit / 8] &= (
 struct ledger_chain {
     struct digest run;
     struct proto_key root_key;
-    struct proto_key online[LEDGER_ONLINE_KEYS_MAX];
-    uint32_t online_count;
+    struct proto_key online[LEDGER_ONLINE_KEYS_MAX]; /* those that may sign the next entry */
+    uint32_t number[LEDGER_ONLINE_KEYS_MAX];         /* of its delegation */
+    uint32_t online_count, number_max;
     uint64_t next_index;
     struct digest head;
     uint64_t term;
 };
 void ledger_chain_init(struct ledger_chain *c, const struct digest *run);
+/* May `key` speak for the run, as far as the entries taken in say? */
+bool ledger_chain_speaks(const struct ledger_chain *c, const struct proto_key *key);
 /* Check `e` as the next entry and take it in. `decoded` receives the entry (release it with
  * proto_decoded_release(RECORD_entry,...)). ERR_CORRUPT: broken chain or signature; ERR_STALE: an
  * index already taken in (harmless). Entry 0 is the genesis (its digest is the run) and is signed by

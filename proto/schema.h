@@ -66,9 +66,6 @@ struct list {
 struct list list_of(const struct field *f, const void *record);
 void list_store(const struct field *f, void *record, struct list list);
 
-/* UTF-8 (RFC 3629) without the control characters U+0000-U+001F and U+007F-U+009F. */
-bool text_is_clean(const uint8_t *text, size_t length);
-
 /* Where in a message the encoder or decoder is; lives on the C stack, one per level of nesting. */
 struct place {
     const struct place *up; /* NULL: the message itself */
