@@ -3,25 +3,36 @@
 #include "node/agent_internal.h"
 
 #include <signal.h>
+#include <sodium.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "node/model.h"
 #include "node/timer.h"
 #include "proto/model.h"
 
 /* ---- becoming a member ----------------------------------------------------------------------- */
 
+/* sync asks members when there is no checkpoint to be had here; the person reads why, once. */
 static int load_state(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n,
                       float *anchor, float *momentum, struct err *err) {
-    const struct msg_genesis *g = arg;
-    if (from || g->init_from_count)
-        return err_set(err, ERR_NOT_FOUND, "checkpoints are not read here yet");
-    model_init_elements(g->model, g->init_std, g->init_seed, first, n, anchor);
-    memset(momentum, 0, n * sizeof *momentum);
-    return 0;
+    struct agent *a = arg;
+    if (!origin_load(a->origin, from, first, n, anchor, momentum, err)) return 0;
+    if (strcmp(a->origin_said, err->msg))
+        console_say(a->console, SYNC_WARNING, "state", "%s; asking other members", err->msg);
+    snprintf(a->origin_said, sizeof a->origin_said, "%s", err->msg);
+    return -1;
+}
+
+static int check_fragments(const struct msg_genesis *g, struct err *err) {
+    const struct msg_outer *o = g->outer;
+    if (o->fragments == 0) return err_set(err, ERR_CORRUPT, "outer: no fragments");
+    uint8_t *fragment_of = calloc(PROTO_CHUNKS_MAX, 1);
+    if (!fragment_of) return err_set(err, ERR_MEMORY, "no memory for a table of fragments");
+    int rc = proto_model_fragments(g->model, o->chunk_elements, o->fragments, fragment_of, err);
+    free(fragment_of);
+    return rc;
 }
 
 /* The genesis is what the invite names, but whoever made it may have been wrong. */
@@ -34,7 +45,7 @@ static int check_genesis(const struct msg_genesis *g, struct err *err) {
         return err_set(err, ERR_CORRUPT, "outer: chunk_elements, silence or heartbeat is zero");
     if (proto_model_elements(g->model) / o->chunk_elements >= PROTO_CHUNKS_MAX)
         return err_set(err, ERR_CORRUPT, "outer: more than %u chunks", PROTO_CHUNKS_MAX);
-    return 0;
+    return check_fragments(g, err);
 }
 
 static int take_genesis(struct agent *a, struct err *err) {
@@ -75,11 +86,16 @@ static int set_up_sync(struct agent *a, struct err *err) {
     char state[HOME_FILE_BYTES];
     home_file(&a->home, "state", state);
     if (disk_open(state, &a->disk, err)) return -1;
+    if (!(a->origin = origin_create(&a->genesis)))
+        return err_set(err, ERR_MEMORY, "no memory for an origin");
+    uint64_t instance;
+    randombytes_buf(&instance, sizeof instance);
     struct sync_config config = { .genesis = &a->genesis, .run = a->run.run,
-                                  .identity = &a->home.identity, .member = a->run.member,
+                                  .identity = &a->home.identity, .instance = instance,
+                                  .member = a->run.member,
                                   .trains = !a->run.aggregate_only, .port = a->port,
                                   .elements = a->elements, .load = load_state,
-                                  .load_arg = &a->genesis, .disk = a->disk };
+                                  .load_arg = a, .disk = a->disk };
     if (!(a->sync = sync_create(&config, timer_now_ms(), err))) return -1;
     a->peers = peers_create(a->base, a->ctx, a->run.member, &agent_peers_ops, a, err);
     if (!a->peers) return -1;
@@ -357,6 +373,7 @@ static void tear_down(struct agent *a) {
     uplink_destroy(a->uplink);
     if (a->sync) sync_destroy(a->sync);
     sync_actions_release(&a->actions);
+    origin_destroy(a->origin);
     disk_close(&a->disk);
     if (a->listener) listener_destroy(a->listener);
     channel_context_destroy(a->ctx);

@@ -13,6 +13,7 @@
 #include "node/disk.h"
 #include "node/home.h"
 #include "node/keeper.h"
+#include "node/origin.h"
 #include "node/peers.h"
 #include "node/sync.h"
 #include "node/uplink.h"
@@ -36,6 +37,8 @@ struct agent {
     struct msg_genesis genesis; /* its strings point into run.genesis */
     uint64_t elements;
     struct disk disk;
+    struct origin *origin;
+    char origin_said[sizeof(((struct err *)0)->msg)]; /* the last trouble with it that was told */
     struct sync *sync;
     struct peers *peers;
     struct keeper *keeper;      /* NULL: this node does not train */

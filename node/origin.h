@@ -1,0 +1,32 @@
+/* origin.h - where a state comes from when no member can be asked for it: the run's seed, or a checkpoint
+ * that this machine can read. It is what sync calls to load a state (sync_config.load); what the
+ * state is for, it does not know. */
+#ifndef INTELLECT_NODE_ORIGIN_H
+#define INTELLECT_NODE_ORIGIN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/proto.h"
+
+struct origin;
+
+/* genesis is borrowed until origin_destroy. NULL: no memory. */
+struct origin *origin_create(const struct msg_genesis *genesis);
+void origin_destroy(struct origin *o); /* NULL is fine */
+
+/* Fill anchor[0..n) and momentum[0..n) from element `first` on.
+ *
+ * origin  a struct origin; void as sync's hook wants it.
+ * from    NULL: the run's initial state, that is the checkpoint genesis.init_from, or where there is none the
+ *         one made of genesis.init_seed with zero momentum; else this checkpoint.
+ *
+ * A checkpoint is opened once. It must be the very one that `from` names (manifest digest, index, state root),
+ * with the signatures, tensor digests and shapes right; so the first call reads all of it, about a
+ * second a GB. Returns 0, or -1 with ERR_NOT_FOUND whatever is wrong with it, as others can be asked; msg
+ * says what. A failure is remembered for ORIGIN_RETRY_MS. */
+#define ORIGIN_RETRY_MS 60000
+int origin_load(void *origin, const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
+                float *momentum, struct err *err);
+
+#endif
