@@ -79,6 +79,17 @@ static int check_signature(const struct ledger_chain *c, const struct proto_key 
                    c->online_count);
 }
 
+static int retire(struct ledger_chain *c, uint32_t number) {
+    for (uint32_t i = 0; i < c->online_count; i++) {
+        if (c->number[i] != number) continue;
+        c->online_count--;
+        memmove(&c->online[i], &c->online[i + 1], (c->online_count - i) * sizeof *c->online);
+        memmove(&c->number[i], &c->number[i + 1], (c->online_count - i) * sizeof *c->number);
+        return 0;
+    }
+    return -1;
+}
+
 static int take_delegation(struct ledger_chain *c, const struct msg_entry *e, struct err *err) {
     struct msg_delegation d;
     if (proto_decode(e->body.data, e->body.length, RECORD_delegation, &d, err)) {
@@ -89,13 +100,24 @@ static int take_delegation(struct ledger_chain *c, const struct msg_entry *e, st
     if (!digest_equal(&d.run, &c->run))
         return err_set(err, ERR_CORRUPT, "ledger entry %llu delegates for another run",
                        (unsigned long long)e->index);
-    for (uint32_t i = 0; i < c->online_count; i++)
-        if (memcmp(&c->online[i], &d.key, sizeof d.key) == 0) return 0;
+    if (d.number <= c->number_max)
+        return err_set(err, ERR_CORRUPT, "ledger entry %llu: delegation %u after delegation %u",
+                       (unsigned long long)e->index, d.number, c->number_max);
+    if (d.retires && retire(c, d.retires))
+        return err_set(err, ERR_CORRUPT, "ledger entry %llu retires delegation %u, which is not in force",
+                       (unsigned long long)e->index, d.retires);
     if (c->online_count == LEDGER_ONLINE_KEYS_MAX)
         return err_set(err, ERR_FULL, "the ledger delegates to more than %d keys",
                        LEDGER_ONLINE_KEYS_MAX);
+    c->number[c->online_count] = c->number_max = d.number;
     c->online[c->online_count++] = d.key;
     return 0;
+}
+
+bool ledger_chain_speaks(const struct ledger_chain *c, const struct proto_key *key) {
+    for (uint32_t i = 0; i < c->online_count; i++)
+        if (memcmp(&c->online[i], key, sizeof *key) == 0) return true;
+    return false;
 }
 
 int ledger_chain_take(struct ledger_chain *c, const struct msg_signed_entry *e,

@@ -18,7 +18,7 @@ struct run {
     struct proto_buffer genesis;
     struct msg_signed_entry entry[ENTRIES_MAX];
     struct proto_buffer bytes[ENTRIES_MAX];
-    uint32_t count;
+    uint32_t count, delegations;
 };
 
 static struct proto_buffer encoded(enum proto_record which, const void *m) {
@@ -51,11 +51,17 @@ static struct msg_entry next_entry(struct run *r, uint8_t kind, uint64_t term,
     return e;
 }
 
-static void append_delegation(struct run *r, const struct identity *to, uint64_t term) {
-    struct msg_delegation d = {.run = r->name, .key = to->key, .number = 1};
+static void append_rotation(struct run *r, const struct identity *to, uint64_t term,
+                            uint32_t retires) {
+    struct msg_delegation d = {
+        .run = r->name, .key = to->key, .number = ++r->delegations, .retires = retires};
     struct proto_buffer b = encoded(RECORD_delegation, &d);
     append_raw(r, next_entry(r, LEDGER_DELEGATION, term, bytes_of(&b)), &r->root);
     proto_buffer_release(&b);
+}
+
+static void append_delegation(struct run *r, const struct identity *to, uint64_t term) {
+    append_rotation(r, to, term, 0);
 }
 
 static void append_enrolment(struct run *r, uint64_t term, const struct identity *signer) {
@@ -272,6 +278,33 @@ static void a_signature_for_another_purpose_is_refused(void **state) {
     assert_last_refused(r, ERR_CORRUPT, "not signed by any");
 }
 
+/* Rotation: from its entry on, the old key signs nothing. */
+static void a_retired_key_speaks_no_longer(void **state) {
+    struct run *r = *state;
+    struct ledger_chain c;
+    struct err err = {0};
+    ledger_chain_init(&c, &r->name);
+    append_enrolment(r, 1, &r->online);
+    append_rotation(r, &r->online2, 2, 1);
+    append_enrolment(r, 2, &r->online2);
+    for (uint32_t i = 0; i < r->count; i++) assert_int_equal(take(&c, &r->entry[i], &err), 0);
+    assert_true(ledger_chain_speaks(&c, &r->online2.key));
+    assert_false(ledger_chain_speaks(&c, &r->online.key));
+    append_enrolment(r, 2, &r->online);
+    assert_last_refused(r, ERR_CORRUPT, "not signed by any of the 1 delegated keys");
+}
+
+static void delegations_count_up(void **state) {
+    struct run *r = *state;
+    append_rotation(r, &r->online2, 1, 7);
+    assert_last_refused(r, ERR_CORRUPT, "retires delegation 7, which is not in force");
+    r->count--;
+    proto_buffer_release(&r->bytes[r->count]);
+    r->delegations = 0;
+    append_rotation(r, &r->online2, 1, 0);
+    assert_last_refused(r, ERR_CORRUPT, "delegation 1 after delegation 1");
+}
+
 static void delegated_keys_have_a_limit(void **state) {
     struct run *r = *state;
     for (uint8_t i = 0; i < LEDGER_ONLINE_KEYS_MAX; i++) {
@@ -327,6 +360,8 @@ int main(void) {
         TEST(a_falling_term_is_refused),
         TEST(any_changed_bit_is_refused),
         TEST(a_signature_for_another_purpose_is_refused),
+        TEST(a_retired_key_speaks_no_longer),
+        TEST(delegations_count_up),
         TEST(delegated_keys_have_a_limit),
         TEST(a_shown_delegation_is_checked),
     };
