@@ -117,7 +117,7 @@ static void say_what_it_is(struct agent *a) {
                 name, hex, (double)a->elements / 1e6);
     console_say(a->console, SYNC_INFO, "state",
                 "member %u; own state: round %llu, ledger index %llu", a->run.member,
-                (unsigned long long)v.round, (unsigned long long)v.state_index);
+                (unsigned long long)(v.round / a->genesis.outer->fragments), (unsigned long long)v.state_index);
     if (a->run.aggregate_only)
         console_say(a->console, SYNC_INFO, "device", "holds the state and sums; does not train");
     else if (a->options->threads)
@@ -128,6 +128,7 @@ static void say_what_it_is(struct agent *a) {
         console_say(a->console, SYNC_INFO, "device", "trains on cpu, all cores, nice %d, corpus %s",
                     a->options->nice, corpus);
     a->index_shown = v.state_index;
+    a->round_shown = v.round / a->genesis.outer->fragments;
 }
 
 static int set_up(struct agent *a, struct err *err) {

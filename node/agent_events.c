@@ -48,6 +48,7 @@ static struct console_figures figures(const struct agent *a) {
     struct console_figures f = { .step = a->step,
                                  .loss = a->loss,
                                  .tokens_per_s = a->tokens_per_s,
+                                 .fragments = a->genesis.outer->fragments,
                                  .trains = a->keeper != NULL,
                                  .connected = uplink_is_up(a->uplink) };
     sync_look(a->sync, &f.view);
@@ -55,10 +56,17 @@ static struct console_figures figures(const struct agent *a) {
     return f;
 }
 
+/* A person reads a line when every fragment has had its turn, a program one for each commit. */
+static bool round_is_news(const struct agent *a, const struct console_figures *f) {
+    if (f->view.state_index <= a->index_shown) return false;
+    return a->options->log_json || f->view.round / f->fragments > a->round_shown;
+}
+
 static void round_applied(struct agent *a, struct console_figures f) {
     if (a->loss_count) f.loss = a->loss_sum / a->loss_count;
     a->loss_sum = a->loss_count = 0;
     a->index_shown = f.view.state_index;
+    a->round_shown = f.view.round / f.fragments;
     console_round(a->console, &f);
 }
 
@@ -68,7 +76,7 @@ void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     feed_type(a, SYNC_EV_TICK);
     if (a->leaving) return;
     struct console_figures f = figures(a);
-    if (f.view.state_index > a->index_shown) round_applied(a, f);
+    if (round_is_news(a, &f)) round_applied(a, f);
     console_live(a->console, &f);
 }
 

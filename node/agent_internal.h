@@ -50,7 +50,7 @@ struct agent {
     double loss, tokens_per_s;  /* of the last step; smoothed */
     double loss_sum;            /* over loss_count steps, since the last round's line */
     uint32_t loss_count;
-    uint64_t index_shown;       /* of the state, when the last round's line was written */
+    uint64_t index_shown, round_shown; /* of the state, when the last round's line was written */
 
     struct event *tick, *work, *end, *signals[3];
     bool leaving, trainer_gone, said_goodbye;

@@ -114,7 +114,7 @@ static const char *short_number(double x, char out[16]) {
 static void describe(const struct console_figures *f, bool live, char *out, size_t size) {
     char rate[16], tokens[16];
     const struct sync_view *v = &f->view;
-    int n = snprintf(out, size, "round %llu", (unsigned long long)v->round);
+    int n = snprintf(out, size, "round %llu", (unsigned long long)(v->round / f->fragments));
     if (f->trains)
         n += snprintf(out + n, size - (size_t)n, " | step %llu | loss %.4f | %s tokens/s",
                       (unsigned long long)f->step, f->loss, short_number(f->tokens_per_s, rate));
@@ -149,9 +149,9 @@ static json_t *round_object(const struct console_figures *f) {
     char root[DIGEST_HEX_BYTES];
     const struct sync_view *v = &f->view;
     digest_hex(&v->state_root, root);
-    return json_pack("{ss sI sI sf sf sI ss sI si si sI sI sI sI}", "event", "round", "round",
-                     (json_int_t)v->round, "step", (json_int_t)f->step, "loss", f->loss,
-                     "tokens_per_s", f->tokens_per_s, "state_index", (json_int_t)v->state_index,
+    return json_pack("{ss sI si sI sf sf sI ss sI si si sI sI sI sI}", "event", "round", "round",
+                     (json_int_t)v->round, "fragments", (int)f->fragments, "step",
+                     (json_int_t)f->step, "loss", f->loss, "tokens_per_s", f->tokens_per_s, "state_index", (json_int_t)v->state_index,
                      "state_root", root, "tokens_committed", (json_int_t)v->tokens_committed,
                      "members_live", (int)v->members_live, "peers", (int)v->peers, "term",
                      (json_int_t)v->term, "summed", (json_int_t)v->contributions_summed,

@@ -21,14 +21,16 @@ void console_say(struct console *c, enum sync_level level, const char *name, con
 
 /* What the live line and the round's line show. */
 struct console_figures {
-    struct sync_view view;
+    struct sync_view view;  /* its round counts the commits of all fragments */
+    uint32_t fragments;     /* of the run: a round for people is one commit of each */
     uint64_t step;          /* inner steps of this node's trainer */
     double loss, tokens_per_s;
     bool trains, connected;
 };
 /* Redraw the live line; nothing elsewhere. */
 void console_live(struct console *c, const struct console_figures *f);
-/* A round was applied. */
+/* Commits were applied: one more of each fragment (lines), or any (JSON). In JSON "round" counts the
+ * commits of all "fragments". */
 void console_round(struct console *c, const struct console_figures *f);
 
 #endif
