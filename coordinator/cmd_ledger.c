@@ -156,8 +156,8 @@ static json_t *body_json(uint8_t kind, const union body *b) {
         return json_pack("{so so}", "name", string_of(b->genesis.name), "root_key",
                          hex(b->genesis.root_key.b));
     case LEDGER_DELEGATION:
-        return json_pack("{so si}", "key", hex(b->delegation.key.b), "number",
-                         (int)b->delegation.number);
+        return json_pack("{so si si}", "key", hex(b->delegation.key.b), "number",
+                         (int)b->delegation.number, "retires", (int)b->delegation.retires);
     case LEDGER_ENROLMENT:
         return json_pack("{si so so sb}", "member", (int)b->enrolment.member, "name",
                          string_of(b->enrolment.name), "key", hex(b->enrolment.key.b),

@@ -24,7 +24,10 @@ static const char help[] =
     "\n"
     "All work while the run is served and while it is not.\n"
     "\n"
-    "example: intellect-coordinator revoke myrun --member 7 --reason 'its owner asked'\n";
+    "example: intellect-coordinator pause myrun\n"
+    "example: intellect-coordinator resume myrun\n"
+    "example: intellect-coordinator revoke myrun --member 7 --reason 'its owner asked'\n"
+    "example: intellect-coordinator release myrun --member 7 --reason 'its memory was replaced'\n";
 
 enum { MEMBER = 256, REASON };
 static const struct option options[] = {

@@ -17,6 +17,8 @@ static const struct command {
     { "pause", "hand out no more data, begin no new outer step", coordinator_operate },
     { "resume", "go on after a pause", coordinator_operate },
     { "revoke", "put a member out for good", coordinator_operate },
+    { "rotate", "give the coordinator a new online key", coordinator_rotate },
+    { "rewind", "back to a checkpoint", coordinator_rewind },
     { "release", "let a member out of quarantine", coordinator_operate },
 };
 #define COMMANDS (sizeof commands / sizeof *commands)

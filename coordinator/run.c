@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "coordinator/aggregator.h"
 
@@ -136,10 +137,29 @@ struct core *run_core(const struct run *r, struct err *err) {
 
 /* ---- keys and signatures ----------------------------------------------------------------------- */
 
+/* `rotate` writes the new key, then the store, then puts the key in its place; if it died between the
+ * last two, the store says whose turn it is. */
+static int finish_rotation(const struct run *r, struct err *err) {
+    char next[RUN_PATH_BYTES], path[RUN_PATH_BYTES];
+    struct identity id;
+    struct ledger_chain chain;
+    struct err ignored;
+    if (run_path(r->dir, RUN_NEXT_KEY, next, err) || run_path(r->dir, RUN_ONLINE_KEY, path, err))
+        return -1;
+    if (access(next, F_OK) || identity_load(&id, next, &ignored)) return 0;
+    int result = run_chain(r, &chain, err);
+    bool is_its_turn = result == 0 && ledger_chain_speaks(&chain, &id.key);
+    identity_release(&id);
+    if (result) return -1;
+    if (!is_its_turn) return 0; /* it died before: `rotate` begins anew */
+    return rename(next, path) ? err_set_errno(err, "put %s in its place", next) : 0;
+}
+
 int run_keys_load(struct run_keys *k, const struct run *r, struct err *err) {
     char path[RUN_PATH_BYTES];
     size_t length;
     memset(k, 0, sizeof *k);
+    if (finish_rotation(r, err)) return -1;
     if (run_path(r->dir, RUN_ONLINE_KEY, path, err) || identity_load(&k->online, path, err)) return -1;
     if (store_get_document(r->store, STORE_DELEGATION, &k->delegation_bytes, &length, err) ||
         proto_decode(k->delegation_bytes, length, RECORD_signed_entry, &k->delegation, err))
@@ -185,4 +205,63 @@ int run_persist(const struct run *r, const struct run_keys *k, uint64_t term, st
     for (uint32_t i = 0; i < a->write_count; i++)
         if (a->writes[i].table == CORE_LEDGER && sign_entry(r, k, term, &a->writes[i], err)) return -1;
     return store_commit(r->store, term, a->writes, a->write_count, err);
+}
+
+/* ---- entries while nobody serves ------------------------------------------------------------- */
+
+static int follow(void *arg, uint64_t key, const uint8_t *value, size_t length, struct err *err) {
+    struct msg_signed_entry e = {0};
+    struct msg_entry entry = {0};
+    (void)key;
+    int result = proto_decode(value, length, RECORD_signed_entry, &e, err);
+    if (!result) result = ledger_chain_take(arg, &e, &entry, err);
+    proto_decoded_release(RECORD_entry, &entry);
+    proto_decoded_release(RECORD_signed_entry, &e);
+    return result;
+}
+
+int run_chain(const struct run *r, struct ledger_chain *chain, struct err *err) {
+    ledger_chain_init(chain, &r->id);
+    return store_each(r->store, CORE_LEDGER, 0, UINT64_MAX, follow, chain, err);
+}
+
+static int encode_entry(const struct run *r, const struct identity *signer,
+                        const struct ledger_chain *chain, uint64_t term, const struct run_entry *entry,
+                        struct proto_buffer *row, struct err *err) {
+    struct proto_buffer bytes;
+    proto_buffer_init(&bytes, PROTO_BLOB_BYTES_MAX);
+    int result = core_entry_encode(&bytes, chain->next_index, &chain->head, term, entry->kind,
+                                   entry->record, entry->body, err);
+    if (!result) {
+        struct msg_signed_entry e = { .bytes = { bytes.data, (uint32_t)bytes.length } };
+        proto_sign(signer, "ledger", &r->id, term, bytes.data, bytes.length, &e.signature);
+        result = proto_encode(row, RECORD_signed_entry, &e, err);
+    }
+    proto_buffer_release(&bytes);
+    return result;
+}
+
+int run_append(const struct run *r, const struct identity *signer, const struct run_entry *entry,
+               const struct core_write *rows, uint32_t row_count, const struct proto_bytes *document,
+               uint64_t *index, struct err *err) {
+    struct ledger_chain chain;
+    struct proto_buffer row;
+    uint64_t term;
+    if (run_chain(r, &chain, err) || store_raise_term(r->store, &term, err)) return -1;
+    struct core_write *writes = calloc((size_t)row_count + 1, sizeof *writes);
+    if (!writes) return err_set(err, ERR_MEMORY, "no memory for %u rows", row_count);
+    proto_buffer_init(&row, 2 * PROTO_BLOB_BYTES_MAX);
+    int result = encode_entry(r, signer, &chain, term, entry, &row, err);
+    if (!result) {
+        writes[0] = (struct core_write){ .table = CORE_LEDGER, .key = chain.next_index,
+                                         .value = row.data, .value_length = (uint32_t)row.length };
+        if (row_count) memcpy(writes + 1, rows, row_count * sizeof *rows);
+        result = document ? store_commit_document(r->store, term, writes, row_count + 1,
+                                                  STORE_DELEGATION, *document, err)
+                          : store_commit(r->store, term, writes, row_count + 1, err);
+        *index = chain.next_index;
+    }
+    proto_buffer_release(&row);
+    free(writes);
+    return result;
 }

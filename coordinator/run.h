@@ -18,6 +18,7 @@
 #define RUN_PATH_BYTES 4096
 #define RUN_ROOT_KEY "root.key"
 #define RUN_ONLINE_KEY "online.key"
+#define RUN_NEXT_KEY "online.key.next" /* while `rotate` is at work */
 
 struct run {
     char dir[RUN_PATH_BYTES];   /* absolute */
@@ -52,6 +53,21 @@ struct run_keys {
 /* ERR_NOT_FOUND, ERR_REFUSED (the root key did not delegate to online.key), ERR_CORRUPT. */
 int run_keys_load(struct run_keys *k, const struct run *r, struct err *err);
 void run_keys_release(struct run_keys *k); /* a zeroed struct is fine */
+
+/* One entry at the end of the ledger, written while nobody serves: `entry` names kind, record and body; the
+ * term is raised for it; signed by `signer`. rows: further writes of the same transaction; document: a new
+ * delegation for WELCOME, or NULL. *index receives its place. ERR_CORRUPT: the ledger does not hold. */
+struct run_entry {
+    enum ledger_kind kind;
+    enum proto_record record;
+    const void *body;
+};
+int run_append(const struct run *r, const struct identity *signer, const struct run_entry *entry,
+               const struct core_write *rows, uint32_t row_count, const struct proto_bytes *document,
+               uint64_t *index, struct err *err);
+
+/* The ledger's chain up to its end, every entry checked. */
+int run_chain(const struct run *r, struct ledger_chain *chain, struct err *err);
 
 /* Carry out a CORE_ACT_PERSIST: ledger entries are signed with the online key on their way, unless they
  * were taken over with their signatures. The writes of `a` are changed. Errors of store_commit(). */

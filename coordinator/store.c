@@ -303,6 +303,13 @@ static int write_all(struct store *s, const struct core_write *writes, uint32_t 
 
 int store_commit(struct store *s, uint64_t term, const struct core_write *writes, uint32_t count,
                  struct err *err) {
+    return store_commit_document(s, term, writes, count, STORE_DOCUMENTS, (struct proto_bytes){0}, err);
+}
+
+/* which STORE_DOCUMENTS: none. */
+int store_commit_document(struct store *s, uint64_t term, const struct core_write *writes,
+                          uint32_t count, enum store_document which, struct proto_bytes document,
+                          struct err *err) {
     if (run(s, "BEGIN IMMEDIATE", err)) return -1;
     uint64_t current = 0;
     int result = store_term(s, &current, err);
@@ -312,6 +319,8 @@ int store_commit(struct store *s, uint64_t term, const struct core_write *writes
                          "are %llu",
                          (unsigned long long)current, (unsigned long long)term);
     if (result == 0) result = write_all(s, writes, count, err);
+    if (result == 0 && which < STORE_DOCUMENTS)
+        result = write_row(s, "document", true, (uint64_t)which, document.data, document.length, err);
     return end_transaction(s, result, err);
 }
 

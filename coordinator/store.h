@@ -20,7 +20,7 @@
 
 struct store;
 
-/* The documents; written once, by `init`. */
+/* The documents; written by `init`, the delegation again by `rotate`. */
 enum store_document {
     STORE_GENESIS,    /* encoded msg_genesis; its digest is the run */
     STORE_DELEGATION, /* msg_signed_entry of the encoded msg_delegation, as WELCOME shows it */
@@ -68,6 +68,10 @@ int store_raise_term(struct store *s, uint64_t *term, struct err *err);
  * ERR_IO: nothing was written. */
 int store_commit(struct store *s, uint64_t term, const struct core_write *writes, uint32_t count,
                  struct err *err);
+
+/* Likewise, and the document goes with them: a new delegation in the ledger and in WELCOME at once. */
+int store_commit_document(struct store *s, uint64_t term, const struct core_write *writes, uint32_t count,
+                          enum store_document which, struct proto_bytes document, struct err *err);
 
 /* Has anybody enrolled: does the ledger hold more than genesis and delegations? */
 int store_begun(struct store *s, bool *begun, struct err *err);

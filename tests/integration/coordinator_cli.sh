@@ -24,7 +24,7 @@ J
 # ---- the command line itself
 says 2 "COMMAND --help explains"
 says 2 "unknown command 'srve'" srve
-for c in init serve invite status; do
+for c in init serve invite status pause resume revoke release rotate rewind; do
     check "$c --help teaches with an example" sh -c "'$COORDINATOR' $c --help | grep -q '^example: intellect-coordinator $c'"
     says 2 "the run's folder is missing" $c
     says 2 "unknown option --bogus" $c r --bogus
@@ -38,7 +38,7 @@ says 2 "file is not a folder" init file
 says 2 "full holds other things and no run" init full
 says 1 "make the folder no/where: No such file or directory" init no/where
 says 1 "--corpus missing.json: No such file or directory" init r --corpus missing.json
-says 2 "--set: unknown key outer.quorums; allowed in outer: inner_steps" init r --corpus corpus --set outer.quorums=2
+says 2 "--set: unknown key outer.quorums; allowed in outer: mode, inner_steps" init r --corpus corpus --set outer.quorums=2
 says 2 "none of: debug, 10m, 150m, 1b, 8b, 10b" init r --corpus corpus --preset huge
 says 2 "the corpus has samples of 128 tokens, model.sequence is 256" init r --corpus corpus --preset 10m
 check "a refused init leaves no run.yaml" test ! -e r/run.yaml
@@ -54,7 +54,7 @@ check "every setting is explained and has its default" test "$(grep -c '^  # [a-
 cp r/run.yaml good.yaml
 line=$(($(wc -l <good.yaml) + 2))
 printf 'outer:\n  nonsense: 3\n' >>r/run.yaml
-says 2 "run.yaml line $line: unknown key outer.nonsense; allowed in outer: inner_steps" serve r --no-aggregator
+says 2 "run.yaml line $line: unknown key outer.nonsense; allowed in outer: mode, inner_steps" serve r --no-aggregator
 sed 's/^  # quorum: .*/  quorum: many/' good.yaml >r/run.yaml
 line=$(grep -n 'quorum: many' r/run.yaml | cut -d: -f1)
 says 2 "run.yaml line $line: outer.quorum is 'many'; allowed are whole numbers from 1 to 1024" serve r --no-aggregator
@@ -96,6 +96,16 @@ says 1 "listen on 127.0.0.1 port $P: intellect-coord (process ${PID[coordinator]
 says 2 "'nowhere' has no port" serve r2 --listen nowhere --no-aggregator
 check "every log line is JSON" python3 -c 'import json, sys; [json.loads(l)["text"] for l in sys.stdin]' <coordinator.log
 says 0 "to join at 127.0.0.1:$P" invite r
+says 0 "" pause r
+check "a paused run says so" wait_for 5 r 'phase == "paused"'
+says 0 "" resume r
+says 1 "no member is called 'bob'; there are none" revoke r --member bob
+says 1 "no member is called '7'" release r --member 7
+says 1 "serves this run already" rotate r
+printf '{"do": "explode"}\n{"do"' | python3 -c '
+import socket, sys
+s = socket.socket(socket.AF_UNIX); s.connect("r/control.sock"); s.sendall(sys.stdin.buffer.read()); print(s.recv(4096).decode())' >out.txt
+check "an unknown order is refused on the control socket" grep -qF "unknown order 'explode'" out.txt
 printf 'GET / HTTP/1.0\r\n\r\n' >/dev/tcp/127.0.0.1/"$P"
 head -c 5000 /dev/urandom 2>/dev/null >/dev/tcp/127.0.0.1/"$P"
 check "plain HTTP and noise on the port leave it serving" wait_for 5 r serving
@@ -106,6 +116,20 @@ kill -TERM "${PID[coordinator]}"; wait "${PID[coordinator]}"
 check "SIGTERM ends it in order" test $? = 0
 unset "PID[coordinator]"
 check "and it says so" grep -qF '"stopped"' coordinator.log
+
+# ---- orders while nobody serves
+says 0 "" pause r
+says 0 "" resume r
+says 2 "say whom: --member NUMBER" revoke r
+says 2 "it is about the whole run" pause r --member 1
+says 2 "say to which checkpoint" rewind r
+says 2 "--to is 'x'" rewind r --to x
+says 1 "no checkpoint of the state at 5; there are none at all" rewind r --to 5
+says 1 "is not the root key of this run" rotate r --root-key r/online.key
+cp r/online.key before.key
+says 0 "" rotate r
+check "the online key is another one" sh -c '! cmp -s r/online.key before.key && [ $(stat -c %a r/online.key) = 600 ]'
+says 0 "" ledger verify r
 
 # ---- damage
 says 0 "" ledger verify r
