@@ -90,6 +90,11 @@ test-debian: ## make test in a fresh Debian 12, and in a fresh 13 (root and debo
 	@docker/test-debian.sh bookworm || [ $$? = 77 ]
 	@docker/test-debian.sh trixie || [ $$? = 77 ]
 
+.PHONY: test-containers
+test-containers: ## build both images with podman, and let the compose file train, lose a node and stop (2 to 4 minutes)
+	@docker/setup-debian.sh --containers
+	@docker/test-containers.sh || [ $$? = 77 ]
+
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
 	@BUILD=$(BUILD) tests/churn.sh
 

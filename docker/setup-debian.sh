@@ -1,20 +1,30 @@
 #!/bin/sh
 # Install what building and testing needs, on Debian 12 or newer. Only what is missing; nothing when all is there.
+#   --build       only what building needs: the images are built with it
+#   --containers  only what docker/test-containers.sh needs
+#   --lint, --fuzz, --cross   also what those targets need
 set -eu
-need="gcc g++ make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
-libyaml-dev libjansson-dev libcurl4-openssl-dev libcmocka-dev python3 procps"
-[ "${1:-}" = --lint ] && need="$need clang clang-tidy cppcheck libclang-rt-dev libomp-dev"
-# libFuzzer is part of clang's compiler-rt.
-[ "${1:-}" = --fuzz ] && need="$need clang libclang-rt-dev libomp-dev"
-# Programs for aarch64, and running them: make bitexact.
-[ "${1:-}" = --cross ] && need="$need gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
-# The demo's text; its package is named in README.md.
-[ "${1:-}" = --lint ] || need="$need perl-doc"
+build="gcc make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
+libyaml-dev libjansson-dev libcurl4-openssl-dev"
+test="g++ libcmocka-dev python3 procps"
+# The demo's text is perl-doc; the package is named in README.md.
+case ${1:-} in
+    --build) need=$build ;;
+    # runc: Debian 12's crun refuses hosts with both versions of cgroups.
+    --containers) need="podman podman-compose runc netavark aardvark-dns iptables debootstrap util-linux iproute2 python3" ;;
+    --lint) need="$build $test clang clang-tidy cppcheck libclang-rt-dev libomp-dev" ;;
+    # libFuzzer is part of clang's compiler-rt.
+    --fuzz) need="$build $test perl-doc clang libclang-rt-dev libomp-dev" ;;
+    # Programs for aarch64, and running them: make bitexact.
+    --cross) need="$build $test perl-doc gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" ;;
+    *) need="$build $test perl-doc" ;;
+esac
 missing=
 for p in $need; do
     dpkg-query -W -f='${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
 done
-pkg-config --exists msgpack-c 2>/dev/null || pkg-config --exists msgpack 2>/dev/null || missing="$missing libmsgpack-c-dev"
+[ "${1:-}" = --containers ] || pkg-config --exists msgpack-c 2>/dev/null || pkg-config --exists msgpack 2>/dev/null ||
+    missing="$missing libmsgpack-c-dev"
 [ -n "$missing" ] || exit 0
 
 sudo=

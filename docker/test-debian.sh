@@ -11,15 +11,9 @@ shift || true
 say() { echo "test-debian: $*"; }
 skip() { say "skipped: $*"; exit 77; }
 
-# Debian's archive among apt's sources; `site -security` is the archive of its security updates.
-site() {
-    apt-get indextargets --format '$(SITE) $(RELEASE)' 'Created-By: Packages' 'Origin: Debian' 2>/dev/null |
-        awk -v end="${1:-}" 'end == "" ? $2 !~ /-/ : $2 ~ end "$"' | sed -n '1s/ .*//p'
-}
-
 [ "$(id -u)" = 0 ] || skip "chroot and debootstrap need root"
 for t in debootstrap git apt-get; do command -v $t >/dev/null || skip "$t is not installed"; done
-mirror=${MIRROR:-$(site)}
+mirror=${MIRROR:-$(docker/mirror.sh)}
 [ -n "$mirror" ] || skip "apt lists no Debian archive; run apt-get update, or set MIRROR="
 commit=$(git rev-parse --short HEAD 2>/dev/null) || skip "not a git checkout"
 
@@ -35,7 +29,7 @@ trap 'exit 130' INT TERM HUP
 say "installing Debian $suite into $root"
 debootstrap --force-check-gpg --variant=minbase $suite "$root" "$mirror" >"$scratch/log" 2>&1 ||
     { tail -n 5 "$scratch/log"; skip "debootstrap failed"; }
-security=$(site -security)
+security=$(docker/mirror.sh -security)
 [ -z "$security" ] || echo "deb $security $suite-security main" >>"$root/etc/apt/sources.list"
 # What Debian's installer writes: a test connects to a localhost of two addresses. And apt has no terminal here.
 printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' >"$root/etc/hosts"
