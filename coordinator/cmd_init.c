@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "ckpt/ckpt.h"
 #include "coordinator/aggregator.h"
 #include "coordinator/commands.h"
 #include "coordinator/run.h"
@@ -26,6 +27,7 @@ static const char help[] =
     "  --corpus FILE            corpus.json (or its folder) as `intellect-node data` wrote it; without\n"
     "                           one, run.yaml is written and nothing is sealed yet\n"
     "  --preset NAME            the network: debug, 10m, 150m, 1b, 8b or 10b (default: debug)\n"
+    "  --from URL               begin with the parameters of this checkpoint (file:///FOLDER)\n"
     "  --set SECTION.KEY=VALUE  any setting of run.yaml; may be given several times\n"
     "\n"
     "example: intellect-coordinator init myrun --corpus corpus/corpus.json --preset debug \\\n"
@@ -34,14 +36,15 @@ static const char help[] =
 #define SETS_MAX 64
 
 struct init_options {
-    const char *command, *corpus, *preset;
+    const char *command, *corpus, *preset, *from;
     const char *sets[SETS_MAX];
     int set_count;
 };
-enum { CORPUS = 256, PRESET, SET };
+enum { CORPUS = 256, PRESET, FROM, SET };
 static const struct option options[] = {
     { "corpus", required_argument, NULL, CORPUS },
     { "preset", required_argument, NULL, PRESET },
+    { "from", required_argument, NULL, FROM },
     { "set", required_argument, NULL, SET },
     { 0 },
 };
@@ -51,6 +54,7 @@ static int take(void *arg, int option, const char *value) {
     switch (option) {
     case CORPUS: o->corpus = value; return 0;
     case PRESET: o->preset = value; return 0;
+    case FROM: o->from = value; return 0;
     default:
         if (o->set_count == SETS_MAX) {
             coordinator_misused(o->command, "--set may be given %d times; write run.yaml instead",
@@ -105,6 +109,7 @@ static int gather_settings(struct settings *s, const struct init_options *o, con
     *present = access(path, F_OK) == 0;
     if (*present && settings_load(s, path, err)) return -1;
     if (o->preset && set_option(s, "model.preset", o->preset, err)) return -1;
+    if (o->from && set_option(s, "model.from", o->from, err)) return -1;
     if (o->corpus) { /* relative to where the person is, not to the run's folder */
         if (!realpath(o->corpus, corpus)) return err_set_errno(err, "--corpus %s", o->corpus);
         if (set_option(s, "corpus.manifest", corpus, err)) return -1;
@@ -184,6 +189,37 @@ static int add_entry(struct sealing *w, const struct keys *k, uint64_t index, en
     return 0;
 }
 
+/* The genesis names the checkpoint by its manifest, so that no other can take its place. */
+static int name_checkpoint(const struct settings *s, struct settings_genesis *g, struct err *err) {
+    struct ckpt *c = ckpt_open(s->from, NULL, err);
+    if (!c) {
+        err_prefix(err, "model.from");
+        return -1;
+    }
+    const struct msg_model *m = ckpt_model(c);
+    int result = 0;
+    if (ckpt_is_plain(c))
+        result = err_set(err, ERR_UNSUPPORTED, "model.from: %.100s has no manifest: it is no checkpoint of "
+                         "a run", s->from);
+    else if (m->layers != s->model.layers || m->width != s->model.width || m->heads != s->model.heads ||
+             m->kv_heads != s->model.kv_heads || m->ffn != s->model.ffn ||
+             m->vocabulary != s->model.vocabulary || m->tied != s->model.tied)
+        result = err_set(err, ERR_CONFIG,
+                         "model.from: the checkpoint has %u layers of width %u, %u heads, %u kv_heads, ffn "
+                         "%u, vocabulary %u; set --preset or model.* to that", m->layers, m->width, m->heads,
+                         m->kv_heads, m->ffn, m->vocabulary);
+    if (!result) {
+        const struct ckpt_facts *f = ckpt_facts(c);
+        g->from = (struct msg_checkpoint){ .at_index = f->index, .state_root = f->state_root,
+                                           .url = proto_str(s->from), .manifest = f->manifest,
+                                           .tokens_committed = f->tokens_committed };
+        g->genesis.init_from = &g->from;
+        g->genesis.init_from_count = 1;
+    }
+    ckpt_close(c);
+    return result;
+}
+
 static int seal(struct store *store, const struct keys *k, const struct settings *s,
                 const struct corpus_facts *corpus, struct digest *run, struct err *err) {
     struct sealing w;
@@ -195,6 +231,7 @@ static int seal(struct store *store, const struct keys *k, const struct settings
     settings_to_genesis(s, corpus, &g);
     g.genesis.root_key = k->root.key;
     g.genesis.created_ms = (uint64_t)now.tv_sec * 1000;
+    if (*s->from && name_checkpoint(s, &g, err)) goto out;
     if (proto_encode(&w.genesis, RECORD_genesis, &g.genesis, err)) goto out;
     w.run = digest_of(w.genesis.data, w.genesis.length);
     struct msg_delegation delegation = { .run = w.run, .key = k->online.key, .number = 1 };
@@ -326,11 +363,13 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
     if (run_path(in->dir, SETTINGS_FILE_NAME, in->path, err)) return -1;
     if (gather_settings(s, o, in->path, &in->has_file, err)) return -1;
     in->has_corpus = *s->corpus != '\0';
-    in->changed = !in->has_file || o->corpus || o->preset || o->set_count;
+    in->changed = !in->has_file || o->corpus || o->preset || o->from || o->set_count;
     if (in->has_corpus && (settings_locate_corpus(s, in->dir, manifest, sizeof manifest, err) ||
                            corpus_facts_read(&in->corpus, manifest, err)))
         return -1;
-    return settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err);
+    if (settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err)) return -1;
+    struct settings_genesis ignored; /* a checkpoint that cannot be taken: before anything is written */
+    return *s->from ? name_checkpoint(s, &ignored, err) : 0;
 }
 
 static int write_files(const struct init *in, struct err *err) {

@@ -66,6 +66,10 @@ static const struct setting table[] = {
     { "model", "init_std", F32, AT(init_std), TINY, 1, SEALED, NULL,
       "Standard deviation of the first parameters. Too small: slow start; too large: it diverges." },
 
+    { "model", "from", TEXT, AT(from), 0, PROTO_URL_BYTES_MAX, SEALED, "\"\"",
+      "URL of a checkpoint whose parameters and outer momentum the run begins with, in place of the\n"
+      "seed's: file:///FOLDER, which the machine of the aggregate-only node must be able to read." },
+
     { "corpus", "manifest", TEXT, AT(corpus), 1, PROTO_URL_BYTES_MAX, SEALED, "\"\"",
       "corpus.json as `intellect-node data` wrote it, or its folder: a path or file:// URL. A relative\n"
       "path is taken from the folder of this file." },

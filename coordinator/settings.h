@@ -25,6 +25,7 @@ struct settings {
     struct msg_model model;
     uint64_t init_seed;
     float init_std;
+    char from[PROTO_URL_BYTES_MAX + 1]; /* URL of a checkpoint whose state is the initial one; "" = the seed's */
     /* corpus */
     char corpus[PROTO_URL_BYTES_MAX + 1]; /* manifest: path or URL */
     uint64_t shuffle_seed;
@@ -95,6 +96,7 @@ int settings_save(const struct settings *s, const char *path, struct err *err);
 /* The lists of a msg_genesis point into this. */
 struct settings_genesis {
     struct msg_genesis genesis;
+    struct msg_checkpoint from; /* the caller fills in and points init_from at it where settings.from is given */
     struct msg_corpus corpus;
     struct msg_model model;
     struct msg_inner inner;

@@ -347,6 +347,7 @@ int settings_from_genesis(struct settings *s, const struct msg_genesis *g, struc
     s->outer = *g->outer;
     s->init_seed = g->init_seed;
     s->init_std = g->init_std;
+    if (g->init_from_count) proto_str_copy(g->init_from->url, s->from, sizeof s->from);
     s->shuffle_seed = g->corpus->shuffle_seed;
     proto_str_copy(g->corpus->manifest_url, s->corpus, sizeof s->corpus);
     proto_str_copy(g->checkpoint_url, s->checkpoint_url, sizeof s->checkpoint_url);
