@@ -552,10 +552,6 @@ static bool value_is_zero(const struct setting *t, const char *field) {
 
 static void format_value(const struct settings *s, const struct setting *t, char *out, size_t size) {
     const void *field = (const char *)s + t->offset;
-    if (t->unknown && value_is_zero(t, field)) {
-        snprintf(out, size, "%s", t->unknown);
-        return;
-    }
     switch (t->kind) {
     case TEXT: format_text(field, out, size); return;
     case U8_SWITCH: snprintf(out, size, "%s", *(const uint8_t *)field ? "true" : "false"); return;
@@ -591,7 +587,11 @@ static void write_settings(const struct settings *s, FILE *out) {
             fprintf(out, "  # %.*s\n", length, line);
             line += length + (line[length] == '\n');
         }
-        format_value(s, t, value, sizeof value);
+        /* What is not known yet is 0, but 0 may also have been given. */
+        if (t->unknown && !s->given[i] && value_is_zero(t, (const char *)s + t->offset))
+            snprintf(value, sizeof value, "%s", t->unknown);
+        else
+            format_value(s, t, value, sizeof value);
         fprintf(out, "  %s%s: %s\n", s->given[i] ? "" : "# ", t->key, value);
     }
 }

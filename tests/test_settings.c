@@ -232,6 +232,22 @@ static void the_written_file_reads_back_as_the_same_settings(void **state) {
     unlink(path);
 }
 
+/* 0 is a value that somebody may want, not only a default that is not known yet. */
+static void a_zero_that_was_given_is_written_as_zero(void **state) {
+    struct settings before, after;
+    struct err err;
+    char path[] = "/tmp/test_settings.XXXXXX";
+    (void)state;
+    resolved(&before, "inner: {decay_tokens: 0, warmup_tokens: 0}\n");
+    close(mkstemp(path));
+    assert_int_equal(settings_save(&before, path, &err), 0);
+    settings_init(&after);
+    if (settings_load(&after, path, &err)) fail_msg("%s", err.msg);
+    assert_true(settings_given(&after, &after.inner.decay_tokens));
+    assert_int_equal(after.inner.decay_tokens, 0);
+    unlink(path);
+}
+
 static void a_changed_sealed_setting_is_named_and_a_free_one_is_not(void **state) {
     struct settings file, sealed;
     char what[200] = "";
@@ -329,6 +345,7 @@ int main(void) {
         cmocka_unit_test(defaults_follow_what_was_given),
         cmocka_unit_test(settings_that_contradict_each_other_are_refused),
         cmocka_unit_test(the_written_file_reads_back_as_the_same_settings),
+        cmocka_unit_test(a_zero_that_was_given_is_written_as_zero),
         cmocka_unit_test(a_changed_sealed_setting_is_named_and_a_free_one_is_not),
         cmocka_unit_test(the_genesis_holds_every_sealed_setting),
         cmocka_unit_test(a_manifest_that_is_none_is_refused_with_what_is_wrong),

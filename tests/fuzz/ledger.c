@@ -37,24 +37,28 @@ static void append_genesis(void) {
     record_make(RECORD_genesis, 1, &made);
     struct msg_genesis g = *(const struct msg_genesis *)made.bytes;
     struct msg_model model = g.model[0];
+    struct msg_outer outer = g.outer[0];
     struct msg_corpus corpus = g.corpus[0];
     g.version = PROTO_VERSION;
     g.root_key = ledger.signer[SIGNER_ROOT].key;
     model.sequence = SEQUENCE;
+    outer.fragments = 2;
     corpus.samples = SAMPLES;
     g.model = &model;
+    g.outer = &outer;
     g.corpus = &corpus;
     append(LEDGER_GENESIS, 0, SIGNER_ROOT, RECORD_genesis, &g);
     proto_decoded_release(RECORD_genesis, &made);
 }
 
-static void append_delegation(uint64_t term, enum ledger_signer to) {
-    struct msg_delegation d = {.run = ledger.run, .key = ledger.signer[to].key, .number = to};
+static void append_delegation(uint64_t term, uint32_t number, enum ledger_signer to, uint32_t retires) {
+    struct msg_delegation d = {
+        .run = ledger.run, .key = ledger.signer[to].key, .number = number, .retires = retires};
     append(LEDGER_DELEGATION, term, SIGNER_ROOT, RECORD_delegation, &d);
 }
 
-static void append_enrolment(uint32_t member) {
-    struct msg_enrolment m = {.member = member, .key = {{(uint8_t)member}}, .name = proto_str("m")};
+static void append_enrolment(uint32_t member, enum ledger_signer who) {
+    struct msg_enrolment m = {.member = member, .key = ledger.signer[who].key, .name = proto_str("m")};
     append(LEDGER_ENROLMENT, 1, SIGNER_ONLINE, RECORD_enrolment, &m);
 }
 
@@ -78,14 +82,39 @@ static void append_commit(void) {
     append(LEDGER_COMMIT, 1, SIGNER_ONLINE, RECORD_commit, &m);
 }
 
-static void append_checkpoint(void) {
-    struct msg_checkpoint m = {.at_index = 4, .url = proto_str("file:///c/step-000000000004")};
-    append(LEDGER_CHECKPOINT, 2, SIGNER_ONLINE2, RECORD_checkpoint, &m);
+static const struct msg_checkpoint *checkpoint(void) {
+    static struct msg_checkpoint m = {.at_index = 4, .tokens_committed = 10 * SEQUENCE};
+    m.url = proto_str("file:///c/step-000000000004");
+    return &m;
+}
+
+/* What member 2 signed is shown; what is wrong with it is not the ledger's business. */
+static void append_quarantine(uint8_t lifted) {
+    struct msg_ready ready = {.chunks = 1, .samples = 6};
+    struct err err;
+    int failed = proto_record_sign(&ledger.signer[SIGNER_MEMBER2], "ready", &ledger.run, 1, RECORD_ready,
+                                   &ready, &ready.signature, &err);
+    assert(!failed);
+    struct proto_buffer proof = record_encoded(RECORD_ready, &ready);
+    struct msg_quarantine m = {.member = 2, .lifted = lifted, .reason = proto_str("why")};
+    if (!lifted) {
+        m.kind = MSG_READY;
+        m.proof_term = 1;
+        m.proof = buffer_bytes(&proof);
+    }
+    append(LEDGER_QUARANTINE, 2, SIGNER_ONLINE2, RECORD_quarantine, &m);
+    proto_buffer_release(&proof);
 }
 
 static void append_revocation(void) {
     struct msg_revocation m = {.member = 2, .reason = proto_str("gone")};
     append(LEDGER_REVOCATION, 2, SIGNER_ONLINE, RECORD_revocation, &m);
+}
+
+static void append_rewind(void) {
+    struct msg_checkpoint to = *checkpoint();
+    struct msg_rewind m = {.to = &to, .to_count = 1, .reason = proto_str("lost")};
+    append(LEDGER_REWIND, 3, SIGNER_ONLINE2, RECORD_rewind, &m);
 }
 
 const struct fuzz_ledger *fuzz_ledger(void) {
@@ -95,12 +124,17 @@ const struct fuzz_ledger *fuzz_ledger(void) {
         identity_from_seed(&ledger.signer[i], seed);
     }
     append_genesis();
-    append_delegation(0, SIGNER_ONLINE);
-    append_enrolment(1);
-    append_enrolment(2);
+    append_delegation(0, 1, SIGNER_ONLINE, 0);
+    append_enrolment(1, SIGNER_MEMBER1);
+    append_enrolment(2, SIGNER_MEMBER2);
     append_commit();
-    append_delegation(1, SIGNER_ONLINE2);
-    append_checkpoint();
+    append_delegation(1, 2, SIGNER_ONLINE2, 0);
+    append(LEDGER_CHECKPOINT, 2, SIGNER_ONLINE2, RECORD_checkpoint, checkpoint());
+    append_quarantine(0);
+    append_quarantine(1);
     append_revocation();
+    append_rewind();
+    append_delegation(3, 3, SIGNER_ONLINE, 1);
+    assert(count == LEDGER_ENTRIES);
     return &ledger;
 }

@@ -4,12 +4,20 @@
 
 #include "proto/proto.h"
 
-#define LEDGER_ENTRIES 8
+#define LEDGER_ENTRIES 12
 
-enum ledger_signer { SIGNER_ROOT, SIGNER_ONLINE, SIGNER_ONLINE2, SIGNER_STRANGER, SIGNERS };
+enum ledger_signer {
+    SIGNER_ROOT,
+    SIGNER_ONLINE,
+    SIGNER_ONLINE2,
+    SIGNER_MEMBER1,
+    SIGNER_MEMBER2,
+    SIGNERS
+};
 
-/* Genesis, delegation to ONLINE, two enrolments, a commit, a delegation to ONLINE2, a checkpoint by
- * it, a revocation. Made once, never freed. */
+/* Genesis, a delegation to ONLINE, two enrolments, a commit, a delegation to ONLINE2, a checkpoint,
+ * quarantine of member 2 and its end, its revocation, a rewind to the checkpoint, a new delegation to
+ * ONLINE that retires its first. Made once, never freed. */
 struct fuzz_ledger {
     struct identity signer[SIGNERS];
     struct digest run;
