@@ -1,30 +1,82 @@
 #!/bin/bash
-# Four nodes for MINUTES (3): every 10 seconds a random process (a trainer, an agent, the aggregator, the
-# coordinator) gets SIGKILL, or SIGSTOP for 8 seconds. Then: at least 10 rounds committed, all anchors equal, the
-# ledger verifies, no sample spent twice, every reported root equal. SEED=N repeats the choices.
+# Real processes under fire: every 10 seconds a random one (a trainer, an agent, the aggregator, the coordinator) gets
+# SIGKILL, or SIGSTOP for 8 seconds, or a link is cut for 8 seconds. Then: enough rounds committed, all anchors equal, the
+# ledger verifies, no sample spent twice, every reported root equal, and hardly any work lost.
+#
+#   MINUTES=3 NODES=4   how long, how many nodes train
+#   MODE=diloco         outer.mode: diloco, streaming, decoupled, intellect1
+#   NET=                1: every node, and the coordinator, in a network namespace of its own, and links between them
+#                       are cut (root)
+#   SEED=N              repeats the choices
 cd "$(dirname "$0")/.." || exit 1
 . tests/lib.sh
 RANDOM=${SEED:=$(date +%s)}
-MINUTES=${MINUTES:-3} ROUNDS=${ROUNDS:-10}
+MINUTES=${MINUTES:-3} NODES=${NODES:-4} MODE=${MODE:-diloco} NET=${NET:-} ROUNDS=${ROUNDS:-10}
 say() { printf '%4d s  %s\n' $SECONDS "$*"; }
-R=$W/run P=$(free_port) NODES="alice bob carol dave"
-corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
-"$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set outer.inner_steps=8 --set outer.round_seconds=4 \
-    --set outer.grace_seconds=1 --set outer.silence_seconds=4 --set outer.checkpoint_rounds=10 \
-    >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
-start_coordinator "$R" "$P"
-for n in $NODES; do start_node $n "$R"; done
-wait_for 60 "$R" "round >= 1" || fail "no first round"
-say "churn for $MINUTES minutes, SEED=$SEED"
+R=$W/run P=7400
+NAMES=($(for i in $(seq "$NODES"); do echo "node$i"; done))
+
+# ---- network namespaces: a bridge in one of its own, a cable to each of the others ------------------------------------
+NS=in$$ CABLES=()
+net_up() {
+    [ "$(id -u)" = 0 ] || { echo "NET=1 needs root"; exit 77; }
+    ip netns add $NS-hub || { echo "no network namespaces here"; exit 77; }
+    ip -n $NS-hub link add br0 type bridge && ip -n $NS-hub link set br0 up
+    local i=0 n
+    for n in coordinator "${NAMES[@]}"; do
+        i=$((i + 1))
+        ip netns add $NS-$n
+        ip -n $NS-hub link add c$i type veth peer name eth0 netns $NS-$n
+        ip -n $NS-hub link set c$i master br0 up
+        ip -n $NS-$n addr add 10.88.0.$i/24 dev eth0
+        ip -n $NS-$n link set lo up; ip -n $NS-$n link set eth0 up
+        ADDRESS[$n]=10.88.0.$i CABLE[$n]=c$i
+    done
+}
+net_down() { local n; for n in hub coordinator "${NAMES[@]}"; do ip netns del $NS-$n 2>/dev/null; done; }
+declare -A ADDRESS CABLE
+HOST=127.0.0.1
+if [ -n "$NET" ]; then
+    trap 'end_all; net_down' EXIT
+    net_up; HOST=${ADDRESS[coordinator]}
+else P=$(free_port); fi
+in_net() { if [ -n "$NET" ]; then echo "ip netns exec $NS-$1"; fi; }
+launch_coordinator() { WRAP=$(in_net coordinator) start_coordinator "$R" "$P" "$HOST"; }
+launch() { WRAP=$(in_net "$1") start_node "$1" "$R"; }
+
+REPEAT=$((MINUTES / 4 + 1)) corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
+"$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set outer.mode="$MODE" --set outer.inner_steps=8 \
+    --set outer.round_seconds=8 --set outer.grace_seconds=1 --set outer.silence_seconds=4 --set outer.checkpoint_rounds=20 \
+    --set outer.chunk_elements=65536 --set outer.shard_chunks=2 ${SETTINGS:-} >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
+launch_coordinator
+for n in "${NAMES[@]}"; do launch "$n"; done
+wait_for 90 "$R" "round >= 4 and members_live == $NODES + 1" || fail "no first rounds"
+
+# ---- what was trained: steps of all members, also of those that died since ----------------------------------------------
+trained_log=$W/steps.txt
+watch_steps() {
+    while :; do
+        "$COORDINATOR" status "$R" --json 2>/dev/null | python3 -c '
+import json, sys
+try: s = json.load(sys.stdin)
+except ValueError: sys.exit()
+print(s["tokens_committed"], *["%d:%d" % (m["member"], m["step"]) for m in s["members"]])' >>"$trained_log"
+        sleep 0.5
+    done
+}
+watch_steps & PID[watch]=$!
+
+say "churn for $MINUTES minutes, $NODES nodes, $MODE${NET:+, links are cut too}, SEED=$SEED"
 SECONDS=0
 alive() { [ -n "${PID[$1]:-}" ] && kill -0 "${PID[$1]}" 2>/dev/null; }
-
 revive() { # what was killed is started again, as its owner's service manager would
-    for n in $NODES; do alive $n || start_node $n "$R"; done
-    alive coordinator || start_coordinator "$R" "$P"
+    local n
+    for n in "${NAMES[@]}"; do alive "$n" || launch "$n"; done
+    alive coordinator || launch_coordinator
 }
+any() { echo "${NAMES[RANDOM % NODES]}"; }
 victim() { # sets what, pid, and name for a child of ours
-    local n=$(set -- $NODES; eval echo \${$((RANDOM % 4 + 1))})
+    local n; n=$(any)
     name=
     case $((RANDOM % 4)) in
         0) what="$n's trainer" pid=$(pgrep -P "${PID[$n]}" | head -n 1) ;;
@@ -33,27 +85,44 @@ victim() { # sets what, pid, and name for a child of ours
         3) what="the coordinator" pid=${PID[coordinator]} name=coordinator ;;
     esac
 }
+note() { say "$(printf '%-26s %s' "$1" "$(status "$R" '"(round %d, %d live)" % (round, members_live)')")"; }
+cut_link() { # one member from everybody, or two from each other
+    local a b; a=$(any); b=$(any)
+    if [ $((RANDOM % 2)) = 0 ] || [ "$a" = "$b" ]; then
+        note "$a's cable is cut"
+        ip -n $NS-hub link set "${CABLE[$a]}" down; sleep 8; ip -n $NS-hub link set "${CABLE[$a]}" up
+    else
+        note "$a and $b are cut apart"
+        ip -n $NS-"$a" route add blackhole "${ADDRESS[$b]}"; sleep 8; ip -n $NS-"$a" route del blackhole "${ADDRESS[$b]}"
+    fi
+    sleep 2
+}
 faults=0
 while [ $SECONDS -lt $((60 * MINUTES)) ]; do
+    faults=$((faults + 1))
+    if [ -n "$NET" ] && [ $((RANDOM % 3)) = 0 ]; then cut_link; revive; continue; fi
     victim
-    if [ -n "$pid" ]; then
-        if [ $((RANDOM % 2)) = 0 ]; then
-            say "$(printf '%-18s SIGKILL' "$what") $(status "$R" '"(round %d, %d live)" % (round, members_live)')"
-            if [ -n "$name" ]; then kill_now $name; else kill -KILL "$pid"; fi
-            sleep 2; revive; sleep 8
-        else
-            say "$(printf '%-18s SIGSTOP' "$what") $(status "$R" '"(round %d, %d live)" % (round, members_live)')"
-            kill -STOP "$pid" 2>/dev/null; sleep 8; kill -CONT "$pid" 2>/dev/null; sleep 2; revive
-        fi
-        faults=$((faults + 1))
-    else sleep 1; revive; fi
+    if [ -z "$pid" ]; then faults=$((faults - 1)); sleep 1; revive
+    elif [ $((RANDOM % 2)) = 0 ]; then
+        note "$what: SIGKILL"
+        if [ -n "$name" ]; then kill_now "$name"; else kill -KILL "$pid"; fi
+        sleep 2; revive; sleep 8
+    else
+        note "$what: SIGSTOP"
+        kill -STOP "$pid" 2>/dev/null; sleep 8; kill -CONT "$pid" 2>/dev/null; sleep 2; revive
+    fi
 done
 say "$faults faults; now quiet"
-settled='members_live >= 5 and len(set(m["state_index"] for m in members if m["live"])) == 1'
-wait_for 60 "$R" "$settled" || fail "the members do not come together again: $("$COORDINATOR" status "$R")"
+
+# ---- what came of it ------------------------------------------------------------------------------------------------------
+settled="members_live >= $NODES + 1 and len(set(m['state_index'] for m in members if m['live'])) == 1"
+wait_for 90 "$R" "$settled" || fail "the members do not come together again: $("$COORDINATOR" status "$R")"
+"$COORDINATOR" pause "$R" >/dev/null
+sleep 10 # what was leased is trained and committed, or stays where it is
+kill "${PID[watch]}"; unset "PID[watch]"
 for _ in $(seq 20); do # nobody can commit once the coordinator stands still
     kill -STOP "${PID[coordinator]}"; sleep 2
-    digests=$(for n in $NODES; do anchor_digest "$W/$n/state/anchor"; done; anchor_digest "$R/aggregator/state/anchor")
+    digests=$(for n in "${NAMES[@]}"; do anchor_digest "$W/$n/state/anchor"; done; anchor_digest "$R/aggregator/state/anchor")
     kill -CONT "${PID[coordinator]}"
     [ "$(echo "$digests" | sort -u | wc -l)" = 1 ] && break
     sleep 1
@@ -63,4 +132,19 @@ rounds=$(status "$R" round) mismatches=$(status "$R" root_mismatches)
 [ "$(echo "$digests" | sort -u | wc -l)" = 1 ] || fail "anchors differ: $digests"
 [ "${mismatches:-1}" = 0 ] || fail "$mismatches roots differed"
 [ "${rounds:-0}" -ge "$ROUNDS" ] || fail "$rounds rounds committed, wanted $ROUNDS"
-echo "churn: $faults faults, $rounds rounds committed, anchors equal $(echo "$digests" | head -n 1), no root differed, SEED=$SEED"
+python3 - "$trained_log" $((4 * 128)) <<'PY'
+import sys
+last, steps, first, committed = {}, 0, None, 0
+for line in open(sys.argv[1]):
+    tokens, *members = line.split()
+    committed = int(tokens)
+    if first is None: first = committed
+    for m in members:
+        member, step = map(int, m.split(":"))
+        before = last.get(member)
+        if before is not None: steps += step - before if step >= before else step
+        last[member] = step
+trained = steps * int(sys.argv[2])
+print("trained by processes while they lived: %d tokens; committed %d, %.1f %%" % (trained, committed - first, 100 * (committed - first) / max(1, trained)))
+PY
+echo "churn: $MINUTES minutes, $NODES nodes, $MODE, $faults faults, $rounds rounds committed, anchors equal $(echo "$digests" | head -n 1), no root differed, SEED=$SEED"

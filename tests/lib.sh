@@ -29,15 +29,17 @@ fail() { echo "FAILED: $*"; for l in "$W"/*.log; do echo "--- $l"; tail -n "${LO
 kill_now() { { kill -KILL "${PID[$1]}"; wait "${PID[$1]}"; } 2>/dev/null; unset "PID[$1]"; }
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# The demo's text: the manual pages of Perl in Debian's package perl-doc, 8 MB of English.
+# The demo's text: the manual pages of Perl in Debian's package perl-doc, 8 MB of English; REPEAT=N times over.
 corpus() { # corpus OUT_DIR [data options]
-    local out=$1; shift
-    local files=("$(dirname "$(dpkg -L perl-doc | grep -m1 '/perlfaq1\.pod$')")"/*.pod)
-    "$NODE" data --out "$out" "$@" "${files[@]}"
+    local out=$1 i; shift
+    local files=("$(dirname "$(dpkg -L perl-doc | grep -m1 '/perlfaq1\.pod$')")"/*.pod) all=()
+    for i in $(seq "${REPEAT:-1}"); do all+=("${files[@]}"); done
+    "$NODE" data --out "$out" "$@" "${all[@]}"
 }
 
-start_coordinator() { # start_coordinator RUN_DIR PORT
-    "$COORDINATOR" serve "$1" --listen 127.0.0.1:"$2" >>"$W/coordinator.log" 2>&1 &
+# WRAP: what to run these two under, such as `ip netns exec NAME`.
+start_coordinator() { # start_coordinator RUN_DIR PORT [HOST]
+    ${WRAP:-} "$COORDINATOR" serve "$1" --listen "${3:-127.0.0.1}":"$2" >>"$W/coordinator.log" 2>&1 &
     PID[coordinator]=$!
     for _ in $(seq 100); do
         [ "$(status "$1" serving)" = True ] && return 0
@@ -49,10 +51,10 @@ start_coordinator() { # start_coordinator RUN_DIR PORT
 
 start_node() { # start_node NAME RUN_DIR [options]: joins with a new invite, or goes on when the home is there
     local name=$1 run=$2; shift 2
-    if [ -f "$W/$name/run.json" ]; then "$NODE" run --home "$W/$name" --threads 1 "$@" >>"$W/$name.log" 2>&1 &
+    if [ -f "$W/$name/run.json" ]; then ${WRAP:-} "$NODE" run --home "$W/$name" --threads 1 "$@" >>"$W/$name.log" 2>&1 &
     else
         "$COORDINATOR" invite "$run" --uses 1 2>/dev/null >"$W/$name.invite" || fail "no invite for $name"
-        "$NODE" join @"$W/$name.invite" --home "$W/$name" --name "$name" --threads 1 "$@" >>"$W/$name.log" 2>&1 &
+        ${WRAP:-} "$NODE" join @"$W/$name.invite" --home "$W/$name" --name "$name" --threads 1 "$@" >>"$W/$name.log" 2>&1 &
     fi
     PID[$name]=$!
 }
