@@ -802,11 +802,16 @@ static void documentation_has_every_record(void **state) {
     for (enum proto_record which = 0; which < RECORD_COUNT; which++) {
         char line[2048];
         describe_record(which, line, sizeof line);
-        if (strstr(text, line)) continue;
+        const char *at = strstr(text, "\n## Records");
+        if (at && strstr(at, line)) continue;
         print_message("%s", line);
         missing++;
     }
     assert_int_equal(missing, 0);
+    /* Nothing else stands in its tables: a reader that takes them from there would follow it. */
+    unsigned rows = 0;
+    for (const char *at = strstr(text, "\n## Records"); (at = strstr(at, "\n| ")); at++) rows++;
+    assert_int_equal(rows, RECORD_COUNT + 2); /* and the heads of two tables */
 }
 
 /* ---- frames -----------------------------------------------------------------------------------
