@@ -45,7 +45,7 @@ launch_coordinator() { WRAP=$(in_net coordinator) start_coordinator "$R" "$P" "$
 launch() { WRAP=$(in_net "$1") start_node "$1" "$R"; }
 
 REPEAT=$((MINUTES / 4 + 1)) corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
-"$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set outer.mode="$MODE" --set outer.inner_steps=8 \
+"$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set inner.batch=16 --set outer.mode="$MODE" --set outer.inner_steps=8 \
     --set outer.round_seconds=8 --set outer.grace_seconds=1 --set outer.silence_seconds=4 --set outer.checkpoint_rounds=20 \
     --set outer.chunk_elements=65536 --set outer.shard_chunks=2 ${SETTINGS:-} >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 launch_coordinator
@@ -132,7 +132,7 @@ rounds=$(status "$R" round) mismatches=$(status "$R" root_mismatches)
 [ "$(echo "$digests" | sort -u | wc -l)" = 1 ] || fail "anchors differ: $digests"
 [ "${mismatches:-1}" = 0 ] || fail "$mismatches roots differed"
 [ "${rounds:-0}" -ge "$ROUNDS" ] || fail "$rounds rounds committed, wanted $ROUNDS"
-python3 - "$trained_log" $((4 * 128)) <<'PY'
+python3 - "$trained_log" $((16 * 128)) <<'PY'
 import sys
 last, steps, first, committed = {}, 0, None, 0
 for line in open(sys.argv[1]):
