@@ -118,14 +118,34 @@ static int pack_record(msgpack_packer *pk, const struct place *up, const struct 
     return 0;
 }
 
-int proto_encode(struct proto_buffer *out, enum proto_record which, const void *record,
-                 struct err *err) {
+/* All of a record but the contents of its last field, which is BYTES. */
+static int pack_head(msgpack_packer *pk, const struct schema *s, const uint8_t *record,
+                     struct proto_bytes *tail, struct err *err) {
+    struct place at = {.schema = s};
+    msgpack_pack_array(pk, s->field_count);
+    for (uint32_t i = 0; i + 1 < s->field_count; i++) {
+        at.field = &s->fields[i];
+        if (pack_field(pk, &at, record, err)) return -1;
+    }
+    at.field = &s->fields[s->field_count - 1];
+    memcpy(tail, record + at.field->offset, sizeof *tail);
+    if (tail->length > at.field->max)
+        return place_refuse(&at, err, "%u bytes, at most %llu", tail->length,
+                            (unsigned long long)at.field->max);
+    return msgpack_pack_bin(pk, tail->length);
+}
+
+int proto_encode_head(struct proto_buffer *out, enum proto_record which, const void *record,
+                      struct proto_bytes *tail, struct err *err) {
     const struct schema *s = schema_of(which);
     size_t length_before = out->length;
     bool failed_before = out->failed;
+    bool open = s->field_count && s->fields[s->field_count - 1].kind == KIND_BYTES;
     msgpack_packer pk;
     msgpack_packer_init(&pk, out, packer_write);
-    int result = pack_record(&pk, NULL, s, record, err);
+    *tail = (struct proto_bytes){0};
+    int result = open ? pack_head(&pk, s, record, tail, err)
+                      : pack_record(&pk, NULL, s, record, err);
     if (result == 0 && out->failed)
         result = err_set(err, ERR_FULL, "%s: does not fit into %zu bytes", s->name, out->limit);
     if (result) {
@@ -133,4 +153,18 @@ int proto_encode(struct proto_buffer *out, enum proto_record which, const void *
         out->failed = failed_before;
     }
     return result;
+}
+
+int proto_encode(struct proto_buffer *out, enum proto_record which, const void *record,
+                 struct err *err) {
+    struct proto_bytes tail;
+    size_t length_before = out->length;
+    bool failed_before = out->failed;
+    if (proto_encode_head(out, which, record, &tail, err)) return -1;
+    proto_buffer_append(out, tail.data, tail.length);
+    if (!out->failed) return 0;
+    out->length = length_before;
+    out->failed = failed_before;
+    return err_set(err, ERR_FULL, "%s: does not fit into %zu bytes", schema_of(which)->name,
+                   out->limit);
 }

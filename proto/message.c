@@ -76,6 +76,21 @@ void proto_copy_release(enum proto_record which, void *record) {
     memset(record, 0, s->size);
 }
 
+/* ---- what may overtake what -----------------------------------------------------------------------
+ */
+
+int proto_urgency(uint8_t type) {
+    switch (type) {
+    case MSG_HEARTBEAT:
+    case MSG_HEARTBEAT_ACK: return 0;
+    case MSG_CHUNK:
+    case MSG_RESULT:
+    case MSG_STATE:
+    case MSG_MOMENTS: return 2;
+    default: return 1;
+    }
+}
+
 /* ---- strings ------------------------------------------------------------------------------------
  */
 

@@ -121,6 +121,12 @@ void proto_buffer_append(struct proto_buffer *b, const void *bytes, size_t lengt
  * over its limit or not finite: then the caller has a bug or foreign data; nothing was appended. */
 int proto_encode(struct proto_buffer *out, enum proto_record which, const void *record, struct err *err);
 
+/* As proto_encode(), but where the record's last field is BYTES its contents are left out: *tail
+ * (borrowed from the record) follows, and the two together are what proto_encode() would have made.
+ * Otherwise *tail is empty. */
+int proto_encode_head(struct proto_buffer *out, enum proto_record which, const void *record,
+                      struct proto_bytes *tail, struct err *err);
+
 /* The largest encoding a record can have by its limits. */
 size_t proto_record_bytes_max(enum proto_record which);
 
@@ -143,6 +149,11 @@ const char *proto_type_name(uint8_t type);           /* "READY", or "unknown" */
 /* What a STR field may hold: UTF-8 (RFC 3629) without the control characters U+0000-U+001F and
  * U+007F-U+009F. */
 bool proto_text_is_clean(const uint8_t *text, size_t length);
+
+/* Which messages may overtake which on one connection: 0 HEARTBEAT and its answer, 2 tensor data
+ * (CHUNK, RESULT, STATE, MOMENTS), 1 all others. */
+#define PROTO_URGENCIES 3
+int proto_urgency(uint8_t type);
 
 /* Borrow a C string as a STR field; and the way back, cut to fit and NUL-terminated. */
 struct proto_bytes proto_str(const char *text);
@@ -203,10 +214,14 @@ int frame_read(const uint8_t in[PROTO_FRAME_HEADER_BYTES], uint32_t length_max, 
 /* ---- TLS channels (libevent, OpenSSL, TLS 1.3 only) --------------------------------------------
  * Mutual TLS with self-signed Ed25519 certificates made from the identity; no dates, no authority.
  * A channel is one connection: it frames, decodes and hands over messages on its event_base's
- * thread. Callbacks may close the channel. */
+ * thread. Callbacks may close the channel.
+ *
+ * Messages that wait to be sent are sorted by proto_urgency(): one never overtakes another that is as
+ * urgent or more, so that order is kept but for what is announced here. A frame that has begun ends
+ * before another begins. */
 struct event_base;
 struct channel;
-struct channel_context; /* TLS settings + identity; one per process, shared by channels */
+struct channel_context; /* TLS settings + identity; one per process, shared by channels of one thread */
 
 struct channel_context *channel_context_create(const struct identity *id, struct err *err);
 void channel_context_destroy(struct channel_context *ctx);
@@ -228,8 +243,13 @@ struct channel_ops {
 #define PROTO_SEND_MAX (64u << 20)      /* a peer that reads so slowly is cut off */
 #define CHANNEL_HANDSHAKE_MS_MAX 10000  /* connect, and again the handshake */
 #define CHANNEL_STRANGER_MS_MAX 30000   /* open, but channel_set_frame_bytes_max() was never called */
+/* A frame of a known peer that has begun: so long for its header, and again and one second for each so
+ * many bytes for its payload. */
+#define CHANNEL_FRAME_MS_MAX 20000
+#define CHANNEL_FRAME_BYTES_PER_S (16u << 10)
 /* Other limits for the channels made from now on; for tests. */
 void channel_context_set_timeouts(struct channel_context *ctx, int handshake_ms, int stranger_ms);
+void channel_context_set_frame_time(struct channel_context *ctx, int ms, uint32_t bytes_per_s);
 
 /* `ops` is copied. A host name is looked up at once and blocks meanwhile; addresses do not. NULL only
  * where the name has no address or memory is out: a failed connection shows in on_close. */
@@ -242,7 +262,10 @@ void channel_set_arg(struct channel *ch, void *arg);
 void *channel_arg(struct channel *ch);
 /* Starts at PROTO_STRANGER_BYTES_MAX; raise it when the peer is known. */
 void channel_set_frame_bytes_max(struct channel *ch, uint32_t bytes);
-/* Encode and queue, from on_open on. -1: not open, encoding failed (caller's bug) or over
+/* Hand over no more messages until held is false again; what comes meanwhile stays in the kernel, and
+ * the end of the connection is not noticed either. */
+void channel_hold(struct channel *ch, bool held);
+/* Encode and queue, from on_open on. Nothing of msg is used after the return. -1: not open, encoding failed (caller's bug) or over
  * PROTO_SEND_MAX (on_close follows soon, not from here). */
 int channel_send(struct channel *ch, uint8_t type, uint64_t term, uint64_t session, uint64_t plan,
                  const void *msg, struct err *err);

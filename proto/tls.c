@@ -9,6 +9,8 @@
 #include <openssl/x509.h>
 #include <string.h>
 
+#include "proto/stream.h"
+
 #define CIPHERS "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 #define CERTIFICATES_BYTES_MAX 4096 /* ours has about 260 */
 
@@ -100,8 +102,9 @@ int tls_peer_key(SSL *ssl, struct proto_key *out, struct err *err) {
 static int configure(SSL_CTX *ctx, const struct identity *id, struct err *err) {
     SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION);
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
-    /* Not ENABLE_PARTIAL_WRITE: libevent 2.1 takes a short SSL_write() for a whole one. */
-    SSL_CTX_set_mode(ctx, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS); /* an idle connection keeps none */
+    SSL_CTX_set_read_ahead(ctx, 1);                  /* else two system calls for each record */
+    SSL_CTX_set_default_read_buffer_len(ctx, STREAM_READ_BYTES);
     SSL_CTX_set_max_cert_list(ctx, CERTIFICATES_BYTES_MAX);
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
     SSL_CTX_set_cert_verify_callback(ctx, check_certificate, NULL);
