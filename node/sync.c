@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "node/sync_internal.h"
+#include "proto/model.h"
 
 #ifdef SIM_FAULTS
 enum sync_fault sync_fault = SYNC_FAULT_NONE;
@@ -99,7 +100,7 @@ static void act_message(struct sync *s, enum sync_action_type type, enum proto_t
 }
 
 void sync_send(struct sync *s, enum proto_type type, uint64_t plan, const void *msg) {
-    if (s->connected && (s->welcomed || type == MSG_HELLO))
+    if (s->connected && (s->welcomed || type == MSG_HELLO || type == MSG_LEDGER))
         act_message(s, SYNC_ACT_SEND, type, plan, msg);
 }
 
@@ -143,9 +144,9 @@ static int load_meta(struct sync *s) {
 static void forget_connection(struct sync *s) {
     s->connected = s->welcomed = s->synced = false;
     s->session = 0;
-    s->leases.known = s->leases.asked = s->leases.deferred = false;
+    s->leases.known = s->leases.asked = false;
     s->state.told = false;
-    s->contribution.announced = false;
+    for (uint32_t f = 0; f < s->fragment_count; f++) s->contribution[f].announced = false;
 }
 
 void sync_disconnect(struct sync *s, const char *why) {
@@ -157,7 +158,8 @@ void sync_disconnect(struct sync *s, const char *why) {
 /* Durable before anything is done under the new term. */
 static int raise_term(struct sync *s, uint64_t term) {
     s->term = term;
-    if (s->plan.active && s->plan.term < term) plan_release(s); /* its coordinator is gone */
+    for (uint32_t f = 0; f < s->fragment_count; f++) /* their coordinator is gone */
+        if (s->plan[f].active && s->plan[f].term < term) plan_release(s, f);
     if (term <= s->term_max) return 0;
     s->term_max = term;
     return sync_save_meta(s);
@@ -175,6 +177,7 @@ static int on_connected(struct sync *s, const struct sync_event *ev) {
     if (raise_term(s, term)) return -1;
     struct msg_hello hello = {
         .software = proto_str("intellect-node"),
+        .instance = s->config.instance,
         .trains = s->config.trains,
         .port = s->config.port,
         .head_index = s->ledger.count ? s->ledger.count - 1 : 0,
@@ -205,7 +208,7 @@ static void check_synced(struct sync *s) {
     if (!s->welcomed || s->synced || s->ledger.count == 0 || s->ledger.count - 1 < s->ack_head)
         return;
     s->synced = true;
-    contribution_announce(s);
+    for (uint32_t f = 0; f < s->fragment_count; f++) contribution_announce(s, f);
     checkpoint_resume(s);
 }
 
@@ -237,19 +240,22 @@ static void on_bye(struct sync *s, const struct msg_bye *msg) {
 
 /* ---- heartbeats ------------------------------------------------------------------------- */
 
-static enum member_phase phase_of(struct sync *s) {
+static bool is_training(const struct sync *s) {
     const struct trainer *t = &s->trainer;
-    if (!state_current(s)) {
-        if (catchup_busy(s)) return PHASE_CATCHING_UP;
-        return apply_has_work(s) ? PHASE_APPLYING : PHASE_WAITING;
-    }
-    if (s->contribution.frozen || s->contribution.encoding) return PHASE_WAITING;
-    bool trains = t->state == TRAINER_TRAINING || t->state == TRAINER_FREEZING;
-    return trains && !t->slot_busy && leases_queued(s) ? PHASE_TRAINING : PHASE_IDLE;
+    return t->state == TRAINER_TRAINING && !t->need_reset && !t->standing && leases_queued(s);
+}
+
+static enum member_phase phase_of(struct sync *s) {
+    if (catchup_busy(s)) return PHASE_CATCHING_UP;
+    if (is_training(s) && !s->trainer.slot_busy) return PHASE_TRAINING;
+    if (apply_has_work(s)) return PHASE_APPLYING;
+    if (!state_current(s) || s->trainer.standing) return PHASE_WAITING;
+    return PHASE_IDLE;
 }
 
 static void say_heartbeat(struct sync *s) {
     const struct trainer *t = &s->trainer;
+    struct msg_rate rates[PROTO_RATES_MAX];
     struct msg_heartbeat beat = {
         .progress = s->progress,
         .step = t->steps_total,
@@ -258,6 +264,8 @@ static void say_heartbeat(struct sync *s) {
         .tokens_per_s = isfinite(t->tokens_per_s) ? t->tokens_per_s : 0,
         .trainer_restarts = t->lives ? t->lives - 1 : 0,
         .state_index = s->state.whole ? s->state.index : 0,
+        .rates = rates,
+        .rates_count = peer_rates(s, rates),
     };
     sync_send(s, MSG_HEARTBEAT, 0, &beat);
     s->beat_ms = s->now;
@@ -267,8 +275,9 @@ static void say_heartbeat(struct sync *s) {
  * silence means anything. */
 static void forgive_silence(struct sync *s) {
     s->heard_ms = s->now;
-    for (uint32_t i = 0; s->plan.active && i < s->plan.msg.contributors_count; i++)
-        s->plan.inbound[i].heard_ms = s->now;
+    for (uint32_t f = 0; f < s->fragment_count; f++)
+        for (uint32_t i = 0; s->plan[f].active && i < s->plan[f].msg.contributors_count; i++)
+            s->plan[f].inbound[i].heard_ms = s->now;
 }
 
 static void on_tick(struct sync *s) {
@@ -361,7 +370,7 @@ static bool frame_is_current(struct sync *s, const struct frame *f) {
                  (unsigned long long)f->term);
         return false;
     }
-    if (f->type == MSG_HELLO_ACK || f->type == MSG_BYE) return true;
+    if (f->type == MSG_HELLO_ACK || f->type == MSG_BYE || f->type == MSG_LEDGER_GET) return true;
     return s->welcomed && (f->session == 0 || f->session == s->session);
 }
 
@@ -380,6 +389,9 @@ static int on_message(struct sync *s, const struct frame *f, const void *msg) {
     case MSG_ROOT: catchup_on_root(s, msg); return 0;
     case MSG_RESET: return contribution_on_reset(s, msg);
     case MSG_RESYNC: return catchup_on_resync(s, msg);
+    case MSG_DUE: trainer_on_due(s, msg); return 0;
+    case MSG_STATE_LEAVES_GET: catchup_on_leaves_get(s, msg); return 0;
+    case MSG_LEDGER_GET: ledger_on_get(s, msg); return 0;
     case MSG_CHECKPOINT_WRITE: on_checkpoint_write(s, msg); return 0;
     case MSG_CHECKPOINT_SIGNED: on_checkpoint_signed(s, msg); return 0;
     case MSG_BYE: on_bye(s, msg); return 0;
@@ -398,7 +410,7 @@ static void on_leave(struct sync *s) {
 }
 
 static int do_work(struct sync *s) {
-    if (s->contribution.encoding) return contribution_work(s);
+    if (contribution_has_work(s)) return contribution_work(s);
     if (trainer_has_work(s)) return trainer_work(s);
     if (reduce_has_work(s)) return reduce_work(s);
     if (apply_has_work(s)) return apply_work(s);
@@ -456,7 +468,7 @@ int sync_step(struct sync *s, const struct sync_event *ev, uint64_t now_ms,
 bool sync_has_work(const struct sync *cs) {
     struct sync *s = (struct sync *)(uintptr_t)cs; /* the questions change nothing */
     return !s->left && !s->failure.code &&
-           (s->contribution.encoding || trainer_has_work(s) || reduce_has_work(s) ||
+           (contribution_has_work(s) || trainer_has_work(s) || reduce_has_work(s) ||
             apply_has_work(s) || catchup_has_work(s));
 }
 
@@ -475,12 +487,44 @@ static int check_config(const struct sync_config *c, struct err *err) {
         outer_encoded_bytes((enum outer_codec)o->result_codec, 1) == 0)
         return err_set(err, ERR_UNSUPPORTED, "this build has no codec %u or %u",
                        o->contribution_codec, o->result_codec);
-    if (o->fragments > 1)
-        return err_set(err, ERR_UNSUPPORTED, "this build has one fragment, not %u", o->fragments);
+    if (o->fragments == 0 || o->fragments > PROTO_FRAGMENTS_MAX)
+        return err_set(err, ERR_CONFIG, "%u fragments, allowed are 1 to %u", o->fragments,
+                       PROTO_FRAGMENTS_MAX);
     if ((c->elements - 1) / o->chunk_elements >= PROTO_CHUNKS_MAX)
         return err_set(err, ERR_CONFIG, "%llu elements in chunks of %u are more than %u chunks",
                        (unsigned long long)c->elements, o->chunk_elements, PROTO_CHUNKS_MAX);
     return 0;
+}
+
+/* owner: [chunk_count], zeroed; one fragment is the whole vector whatever the model. */
+static int find_owners(struct sync *s, uint8_t *owner) {
+    if (s->fragment_count == 1) return 0;
+    if (proto_model_elements(s->genesis.model) != s->config.elements)
+        return err_set(&s->failure, ERR_CONFIG, "the model has %llu elements, not %llu",
+                       (unsigned long long)proto_model_elements(s->genesis.model),
+                       (unsigned long long)s->config.elements);
+    return proto_model_fragments(s->genesis.model, s->chunk_elements, s->fragment_count, owner,
+                                 &s->failure);
+}
+
+/* Which chunk is in which fragment, and where there. */
+static int deal_chunks(struct sync *s) {
+    uint8_t *owner = sync_alloc(s, s->chunk_count, 1);
+    int rc = owner ? find_owners(s, owner) : -1;
+    for (uint32_t c = 0; rc == 0 && c < s->chunk_count; c++) s->fragment[owner[c]].count++;
+    for (uint32_t f = 0; rc == 0 && f < s->fragment_count; f++) {
+        s->fragment[f].chunk = sync_alloc(s, s->fragment[f].count, sizeof *s->fragment[f].chunk);
+        s->fragment[f].count = 0;
+        if (!s->fragment[f].chunk) rc = -1;
+    }
+    for (uint32_t c = 0; rc == 0 && c < s->chunk_count; c++) {
+        struct fragment *f = &s->fragment[owner[c]];
+        s->place[c] = (struct place){owner[c], f->count};
+        f->chunk[f->count++] = c;
+        f->elements += chunk_elements(s, c);
+    }
+    free(owner);
+    return rc;
 }
 
 static int set_sizes(struct sync *s) {
@@ -489,13 +533,14 @@ static int set_sizes(struct sync *s) {
     s->chunk_elements = s->outer->chunk_elements;
     s->chunk_count = (uint32_t)((s->config.elements - 1) / s->chunk_elements) + 1;
     s->codec = (enum outer_codec)s->outer->contribution_codec;
-    s->fragment.count = s->chunk_count;
-    s->fragment.chunk = sync_alloc(s, s->chunk_count, sizeof *s->fragment.chunk);
+    s->fragment_count = s->outer->fragments;
+    s->fragment = sync_alloc(s, s->fragment_count, sizeof *s->fragment);
+    s->place = sync_alloc(s, s->chunk_count, sizeof *s->place);
+    s->contribution = sync_alloc(s, s->fragment_count, sizeof *s->contribution);
+    s->plan = sync_alloc(s, s->fragment_count, sizeof *s->plan);
     s->scratch = sync_alloc(s, s->chunk_elements, sizeof *s->scratch);
     s->scratch2 = sync_alloc(s, s->chunk_elements, sizeof *s->scratch2);
-    if (s->failure.code) return -1;
-    for (uint32_t k = 0; k < s->chunk_count; k++) s->fragment.chunk[k] = k;
-    return 0;
+    return s->failure.code ? -1 : deal_chunks(s);
 }
 
 static int load(struct sync *s) {
@@ -521,6 +566,7 @@ struct sync *sync_create(const struct sync_config *config, uint64_t now_ms, stru
     s->config = *config;
     s->disk = config->disk;
     s->now = s->tick_ms = now_ms;
+    s->trainer.life = 1;
     if (load(s)) {
         if (err) *err = s->failure;
         sync_destroy(s);
@@ -534,13 +580,16 @@ void sync_destroy(struct sync *s) {
     peer_release(s);
     catchup_release(s);
     apply_release(s);
-    plan_release(s);
+    for (uint32_t f = 0; s->plan && f < s->fragment_count; f++) plan_release(s, f);
     results_release(s);
     contribution_release(s);
     state_release(s);
     ledger_release(s);
     checkpoint_forget_manifest(s);
-    free(s->fragment.chunk);
+    for (uint32_t f = 0; s->fragment && f < s->fragment_count; f++) free(s->fragment[f].chunk);
+    free(s->fragment);
+    free(s->place);
+    free(s->plan);
     free(s->scratch);
     free(s->scratch2);
     proto_copy_release(RECORD_genesis, &s->genesis);
@@ -559,32 +608,43 @@ void sync_set_before_change(struct sync *s, void (*hook)(void *arg, uint32_t chu
 
 /* ---- looking in ------------------------------------------------------------------------- */
 
+static const struct plan *newest_plan(const struct sync *s) {
+    const struct plan *best = NULL;
+    for (uint32_t f = 0; f < s->fragment_count; f++)
+        if (s->plan[f].active && (!best || s->plan[f].number > best->number)) best = &s->plan[f];
+    return best;
+}
+
+static bool has_frozen(const struct sync *s) {
+    for (uint32_t f = 0; f < s->fragment_count; f++)
+        if (s->contribution[f].frozen) return true;
+    return false;
+}
+
 static const char *phase_name(struct sync *s) {
     const struct trainer *t = &s->trainer;
-    if (!state_current(s)) return catchup_busy(s) ? "catching up" : "applying";
+    if (catchup_busy(s)) return "catching up";
     if (!s->welcomed && s->term == 0) return "connecting";
-    if (s->plan.active) return "reducing";
-    if (s->contribution.frozen) return "waiting";
+    if (is_training(s) && s->outer->overlap) return "training";
+    if (!state_current(s)) return "applying";
+    if (newest_plan(s)) return "reducing";
+    if (t->standing && !has_frozen(s)) return "freezing";
+    if (has_frozen(s)) return "waiting";
     if (!s->config.trains) return "idle";
-    switch (t->state) {
-    case TRAINER_DOWN:
-    case TRAINER_BLANK: return "starting the trainer";
-    case TRAINER_FREEZING:
-    case TRAINER_FROZEN: return "freezing";
-    case TRAINER_TRAINING: return leases_queued(s) ? "training" : "waiting for data";
-    }
-    return "";
+    if (t->state != TRAINER_TRAINING || t->need_reset) return "starting the trainer";
+    return t->freezing ? "freezing" : is_training(s) ? "training" : "waiting for data";
 }
 
 void sync_look(const struct sync *cs, struct sync_view *out) {
     struct sync *s = (struct sync *)(uintptr_t)cs;
+    const struct plan *plan = newest_plan(s);
     *out = (struct sync_view){
         .term = s->term,
         .session = s->session,
         .head_index = s->ledger.count ? s->ledger.count - 1 : 0,
         .state_index = s->state.whole ? s->state.index : 0,
-        .round = s->ledger.rounds,
-        .plan = s->plan.active ? s->plan.number : 0,
+        .round = s->ledger.commit_count,
+        .plan = plan ? plan->number : 0,
         .tokens_committed = s->tokens_committed,
         .settled_index = s->settled,
         .phase = phase_name(s),

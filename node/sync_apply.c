@@ -1,7 +1,7 @@
-/* sync_apply.c - from commit to commit: the result chunks of the oldest commit that the state
- * lacks are fetched from its holders, checked against the ledger's result_root, and applied
- * chunk by chunk in batches. Then the contribution's fate is known, the trainer follows, and the
- * root is shown.
+/* sync_apply.c - from commit to commit, in ledger order over all fragments: the result chunks of the
+ * oldest commit that the state lacks are fetched from its holders, checked against the ledger's
+ * result_root, and applied chunk by chunk in batches. Then the fate of the contribution to it is known,
+ * the trainer follows, and the root is shown.
  *
  * A chunk that cannot be brought forward like this is left to sync_catchup.c. */
 #include <stdlib.h>
@@ -11,32 +11,44 @@
 
 /* ---- which commit ----------------------------------------------------------------------- */
 
-static struct commit *fetch_commit(struct sync *s) { return ledger_commit(s, s->fetch.round); }
+static struct commit *fetch_commit(struct sync *s) {
+    return s->fetch.active ? ledger_commit_at(s, s->fetch.index) : NULL;
+}
 
+/* k: in the commit's fragment. */
 static bool needs(const struct sync *s, const struct commit *c, uint32_t k) {
-    return s->state.version[s->fragment.chunk[k]] == c->body.base_index;
+    return s->state.version[s->fragment[c->body.fragment].chunk[k]] == c->body.base_index;
 }
 
 static bool needs_any(const struct sync *s, const struct commit *c) {
-    for (uint32_t k = 0; k < s->fragment.count; k++)
+    for (uint32_t k = 0; k < s->fragment[c->body.fragment].count; k++)
         if (needs(s, c, k)) return true;
     return false;
 }
 
-/* NULL: every chunk is at the head, missing, or too far behind. */
+/* The oldest that some chunk needs. NULL: every chunk is at the head, missing, or too far behind; or
+ * its results cannot be had. */
 static struct commit *next_commit(struct sync *s) {
-    uint64_t oldest = ledger_head_version(s);
-    for (uint32_t i = 0; i < s->chunk_count; i++)
-        if (s->state.version[i] < oldest) oldest = s->state.version[i];
-    struct commit *c = ledger_commit_after(s, oldest);
-    return c && !c->unavailable ? c : NULL;
+    for (uint32_t i = SYNC_COMMITS_KEPT; i-- > 0;) {
+        struct commit *c = ledger_recent(s, i);
+        if (c && needs_any(s, c)) return c->unavailable ? NULL : c;
+    }
+    return NULL;
+}
+
+bool apply_fragment_is_current(const struct sync *s, uint32_t fragment) {
+    const struct fragment *f = &s->fragment[fragment];
+    for (uint32_t k = 0; k < f->count; k++)
+        if (s->state.version[f->chunk[k]] != s->ledger.last[fragment]) return false;
+    return true;
 }
 
 bool apply_waits_for_donors(struct sync *s, uint32_t chunk) {
     uint64_t version = s->state.version[chunk];
+    uint32_t fragment = s->place[chunk].fragment;
     if (version == SYNC_MISSING) return true;
-    if (version == ledger_head_version(s)) return false;
-    const struct commit *c = ledger_commit_after(s, version);
+    if (version == s->ledger.last[fragment]) return false;
+    const struct commit *c = ledger_commit_after(s, fragment, version);
     return !c || c->unavailable;
 }
 
@@ -45,7 +57,7 @@ bool apply_waits_for_donors(struct sync *s, uint32_t chunk) {
 static void fetch_end(struct sync *s) {
     struct fetch *f = &s->fetch;
     if (!f->active) return;
-    for (uint32_t k = 0; k < s->fragment.count; k++) free(f->data[k]);
+    for (uint32_t k = 0; f->data && k < f->chunks; k++) free(f->data[k]);
     free(f->data);
     free(f->leaves);
     free(f->shard);
@@ -58,7 +70,7 @@ void apply_release(struct sync *s) { fetch_end(s); }
 static struct held *held_of(struct sync *s, const struct commit *c, uint32_t shard) {
     const struct msg_shard *m = &c->body.shards[shard];
     if (m->aggregator != s->config.member && m->holder != s->config.member) return NULL;
-    struct held *h = results_find(s, c->term, c->body.plan, c->body.round, shard);
+    struct held *h = results_find(s, c->body.fragment, c->term, c->body.plan, c->body.round, shard);
     return h && h->leaves.first == m->first && h->leaves.leaves_count == m->count &&
                    h->codec == c->body.codec
                ? h
@@ -79,7 +91,7 @@ static const uint8_t *data_of(struct sync *s, const struct commit *c, uint32_t k
 /* How many chunks could be applied now. */
 static void count_ready(struct sync *s, const struct commit *c) {
     s->fetch.ready = 0;
-    for (uint32_t k = 0; s->fetch.verified && k < s->fragment.count; k++)
+    for (uint32_t k = 0; s->fetch.verified && k < s->fetch.chunks; k++)
         if (needs(s, c, k) && data_of(s, c, k)) s->fetch.ready++;
 }
 
@@ -88,15 +100,15 @@ static void check_leaves(struct sync *s, const struct commit *c) {
     struct fetch *f = &s->fetch;
     for (uint32_t i = 0; i < c->body.shards_count; i++)
         if (!f->shard[i].leaves_have) return;
-    struct digest root = digest_tree_root(f->leaves, s->fragment.count);
+    struct digest root = digest_tree_root(f->leaves, f->chunks);
     f->verified = digest_equal(&root, &c->body.result_root);
     if (f->verified) {
         count_ready(s, c);
         return;
     }
     sync_log(s, SYNC_WARNING,
-             "the results of round %llu are not those that were committed; asking others",
-             (unsigned long long)c->body.round);
+             "the results of fragment %u round %llu are not those that were committed; asking others",
+             c->body.fragment, (unsigned long long)c->body.round);
     for (uint32_t i = 0; i < c->body.shards_count; i++) {
         f->shard[i].leaves_have = f->shard[i].asking = f->shard[i].held = false;
         f->shard[i].turn ^= 1;
@@ -116,10 +128,11 @@ static void take_held(struct sync *s, const struct commit *c) {
     check_leaves(s, c);
 }
 
-/* The ledger says what every member had before this commit. */
-static bool base_is_right(struct sync *s, const struct commit *c) {
-    if (!s->state.whole || s->state.index != c->body.base_index) return true;
-    if (digest_equal(&s->state.root, &c->body.state_root)) return true;
+/* Is our state the one that the run agreed on? Nothing is built on another. */
+static bool base_is_right(struct sync *s) {
+    struct digest root;
+    if (!s->state.whole || !ledger_root(s, s->state.index, &root)) return true;
+    if (digest_equal(&s->state.root, &root)) return true;
     sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching it anew",
              (unsigned long long)s->state.index);
     catchup_forget_state(s);
@@ -128,15 +141,15 @@ static bool base_is_right(struct sync *s, const struct commit *c) {
 
 static void fetch_begin(struct sync *s, const struct commit *c) {
     struct fetch *f = &s->fetch;
-    if (!base_is_right(s, c)) return;
-    uint32_t n = s->fragment.count;
-    *f = (struct fetch){.active = true, .round = c->body.round, .progress_ms = s->now};
+    if (!base_is_right(s)) return;
+    uint32_t n = s->fragment[c->body.fragment].count;
+    *f = (struct fetch){
+        .active = true, .index = c->index, .chunks = n, .progress_ms = s->now};
     f->leaves = sync_alloc(s, n, sizeof *f->leaves);
     f->shard = sync_alloc(s, c->body.shards_count, sizeof *f->shard);
     f->data = sync_alloc(s, n, sizeof *f->data);
     f->asked = sync_alloc(s, bitmap_bytes(n), 1);
-    if (!f->data) f->active = false; /* out of memory: the machine stops */
-    if (s->failure.code) return;
+    if (s->failure.code) return; /* out of memory: the machine stops */
     for (uint32_t i = 0; i < c->body.shards_count; i++)
         f->shard[i].turn = (s->config.member + i) % 2; /* half of the members ask each of the two */
     take_held(s, c);
@@ -157,7 +170,7 @@ static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
         if (!proto_set_has(f->asked, k)) continue;
         proto_set_del(f->asked, k);
         f->outstanding--;
-        f->window -= encoded_bytes(s, (enum outer_codec)c->body.codec, k);
+        f->window -= encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
     }
     f->shard[shard].asking = f->shard[shard].dialling = false;
     f->shard[shard].turn ^= 1;
@@ -175,7 +188,7 @@ static uint32_t choose(struct sync *s, const struct commit *c, uint32_t shard, u
         proto_set_add(f->asked, k);
         proto_set_add(chunks, k);
         f->outstanding++;
-        f->window += encoded_bytes(s, (enum outer_codec)c->body.codec, k);
+        f->window += encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
         n++;
     }
     return n;
@@ -183,15 +196,17 @@ static uint32_t choose(struct sync *s, const struct commit *c, uint32_t shard, u
 
 static void ask(struct sync *s, const struct commit *c, uint32_t shard, struct peer *p) {
     struct fetch_shard *fs = &s->fetch.shard[shard];
-    size_t bytes = bitmap_bytes(s->fragment.count);
+    size_t bytes = bitmap_bytes(s->fetch.chunks);
     uint8_t *chunks = sync_alloc(s, bytes, 1);
     if (!chunks) return;
     /* Results are taken only under verified leaves; with one shard these come first anyway. */
     bool data_too = s->fetch.verified || c->body.shards_count == 1;
     uint32_t n = data_too ? choose(s, c, shard, chunks) : 0;
     if (n || !fs->leaves_have) {
-        struct msg_result_get get = {
-            .round = c->body.round, .plan = c->body.plan, .chunks = {chunks, (uint32_t)bytes}};
+        struct msg_result_get get = {.fragment = c->body.fragment,
+                                     .round = c->body.round,
+                                     .plan = c->body.plan,
+                                     .chunks = {chunks, (uint32_t)bytes}};
         peer_send(s, p, MSG_RESULT_GET, c->term, c->body.plan, &get, bytes);
         fs->asking = true;
         fs->dialling = false;
@@ -249,12 +264,14 @@ void apply_pump(struct sync *s) {
     struct commit *c = fetch_commit(s);
     if (!c || !needs_any(s, c)) {
         fetch_end(s);
+        apply_arrived(s); /* donors may have brought the last of it */
         return;
     }
     for (uint32_t i = 0; i < c->body.shards_count; i++) ask_shard(s, c, i);
     if (!is_hopeless(s, c)) return;
-    sync_log(s, SYNC_INFO, "nobody gives the results of round %llu; asking for the state",
-             (unsigned long long)c->body.round);
+    sync_log(s, SYNC_INFO,
+             "nobody gives the results of fragment %u round %llu; asking for the state",
+             c->body.fragment, (unsigned long long)c->body.round);
     c->unavailable = true;
     fetch_end(s);
 }
@@ -267,7 +284,7 @@ void apply_on_holders(struct sync *s, const struct msg_holders *msg) {
     struct commit *c = ledger_commit_at(s, msg->index);
     if (!c) return;
     c->unavailable = false;
-    if (!s->fetch.active || fetch_commit(s) != c) return;
+    if (fetch_commit(s) != c) return;
     s->fetch.progress_ms = s->now;
     for (uint32_t i = 0; i < c->body.shards_count; i++) s->fetch.shard[i].refusals = 0;
 }
@@ -275,9 +292,19 @@ void apply_on_holders(struct sync *s, const struct msg_holders *msg) {
 /* The commit a frame's results belong to, if that is the one being fetched. */
 static struct commit *fetched(struct sync *s, const struct frame *f, uint32_t fragment,
                               uint64_t round) {
-    if (!s->fetch.active || fragment != 0 || round != s->fetch.round) return NULL;
     struct commit *c = fetch_commit(s);
-    return c && f->term == c->term && f->plan == c->body.plan ? c : NULL;
+    return c && c->body.fragment == fragment && c->body.round == round && f->term == c->term &&
+                   f->plan == c->body.plan
+               ? c
+               : NULL;
+}
+
+bool apply_owes(const struct sync *s, uint32_t member) {
+    const struct fetch *f = &s->fetch;
+    struct commit *c = fetch_commit((struct sync *)(uintptr_t)s);
+    for (uint32_t i = 0; c && f->outstanding && i < c->body.shards_count; i++)
+        if (f->shard[i].asking && candidate(s, c, i) == member) return true;
+    return false;
 }
 
 static void note_answer(struct sync *s, uint32_t shard) {
@@ -308,9 +335,10 @@ void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *
 
 static bool result_is_right(struct sync *s, const struct commit *c, const struct msg_result *msg) {
     uint32_t k = msg->chunk;
-    size_t n = chunk_elements(s, s->fragment.chunk[k]);
+    size_t n = chunk_elements(s, s->fragment[c->body.fragment].chunk[k]);
     if (msg->codec != c->body.codec ||
-        msg->data.length != encoded_bytes(s, (enum outer_codec)msg->codec, k))
+        msg->data.length !=
+            encoded_bytes(s, c->body.fragment, (enum outer_codec)msg->codec, k))
         return false;
     struct digest leaf = digest_leaf(k, msg->data.data, msg->data.length);
     if (!digest_equal(&leaf, &s->fetch.leaves[k].digest)) return false;
@@ -329,7 +357,7 @@ void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
                      const struct msg_result *msg) {
     struct fetch *f = &s->fetch;
     struct commit *c = fetched(s, frame, msg->fragment, msg->round);
-    if (!c || !f->verified || msg->chunk >= s->fragment.count ||
+    if (!c || !f->verified || msg->chunk >= f->chunks ||
         !proto_set_has(f->asked, msg->chunk))
         return;
     if (!result_is_right(s, c, msg)) {
@@ -345,13 +373,14 @@ void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
 }
 
 void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
-    struct commit *c = s->fetch.active && msg->round == s->fetch.round ? fetch_commit(s) : NULL;
-    for (uint32_t i = 0; c && i < c->body.shards_count; i++)
+    struct commit *c = fetch_commit(s);
+    if (!c || msg->fragment != c->body.fragment || msg->round != c->body.round) return;
+    for (uint32_t i = 0; i < c->body.shards_count; i++)
         if (candidate(s, c, i) == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
 }
 
 void apply_on_peer_closed(struct sync *s, const struct peer *p) {
-    struct commit *c = s->fetch.active ? fetch_commit(s) : NULL;
+    struct commit *c = fetch_commit(s);
     for (uint32_t i = 0; c && i < c->body.shards_count; i++)
         if (candidate(s, c, i) == p->id && (s->fetch.shard[i].asking || s->fetch.shard[i].dialling))
             turn_away(s, c, i);
@@ -372,18 +401,18 @@ bool apply_has_work(struct sync *s) {
 
 /* Our number among the commit's contributors, if what it summed is the contribution we hold. */
 static int own_contributor(struct sync *s, const struct commit *c) {
-    const struct contribution *own = &s->contribution;
+    const struct contribution *own = &s->contribution[c->body.fragment];
     if (!own->frozen || own->ready.base_index != c->body.base_index) return -1;
     return commit_contributor(c, s->config.member, &own->ready.root);
 }
 
 /* The outer step of one chunk; what it was stays in scratch2. */
 static int step_chunk(struct sync *s, const struct commit *c, uint32_t k) {
-    uint32_t chunk = s->fragment.chunk[k];
+    uint32_t f = c->body.fragment, chunk = s->fragment[f].chunk[k];
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     enum outer_codec codec = (enum outer_codec)c->body.codec;
     float *anchor = s->state.anchor + first;
-    if (outer_decode(s->scratch, data_of(s, c, k), encoded_bytes(s, codec, k), n, codec,
+    if (outer_decode(s->scratch, data_of(s, c, k), encoded_bytes(s, f, codec, k), n, codec,
                      &s->failure))
         return -1;
     memcpy(s->scratch2, anchor, n * sizeof *anchor);
@@ -391,17 +420,30 @@ static int step_chunk(struct sync *s, const struct commit *c, uint32_t k) {
     return 0;
 }
 
-static int apply_chunk(struct sync *s, const struct commit *c, uint32_t k) {
-    const struct contribution *own = &s->contribution;
-    uint32_t chunk = s->fragment.chunk[k];
+/* The chunk went from scratch2 to what the anchor holds now: the trainer follows, error feedback too. */
+void apply_follow(struct sync *s, uint32_t chunk, bool summed) {
+    const struct contribution *own = &s->contribution[s->place[chunk].fragment];
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
-    bool summed = commit_summed(c, k, own_contributor(s, c));
-    if (step_chunk(s, c, k)) return -1;
     if (trainer_follows(s))
-        trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
-    if (summed && own->residual)
-        memcpy(own->residual + first, own->residual_next + first, n * sizeof *own->residual);
+        trainer_change(s, chunk, s->scratch2, summed && trainer_holds(s, own));
+    if (summed && s->residual)
+        memcpy(s->residual + first, s->residual_next + first, n * sizeof *s->residual);
+}
+
+static int apply_chunk(struct sync *s, const struct commit *c, uint32_t k) {
+    if (step_chunk(s, c, k)) return -1;
+    apply_follow(s, s->fragment[c->body.fragment].chunk[k],
+                 commit_summed(c, k, own_contributor(s, c)));
     return 0;
+}
+
+bool apply_summed_here(struct sync *s, uint32_t chunk) {
+    const struct contribution *own = &s->contribution[s->place[chunk].fragment];
+    struct commit *c = own->frozen ? ledger_commit_after(s, s->place[chunk].fragment,
+                                                         own->ready.base_index)
+                                   : NULL;
+    return c && own->ready.base_index == s->state.version[chunk] &&
+           commit_summed(c, s->place[chunk].k, own_contributor(s, c));
 }
 
 struct batch {
@@ -412,11 +454,12 @@ struct batch {
 static void choose_batch(struct sync *s, const struct commit *c, struct batch *b) {
     size_t elements = 0;
     b->count = 0;
-    for (uint32_t k = 0; k < s->fragment.count && b->count < SYNC_BATCH_CHUNKS; k++) {
+    const struct fragment *f = &s->fragment[c->body.fragment];
+    for (uint32_t k = 0; k < f->count && b->count < SYNC_BATCH_CHUNKS; k++) {
         if (elements >= SYNC_BATCH_ELEMENTS) return;
         if (!needs(s, c, k) || !data_of(s, c, k)) continue;
         b->k[b->count] = k;
-        b->chunk[b->count] = s->fragment.chunk[k];
+        b->chunk[b->count] = f->chunk[k];
         b->version[b->count++] = c->index;
         elements += s->chunk_elements;
     }
@@ -427,7 +470,7 @@ static void forget_data(struct sync *s, const struct commit *c, uint32_t k) {
     if (!f->data[k]) return;
     free(f->data[k]);
     f->data[k] = NULL;
-    f->window -= encoded_bytes(s, (enum outer_codec)c->body.codec, k);
+    f->window -= encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
 }
 
 int apply_work(struct sync *s) {
@@ -462,24 +505,29 @@ void apply_show_root(struct sync *s) {
     st->told_index = st->index;
 }
 
-/* A commit took our contribution's place in the ledger. Where it was not summed, the trainer still
- * holds the work and its claims go into the next one; a trainer that died meanwhile does not. */
-void apply_resolve(struct sync *s) {
-    struct contribution *own = &s->contribution;
-    if (!own->frozen || !state_current(s) || own->ready.base_index == s->state.index) return;
-    struct commit *c = ledger_commit_after(s, own->ready.base_index);
+/* A commit took the contribution's place in the ledger, and is in the state. Where it was not summed, the
+ * work is still in the trainer, or it goes to a trainer again. */
+static void resolve(struct sync *s, uint32_t fragment) {
+    struct contribution *own = &s->contribution[fragment];
+    struct commit *c = ledger_commit_after(s, fragment, own->ready.base_index);
     bool summed = c && commit_summed_any(c, own_contributor(s, c));
-    if (summed) leases_spend(s, c);
-    else if (s->trainer.state != TRAINER_FROZEN || s->trainer.need_reset) leases_rewind(s);
     *(summed ? &s->summed : &s->refused) += 1;
-    contribution_drop(s);
-    leases_judge(s);
+    trainer_decided(s, fragment, summed);
+    contribution_drop(s, fragment);
+    leases_orphan_decided(s);
+}
+
+void apply_resolve(struct sync *s) {
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        const struct contribution *own = &s->contribution[f];
+        if (own->frozen && own->ready.base_index != s->ledger.last[f] &&
+            apply_fragment_is_current(s, f))
+            resolve(s, f);
+    }
 }
 
 void apply_arrived(struct sync *s) {
     apply_show_root(s);
-    if (!state_current(s)) return;
-    bool had = s->contribution.frozen && s->contribution.ready.base_index != s->state.index;
     apply_resolve(s);
-    trainer_new_base(s, had);
+    results_settle(s);
 }

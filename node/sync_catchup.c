@@ -10,20 +10,37 @@
 
 /* ---- what is needed --------------------------------------------------------------------- */
 
+/* Neighbours mostly have the same version. */
 bool catchup_busy(struct sync *s) {
+    uint64_t seen[PROTO_FRAGMENTS_MAX];
+    bool have[PROTO_FRAGMENTS_MAX] = {false};
     if (state_current(s)) return false;
-    for (uint32_t c = 0; c < s->chunk_count; c++)
+    for (uint32_t c = 0; c < s->chunk_count; c++) {
+        uint32_t f = s->place[c].fragment;
+        if (have[f] && seen[f] == s->state.version[c]) continue;
         if (apply_waits_for_donors(s, c)) return true;
+        have[f] = true;
+        seen[f] = s->state.version[c];
+    }
     return false;
 }
 
-void catchup_forget_state(struct sync *s) {
-    struct catchup *cu = &s->catchup;
-    state_forget(s);
+/* Contributions were made from a wrong anchor. */
+static void forget_work(struct sync *s) {
     s->state.told = false;
-    contribution_drop(s); /* it was made from a wrong anchor */
+    for (uint32_t f = 0; f < s->fragment_count; f++) contribution_drop(s, f);
     trainer_lose_work(s, "the state is being fetched anew");
-    cu->progress_ms = s->now;
+    s->catchup.progress_ms = s->now;
+}
+
+void catchup_forget_state(struct sync *s) {
+    state_forget(s);
+    forget_work(s);
+}
+
+static void catchup_forget_chunks(struct sync *s, const uint8_t *chunks) {
+    state_forget_chunks(s, chunks);
+    forget_work(s);
 }
 
 static void drop_ready(struct catchup *cu) {
@@ -94,15 +111,27 @@ void catchup_on_root(struct sync *s, const struct msg_root *msg) {
     if (s->catchup.early) forget_questions(s); /* what came too early is asked for again */
 }
 
+/* The referee knows which chunks are wrong, or that some are. */
 int catchup_on_resync(struct sync *s, const struct msg_resync *msg) {
     catchup_set_donors(s, msg->donors, msg->donors_count, true);
     ledger_note_root(s, msg->index, &msg->root);
     if (!s->state.whole || s->state.index != msg->index || digest_equal(&s->state.root, &msg->root))
         return 0;
-    sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching it anew",
-             (unsigned long long)msg->index);
-    catchup_forget_state(s);
+    bool some = msg->wrong.length == bitmap_bytes(s->chunk_count) &&
+                bitmap_next(msg->wrong.data, s->chunk_count) >= 0;
+    sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching %s anew",
+             (unsigned long long)msg->index, some ? "what differs" : "it");
+    if (some) catchup_forget_chunks(s, msg->wrong.data);
+    else catchup_forget_state(s);
     return s->failure.code ? -1 : 0;
+}
+
+void catchup_on_leaves_get(struct sync *s, const struct msg_state_leaves_get *msg) {
+    bool here = s->state.whole && s->state.index == msg->index;
+    struct msg_state_leaves leaves = {.index = msg->index,
+                                      .leaves = s->state.leaf,
+                                      .leaves_count = here ? s->chunk_count : 0};
+    sync_send(s, MSG_STATE_LEAVES, 0, &leaves);
 }
 
 /* ---- asking ----------------------------------------------------------------------------- */
@@ -168,14 +197,14 @@ static void say_catching_up(struct sync *s, bool begins) {
 void catchup_pump(struct sync *s) {
     struct catchup *cu = &s->catchup;
     bool busy = catchup_busy(s);
-    if (busy != cu->busy && s->ledger.rounds) say_catching_up(s, busy);
+    if (busy != cu->busy && s->ledger.commit_count) say_catching_up(s, busy);
     cu->busy = busy;
     if (!s->synced || !busy) {
         cu->progress_ms = s->now;
         return;
     }
     if (!cu->asked && !(cu->asked = sync_alloc(s, bitmap_bytes(s->chunk_count), 1))) return;
-    cu->initialising = s->ledger.rounds == 0 && s->state.missing > 0;
+    cu->initialising = s->ledger.commit_count == 0 && s->state.missing > 0;
     if (!cu->initialising) ask_donors(s);
 }
 
@@ -183,7 +212,9 @@ void catchup_pump(struct sync *s) {
 
 static bool state_is_right(struct sync *s, const struct msg_state *msg, const struct digest *root) {
     size_t half = chunk_elements(s, msg->chunk) * sizeof(float);
-    if (msg->data.length != 2 * half || msg->version != msg->index) return false;
+    if (msg->data.length != 2 * half ||
+        msg->version != ledger_version(s, s->place[msg->chunk].fragment, msg->index))
+        return false;
     struct digest leaf = digest_leaf2(msg->chunk, msg->data.data, half, msg->data.data + half,
                                       half);
     return digest_tree_verify(root, &leaf, msg->chunk, s->chunk_count, msg->path, msg->path_count);
@@ -205,7 +236,8 @@ void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *ms
     struct catchup *cu = &s->catchup;
     struct digest root;
     if (!cu->asked || msg->chunk >= s->chunk_count || !proto_set_has(cu->asked, msg->chunk)) return;
-    if (!ledger_root(s, msg->index, &root)) { /* the donor is ahead of what we were told */
+    if (msg->index > ledger_head_version(s) || !ledger_root(s, msg->index, &root)) {
+        /* the donor is ahead of what we were told */
         cu->early = true;
         return;
     }
@@ -229,6 +261,11 @@ void catchup_on_none(struct sync *s, struct peer *p, const struct msg_none *msg)
         next_donor(s);
 }
 
+bool catchup_owes(const struct sync *s, uint32_t member) {
+    const struct catchup *cu = &s->catchup;
+    return cu->outstanding && cu->donor_count && donor_now(cu) == member;
+}
+
 void catchup_on_peer_closed(struct sync *s, const struct peer *p) {
     if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id)
         next_donor(s);
@@ -250,20 +287,13 @@ bool catchup_has_work(struct sync *s) {
 static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor,
                         const float *momentum) {
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
-    bool was_missing = s->state.version[chunk] == SYNC_MISSING;
-    const struct contribution *own = &s->contribution;
-    struct commit *c = own->frozen ? ledger_commit_after(s, own->ready.base_index) : NULL;
-    bool summed = c && own->ready.base_index == s->state.version[chunk] &&
-                  commit_summed(c, chunk,
-                                commit_contributor(c, s->config.member, &own->ready.root));
+    bool was_missing = s->state.version[chunk] == SYNC_MISSING,
+         summed = apply_summed_here(s, chunk);
+    if (trainer_follows(s) && was_missing) trainer_lose_work(s, "a chunk of the state was lost");
     memcpy(s->scratch2, s->state.anchor + first, n * sizeof *anchor);
     memcpy(s->state.anchor + first, anchor, n * sizeof *anchor);
     memcpy(s->state.momentum + first, momentum, n * sizeof *momentum);
-    if (trainer_follows(s) && was_missing) trainer_lose_work(s, "a chunk of the state was lost");
-    else if (trainer_follows(s))
-        trainer_change(s, chunk, s->scratch2, summed && s->trainer.state == TRAINER_FROZEN);
-    if (summed && own->residual)
-        memcpy(own->residual + first, own->residual_next + first, n * sizeof *own->residual);
+    apply_follow(s, chunk, summed);
 }
 
 static int by_chunk(const void *a, const void *b) {
@@ -385,7 +415,7 @@ bool catchup_send_state(struct sync *s, struct peer *p) {
     if (!p->states) return false;
     if (!s->state.whole || s->state.index < p->states_min) {
         if (!catchup_busy(s)) return false;
-        peer_none(s, p, MSG_STATE_GET, s->term, 0, 0, "catching up itself");
+        peer_none(s, p, MSG_STATE_GET, s->term, 0, 0, 0, "catching up itself");
         end_states(p);
         return false;
     }
@@ -405,7 +435,7 @@ void moments_refuse_all(struct sync *s) {
     for (uint32_t i = 0; i < s->peer_count; i++) {
         struct peer *p = s->peers[i];
         if (p->moments && p->open)
-            peer_none(s, p, MSG_MOMENTS_GET, s->term, 0, 0, "no trainer here has any");
+            peer_none(s, p, MSG_MOMENTS_GET, s->term, 0, 0, 0, "no trainer here has any");
         p->moments = false;
     }
 }
@@ -414,7 +444,7 @@ void moments_on_get(struct sync *s, struct peer *p) {
     struct trainer *t = &s->trainer;
     p->moments = true;
     p->moments_next = 0;
-    if (t->state < TRAINER_TRAINING || t->want_moments || t->steps == 0) {
+    if (t->state != TRAINER_TRAINING || t->want_moments || t->steps == 0) {
         moments_refuse_all(s);
     } else if (!t->moments && !t->exporting) {
         sync_act(s, SYNC_ACT_TRAINER_MOMENTS_EXPORT);
@@ -491,7 +521,7 @@ bool moments_pending(struct sync *s) {
     if (!t->want_moments) return false;
     if (t->moments_in && t->moments_got == s->chunk_count) return false;
     if (!s->synced) return false; /* it goes on with what it has */
-    bool worth_it = s->ledger.rounds > 0 && t->moments_tries < SYNC_MOMENTS_TRIES_MAX;
+    bool worth_it = s->ledger.commit_count > 0 && t->moments_tries < SYNC_MOMENTS_TRIES_MAX;
     struct peer *p = worth_it ? next_source(s) : NULL;
     if (!p) {
         moments_abort(s);

@@ -32,18 +32,25 @@
     (4u << 20) /* of state changed under one journal, 32 MiB with momentum */
 #define SYNC_BATCH_CHUNKS      1024u
 #define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
-#define SYNC_RESULTS_KEPT      8u  /* rounds whose results are held: names on disk */
+#define SYNC_ROOTS_KEPT        64u /* agreed roots of states */
+#define SYNC_RESULTS_KEPT      8u  /* rounds of a fragment whose results are held: names on disk */
 #define SYNC_LEDGER_SEGMENT    64u /* entries in one blob */
+#define SYNC_LEDGER_FRAME_BYTES (2u << 20) /* about, in one LEDGER that we send */
 #define SYNC_DONORS_MAX        16u
 #define SYNC_MOMENTS_TRIES_MAX 3u
 
 /* ---- parts ------------------------------------------------------------------------------ */
 
-/* A set of chunks that is synchronised together: for now one, the whole vector. Chunk k of the
- * fragment is chunk `chunk[k]` of the state. */
+/* A set of chunks that is synchronised together. Chunk k of the fragment is chunk `chunk[k]` of the
+ * state; they ascend. */
 struct fragment {
     uint32_t count;
     uint32_t *chunk;
+    uint64_t elements;
+};
+/* Where a chunk of the state belongs. */
+struct place {
+    uint32_t fragment, k;
 };
 
 /* One outer step of the ledger. */
@@ -51,20 +58,26 @@ struct commit {
     uint64_t index, term; /* of its entry */
     uint64_t seen_ms;
     struct msg_commit body; /* owned */
-    bool root_known;        /* of the state after it */
+    bool unavailable;       /* its results cannot be had: donors are asked */
+};
+
+struct known_root {
+    uint64_t index;
     struct digest root;
-    bool unavailable; /* its results cannot be had: donors are asked */
 };
 
 struct ledger {
     struct ledger_chain chain;
     struct msg_signed_entry *entries; /* bytes owned */
     uint32_t count, capacity, saved;
-    struct commit commits[SYNC_COMMITS_KEPT]; /* of round r at r % SYNC_COMMITS_KEPT */
-    uint64_t rounds;                          /* commits so far */
+    struct commit commits[SYNC_COMMITS_KEPT]; /* the i-th of the run at i % SYNC_COMMITS_KEPT */
+    uint64_t commit_count;                    /* of all fragments so far */
+    uint64_t rounds[PROTO_FRAGMENTS_MAX];     /* commits of each fragment so far */
+    uint64_t last[PROTO_FRAGMENTS_MAX];       /* ledger index of its last one; 0 = none */
+    uint64_t head_version;                    /* the newest of these */
     uint64_t roster_version;
-    bool zero_root_known; /* of the initial state */
-    struct digest zero_root;
+    struct known_root root[SYNC_ROOTS_KEPT]; /* ring */
+    uint32_t root_count;                     /* ever noted */
 };
 
 struct state {
@@ -72,7 +85,8 @@ struct state {
     uint8_t *index_map;           /* mapped: header, then one entry per chunk */
     uint64_t *version;            /* [chunk_count], as in the map */
     struct msg_digest_item *leaf; /* [chunk_count], of anchor and momentum */
-    bool whole; /* every chunk is of version `index`; only then are the next two valid */
+    bool whole; /* every chunk has its fragment's last commit up to `index` */
+    bool known; /* it was whole once: index and root are those of then */
     uint64_t index;
     struct digest root;
     uint32_t missing;
@@ -80,20 +94,18 @@ struct state {
     bool told;
 };
 
-/* Samples of one lease: [start, used) are in the trainer's uncommitted work, [used, sent) are
- * queued in it, [sent, end) are not given out yet. */
+/* Samples of one lease. Before `start` they are spent. [start, floor) are in frozen contributions of an
+ * earlier life of the trainer and in nobody's parameters; [floor, used) are in the trainer's, [used,
+ * sent) are queued in it, [sent, end) are not given out yet. */
 struct grant {
-    uint64_t lease, start, used, sent, end;
+    uint64_t lease, start, floor, used, sent, end;
     uint32_t generation;
 };
 
 struct leases {
     struct grant grant[PROTO_LEASES_MAX]; /* in the order the trainer gets them */
     uint32_t count;
-    bool known;    /* a list came on this connection */
-    bool deferred; /* `list` waits until the contribution is decided */
-    struct msg_lease list[PROTO_LEASES_MAX];
-    uint32_t list_count;
+    bool known;                       /* a list came on this connection */
     bool asked;                       /* a LEASE_ASK is not answered yet */
     bool dry;                         /* the last answer granted nothing new */
     uint64_t asked_ms, round_samples; /* round_samples: of the last contribution; 0 = none yet */
@@ -101,10 +113,23 @@ struct leases {
 
 enum trainer_state {
     TRAINER_DOWN,
-    TRAINER_BLANK,    /* up, its parameters are nothing we know */
-    TRAINER_TRAINING, /* anchor + own work */
-    TRAINER_FREEZING, /* asked to freeze */
-    TRAINER_FROZEN    /* waits; `local` is anchor + own work */
+    TRAINER_BLANK,   /* up, its parameters are nothing we know */
+    TRAINER_TRAINING /* anchor + own work */
+};
+
+/* A fragment's turn in the trainer's schedule. */
+struct turn {
+    uint64_t from_steps, from_ms; /* of its last summed contribution, or of the last reset */
+    uint64_t after_steps, after_ms; /* it is due so long after that */
+    uint64_t frozen_steps;          /* of its last freeze, summed or not */
+    bool at_once;                   /* its work was not summed: due now */
+    bool due;                       /* MSG_DUE came for due_round */
+    uint64_t due_round;
+    uint64_t samples_before; /* of trainer.samples: those that have no effect in the fragment any more */
+    bool mixing;             /* an APPLY on its way takes over a commit that summed it */
+    double loss_before;      /* of trainer.loss_sum, at the last freeze */
+    uint64_t losses_before;
+    const float *local; /* as FROZEN brought it */
 };
 
 struct trainer {
@@ -118,11 +143,16 @@ struct trainer {
     bool need_reset;
     bool filling; /* the slot is being filled with the anchor, up to `fill_next` */
     uint32_t fill_next;
-    uint32_t lives;                                     /* TRAINER_UPs so far */
-    const float *local;                                 /* valid while FROZEN */
-    uint64_t steps, round_steps, steps_total, round_ms; /* round_ms: when the base was applied */
+    bool freezing; /* it was asked to write fragment `freezing_fragment` */
+    uint32_t freezing_fragment;
+    bool standing; /* it wrote one and waits for APPLY, RESET or CONTINUE */
+    uint64_t life; /* from 1: grows whenever its work is lost */
+    uint32_t lives; /* TRAINER_UPs so far */
+    uint64_t samples; /* consumed since the last RESET */
+    uint64_t steps, steps_total;
     double loss, loss_sum, tokens_per_s;
     uint64_t loss_count;
+    struct turn turn[PROTO_FRAGMENTS_MAX];
     /* second moments of another member, for a trainer that has none */
     bool want_moments;
     uint32_t moments_tries, moments_next, moments_peer,
@@ -135,18 +165,23 @@ struct trainer {
     uint64_t export_steps;
 };
 
+/* This member's contribution to the round of one fragment. */
 struct contribution {
     bool encoding; /* chunks [0, next) are done */
     uint32_t next;
+    uint64_t base_index; /* while encoding */
     double norm2;
     float absmax;
     bool frozen;    /* bytes and READY are durable */
     bool announced; /* on this connection */
     uint64_t announced_ms;
-    struct msg_ready ready; /* owned */
-    uint8_t *bytes;         /* mapped: encoded chunks, one after the other */
-    struct msg_digest_item *leaves;
-    float *residual, *residual_next; /* mapped; NULL with a codec that loses nothing */
+    uint64_t life; /* of the trainer that holds its work; 0 = of an earlier process */
+    uint64_t steps, frozen_ms, samples;
+    double loss;
+    struct msg_lease *claims; /* [PROTO_LEASES_MAX], as they were when the trainer wrote it */
+    uint32_t claims_count;
+    struct msg_ready ready;         /* owned */
+    struct msg_digest_item *leaves; /* [fragment.count] */
 };
 
 /* What one contributor of a plan has shown this aggregator. */
@@ -154,12 +189,13 @@ struct inbound {
     struct msg_digest_item *leaves; /* [fragment.count] once they gave the announced root */
     bool dropped;
     uint64_t heard_ms;
+    uint32_t owed; /* chunks it was asked for that did not come */
     double norm2; /* of the chunks that were added */
 };
 
 enum shard_role { SHARD_AGGREGATE, SHARD_HOLD };
 
-/* A shard of the current plan that this member aggregates or copies. k counts within the shard. */
+/* A shard of a plan in work that this member aggregates or copies. k counts within the shard. */
 struct shard_work {
     uint32_t shard, first, count;
     enum shard_role role;
@@ -178,8 +214,10 @@ struct shard_work {
     uint64_t reported_ms;
 };
 
+/* The newest plan of a fragment. */
 struct plan {
     bool active;
+    uint32_t fragment;
     uint64_t term, number;
     struct msg_plan msg; /* owned */
     uint64_t weight;     /* of all contributors */
@@ -193,7 +231,7 @@ struct plan {
 /* A finished shard, on disk and in memory until it is settled. */
 struct held {
     uint64_t term, plan, round;
-    uint32_t shard;
+    uint32_t fragment, shard;
     enum outer_codec codec;
     struct msg_result_leaves leaves; /* owned: first, leaves, summed */
     uint8_t *data;                   /* owned */
@@ -209,11 +247,12 @@ struct fetch_shard {
 };
 struct fetch {
     bool active;
-    uint64_t round;
-    struct msg_digest_item *leaves; /* [fragment.count] */
+    uint64_t index; /* of the commit */
+    uint32_t chunks; /* of its fragment */
+    struct msg_digest_item *leaves; /* [chunks] */
     bool verified;                  /* leaves give the commit's result_root */
     struct fetch_shard *shard;      /* [commit.shards] */
-    uint8_t **data;                 /* [fragment.count]: received, not applied */
+    uint8_t **data;                 /* [chunks]: received, not applied */
     uint8_t *asked;                 /* bitmap: asked for, not received */
     uint32_t ready, outstanding;
     size_t window; /* bytes asked for or received */
@@ -238,13 +277,8 @@ struct catchup {
     bool initialising; /* the initial state is being derived from the genesis */
 };
 
-struct peer {
-    uint32_t id;
-    bool open;
-    char host[PROTO_ADDRESS_BYTES_MAX + 1];
-    uint32_t port;    /* 0 = we cannot dial it */
-    uint64_t dial_ms; /* no sooner */
-    size_t unsent;
+/* What goes on with a member about one fragment. */
+struct talk {
     /* our contribution, to this aggregator */
     bool leaves_sent, early_leaves; /* early: it sent LEAVES of a plan we did not know */
     uint64_t leaves_ms;
@@ -254,10 +288,24 @@ struct peer {
     uint8_t *results;    /* bitmap over the fragment; NULL = nothing */
     bool results_leaves; /* leaves are due first */
     uint64_t results_term, results_plan, results_round;
-    uint8_t *states; /* bitmap over the state */
+};
+
+struct peer {
+    uint32_t id;
+    bool open;
+    char host[PROTO_ADDRESS_BYTES_MAX + 1];
+    uint32_t port;    /* 0 = we cannot dial it */
+    uint64_t dial_ms; /* no sooner */
+    size_t unsent;
+    struct talk *talk; /* [fragment_count] */
+    uint8_t *states;   /* it asked for: bitmap over the state */
     uint64_t states_min;
     bool moments;
     uint32_t moments_next;
+    /* bulk from it since the last heartbeat */
+    uint64_t bulk_bytes, bulk_busy_ms;
+    uint64_t bulk_ms; /* when the last came */
+    bool owing;       /* more was asked for then */
 };
 
 struct sync {
@@ -267,7 +315,9 @@ struct sync {
     const struct msg_inner *inner;
     struct disk disk;
     uint32_t chunk_elements, chunk_count;
-    struct fragment fragment;
+    uint32_t fragment_count;
+    struct fragment *fragment; /* [fragment_count] */
+    struct place *place;       /* [chunk_count] */
     enum outer_codec codec;    /* of contributions */
     float *scratch, *scratch2; /* [chunk_elements] each */
 
@@ -289,8 +339,10 @@ struct sync {
     struct state state;
     struct leases leases;
     struct trainer trainer;
-    struct contribution contribution;
-    struct plan plan;
+    struct contribution *contribution; /* [fragment_count] */
+    uint8_t *encoded;                  /* mapped: contributed chunks, each in the place of its chunk */
+    float *residual, *residual_next;   /* mapped, [elements]; NULL with a codec that loses nothing */
+    struct plan *plan;                 /* [fragment_count] */
     struct held *held;
     uint32_t held_count;
     struct fetch fetch;
@@ -351,20 +403,23 @@ static inline size_t chunk_elements(const struct sync *s, uint32_t chunk) {
     uint64_t left = s->config.elements - chunk_first(s, chunk);
     return left < s->chunk_elements ? (size_t)left : s->chunk_elements;
 }
-/* Of chunk k of the fragment. All but the last chunk of the state are of one size, so a place in an
- * array of encoded chunks is a product wherever the fragment's chunks ascend. */
-static inline size_t encoded_bytes(const struct sync *s, enum outer_codec codec, uint32_t k) {
-    return outer_encoded_bytes(codec, chunk_elements(s, s->fragment.chunk[k]));
+/* Encoded chunks of a fragment stand one after the other in a shard and in its results; contributed
+ * ones stand where their chunk stands in the state. All but the last chunk of the state are of one
+ * size, and a fragment's ascend, so a place in either is a product. k: in the fragment. */
+static inline size_t encoded_bytes(const struct sync *s, uint32_t fragment, enum outer_codec codec,
+                                   uint32_t k) {
+    return outer_encoded_bytes(codec, chunk_elements(s, s->fragment[fragment].chunk[k]));
 }
-static inline size_t encoded_offset(const struct sync *s, enum outer_codec codec, uint32_t k) {
-    return (size_t)k * outer_encoded_bytes(codec, s->chunk_elements);
+static inline size_t encoded_offset(const struct sync *s, enum outer_codec codec, uint32_t i) {
+    return (size_t)i * outer_encoded_bytes(codec, s->chunk_elements);
 }
-
-static inline size_t shard_bytes(const struct sync *s, enum outer_codec codec, uint32_t first,
-                                 uint32_t count) {
-    uint32_t last = first + count - 1;
-    return encoded_offset(s, codec, last) - encoded_offset(s, codec, first) +
-           encoded_bytes(s, codec, last);
+static inline uint8_t *encoded_chunk(const struct sync *s, uint32_t fragment, uint32_t k) {
+    return s->encoded + encoded_offset(s, s->codec, s->fragment[fragment].chunk[k]);
+}
+static inline size_t shard_bytes(const struct sync *s, uint32_t fragment, enum outer_codec codec,
+                                 uint32_t first, uint32_t count) {
+    return encoded_offset(s, codec, count - 1) +
+           encoded_bytes(s, fragment, codec, first + count - 1);
 }
 
 /* ---- sync_ledger.c ---------------------------------------------------------------------- */
@@ -373,16 +428,21 @@ int ledger_load(struct sync *s);
 void ledger_release(struct sync *s);
 int ledger_on_entries(struct sync *s, const struct msg_ledger *msg);
 void ledger_on_roster(struct sync *s, const struct frame *f, const struct msg_roster *msg);
-/* NULL where there is none or it is forgotten. */
+/* The next five: NULL where there is none or it is forgotten. */
 struct commit *ledger_last(struct sync *s);
-struct commit *ledger_commit(struct sync *s, uint64_t round);
+struct commit *ledger_commit(struct sync *s, uint32_t fragment, uint64_t round);
 struct commit *ledger_commit_at(struct sync *s, uint64_t index);
-struct commit *ledger_commit_after(struct sync *s, uint64_t version);
+struct commit *ledger_commit_after(struct sync *s, uint32_t fragment, uint64_t version);
+/* The i-th newest. */
+struct commit *ledger_recent(struct sync *s, uint32_t i);
 /* Ledger index of the newest state, 0 = the initial one. */
-uint64_t ledger_head_version(struct sync *s);
+uint64_t ledger_head_version(const struct sync *s);
+/* What version a fragment's chunks have in the state at `index`; SYNC_MISSING: too long ago. */
+uint64_t ledger_version(struct sync *s, uint32_t fragment, uint64_t index);
 /* The agreed root of the state at `index`, if anybody said so. */
 bool ledger_root(struct sync *s, uint64_t index, struct digest *out);
 void ledger_note_root(struct sync *s, uint64_t index, const struct digest *root);
+void ledger_on_get(struct sync *s, const struct msg_ledger_get *msg);
 /* Contributor number of this member in the commit if it holds this root, or -1; was chunk k
  * summed from it? */
 int commit_contributor(const struct commit *c, uint32_t member, const struct digest *root);
@@ -398,8 +458,9 @@ void state_release(struct sync *s);
 int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count);
 int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions,
                      uint32_t count);
-/* Every chunk is missing from now on. */
+/* Every chunk is missing from now on; or those in the bitmap. */
 int state_forget(struct sync *s);
+int state_forget_chunks(struct sync *s, const uint8_t *chunks);
 bool state_current(struct sync *s); /* whole and at the head of the ledger we have */
 void state_survey(struct sync *s);
 
@@ -411,15 +472,18 @@ int trainer_on_frozen(struct sync *s, const struct sync_event *ev);
 void trainer_on_applied(struct sync *s);
 void trainer_on_moments(struct sync *s, const struct sync_event *ev);
 void trainer_on_down(struct sync *s);
+void trainer_on_due(struct sync *s, const struct msg_due *msg);
 /* A chunk of the state goes from old to new under the trainer. before: whether that may be done
  * now. */
 bool trainer_takes_changes(const struct sync *s);
 bool trainer_follows(const struct sync *s); /* it holds anchor + work, so changes must reach it */
+/* Does it hold the work of the contribution? */
+bool trainer_holds(const struct sync *s, const struct contribution *c);
 void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summed);
 /* Work and queued samples are void: back to the anchor as soon as there is one. */
 void trainer_lose_work(struct sync *s, const char *why);
-/* The state arrived at a new index. */
-void trainer_new_base(struct sync *s, bool had_contribution);
+/* What became of the fragment's contribution. */
+void trainer_decided(struct sync *s, uint32_t fragment, bool summed);
 void trainer_pump(struct sync *s);
 bool trainer_has_work(const struct sync *s);
 int trainer_work(struct sync *s);
@@ -427,11 +491,17 @@ int trainer_work(struct sync *s);
 /* ---- sync_leases.c ---------------------------------------------------------------------- */
 
 void leases_on_list(struct sync *s, const struct msg_leases *msg);
-void leases_judge(struct sync *s); /* the deferred list, once the contribution is decided */
+/* What the commit spent of ours; called when its entry comes. */
 void leases_spend(struct sync *s, const struct commit *c);
-void leases_rewind(struct sync *s);                    /* nothing is used, nothing queued */
-void leases_requeue(struct sync *s);                   /* nothing is queued beyond what is used */
-void leases_consume(struct sync *s, uint64_t samples); /* in the trainer's work now, in all */
+/* The claims of a contribution found on disk. */
+void leases_restore(struct sync *s, const struct msg_ready *ready);
+/* The trainer's work is void: it gets everything that no frozen contribution claims. */
+void leases_restart(struct sync *s);
+/* A contribution of an earlier life of the trainer was decided; were the others, too, then samples that are
+ * not spent go to the trainer again. */
+void leases_orphan_decided(struct sync *s);
+bool leases_has_orphans(const struct sync *s);
+void leases_consume(struct sync *s, uint64_t more); /* the trainer did */
 uint64_t leases_used(const struct sync *s);
 uint64_t leases_queued(const struct sync *s);
 uint32_t leases_claims(const struct sync *s, struct msg_lease *out); /* out: [PROTO_LEASES_MAX] */
@@ -442,26 +512,28 @@ void leases_ask(struct sync *s);
 
 int contribution_open(struct sync *s);
 void contribution_release(struct sync *s);
-/* Encode anchor - local, announce it. */
-int contribution_begin(struct sync *s);
+/* Encode anchor - local of a fragment, announce it. */
+int contribution_begin(struct sync *s, uint32_t fragment);
+bool contribution_has_work(const struct sync *s);
 int contribution_work(struct sync *s);
-void contribution_abort(struct sync *s); /* an encoding that is not finished */
-void contribution_drop(struct sync *s);  /* a frozen one */
-void contribution_announce(struct sync *s);
+void contribution_abort(struct sync *s, uint32_t fragment); /* an encoding that is not finished */
+void contribution_drop(struct sync *s, uint32_t fragment);  /* a frozen one */
+void contribution_announce(struct sync *s, uint32_t fragment);
 int contribution_on_reset(struct sync *s, const struct msg_reset *msg);
 void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,
                           const struct msg_want *msg);
 void contribution_pump(struct sync *s);
-/* Send the next chunk p wants. False: nothing to send. */
-bool contribution_send_chunk(struct sync *s, struct peer *p);
+/* Send the next chunk p wants of the fragment. False: nothing to send. */
+bool contribution_send_chunk(struct sync *s, struct peer *p, uint32_t fragment);
 
 /* ---- sync_reduce.c ---------------------------------------------------------------------- */
 
 int plan_on_plan(struct sync *s, const struct frame *f, const struct msg_plan *msg);
 int plan_on_drop(struct sync *s, const struct frame *f, const struct msg_drop *msg);
-void plan_release(struct sync *s);
-bool plan_is_current(const struct sync *s, const struct frame *f);
-bool plan_is_newer(const struct sync *s, uint64_t term, uint64_t number);
+void plan_release(struct sync *s, uint32_t fragment);
+bool plan_is_current(const struct sync *s, uint32_t fragment, const struct frame *f);
+bool plan_is_newer(const struct sync *s, uint32_t fragment, uint64_t term, uint64_t number);
+bool plan_owes(const struct sync *s, uint32_t member); /* chunks to this aggregator */
 void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f,
                       const struct msg_leaves *msg);
 int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f,
@@ -478,16 +550,16 @@ int reduce_work(struct sync *s);
 /* ---- sync_results.c --------------------------------------------------------------------- */
 
 /* Write the finished shard to disk and take its memory over. */
-int results_keep(struct sync *s, struct shard_work *w);
+int results_keep(struct sync *s, const struct plan *p, struct shard_work *w);
 /* Also looks on the disk. NULL: not held. */
-struct held *results_find(struct sync *s, uint64_t term, uint64_t plan, uint64_t round,
-                          uint32_t shard);
+struct held *results_find(struct sync *s, uint32_t fragment, uint64_t term, uint64_t plan,
+                          uint64_t round, uint32_t shard);
 const uint8_t *results_chunk(const struct sync *s, const struct held *h, uint32_t k);
 void results_report(struct sync *s, const struct held *h);
 void results_settle(struct sync *s);
 void results_on_get(struct sync *s, struct peer *p, const struct frame *f,
                     const struct msg_result_get *msg);
-bool results_send_next(struct sync *s, struct peer *p);
+bool results_send_next(struct sync *s, struct peer *p, uint32_t fragment);
 void results_release(struct sync *s);
 
 /* ---- sync_apply.c ----------------------------------------------------------------------- */
@@ -500,7 +572,7 @@ void apply_on_result(struct sync *s, struct peer *p, const struct frame *f,
 void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg);
 void apply_pump(struct sync *s);
 void apply_on_peer_closed(struct sync *s, const struct peer *p);
-/* The state arrived at a new index, or this process did: what became of the contribution? */
+/* The state changed, or this process began: what became of the contributions? */
 void apply_resolve(struct sync *s);
 void apply_arrived(struct sync *s);
 void apply_show_root(struct sync *s);
@@ -508,6 +580,13 @@ bool apply_has_work(struct sync *s);
 int apply_work(struct sync *s);
 void apply_release(struct sync *s);
 bool apply_waits_for_donors(struct sync *s, uint32_t chunk);
+bool apply_owes(const struct sync *s, uint32_t member); /* results to us */
+bool apply_fragment_is_current(const struct sync *s, uint32_t fragment);
+/* Did the commit after the chunk's version sum our contribution in it? */
+bool apply_summed_here(struct sync *s, uint32_t chunk);
+/* A chunk of the state was changed, scratch2 holds what it was: the trainer follows, and the residual if
+ * our contribution was summed in it. */
+void apply_follow(struct sync *s, uint32_t chunk, bool summed);
 
 /* ---- sync_catchup.c --------------------------------------------------------------------- */
 
@@ -518,6 +597,7 @@ void catchup_forget_state(struct sync *s);
 /* The agreed root of a state became known. */
 void catchup_on_root(struct sync *s, const struct msg_root *msg);
 int catchup_on_resync(struct sync *s, const struct msg_resync *msg);
+void catchup_on_leaves_get(struct sync *s, const struct msg_state_leaves_get *msg);
 void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *msg);
 void catchup_on_state_get(struct sync *s, struct peer *p, const struct msg_state_get *msg);
 void catchup_on_none(struct sync *s, struct peer *p, const struct msg_none *msg);
@@ -527,6 +607,7 @@ void catchup_on_peer_closed(struct sync *s, const struct peer *p);
 bool catchup_has_work(struct sync *s);
 int catchup_work(struct sync *s);
 void catchup_release(struct sync *s);
+bool catchup_owes(const struct sync *s, uint32_t member); /* chunks of state to us */
 bool catchup_busy(struct sync *s); /* this member cannot follow the ledger by results alone */
 
 void moments_on_get(struct sync *s, struct peer *p);
@@ -549,7 +630,9 @@ bool peer_reachable(struct sync *s, uint32_t id);
 void peer_send(struct sync *s, struct peer *p, enum proto_type type, uint64_t term, uint64_t plan,
                const void *msg, size_t bulk_bytes);
 void peer_none(struct sync *s, struct peer *p, enum proto_type what, uint64_t term, uint64_t plan,
-               uint64_t round, const char *why);
+               uint32_t fragment, uint64_t round, const char *why);
+/* What was received of each member since the last call; returns their number. out: [PROTO_RATES_MAX]. */
+uint32_t peer_rates(struct sync *s, struct msg_rate *out);
 /* It broke the protocol. */
 void peer_close(struct sync *s, struct peer *p, const char *why);
 int peer_on_event(struct sync *s, const struct sync_event *ev);

@@ -32,33 +32,59 @@ static const struct msg_lease *find_in(const struct msg_lease *list, uint32_t co
     return NULL;
 }
 
-/* Samples nobody trained on yet, also those of a list that is not taken over yet. */
-static uint64_t unused(struct sync *s) {
-    struct leases *l = &s->leases;
+/* Samples nobody trained on yet. */
+static uint64_t unused(const struct sync *s) {
     uint64_t n = 0;
-    for (uint32_t i = 0; !l->deferred && i < l->count; i++) n += l->grant[i].end - l->grant[i].used;
-    for (uint32_t i = 0; l->deferred && i < l->list_count; i++) {
-        const struct grant *g = find_grant(l, l->list[i].lease, l->list[i].generation);
-        uint64_t start = l->list[i].start, end = start + l->list[i].count;
-        if (g && g->used > start) start = g->used < end ? g->used : end;
-        n += end - start;
-    }
+    for (uint32_t i = 0; i < s->leases.count; i++)
+        n += s->leases.grant[i].end - s->leases.grant[i].used;
     return n;
+}
+
+/* Where the claims of our frozen contributions to the lease end; 0: they claim nothing of it. */
+static uint64_t claimed_end(const struct sync *s, uint64_t lease, uint32_t generation) {
+    uint64_t end = 0;
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        const struct contribution *c = &s->contribution[f];
+        const struct msg_lease *r = c->frozen ? find_in(c->ready.ranges, c->ready.ranges_count,
+                                                        lease, generation)
+                                              : NULL;
+        if (r && r->start + r->count > end) end = r->start + r->count;
+    }
+    return end;
 }
 
 /* ---- taking the coordinator's list ------------------------------------------------------ */
 
 /* Did samples of it reach the trainer? Then they are in its parameters or will be. */
-static bool touched(const struct grant *g) { return g->sent > g->start; }
+static bool touched(const struct grant *g) { return g->sent > g->floor; }
 
-/* False: what the trainer got of this lease is not (or no longer) ours. */
-static bool grant_agrees(struct grant *g, const struct msg_lease *e) {
-    if (!e) return !touched(g);
-    uint64_t end = e->start + e->count;
-    bool kept = !touched(g) || (e->start <= g->start && end >= g->sent);
-    if (!touched(g)) g->start = g->used = g->sent = e->start > g->start ? e->start : g->start;
-    g->end = end > g->sent ? end : g->sent;
-    return kept;
+static void advance(struct grant *g, uint64_t start) {
+    if (g->start < start) g->start = start;
+    if (g->floor < g->start) g->floor = g->start;
+    if (g->used < g->floor) g->used = g->floor;
+    if (g->sent < g->used) g->sent = g->used;
+}
+
+/* What the entry says is ours is what we think it is: its end may be nearer, as long as nothing of what
+ * is in work is beyond it; its start further where commits spent what we forgot that they did. */
+static bool agrees(const struct grant *g, const struct msg_lease *e) {
+    return e && e->start <= g->used && e->start + e->count >= g->sent;
+}
+
+/* The lease is not ours any more: contributions that claim unspent samples of it are void. */
+static void drop_claims(struct sync *s, const struct grant *g) {
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        const struct contribution *c = &s->contribution[f];
+        const struct msg_lease *r = c->frozen ? find_in(c->ready.ranges, c->ready.ranges_count,
+                                                        g->lease, g->generation)
+                                              : NULL;
+        if (!r || r->start + r->count <= g->start) continue;
+        sync_log(s, SYNC_WARNING,
+                 "our contribution to fragment %u is void: lease %llu is no longer ours", f,
+                 (unsigned long long)g->lease);
+        s->refused++;
+        contribution_drop(s, f);
+    }
 }
 
 static void add_grant(struct leases *l, const struct msg_lease *e) {
@@ -67,6 +93,7 @@ static void add_grant(struct leases *l, const struct msg_lease *e) {
     l->grant[l->count++] = (struct grant){.lease = e->lease,
                                           .generation = e->generation,
                                           .start = e->start,
+                                          .floor = e->start,
                                           .used = e->start,
                                           .sent = e->start,
                                           .end = e->start + e->count};
@@ -77,25 +104,30 @@ static void take_list(struct sync *s, const struct msg_lease *list, uint32_t cou
     bool lost = false;
     uint32_t kept = 0;
     for (uint32_t i = 0; i < l->count; i++) {
-        struct grant *g = &l->grant[i];
-        const struct msg_lease *e = find_in(list, count, g->lease, g->generation);
-        if (!grant_agrees(g, e)) lost = true;
-        if (e && g->start < g->end) l->grant[kept++] = *g;
+        struct grant g = l->grant[i];
+        const struct msg_lease *e = find_in(list, count, g.lease, g.generation);
+        if (agrees(&g, e)) {
+            advance(&g, e->start);
+            g.end = e->start + e->count;
+            if (g.start < g.end) l->grant[kept++] = g;
+            continue;
+        }
+        lost |= touched(&g);
+        drop_claims(s, &g);
     }
     l->count = kept;
     for (uint32_t i = 0; i < count; i++)
         if (list[i].count && !find_grant(l, list[i].lease, list[i].generation))
             add_grant(l, &list[i]);
     if (lost) trainer_lose_work(s, "a lease its work came from is no longer ours");
+    else leases_orphan_decided(s);
 }
 
 /* Is there anything in the list that we did not have? */
 static bool grants_more(struct leases *l, const struct msg_lease *list, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         const struct grant *g = find_grant(l, list[i].lease, list[i].generation);
-        bool listed = l->deferred &&
-                      find_in(l->list, l->list_count, list[i].lease, list[i].generation);
-        if (!g && !listed) return true;
+        if (!g || list[i].start + list[i].count > g->end) return true;
     }
     return false;
 }
@@ -114,61 +146,81 @@ void leases_on_list(struct sync *s, const struct msg_leases *msg) {
     if (more) l->dry = false;
     else if (l->asked) l->dry = true;
     l->asked = false;
-    if (!s->contribution.frozen) {
-        take_list(s, msg->leases, msg->leases_count);
-        return;
-    }
-    l->deferred = true;
-    l->list_count = msg->leases_count;
-    if (l->list_count) memcpy(l->list, msg->leases, l->list_count * sizeof *l->list);
-}
-
-void leases_judge(struct sync *s) {
-    if (!s->leases.deferred) return;
-    s->leases.deferred = false;
-    take_list(s, s->leases.list, s->leases.list_count);
+    take_list(s, msg->leases, msg->leases_count);
 }
 
 /* ---- using ------------------------------------------------------------------------------ */
 
-/* The commit spent what its contributions claimed. */
-void leases_spend(struct sync *s, const struct commit *c) {
+static void spend(struct sync *s, const struct msg_spend *e) {
     struct leases *l = &s->leases;
-    for (uint32_t i = 0; i < c->body.spent_count; i++) {
-        const struct msg_spend *e = &c->body.spent[i];
-        struct grant *g = e->member == s->config.member ? find_grant(l, e->lease, e->generation)
-                                                        : NULL;
-        if (!g || g->start != e->start || e->count > g->end - g->start) continue;
-        g->start += e->count;
-        if (g->used < g->start) g->used = g->start;
-        if (g->sent < g->start) g->sent = g->start;
-        if (g->start < g->end) continue;
-        memmove(g, g + 1, (size_t)(l->grant + l->count - (g + 1)) * sizeof *g);
-        l->count--;
+    struct grant *g = e->member == s->config.member ? find_grant(l, e->lease, e->generation) : NULL;
+    if (!g || e->count > UINT64_MAX - e->start) return;
+    advance(g, e->start + e->count);
+    if (g->start < g->end) return;
+    memmove(g, g + 1, (size_t)(l->grant + l->count - (g + 1)) * sizeof *g);
+    l->count--;
+}
+
+void leases_spend(struct sync *s, const struct commit *c) {
+    for (uint32_t i = 0; i < c->body.spent_count; i++) spend(s, &c->body.spent[i]);
+}
+
+/* Of a lease that two contributions claim, the longer prefix. */
+void leases_restore(struct sync *s, const struct msg_ready *ready) {
+    struct leases *l = &s->leases;
+    for (uint32_t i = 0; i < ready->ranges_count; i++) {
+        const struct msg_lease *r = &ready->ranges[i];
+        struct grant *g = find_grant(l, r->lease, r->generation);
+        if (r->count == 0 || r->count > UINT64_MAX - r->start) continue;
+        if (!g) add_grant(l, r);
+        else if (g->start > r->start) g->start = r->start;
+        g = find_grant(l, r->lease, r->generation);
+        if (g && g->end < r->start + r->count) g->end = r->start + r->count;
+        if (g) g->floor = g->used = g->sent = g->end;
+    }
+    struct commit *c;
+    for (uint32_t i = SYNC_COMMITS_KEPT; i-- > 0;)
+        if ((c = ledger_recent(s, i)) && c->index > ready->base_index) leases_spend(s, c);
+}
+
+void leases_restart(struct sync *s) {
+    for (uint32_t i = 0; i < s->leases.count; i++) {
+        struct grant *g = &s->leases.grant[i];
+        uint64_t claimed = claimed_end(s, g->lease, g->generation);
+        g->floor = claimed > g->start ? claimed : g->start;
+        if (g->floor > g->end) g->floor = g->end;
+        g->used = g->sent = g->floor;
     }
 }
 
-void leases_rewind(struct sync *s) {
-    for (uint32_t i = 0; i < s->leases.count; i++)
-        s->leases.grant[i].used = s->leases.grant[i].sent = s->leases.grant[i].start;
+bool leases_has_orphans(const struct sync *s) {
+    for (uint32_t f = 0; f < s->fragment_count; f++)
+        if (s->contribution[f].frozen && !trainer_holds(s, &s->contribution[f])) return true;
+    return false;
 }
 
-void leases_requeue(struct sync *s) {
-    for (uint32_t i = 0; i < s->leases.count; i++)
-        s->leases.grant[i].sent = s->leases.grant[i].used;
+void leases_orphan_decided(struct sync *s) {
+    bool again = false, begun = false;
+    if (leases_has_orphans(s)) return;
+    for (uint32_t i = 0; i < s->leases.count; i++) {
+        again |= s->leases.grant[i].start < s->leases.grant[i].floor;
+        begun |= touched(&s->leases.grant[i]);
+    }
+    if (again && begun) trainer_lose_work(s, "what an earlier life of it did was not summed");
+    else if (again) leases_restart(s);
 }
 
 void leases_consume(struct sync *s, uint64_t samples) {
-    uint64_t used = leases_used(s), more = samples > used ? samples - used : 0;
+    uint64_t more = samples;
     for (uint32_t i = 0; i < s->leases.count && more; i++) {
         struct grant *g = &s->leases.grant[i];
         uint64_t n = g->sent - g->used < more ? g->sent - g->used : more;
         g->used += n;
         more -= n;
     }
-    if (more || samples < used)
-        sync_log(s, SYNC_ERROR, "the trainer says it consumed %llu samples, it was given %llu",
-                 (unsigned long long)samples, (unsigned long long)(used + leases_queued(s)));
+    if (more)
+        sync_log(s, SYNC_ERROR, "the trainer says it consumed %llu samples more than it was given",
+                 (unsigned long long)more);
 }
 
 uint32_t leases_claims(const struct sync *s, struct msg_lease *out) {
@@ -200,6 +252,17 @@ void leases_feed(struct sync *s) {
 
 /* ---- asking ----------------------------------------------------------------------------- */
 
+/* Held and in no READY. */
+static uint64_t unclaimed(const struct sync *s) {
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < s->leases.count; i++) {
+        const struct grant *g = &s->leases.grant[i];
+        uint64_t claimed = claimed_end(s, g->lease, g->generation);
+        n += g->end - (claimed > g->start ? claimed : g->start);
+    }
+    return n;
+}
+
 /* About two rounds ahead, within what the coordinator leases to one member. */
 static uint64_t samples_wanted(struct sync *s) {
     struct leases *l = &s->leases;
@@ -207,8 +270,7 @@ static uint64_t samples_wanted(struct sync *s) {
     uint64_t full = (uint64_t)s->outer->inner_steps * batch,
              round = cap / 2 < full ? cap / 2 : full;
     if (l->round_samples > round) round = l->round_samples; /* what a round really took us */
-    uint64_t target = 2 * (round > batch ? round : batch), have = unused(s);
-    uint64_t held = have + (s->contribution.frozen ? 0 : leases_used(s));
+    uint64_t target = 2 * (round > batch ? round : batch), have = unused(s), held = unclaimed(s);
     if (have + (round + 3) / 4 > target) return 0;
     uint64_t room = held < cap ? cap - held : 0, want = target - have;
     if (want > room) want = room;

@@ -9,59 +9,71 @@
 
 /* ---- looking up ------------------------------------------------------------------------- */
 
-struct commit *ledger_commit(struct sync *s, uint64_t round) {
+struct commit *ledger_recent(struct sync *s, uint32_t i) {
     struct ledger *l = &s->ledger;
-    if (round >= l->rounds || l->rounds - round > SYNC_COMMITS_KEPT) return NULL;
-    return &l->commits[round % SYNC_COMMITS_KEPT];
+    if (i >= l->commit_count || i >= SYNC_COMMITS_KEPT) return NULL;
+    return &l->commits[(l->commit_count - 1 - i) % SYNC_COMMITS_KEPT];
 }
 
-struct commit *ledger_last(struct sync *s) {
-    return s->ledger.rounds ? ledger_commit(s, s->ledger.rounds - 1) : NULL;
-}
+struct commit *ledger_last(struct sync *s) { return ledger_recent(s, 0); }
 
-uint64_t ledger_head_version(struct sync *s) {
-    struct commit *c = ledger_last(s);
-    return c ? c->index : 0;
-}
-
-/* Newest first: what is asked for is nearly always the newest. */
-struct commit *ledger_commit_at(struct sync *s, uint64_t index) {
-    for (uint64_t r = s->ledger.rounds; r-- > 0;) {
-        struct commit *c = ledger_commit(s, r);
-        if (!c || c->index < index) return NULL;
-        if (c->index == index) return c;
-    }
+/* All of them newest first: what is asked for is nearly always the newest. */
+struct commit *ledger_commit(struct sync *s, uint32_t fragment, uint64_t round) {
+    struct commit *c;
+    for (uint32_t i = 0; (c = ledger_recent(s, i)); i++)
+        if (c->body.fragment == fragment && c->body.round == round) return c;
     return NULL;
 }
 
-struct commit *ledger_commit_after(struct sync *s, uint64_t version) {
-    for (uint64_t r = s->ledger.rounds; r-- > 0;) {
-        struct commit *c = ledger_commit(s, r);
-        if (!c || c->index <= version) return NULL;
-        if (c->body.base_index == version) return c;
-    }
+struct commit *ledger_commit_at(struct sync *s, uint64_t index) {
+    struct commit *c;
+    for (uint32_t i = 0; (c = ledger_recent(s, i)) && c->index >= index; i++)
+        if (c->index == index) return c;
+    return NULL;
+}
+
+struct commit *ledger_commit_after(struct sync *s, uint32_t fragment, uint64_t version) {
+    struct commit *c;
+    for (uint32_t i = 0; (c = ledger_recent(s, i)) && c->index > version; i++)
+        if (c->body.fragment == fragment && c->body.base_index == version) return c;
+    return NULL;
+}
+
+uint64_t ledger_head_version(const struct sync *s) { return s->ledger.head_version; }
+
+/* Each commit names the version before it, so the answer reaches back a little further than what is
+ * kept. */
+uint64_t ledger_version(struct sync *s, uint32_t fragment, uint64_t index) {
+    uint64_t version = s->ledger.last[fragment];
+    struct commit *c;
+    for (uint32_t i = 0; version > index && (c = ledger_recent(s, i)); i++)
+        if (c->body.fragment == fragment) version = c->body.base_index;
+    return version <= index ? version : SYNC_MISSING;
+}
+
+/* ---- roots ------------------------------------------------------------------------------ */
+
+static struct known_root *find_root(struct sync *s, uint64_t index) {
+    struct ledger *l = &s->ledger;
+    for (uint32_t i = 0; i < l->root_count && i < SYNC_ROOTS_KEPT; i++)
+        if (l->root[i].index == index) return &l->root[i];
     return NULL;
 }
 
 bool ledger_root(struct sync *s, uint64_t index, struct digest *out) {
-    struct commit *after = ledger_commit_after(s, index), *at = ledger_commit_at(s, index);
-    if (after) *out = after->body.state_root;
-    else if (at && at->root_known) *out = at->root;
-    else if (index == 0 && s->ledger.zero_root_known) *out = s->ledger.zero_root;
-    else return false;
-    return true;
+    const struct known_root *known = find_root(s, index);
+    if (known) *out = known->root;
+    return known != NULL;
 }
 
 void ledger_note_root(struct sync *s, uint64_t index, const struct digest *root) {
-    struct commit *c = ledger_commit_at(s, index);
-    if (c) {
-        c->root_known = true;
-        c->root = *root;
-    } else if (index == 0) {
-        s->ledger.zero_root_known = true;
-        s->ledger.zero_root = *root;
-    }
+    struct ledger *l = &s->ledger;
+    struct known_root *known = find_root(s, index);
+    if (!known) known = &l->root[l->root_count++ % SYNC_ROOTS_KEPT];
+    *known = (struct known_root){index, *root};
 }
+
+/* ---- contributors ----------------------------------------------------------------------- */
 
 int commit_contributor(const struct commit *c, uint32_t member, const struct digest *root) {
     for (uint32_t i = 0; i < c->body.contributors_count; i++)
@@ -93,24 +105,50 @@ bool commit_summed_any(const struct commit *c, int contributor) {
 /* Our coordinator signed it, but a commit that contradicts the state machine must not reach it. */
 static int check_commit(struct sync *s, const struct msg_commit *m, struct err *err) {
     uint64_t chunks = 0, covered = 0;
-    if (m->fragment != 0 || m->round != s->ledger.rounds || m->base_index != ledger_head_version(s))
-        return err_set(
-            err, ERR_CORRUPT, "commit of fragment %u round %llu on %llu, expected 0, %llu, %llu",
-            m->fragment, (unsigned long long)m->round, (unsigned long long)m->base_index,
-            (unsigned long long)s->ledger.rounds, (unsigned long long)ledger_head_version(s));
+    const struct ledger *l = &s->ledger;
+    if (m->fragment >= s->fragment_count)
+        return err_set(err, ERR_CORRUPT, "commit of fragment %u, there are %u", m->fragment,
+                       s->fragment_count);
+    if (m->round != l->rounds[m->fragment] || m->base_index != l->last[m->fragment])
+        return err_set(err, ERR_CORRUPT,
+                       "commit of fragment %u round %llu on %llu, expected %llu on %llu",
+                       m->fragment, (unsigned long long)m->round,
+                       (unsigned long long)m->base_index,
+                       (unsigned long long)l->rounds[m->fragment],
+                       (unsigned long long)l->last[m->fragment]);
     if (outer_encoded_bytes((enum outer_codec)m->codec, 1) == 0)
-        return err_set(err, ERR_CORRUPT, "commit of round %llu has codec %u",
-                       (unsigned long long)m->round, m->codec);
+        return err_set(err, ERR_CORRUPT, "commit of fragment %u round %llu has codec %u",
+                       m->fragment, (unsigned long long)m->round, m->codec);
     for (uint32_t i = 0; i < m->summed_count; i++) chunks += m->summed[i].chunks;
     for (uint32_t i = 0; i < m->shards_count; i++) {
         if (m->shards[i].first != covered || m->shards[i].count == 0) break;
         covered += m->shards[i].count;
     }
-    if (chunks != s->fragment.count || covered != s->fragment.count)
+    if (chunks != s->fragment[m->fragment].count || covered != s->fragment[m->fragment].count)
         return err_set(err, ERR_CORRUPT,
-                       "commit of round %llu sums %llu and shards %llu of %u chunks",
-                       (unsigned long long)m->round, (unsigned long long)chunks,
-                       (unsigned long long)covered, s->fragment.count);
+                       "commit of fragment %u round %llu sums %llu and shards %llu of %u chunks",
+                       m->fragment, (unsigned long long)m->round, (unsigned long long)chunks,
+                       (unsigned long long)covered, s->fragment[m->fragment].count);
+    return 0;
+}
+
+/* The newest commit pushes the oldest out. */
+static int keep_commit(struct sync *s, const struct msg_entry *e, const struct msg_commit *body,
+                       struct err *err) {
+    struct ledger *l = &s->ledger;
+    struct commit *c = &l->commits[l->commit_count % SYNC_COMMITS_KEPT], new = {0};
+    if (proto_copy(RECORD_commit, body, &new.body, err)) return -1;
+    proto_copy_release(RECORD_commit, &c->body);
+    *c = new;
+    c->index = e->index;
+    c->term = e->term;
+    c->seen_ms = s->now;
+    l->commit_count++;
+    l->rounds[body->fragment]++;
+    l->last[body->fragment] = l->head_version = e->index;
+    ledger_note_root(s, body->state_index, &body->state_root);
+    if (body->tokens_committed > s->tokens_committed) s->tokens_committed = body->tokens_committed;
+    leases_spend(s, c);
     return 0;
 }
 
@@ -118,17 +156,7 @@ static int take_commit(struct sync *s, const struct msg_entry *e, struct err *er
     struct msg_commit body;
     if (proto_decode(e->body.data, e->body.length, RECORD_commit, &body, err)) return -1;
     int rc = check_commit(s, &body, err);
-    struct commit *c = &s->ledger.commits[s->ledger.rounds % SYNC_COMMITS_KEPT];
-    if (rc == 0) {
-        proto_copy_release(RECORD_commit, &c->body);
-        *c = (struct commit){.index = e->index, .term = e->term, .seen_ms = s->now};
-        rc = proto_copy(RECORD_commit, &body, &c->body, err);
-    }
-    if (rc == 0) {
-        s->ledger.rounds++;
-        if (body.tokens_committed > s->tokens_committed)
-            s->tokens_committed = body.tokens_committed;
-    }
+    if (rc == 0) rc = keep_commit(s, e, &body, err);
     proto_decoded_release(RECORD_commit, &body);
     return rc;
 }
@@ -150,7 +178,7 @@ static int take_entry(struct sync *s, const struct msg_signed_entry *e, struct e
     struct msg_entry entry = {0};
     int rc = ledger_chain_take(&s->ledger.chain, e, &entry, err);
     if (rc == 0 && entry.kind == LEDGER_COMMIT) rc = take_commit(s, &entry, err);
-    if (rc == 0 && store_entry(s, e)) rc = err_set(err, ERR_MEMORY, "no memory for a ledger entry");
+    if (rc == 0 && store_entry(s, e)) return -1; /* no memory: the machine stops */
     if (rc) s->ledger.chain = before;
     proto_decoded_release(RECORD_entry, &entry);
     return rc;
@@ -235,23 +263,50 @@ void ledger_release(struct sync *s) {
 
 /* Commits came: what was meant for the rounds before them is void. */
 static void after_commits(struct sync *s) {
-    if (s->plan.active && s->plan.msg.round < s->ledger.rounds) plan_release(s);
-    contribution_abort(s);
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        if (s->plan[f].active && s->plan[f].msg.round < s->ledger.rounds[f]) plan_release(s, f);
+        if (s->contribution[f].encoding && s->contribution[f].base_index != s->ledger.last[f])
+            contribution_abort(s, f);
+    }
     results_settle(s);
 }
 
 int ledger_on_entries(struct sync *s, const struct msg_ledger *msg) {
-    uint64_t rounds = s->ledger.rounds;
+    uint64_t commits = s->ledger.commit_count;
     struct err err = {0};
     for (uint32_t i = 0; i < msg->entries_count; i++) {
         if (take_entry(s, &msg->entries[i], &err) == 0 || err.code == ERR_STALE) continue;
+        if (s->failure.code) return -1;
         sync_log(s, SYNC_ERROR, "the coordinator's ledger: %.200s", err.msg);
         sync_disconnect(s, "its ledger does not continue ours");
         break;
     }
     if (ledger_save(s)) return -1;
-    if (s->ledger.rounds != rounds) after_commits(s);
+    if (s->ledger.commit_count != commits) after_commits(s);
     return 0;
+}
+
+/* ---- showing it ------------------------------------------------------------------------- */
+
+/* One LEDGER frame from entry `from` on; returns how many went into it. */
+static uint32_t send_batch(struct sync *s, uint32_t from) {
+    const struct ledger *l = &s->ledger;
+    uint32_t n = 0;
+    for (size_t bytes = 0; from + n < l->count && n < PROTO_LEDGER_BATCH_MAX; n++) {
+        bytes += l->entries[from + n].bytes.length + 128;
+        if (n && bytes > SYNC_LEDGER_FRAME_BYTES) break;
+    }
+    struct msg_ledger batch = {.entries = l->entries + from, .entries_count = n};
+    if (n) sync_send(s, MSG_LEDGER, 0, &batch);
+    return n;
+}
+
+/* A coordinator whose store is older than the run takes over what we have. */
+void ledger_on_get(struct sync *s, const struct msg_ledger_get *msg) {
+    if (msg->from >= s->ledger.count) return;
+    sync_log(s, SYNC_WARNING, "the coordinator asks for the ledger from entry %llu on: its store is older",
+             (unsigned long long)msg->from);
+    for (uint32_t from = (uint32_t)msg->from, n; (n = send_batch(s, from)); from += n) continue;
 }
 
 static bool roster_is_signed(struct sync *s, const struct frame *f, const struct msg_roster *msg) {

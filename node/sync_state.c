@@ -258,16 +258,27 @@ void state_release(struct sync *s) {
 
 /* ---- looking ---------------------------------------------------------------------------- */
 
+/* The newest version says what all the others should be. */
+static bool is_whole(struct sync *s, uint64_t newest) {
+    uint64_t want[PROTO_FRAGMENTS_MAX];
+    for (uint32_t f = 0; f < s->fragment_count; f++) want[f] = ledger_version(s, f, newest);
+    for (uint32_t c = 0; c < s->chunk_count; c++)
+        if (s->state.version[c] != want[s->place[c].fragment]) return false;
+    return true;
+}
+
 void state_survey(struct sync *s) {
     struct state *st = &s->state;
+    uint64_t newest = 0;
     st->missing = 0;
-    st->whole = true;
     for (uint32_t c = 0; c < s->chunk_count; c++) {
         st->missing += st->version[c] == SYNC_MISSING;
-        if (st->version[c] == SYNC_MISSING || st->version[c] != st->version[0]) st->whole = false;
+        if (st->version[c] != SYNC_MISSING && st->version[c] > newest) newest = st->version[c];
     }
+    st->whole = st->missing == 0 && is_whole(s, newest);
     if (!st->whole) return;
-    st->index = st->version[0];
+    st->known = true;
+    st->index = newest;
     st->root = digest_tree_root(st->leaf, s->chunk_count);
 }
 
@@ -278,6 +289,19 @@ bool state_current(struct sync *s) {
 int state_forget(struct sync *s) {
     for (uint32_t c = 0; c < s->chunk_count; c++) set_missing(s, c);
     s->disk.remove(s->disk.arg, "journal"); /* its copies are as doubtful */
+    s->state.known = false;
     state_survey(s);
     return flush_index(s, 0, s->chunk_count);
+}
+
+int state_forget_chunks(struct sync *s, const uint8_t *chunks) {
+    s->disk.remove(s->disk.arg, "journal");
+    s->state.known = false;
+    for (uint32_t c = 0; c < s->chunk_count; c++) {
+        if (!proto_set_has(chunks, c)) continue;
+        set_missing(s, c);
+        if (flush_index(s, c, 1)) return -1;
+    }
+    state_survey(s);
+    return 0;
 }

@@ -3,6 +3,10 @@
  * new base; where that cannot be, it is set back to the anchor (TRAINER_RESET) and its samples are
  * queued again.
  *
+ * Fragments are frozen one at a time, each by its own turn in the schedule. With outer.overlap = 0
+ * the trainer stands still from then on until what it contributed to is applied; else it trains on, and
+ * several contributions may be under way.
+ *
  * The slot is ours until an APPLY, RESET or MOMENTS_IMPORT is emitted, and again after the answer;
  * until then no chunk of the state changes. */
 #include <math.h>
@@ -24,7 +28,17 @@ bool trainer_takes_changes(const struct sync *s) {
 
 bool trainer_follows(const struct sync *s) {
     const struct trainer *t = &s->trainer;
-    return t->state >= TRAINER_TRAINING && !t->need_reset && t->slot;
+    return t->state == TRAINER_TRAINING && !t->need_reset && t->slot;
+}
+
+bool trainer_holds(const struct sync *s, const struct contribution *c) {
+    return trainer_follows(s) && c->life == s->trainer.life;
+}
+
+/* local = alpha*local + (1-alpha)*slot is to be followed by local += now - old: both in one. */
+static void add_to_mix(struct sync *s, float *slot, const float *now, const float *old, size_t n) {
+    float rest = 1 - s->outer->alpha;
+    for (size_t i = 0; i < n; i++) slot[i] += (now[i] - old[i]) / rest;
 }
 
 /* old: the chunk before; the anchor already holds the new one. Several changes may meet in one
@@ -34,58 +48,135 @@ void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summe
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     const float *now = s->state.anchor + first;
     float *slot = t->slot + first;
-    if (t->ops[chunk] == SYNC_OP_KEEP) {
-        t->ops[chunk] = summed ? SYNC_OP_MIX : SYNC_OP_ADD;
-        memset(slot, 0, n * sizeof *slot);
+    if (summed) {
+        t->ops[chunk] = SYNC_OP_MIX;
+        t->turn[s->place[chunk].fragment].mixing = true;
+        memcpy(slot, now, n * sizeof *slot);
+    } else if (t->ops[chunk] == SYNC_OP_MIX && s->outer->alpha > 0 && s->outer->alpha < 1) {
+        add_to_mix(s, slot, now, old, n);
+    } else if (t->ops[chunk] == SYNC_OP_MIX) {
+        memcpy(slot, now, n * sizeof *slot);
+    } else {
+        if (t->ops[chunk] == SYNC_OP_KEEP) memset(slot, 0, n * sizeof *slot);
+        t->ops[chunk] = SYNC_OP_ADD;
+        outer_add_delta(slot, now, old, n);
     }
-    if (t->ops[chunk] == SYNC_OP_MIX) memcpy(slot, now, n * sizeof *slot);
-    else outer_add_delta(slot, now, old, n);
     t->slot_dirty = true;
+}
+
+/* ---- the schedule ----------------------------------------------------------------------- */
+
+static void begin_turn(struct sync *s, struct turn *turn, uint32_t part, uint32_t parts) {
+    uint64_t steps = s->outer->inner_steps, ms = s->outer->round_ms;
+    turn->after_steps = (steps * part + parts - 1) / parts;
+    turn->after_ms = (ms * part + parts - 1) / parts;
+    turn->at_once = false;
+}
+
+/* The trainer begins with a bare anchor: the fragments take turns from here. */
+static void begin_schedule(struct sync *s) {
+    struct trainer *t = &s->trainer;
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        struct turn *turn = &t->turn[f];
+        *turn = (struct turn){.due = turn->due,
+                              .due_round = turn->due_round,
+                              .from_steps = t->steps_total,
+                              .from_ms = s->now,
+                              .frozen_steps = t->steps_total,
+                              .loss_before = t->loss_sum,
+                              .losses_before = t->loss_count};
+        begin_turn(s, turn, f + 1, s->fragment_count);
+    }
+}
+
+/* Where training went on meanwhile, work that was not summed is contributed again at once; where the
+ * trainer stood still it would only stand still again, so it takes its ordinary turn (or MSG_DUE). */
+void trainer_decided(struct sync *s, uint32_t fragment, bool summed) {
+    const struct contribution *c = &s->contribution[fragment];
+    struct turn *turn = &s->trainer.turn[fragment];
+    if (!trainer_holds(s, c)) return;
+    begin_turn(s, turn, 1, 1);
+    turn->from_steps = c->steps;
+    turn->from_ms = s->outer->overlap ? c->frozen_ms : s->now;
+    turn->at_once = !summed && s->outer->overlap;
+}
+
+void trainer_on_due(struct sync *s, const struct msg_due *msg) {
+    if (msg->fragment >= s->fragment_count) return;
+    s->trainer.turn[msg->fragment].due = true;
+    s->trainer.turn[msg->fragment].due_round = msg->round;
+}
+
+/* Samples whose effect on the fragment is the trainer's alone. */
+static uint64_t own_samples(const struct sync *s, uint32_t fragment) {
+    return s->trainer.samples - s->trainer.turn[fragment].samples_before;
+}
+
+/* Would what the trainer writes now be anchor + work of the newest base? */
+static bool may_freeze(const struct sync *s, uint32_t fragment) {
+    const struct fragment *f = &s->fragment[fragment];
+    const struct contribution *c = &s->contribution[fragment];
+    if (c->frozen || c->encoding || own_samples(s, fragment) == 0 || !trainer_follows(s))
+        return false;
+    for (uint32_t k = 0; k < f->count; k++)
+        if (s->trainer.ops[f->chunk[k]] != SYNC_OP_KEEP) return false;
+    return apply_fragment_is_current(s, fragment) && !leases_has_orphans(s);
+}
+
+static bool is_due(const struct sync *s, uint32_t fragment) {
+    const struct trainer *t = &s->trainer;
+    const struct turn *turn = &t->turn[fragment];
+    bool idle = leases_queued(s) == 0;
+    /* Without a coordinator training goes on; where the data ends, the work is made durable. */
+    if (!s->synced) return idle;
+    if (turn->at_once || (idle && s->leases.dry)) return true;
+    if (t->steps_total == turn->frozen_steps) return false;
+    if (turn->due && turn->due_round == s->ledger.rounds[fragment]) return true;
+    return (turn->after_steps && t->steps_total - turn->from_steps >= turn->after_steps) ||
+           (turn->after_ms && s->now - turn->from_ms >= turn->after_ms);
+}
+
+/* The fragment that waits longest, or -1. */
+static int next_due(const struct sync *s) {
+    int best = -1;
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        if (own_samples(s, f) == 0 || !is_due(s, f) || !may_freeze(s, f)) continue;
+        if (best < 0 || s->trainer.turn[f].from_steps < s->trainer.turn[best].from_steps)
+            best = (int)f;
+    }
+    return best;
 }
 
 /* ---- losing work ------------------------------------------------------------------------ */
 
-/* A frozen contribution lives on without its trainer: its claims stay. */
-static void rewind_leases(struct sync *s) {
-    if (s->contribution.frozen) leases_requeue(s);
-    else leases_rewind(s);
+/* Contributions that are frozen live on without their trainer: their claims stay. */
+static void void_work(struct sync *s) {
+    struct trainer *t = &s->trainer;
+    for (uint32_t f = 0; f < s->fragment_count; f++) contribution_abort(s, f);
+    t->life++;
+    t->need_reset = true;
+    t->freezing = t->standing = false;
+    leases_restart(s);
 }
 
 void trainer_lose_work(struct sync *s, const char *why) {
     struct trainer *t = &s->trainer;
-    contribution_abort(s);
-    if (t->state >= TRAINER_TRAINING && leases_used(s))
+    if (t->state == TRAINER_TRAINING && t->samples)
         sync_log(s, SYNC_WARNING, "back to the anchor: %s", why);
-    rewind_leases(s);
-    t->need_reset = true;
+    void_work(s);
     if (!t->slot_busy) clear_ops(s);
 }
 
-void trainer_new_base(struct sync *s, bool had_contribution) {
-    struct trainer *t = &s->trainer;
-    t->round_ms = s->now;
-    t->round_steps = 0;
-    t->loss_sum = 0;
-    t->loss_count = 0;
-    /* Its contribution was made by an earlier life, so what it holds is a bare anchor. */
-    if (had_contribution && t->state != TRAINER_FROZEN) t->need_reset = true;
-}
-
-/* ---- events ----------------------------------------------------------------------------- */
-
 void trainer_on_down(struct sync *s) {
     struct trainer *t = &s->trainer;
-    contribution_abort(s);
     moments_abort(s);
     t->moments = NULL;
     t->exporting = false;
     moments_refuse_all(s);
     t->state = TRAINER_DOWN;
     t->slot_busy = t->resetting = t->importing = t->filling = false;
-    t->need_reset = true;
-    t->local = NULL;
     clear_ops(s);
-    rewind_leases(s);
+    void_work(s);
 }
 
 int trainer_on_up(struct sync *s, const struct sync_event *ev) {
@@ -99,18 +190,26 @@ int trainer_on_up(struct sync *s, const struct sync_event *ev) {
     return 0;
 }
 
+/* ---- events ----------------------------------------------------------------------------- */
+
+/* What an earlier life or the time before a RESET had to say does not count. */
+static bool is_current(const struct trainer *t) {
+    return t->state == TRAINER_TRAINING && !t->resetting && !t->need_reset;
+}
+
 static void count_steps(struct sync *s, const struct sync_event *ev) {
     struct trainer *t = &s->trainer;
     uint64_t steps = ev->steps > t->steps ? ev->steps - t->steps : 0;
     t->steps = ev->steps;
     t->steps_total += steps;
-    t->round_steps += steps;
     s->progress += steps;
-}
-
-/* What an earlier life or the time before a RESET had to say does not count. */
-static bool is_current(const struct trainer *t) {
-    return (t->state == TRAINER_TRAINING || t->state == TRAINER_FREEZING) && !t->resetting;
+    if (ev->samples < t->samples) {
+        sync_log(s, SYNC_ERROR, "the trainer has consumed %llu samples, it had %llu before",
+                 (unsigned long long)ev->samples, (unsigned long long)t->samples);
+        return;
+    }
+    leases_consume(s, ev->samples - t->samples);
+    t->samples = ev->samples;
 }
 
 void trainer_on_step(struct sync *s, const struct sync_event *ev) {
@@ -120,7 +219,6 @@ void trainer_on_step(struct sync *s, const struct sync_event *ev) {
         return;
     }
     count_steps(s, ev);
-    leases_consume(s, ev->samples);
     t->tokens_per_s = ev->tokens_per_s;
     if (!isfinite(ev->loss)) return;
     t->loss = ev->loss;
@@ -128,20 +226,28 @@ void trainer_on_step(struct sync *s, const struct sync_event *ev) {
     t->loss_count++;
 }
 
+/* Where the base moved meanwhile, the fragment is frozen again when it has come to rest. */
 int trainer_on_frozen(struct sync *s, const struct sync_event *ev) {
     struct trainer *t = &s->trainer;
-    if (t->state != TRAINER_FREEZING || t->resetting) return 0;
+    if (!is_current(t) || !t->freezing || ev->fragment != t->freezing_fragment) return 0;
     count_steps(s, ev);
-    leases_consume(s, ev->samples);
-    t->state = TRAINER_FROZEN;
-    t->local = ev->local;
-    if (t->need_reset || t->slot_dirty || !state_current(s) || leases_used(s) == 0) return 0;
-    return contribution_begin(s);
+    t->freezing = false;
+    t->standing = t->standing || s->outer->overlap == 0;
+    if (!may_freeze(s, ev->fragment)) return 0;
+    t->turn[ev->fragment].local = ev->local;
+    t->turn[ev->fragment].frozen_steps = t->steps_total;
+    return contribution_begin(s, ev->fragment);
 }
 
+/* The taken-over commits left only what was done since in the fragments they summed. */
 void trainer_on_applied(struct sync *s) {
     struct trainer *t = &s->trainer;
     if (!t->slot_busy) return;
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        if (!t->turn[f].mixing) continue;
+        t->turn[f].mixing = false;
+        t->turn[f].samples_before = t->samples;
+    }
     t->slot_busy = t->resetting = t->importing = false;
     clear_ops(s);
 }
@@ -155,24 +261,23 @@ static void emit_slot(struct sync *s, enum sync_action_type type) {
     a->tokens = c ? c->body.tokens_committed : 0;
     a->contributors = c && c->body.contributors_count ? c->body.contributors_count : 1;
     s->trainer.slot_busy = true;
+    s->trainer.standing = false;
 }
 
 static void emit_apply(struct sync *s) {
     emit_slot(s, SYNC_ACT_TRAINER_APPLY);
     s->trainer.slot_dirty = false;
-    s->trainer.state = TRAINER_TRAINING;
-    s->trainer.local = NULL;
 }
 
 static void emit_reset(struct sync *s) {
     struct trainer *t = &s->trainer;
     emit_slot(s, SYNC_ACT_TRAINER_RESET);
-    rewind_leases(s);
+    leases_restart(s);
     t->resetting = true;
     t->need_reset = false;
     t->state = TRAINER_TRAINING;
-    t->local = NULL;
-    trainer_new_base(s, false);
+    t->samples = 0;
+    begin_schedule(s);
 }
 
 static void emit_moments(struct sync *s) {
@@ -187,43 +292,49 @@ static void emit_moments(struct sync *s) {
     moments_abort(s);
 }
 
-static bool is_freeze_due(struct sync *s) {
-    const struct trainer *t = &s->trainer;
-    if (leases_used(s) == 0) return false;
-    bool idle = leases_queued(s) == 0;
-    /* Without a coordinator training goes on; where the data ends, the work is made durable. */
-    if (!s->synced) return idle;
-    if (idle && s->leases.dry) return true;
-    if (t->round_steps == 0) return false;
-    return (s->outer->inner_steps && t->round_steps >= s->outer->inner_steps) ||
-           (s->outer->round_ms && s->now - t->round_ms >= s->outer->round_ms);
+static void emit_freeze(struct sync *s, uint32_t fragment) {
+    struct trainer *t = &s->trainer;
+    struct sync_action *a = sync_act(s, SYNC_ACT_TRAINER_FREEZE);
+    if (!a) return;
+    a->fragment = fragment;
+    a->wait = s->outer->overlap == 0;
+    t->freezing = true;
+    t->freezing_fragment = fragment;
+}
+
+/* Is a contribution under way that is in its parameters? */
+static bool has_contribution(const struct sync *s) {
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        const struct contribution *c = &s->contribution[f];
+        if (c->encoding || (c->frozen && trainer_holds(s, c))) return true;
+    }
+    return false;
 }
 
 static void train(struct sync *s) {
     struct trainer *t = &s->trainer;
-    if (s->contribution.frozen || moments_pending(s)) return;
+    if (moments_pending(s)) return;
     if (t->moments_in && t->moments_got == s->chunk_count) {
         emit_moments(s);
         return;
     }
     leases_feed(s);
-    if (!state_current(s) || !is_freeze_due(s)) return;
-    sync_act(s, SYNC_ACT_TRAINER_FREEZE);
-    t->state = TRAINER_FREEZING;
+    int f = t->freezing ? -1 : next_due(s);
+    if (f >= 0) emit_freeze(s, (uint32_t)f);
 }
 
-/* It froze for nothing: the base moved and has come to rest, or it had done no step. */
-static void unfreeze(struct sync *s) {
-    if (s->contribution.frozen || s->contribution.encoding || !state_current(s)) return;
-    sync_act(s, SYNC_ACT_TRAINER_CONTINUE);
-    s->trainer.state = TRAINER_TRAINING;
-    s->trainer.local = NULL;
+/* One APPLY for all commits that are here, unless the next one takes its time. */
+static bool is_apply_due(struct sync *s) {
+    const struct trainer *t = &s->trainer;
+    if (!t->slot_dirty || t->freezing || !s->state.whole) return false;
+    if (t->standing && has_contribution(s)) return false;
+    return state_current(s) || !apply_has_work(s);
 }
 
 void trainer_pump(struct sync *s) {
     struct trainer *t = &s->trainer;
     if (!s->config.trains || t->state == TRAINER_DOWN || !t->slot) return;
-    if (state_current(s)) leases_ask(s);
+    if (!catchup_busy(s)) leases_ask(s);
     if (t->slot_busy) return;
     if (t->need_reset) {
         if (!t->filling && state_current(s)) {
@@ -232,9 +343,15 @@ void trainer_pump(struct sync *s) {
         }
         return;
     }
-    if (t->slot_dirty && state_current(s) && t->state != TRAINER_FREEZING) emit_apply(s);
-    else if (t->state == TRAINER_FROZEN) unfreeze(s);
-    else if (t->state == TRAINER_TRAINING && !t->slot_dirty) train(s);
+    if (is_apply_due(s)) {
+        emit_apply(s);
+        return;
+    }
+    train(s);
+    if (t->standing && !t->freezing && !t->slot_dirty && !has_contribution(s)) {
+        sync_act(s, SYNC_ACT_TRAINER_CONTINUE);
+        t->standing = false;
+    }
 }
 
 /* ---- work: the anchor into the slot, some chunks at a time ------------------------------ */

@@ -280,14 +280,13 @@ static void take_slot(struct rig *r, struct node *n, bool reset) {
 
 static void on_slot(struct rig *r, struct node *n, const struct sync_action *a) {
     bool reset = a->type == SYNC_ACT_TRAINER_RESET;
-    uint32_t mixes = n->mixes;
     take_slot(r, n, reset);
     n->resets += reset;
     n->applies += !reset;
     n->tokens = a->tokens;
     n->frozen = n->freeze_asked = false;
     if (reset) n->queued = 0;
-    if (reset || n->mixes > mixes) n->samples = 0;
+    if (reset) n->samples = 0;
     n->applied_due = true;
 }
 

@@ -110,10 +110,8 @@ static void trainer_apply(struct sim_world *w, struct sim_member *m, bool reset)
         mixed |= m->slot_ops[c] == SYNC_OP_MIX;
     }
     if (reset) t->queued = 0;
-    if (reset || mixed) { /* the effects went into the anchor, or away */
-        memset(t->effect, 0, sizeof t->effect);
-        t->samples = 0;
-    }
+    if (reset || mixed) memset(t->effect, 0, sizeof t->effect); /* into the anchor, or away */
+    if (reset) t->samples = 0;
     t->has_parameters = true;
     t->frozen = t->freeze_asked = false;
     sim_schedule(w, 1, SIM_TRAINER_REPLY, m->slot)->value = SYNC_EV_TRAINER_APPLIED;
