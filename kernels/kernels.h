@@ -192,6 +192,12 @@ int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec code
 int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
                 struct err *err);
 
+/* Sum of squares and largest magnitude of the values that bytes decode to, without decoding them: what
+ * a contribution is announced with, and held to. OUTER_INT8: the sum over blocks, in their order, of
+ * (scale * scale) * (sum of int8^2) in double. Refuses what outer_check() refuses. */
+int outer_measure(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
+                  float *absmax, double *norm2, struct err *err);
+
 /* Decode into x[n]. Refuses what outer_check() refuses; x is then undefined. */
 int outer_decode(float *x, const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
                  struct err *err);

@@ -247,9 +247,51 @@ WIDE static void extremes(const int8_t *q, size_t n, int *min, int *max) {
     *max = (int)high; /* NOLINT(bugprone-signed-char-misuse) */
 }
 
-/* Check every block and find the largest magnitude that it decodes to. */
+/* Element i goes to lane i % 16; the lanes are then added in halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+#define LANES 16
+
+static inline double float_at(const uint8_t *p, int encoded) {
+    float x;
+    memcpy(&x, p, sizeof x);
+    return (double)(encoded ? load_float(p) : x);
+}
+
+/* Of n floats in memory, or encoded as OUTER_FP32. */
+WIDE static double sum_of_squares(const uint8_t *p, size_t n, int encoded) {
+    double lane[LANES] = { 0 };
+    size_t whole = n / LANES * LANES;
+    for (size_t i = 0; i < whole; i += LANES)
+#pragma omp simd
+        for (int j = 0; j < LANES; j++) {
+            double x = float_at(p + 4 * (i + (size_t)j), encoded);
+            lane[j] += x * x;
+        }
+    for (size_t i = whole; i < n; i++) {
+        double x = float_at(p + 4 * i, encoded);
+        lane[i % LANES] += x * x;
+    }
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    return lane[0] == lane[0] ? lane[0] : double_of_bits(NAN_BITS_DOUBLE);
+}
+
+/* At most OUTER_BLOCK * 128^2, which an int32 holds. The lanes are for the vector unit: integers add
+ * up to the same in any order. */
+WIDE static int32_t squares(const int8_t *q, size_t n) {
+    int32_t lane[LANES] = { 0 };
+    size_t whole = n / LANES * LANES;
+    for (size_t i = 0; i < whole; i += LANES)
+#pragma omp simd
+        for (int j = 0; j < LANES; j++) lane[j] += (int32_t)q[i + j] * q[i + j];
+    for (size_t i = whole; i < n; i++) lane[0] += (int32_t)q[i] * q[i];
+    for (int j = 1; j < LANES; j++) lane[0] += lane[j];
+    return lane[0];
+}
+
+/* Check every block and find the largest magnitude that it decodes to; norm2, unless NULL, receives the
+ * sum of squares. */
 __attribute__((noinline)) static int inspect_int8(const uint8_t *bytes, size_t n, float *absmax,
-                                                  struct err *err) {
+                                                  double *norm2, struct err *err) {
     for (size_t i = 0; i < n; i += OUTER_BLOCK) {
         size_t len = smaller(n - i, OUTER_BLOCK);
         float scale = load_float(bytes);
@@ -262,6 +304,9 @@ __attribute__((noinline)) static int inspect_int8(const uint8_t *bytes, size_t n
             return err_set(err, ERR_CORRUPT, "block %zu holds a -128", i / OUTER_BLOCK);
         float largest = scale * (float)(max > -min ? max : -min);
         if (largest > *absmax) *absmax = largest;
+        if (norm2)
+            *norm2 += (double)scale * (double)scale *
+                      (double)squares((const int8_t *)bytes + 4, len);
         bytes += 4 + len;
     }
     return 0;
@@ -277,21 +322,33 @@ WIDE static uint32_t largest_magnitude_encoded(const uint8_t *bytes, size_t n) {
     return (uint32_t)largest;
 }
 
-/* outer_check(), which also finds the largest magnitude among the decoded values. */
+/* outer_check(), which also finds the largest magnitude among the decoded values, and unless norm2 is
+ * NULL the sum of their squares. */
 static int inspect(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
-                   float *absmax, struct err *err) {
+                   float *absmax, double *norm2, struct err *err) {
     *absmax = 0.0f;
+    if (norm2) *norm2 = 0.0;
     if (codec != OUTER_FP32 && codec != OUTER_INT8)
         return err_set(err, ERR_CORRUPT, "codec %d does not exist", (int)codec);
     if (n > SIZE_MAX / 8 || length != outer_encoded_bytes(codec, n))
         return err_set(err, ERR_CORRUPT, "%zu bytes for %zu elements of codec %d, must be %zu",
                        length, n, (int)codec, outer_encoded_bytes(codec, n));
-    if (codec == OUTER_INT8) return inspect_int8(bytes, n, absmax, err);
+    if (codec == OUTER_INT8) return inspect_int8(bytes, n, absmax, norm2, err);
     uint32_t magnitude = largest_magnitude_encoded(bytes, n);
     if (magnitude >= INFINITY_BITS)
         return err_set(err, ERR_CORRUPT, "a value among %zu is not finite", n);
     *absmax = float_of(magnitude);
+    if (norm2) *norm2 = sum_of_squares(bytes, n, 1);
     return 0;
+}
+
+int outer_measure(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
+                  float *absmax, double *norm2, struct err *err) {
+    struct outer_fp fp;
+    outer_fp_begin(&fp);
+    int rc = inspect(bytes, length, n, codec, absmax, norm2, err);
+    outer_fp_end(&fp);
+    return rc;
 }
 
 int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
@@ -299,7 +356,7 @@ int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec 
     struct outer_fp fp;
     float absmax;
     outer_fp_begin(&fp);
-    int rc = inspect(bytes, length, n, codec, &absmax, err);
+    int rc = inspect(bytes, length, n, codec, &absmax, NULL, err);
     outer_fp_end(&fp);
     return rc;
 }
@@ -330,7 +387,7 @@ WIDE static void decode_fp32(float *out, const float *minus, const uint8_t *byte
 static int decode(float *out, const float *minus, const uint8_t *bytes, size_t length, size_t n,
                   enum outer_codec codec, struct err *err) {
     float absmax;
-    if (inspect(bytes, length, n, codec, &absmax, err) != 0) return -1;
+    if (inspect(bytes, length, n, codec, &absmax, NULL, err) != 0) return -1;
     if (codec == OUTER_FP32) {
         decode_fp32(out, minus, bytes, n);
         return 0;
@@ -396,7 +453,7 @@ __attribute__((noinline)) static int accumulate(int64_t *sum, const uint8_t *byt
                                                 float clip, int grid_exponent, struct err *err) {
     float absmax;
     if (check_terms(weight, clip, grid_exponent, err) != 0) return -1;
-    if (inspect(bytes, length, n, codec, &absmax, err) != 0) return -1;
+    if (inspect(bytes, length, n, codec, &absmax, NULL, err) != 0) return -1;
     double factor = (double)clip * power_of_two(grid_exponent);
     /* From limit - 0.5 up, rounding to even gives the limit. */
     if (!((double)absmax * factor < (double)OUTER_GRID_LIMIT - 0.5))
@@ -538,25 +595,10 @@ void outer_add_delta(float *local, const float *anchor_new, const float *anchor_
 
 /* ---- norms ---- */
 
-/* Element i goes to lane i % 16; the lanes are then added in halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
-#define LANES 16
-
-WIDE static double sum_of_squares(const float *x, size_t n) {
-    double lane[LANES] = { 0 };
-    size_t whole = n / LANES * LANES;
-    for (size_t i = 0; i < whole; i += LANES)
-#pragma omp simd
-        for (int j = 0; j < LANES; j++) lane[j] += (double)x[i + j] * (double)x[i + j];
-    for (size_t i = whole; i < n; i++) lane[i % LANES] += (double)x[i] * (double)x[i];
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    return lane[0] == lane[0] ? lane[0] : double_of_bits(NAN_BITS_DOUBLE);
-}
-
 double outer_norm2(const float *x, size_t n) {
     struct outer_fp fp;
     outer_fp_begin(&fp);
-    double sum = sum_of_squares(x, n);
+    double sum = sum_of_squares((const uint8_t *)x, n, 0);
     outer_fp_end(&fp);
     return sum;
 }

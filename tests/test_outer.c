@@ -601,6 +601,33 @@ static void norms_are_right_and_show_what_is_not_finite(void **state) {
     }
 }
 
+/* An announced norm is checked by others chunk by chunk, so what the bytes say must be what their
+ * values say, but for roundings far below the slack of that check. */
+static void encoded_bytes_measure_like_their_values(void **state) {
+    (void)state;
+    static float x[N], decoded[N];
+    static uint8_t bytes[4 * N + 4];
+    static const size_t lengths[] = { 0, 1, 15, 16, 255, 256, 257, N };
+    for (int codec = OUTER_FP32; codec <= OUTER_INT8; codec++)
+        for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
+            size_t n = lengths[l], length = outer_encoded_bytes((enum outer_codec)codec, n);
+            float absmax = -1;
+            double norm2 = -1;
+            outer_init_normal(x, 5 + l, 0, n, 3.0f);
+            assert_int_equal(outer_encode(bytes, x, n, (enum outer_codec)codec, NULL), 0);
+            assert_int_equal(outer_decode(decoded, bytes, length, n, (enum outer_codec)codec, NULL), 0);
+            assert_int_equal(outer_measure(bytes, length, n, (enum outer_codec)codec, &absmax, &norm2, NULL), 0);
+            assert_true(absmax == outer_absmax(decoded, n));
+            assert_true(fabs(norm2 - outer_norm2(decoded, n)) <= 2e-7 * norm2);
+        }
+    err = (struct err){ 0 };
+    float absmax;
+    double norm2;
+    bytes[4] = 0x80; /* -128 */
+    assert_int_equal(outer_measure(bytes, outer_encoded_bytes(OUTER_INT8, N), N, OUTER_INT8, &absmax, &norm2, &err), -1);
+    assert_int_equal(err.code, ERR_CORRUPT);
+}
+
 /* Members cut the parameters into chunks of their own choice and must draw the same model. */
 static void initial_values_do_not_depend_on_chunks(void **state) {
     (void)state;
@@ -670,6 +697,7 @@ int main(void) {
         cmocka_unit_test(mean_rounds_like_the_plain_conversion),
         cmocka_unit_test(mixing_with_alpha_zero_copies_the_anchor),
         cmocka_unit_test(adding_the_delta_keeps_local_work),
+        cmocka_unit_test(encoded_bytes_measure_like_their_values),
         cmocka_unit_test(norms_are_right_and_show_what_is_not_finite),
         cmocka_unit_test(initial_values_do_not_depend_on_chunks),
         cmocka_unit_test(initial_values_are_about_normal),

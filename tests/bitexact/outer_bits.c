@@ -213,6 +213,17 @@ static void do_check(const struct test *t) {
     note_result(outer_check(bytes, length, t->n, t->codec, &err), &err);
 }
 
+static void do_measure(const struct test *t) {
+    size_t length = outer_encoded_bytes(t->codec, t->n);
+    float absmax;
+    double norm2;
+    fill_bytes(bytes + t->shift, t->n, t->codec, t->kind);
+    int rc = outer_measure(bytes + t->shift, length, t->n, t->codec, &absmax, &norm2, &err);
+    if (note_result(rc, &err)) return;
+    note(&absmax, sizeof absmax);
+    note(&norm2, sizeof norm2);
+}
+
 static void do_decode(const struct test *t) {
     size_t length = outer_encoded_bytes(t->codec, t->n);
     fill_bytes(bytes + t->shift, t->n, t->codec, t->kind);
@@ -330,6 +341,7 @@ static const struct function {
     { "pseudo_gradient", do_pseudo_gradient, 0 },
     { "encode", do_encode, 1 },
     { "check", do_check, 1 },
+    { "measure", do_measure, 1 },
     { "decode", do_decode, 1 },
     { "residual", do_residual, 1 },
     { "accumulate", do_accumulate, 1 },
