@@ -24,6 +24,7 @@
 /* ---- limits ----------------------------------------------------------------------------- */
 
 #define SYNC_MISSING UINT64_MAX /* version of a chunk that is not there */
+#ifndef SIM_FAULTS
 #define SYNC_PEER_UNSENT_MAX \
     (8u << 20) /* assumed unsent bytes to one peer, above which bulk waits */
 #define SYNC_WINDOW_BYTES  (32u << 20) /* of results or state: asked for and not yet applied */
@@ -31,6 +32,13 @@
 #define SYNC_BATCH_ELEMENTS \
     (4u << 20) /* of state changed under one journal, 32 MiB with momentum */
 #define SYNC_BATCH_CHUNKS      1024u
+#else /* so small that the models of the simulator reach them */
+#define SYNC_PEER_UNSENT_MAX 1500u
+#define SYNC_WINDOW_BYTES    4000u
+#define SYNC_WORK_ELEMENTS   200u
+#define SYNC_BATCH_ELEMENTS  200u
+#define SYNC_BATCH_CHUNKS    4u
+#endif
 #define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
 #define SYNC_ROOTS_KEPT        64u /* agreed roots of states */
 #define SYNC_RESULTS_KEPT      8u  /* rounds of a fragment whose results are held: names on disk */
@@ -126,6 +134,7 @@ struct turn {
     bool due;                       /* MSG_DUE came for due_round */
     uint64_t due_round;
     uint64_t samples_before; /* of trainer.samples: those that have no effect in the fragment any more */
+    uint64_t samples_frozen; /* trainer.samples at the last freeze */
     bool mixing;             /* an APPLY on its way takes over a commit that summed it */
     double loss_before;      /* of trainer.loss_sum, at the last freeze */
     uint64_t losses_before;

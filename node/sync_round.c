@@ -21,6 +21,7 @@ static void note_work(struct sync *s, uint32_t fragment) {
     c->steps = t->steps_total;
     c->frozen_ms = s->now;
     c->samples = t->samples - turn->samples_before;
+    turn->samples_frozen = t->samples;
     c->loss = losses ? (t->loss_sum - turn->loss_before) / (double)losses : 0;
     c->claims_count = leases_claims(s, c->claims);
     turn->loss_before = t->loss_sum;

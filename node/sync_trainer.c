@@ -239,14 +239,14 @@ int trainer_on_frozen(struct sync *s, const struct sync_event *ev) {
     return contribution_begin(s, ev->fragment);
 }
 
-/* The taken-over commits left only what was done since in the fragments they summed. */
+/* The taken-over commits left what was done since the freeze in the fragments they summed. */
 void trainer_on_applied(struct sync *s) {
     struct trainer *t = &s->trainer;
     if (!t->slot_busy) return;
     for (uint32_t f = 0; f < s->fragment_count; f++) {
         if (!t->turn[f].mixing) continue;
         t->turn[f].mixing = false;
-        t->turn[f].samples_before = t->samples;
+        t->turn[f].samples_before = t->turn[f].samples_frozen;
     }
     t->slot_busy = t->resetting = t->importing = false;
     clear_ops(s);
