@@ -212,7 +212,9 @@ static int make_loop(struct server *s, struct err *err) {
 static int open_sockets(struct server *s, struct err *err) {
     const struct settings *set = s->config->settings;
     const char *listen = s->config->listen ? s->config->listen : set->listen;
+    struct gate_limits limits = { set->strangers_max, set->connects_per_minute };
     if (address_split(listen, false, &s->listen, err)) return -1;
+    if (!(s->gate = gate_create(&limits, err))) return -1;
     s->tls = channel_context_create(&s->keys.online, err);
     if (!s->tls) return -1;
     channel_context_set_timeouts(s->tls, CHANNEL_HANDSHAKE_MS_MAX, (int)set->stranger_seconds * 1000);
@@ -267,6 +269,7 @@ static void end_everything(struct server *s) {
     control_destroy(s->control);
     listener_destroy(s->listener);
     channel_context_destroy(s->tls);
+    gate_destroy(s->gate);
     struct event *events[] = { s->tick, s->patience, s->on_int, s->on_term };
     for (size_t i = 0; i < sizeof events / sizeof *events; i++)
         if (events[i]) event_free(events[i]);
@@ -286,7 +289,6 @@ int server_run(const struct server_config *config, struct err *err) {
     }
     s->config = config;
     s->run = config->run;
-    randombytes_buf(s->rate_seed, sizeof s->rate_seed);
     if (store_check(s->run->store, err) || run_keys_load(&s->keys, s->run, err)) goto out;
     s->core = run_core(s->run, err);
     if (!s->core || make_loop(s, err) || open_sockets(s, err) || begin(s, err)) goto out;

@@ -91,7 +91,13 @@ static void say_bye(struct server *s, struct connection *c, const struct core_ac
     struct msg_bye bye = {
         .code = (uint8_t)a->code, .final = a->final, .reason = proto_str(a->text) };
     queue(s, c, MSG_BYE, a->session, 0, &bye);
-    server_connection_close(s, c);
+    server_connection_close(c);
+}
+
+/* What a stranger did wrong is written as far as there is room for it. */
+static void write_line(struct server *s, const struct core_action *a) {
+    if (s->stranger_speaks && a->level == CORE_WARNING) server_tell(s, false, a->text);
+    else log_line(a->level, "%s", a->text);
 }
 
 static int carry_out(struct server *s, struct core_action *a, struct err *err) {
@@ -100,11 +106,11 @@ static int carry_out(struct server *s, struct core_action *a, struct err *err) {
     case CORE_ACT_PERSIST: return run_persist(s->run, &s->keys, s->term, a, err);
     case CORE_ACT_RESTART: s->restart_above = a->term; return 0;
     case CORE_ACT_FAIL: return err_set(err, a->code, "%s", a->text);
-    case CORE_ACT_LOG: log_line(a->level, "%s", a->text); return 0;
+    case CORE_ACT_LOG: write_line(s, a); return 0;
     case CORE_ACT_SEND_LEDGER: return c ? send_ledger(s, a, err) : 0;
     case CORE_ACT_SEND: if (c) send_message(s, c, a); return 0;
     case CORE_ACT_SIGN: if (c) sign_checkpoint(s, c, a); return 0;
-    case CORE_ACT_KNOWN: if (c) server_connection_known(s, c); return 0;
+    case CORE_ACT_KNOWN: if (c) server_connection_known(c); return 0;
     case CORE_ACT_CLOSE: if (c) say_bye(s, c, a); return 0;
     }
     assert(!"an action the server does not know");

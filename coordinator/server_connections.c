@@ -1,7 +1,6 @@
-/* server_connections.c - sockets in. A stranger costs little: few of them at a time, few per minute
- * of one address, small frames, and a time limit (the channel's) to become a member. */
-#include <arpa/inet.h>
-#include <netinet/in.h>
+/* server_connections.c - sockets in. A stranger costs little: the gate says how many there may be,
+ * its frames are small, and it has a time limit (the channel's) to become a member. */
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -13,68 +12,52 @@ struct connection *server_connection(struct server *s, uint64_t id) {
     return c->id == id && id ? c : NULL;
 }
 
-static void forget(struct server *s, struct connection *c) {
-    if (!c->known) s->stranger_count--;
+static void forget(struct connection *c) {
+    if (c->place) gate_leave(c->place);
+    c->place = NULL;
     c->id = 0;
 }
 
-void server_connection_known(struct server *s, struct connection *c) {
-    if (c->known) return;
-    c->known = true;
-    s->stranger_count--;
+void server_connection_known(struct connection *c) {
+    if (!c->place) return;
+    gate_known(c->place);
+    c->place = NULL;
+    c->server->stranger_speaks = false;
     channel_set_frame_bytes_max(c->channel, PROTO_CONTROL_BYTES_MAX);
 }
 
-void server_connection_close(struct server *s, struct connection *c) {
+void server_connection_close(struct connection *c) {
     struct channel *channel = c->channel;
-    forget(s, c);
+    forget(c);
     channel_close(channel, true);
 }
 
 /* ---- who may connect ------------------------------------------------------------------------------ */
 
-/* IPv6 hosts own a /64 each, so that is what counts as one address. */
-static uint64_t address_digest(const struct server *s, const struct sockaddr_storage *peer) {
-    uint8_t bytes[sizeof s->rate_seed + 8] = {0};
-    memcpy(bytes, s->rate_seed, sizeof s->rate_seed);
-    if (peer->ss_family == AF_INET6)
-        memcpy(bytes + sizeof s->rate_seed,
-               &((const struct sockaddr_in6 *)(const void *)peer)->sin6_addr, 8);
-    else
-        memcpy(bytes + sizeof s->rate_seed,
-               &((const struct sockaddr_in *)(const void *)peer)->sin_addr, 4);
-    struct digest d = digest_of(bytes, sizeof bytes);
-    uint64_t short_digest;
-    memcpy(&short_digest, d.b, sizeof short_digest);
-    return short_digest;
-}
-
-static bool rate_allows(struct server *s, uint64_t address, uint64_t now_ms) {
-    double full = s->config->settings->connects_per_minute;
-    struct rate *r = &s->rates[address % SERVER_RATES];
-    if (r->address != address) *r = (struct rate){ address, full, now_ms };
-    r->tokens += full * (double)(now_ms - r->at_ms) / 60000;
-    if (r->tokens > full) r->tokens = full;
-    r->at_ms = now_ms;
-    if (r->tokens < 1) return false;
-    r->tokens -= 1;
-    return true;
-}
-
-static bool may_connect(struct server *s, int fd) {
-    struct sockaddr_storage peer = {0};
-    socklen_t length = sizeof peer;
-    if (s->stopping || s->stranger_count >= s->config->settings->strangers_max) return false;
-    if (getpeername(fd, (struct sockaddr *)&peer, &length)) return false;
-    return rate_allows(s, address_digest(s, &peer), server_now_ms());
+/* Others want its place, and it had time enough to say who it is. */
+static void on_evict(void *arg) {
+    struct connection *c = arg;
+    struct core_event ev = { .type = CORE_EV_CLOSED, .conn = c->id };
+    bool open = c->open;
+    c->place = NULL;
+    c->id = 0;
+    channel_close(c->channel, false);
+    if (open) server_step(c->server, &ev);
 }
 
 void server_report_refused(struct server *s) {
-    if (!s->refused) return;
-    log_line(CORE_WARNING, "%u new connections refused: serve.strangers_max %u, "
-             "serve.connects_per_minute %u", s->refused, s->config->settings->strangers_max,
-             s->config->settings->connects_per_minute);
-    s->refused = 0;
+    uint32_t refused = gate_take_refused(s->gate);
+    if (refused)
+        log_line(CORE_WARNING, "%u new connections refused: serve.strangers_max %u, "
+                 "serve.connects_per_minute %u", refused, s->config->settings->strangers_max,
+                 s->config->settings->connects_per_minute);
+}
+
+void server_tell(struct server *s, bool of_member, const char *text) {
+    uint32_t untold;
+    if (!gate_may_tell(s->gate, of_member, server_now_ms(), &untold)) return;
+    if (untold) log_line(CORE_WARNING, "%s (and %u like it untold)", text, untold);
+    else log_line(CORE_WARNING, "%s", text);
 }
 
 static struct connection *free_place(struct server *s) {
@@ -133,7 +116,9 @@ static void on_message(void *arg, struct channel *ch, const struct frame *f, con
         }
         ev.invite = &invite;
     }
+    s->stranger_speaks = c->place != NULL;
     server_step(s, &ev);
+    s->stranger_speaks = false;
 }
 
 /* Who merely goes away is no news; who was refused, broke the rules or took too long is. */
@@ -141,34 +126,44 @@ static bool is_news(enum err_code code) {
     return code == ERR_PROTOCOL || code == ERR_TRUNCATED || code == ERR_REFUSED || code == ERR_TIMEOUT;
 }
 
+static void tell_end(struct connection *c, struct channel *ch, const char *why) {
+    char host[PROTO_ADDRESS_BYTES_MAX + 1], text[PROTO_ADDRESS_BYTES_MAX + 320];
+    uint16_t port;
+    channel_peer_address(ch, host, &port);
+    snprintf(text, sizeof text, "%s port %u: %s", host, (unsigned)port, why);
+    server_tell(c->server, c->place == NULL, text);
+}
+
 static void on_close(void *arg, struct channel *ch, const struct err *why) {
     struct connection *c = arg;
     struct server *s = c->server;
     struct core_event ev = { .type = CORE_EV_CLOSED, .conn = c->id };
-    char host[PROTO_ADDRESS_BYTES_MAX + 1];
-    uint16_t port;
     bool open = c->open;
-    if (is_news(why->code)) {
-        channel_peer_address(ch, host, &port);
-        log_line(CORE_WARNING, "%s port %u: %s", host, (unsigned)port, why->msg);
-    }
-    forget(s, c);
+    if (is_news(why->code)) tell_end(c, ch, why->msg);
+    forget(c);
     if (open) server_step(s, &ev);
+}
+
+static bool enters(struct server *s, int fd, struct connection *c) {
+    struct sockaddr_storage peer = {0};
+    socklen_t length = sizeof peer;
+    if (s->stopping || !c || getpeername(fd, (struct sockaddr *)&peer, &length)) return false;
+    c->place = gate_enter(s->gate, &peer, server_now_ms(), on_evict, c);
+    return c->place != NULL;
 }
 
 void server_on_accept(void *arg, int fd) {
     static const struct channel_ops ops = { on_open, on_message, on_close, NULL };
     struct server *s = arg;
     struct err err;
-    struct connection *c = may_connect(s, fd) ? free_place(s) : NULL;
-    if (!c) {
-        s->refused++;
+    struct connection *c = free_place(s);
+    if (!enters(s, fd, c)) {
+        if (c) c->id = 0;
         close(fd);
         return;
     }
-    s->stranger_count++;
     c->channel = channel_accept(s->base, s->tls, fd, &ops, c, &err);
     if (c->channel) return;
     log_line(CORE_WARNING, "cannot take a connection: %s", err.msg);
-    forget(s, c);
+    forget(c);
 }

@@ -19,22 +19,13 @@
 /* A connection's number: place in `conns` in the low bits, a count above it, so that none is used
  * twice and each is found at once. */
 #define SERVER_CONNECTIONS_MAX 4096u
-#define SERVER_RATES 1024u
 
 struct connection {
     uint64_t id; /* 0: the place is free */
     struct server *server;
     struct channel *channel;
-    bool open;   /* TLS is up and the core knows of it */
-    bool known;  /* a member's */
-};
-
-/* How many connections an address may open: a bucket that fills by the minute. Addresses share a
- * place in the table now and then; the later one then begins with a full bucket. */
-struct rate {
-    uint64_t address; /* keyed digest */
-    double tokens;
-    uint64_t at_ms;
+    bool open;                /* TLS is up and the core knows of it */
+    struct gate_place *place; /* a stranger's; NULL once it is known as a member's */
 };
 
 /* What one line per round is made of. */
@@ -62,10 +53,8 @@ struct server {
 
     struct connection conns[SERVER_CONNECTIONS_MAX];
     uint64_t connection_count_ever;
-    uint32_t stranger_count;
-    struct rate rates[SERVER_RATES];
-    uint8_t rate_seed[32];
-    uint32_t refused;              /* connections since the last log line about them */
+    struct gate *gate;
+    bool stranger_speaks;          /* the core is in the message of a stranger */
     struct round_clock clock;
 };
 
@@ -84,9 +73,11 @@ void server_fail(struct server *s, const struct err *why);
 void server_on_accept(void *arg, int fd);
 /* NULL when it is gone. */
 struct connection *server_connection(struct server *s, uint64_t id);
-void server_connection_known(struct server *s, struct connection *c);
+void server_connection_known(struct connection *c);
 /* Close, after sending what is queued; the core does not hear of it. */
-void server_connection_close(struct server *s, struct connection *c);
+void server_connection_close(struct connection *c);
+/* A warning about somebody outside, as long as there are not too many of them. */
+void server_tell(struct server *s, bool of_member, const char *text);
 /* A log line for the connections refused since the last one. */
 void server_report_refused(struct server *s);
 

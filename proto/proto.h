@@ -285,4 +285,37 @@ struct listener *listener_create(struct event_base *base, const char *host, uint
                                  void (*on_accept)(void *arg, int fd), void *arg, struct err *err);
 void listener_destroy(struct listener *l);
 
+/* ---- strangers at the gate ----------------------------------------------------------------------
+ * Whoever connects costs memory and a handshake before anybody knows who it is. The gate counts them:
+ * so many at once, in all and of one address (a /64, where it is IPv6), so many in a minute of one
+ * address and of all. Who is too many takes the place of the oldest that has had GATE_TENURE_MS to say
+ * who it is, else it is refused. A quarter of the places is for addresses that members have come from,
+ * and these may connect more often: so members get in while strangers flood.
+ *
+ * Times are milliseconds of a clock that never goes back. */
+struct gate;
+struct gate_place; /* of one connection */
+struct sockaddr_storage;
+struct gate_limits {
+    uint32_t strangers_max;       /* at once; at least 1 */
+    uint32_t connects_per_minute; /* of one address */
+};
+#define GATE_TENURE_MS 2000
+#define GATE_LINES_PER_MINUTE 60
+
+struct gate *gate_create(const struct gate_limits *limits, struct err *err);
+void gate_destroy(struct gate *g); /* NULL is fine; its places are void */
+/* A connection from `peer` has come. NULL: close it. Else a place, which ends with gate_known(),
+ * gate_leave(), or evict(arg): then the connection has to be closed; evict may be called from within
+ * gate_enter(), must not call back, and is not called for the place that is being made. */
+struct gate_place *gate_enter(struct gate *g, const struct sockaddr_storage *peer, uint64_t now_ms,
+                              void (*evict)(void *arg), void *arg);
+void gate_known(struct gate_place *p); /* a member proved who it is */
+void gate_leave(struct gate_place *p); /* it went, or was refused */
+/* How many were refused or evicted since the last call. */
+uint32_t gate_take_refused(struct gate *g);
+/* Strangers must not fill a disk with lines about them, nor a member with lines about itself: may one
+ * be written now? *untold: how many were not since the last that was. */
+bool gate_may_tell(struct gate *g, bool of_member, uint64_t now_ms, uint32_t *untold);
+
 #endif

@@ -103,7 +103,7 @@ static bool log_has(const char *text) {
 }
 
 static int set_up(void **state) {
-    const char *init[] = { "init", dir, "--corpus", NULL, "--set", "serve.strangers_max=3",
+    const char *init[] = { "init", dir, "--corpus", NULL, "--set", "serve.strangers_max=32",
                            "--set", "serve.connects_per_minute=30", NULL };
     char corpus[96];
     int status;
@@ -380,13 +380,18 @@ static void a_message_out_of_order_ends_the_connection(void **state) {
     somebody_joins();
 }
 
-static int connect_raw(void) {
+static int connect_from(const char *from) {
     struct sockaddr_in a = { .sin_family = AF_INET, .sin_port = htons(at.port) };
+    struct sockaddr_in here = { .sin_family = AF_INET };
     inet_pton(AF_INET, at.host, &a.sin_addr);
+    inet_pton(AF_INET, from, &here.sin_addr);
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&here, sizeof here), 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
     return fd;
 }
+
+static int connect_raw(void) { return connect_from("127.0.0.1"); }
 
 /* Refused connections end at once; others wait CHANNEL_HANDSHAKE_MS_MAX for a word of TLS. */
 static bool is_closed_at_once(int fd) {
@@ -416,15 +421,32 @@ static void what_is_not_tls_is_named_in_the_log(void **state) {
     somebody_joins();
 }
 
-/* serve.strangers_max is 3: the fourth is closed at once, and when one goes there is room again. */
-static void strangers_are_few_at_a_time(void **state) {
-    int fd[4];
+/* serve.strangers_max is 32, of one address 4: the fifth is closed at once, and when one goes there is
+ * room again. */
+static void strangers_of_one_address_are_few(void **state) {
+    int fd[5];
     (void)state;
-    for (int i = 0; i < 4; i++) fd[i] = connect_raw();
-    assert_true(is_closed_at_once(fd[3]));
-    for (int i = 0; i < 4; i++) close(fd[i]);
+    for (int i = 0; i < 5; i++) fd[i] = connect_raw();
+    assert_true(is_closed_at_once(fd[4]));
+    for (int i = 0; i < 5; i++) close(fd[i]);
     pause_ms(50);
     somebody_joins();
+}
+
+/* A flood from everywhere takes the places of those who are new, not of those whom we know. */
+static void members_come_back_while_strangers_fill_the_rest(void **state) {
+    int fd[40], refused = 0;
+    (void)state;
+    somebody_joins();
+    for (int i = 0; i < 40; i++) {
+        char from[32];
+        snprintf(from, sizeof from, "127.0.1.%d", i + 1);
+        fd[i] = connect_from(from);
+    }
+    refused = is_closed_at_once(fd[39]);
+    somebody_joins();
+    for (int i = 0; i < 40; i++) close(fd[i]);
+    assert_true(refused);
 }
 
 /* serve.connects_per_minute is 30: one address that dials without end gets no further, though each
@@ -520,7 +542,8 @@ int main(void) {
         TEST(a_key_that_is_not_in_the_roster_is_refused),
         TEST(a_message_out_of_order_ends_the_connection),
         TEST(what_is_not_tls_is_named_in_the_log),
-        TEST(strangers_are_few_at_a_time),
+        TEST(strangers_of_one_address_are_few),
+        TEST(members_come_back_while_strangers_fill_the_rest),
         TEST(one_address_may_not_dial_without_end),
         TEST(a_member_comes_back_after_a_kill_of_the_coordinator),
         TEST(a_coordinator_that_lost_the_term_stops_and_says_nothing),
