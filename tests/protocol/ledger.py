@@ -6,9 +6,9 @@ ONLINE_KEYS_MAX, MEMBERS_MAX, WEIGHT_LIMIT = 64, 1024, 2**24
 
 
 class Member:
-    def __init__(self, enrolment):
-        self.key, self.name = enrolment.key, enrolment.name
-        self.quarantined = self.revoked = False
+    def __init__(self, index, enrolment):
+        self.key, self.name, self.since = enrolment.key, enrolment.name, index
+        self.quarantined, self.revoked = False, 0  # revoked: by this entry
         self.rounds = self.tokens = 0
 
 
@@ -123,7 +123,7 @@ class Ledger:
             raise Refused(f"enrols member {body.member}, {len(self.members) + 1} is next")
         if any(m.key == body.key for m in self.members.values()):
             raise Refused("enrols a key for the second time")
-        self.members[body.member] = Member(body)
+        self.members[body.member] = Member(entry.index, body)
 
     def _member(self, number):
         if number not in self.members:
@@ -131,7 +131,7 @@ class Ledger:
         return self.members[number]
 
     def _revocation(self, entry, body):
-        self._member(body.member).revoked = True
+        self._member(body.member).revoked = entry.index
 
     def _quarantine(self, entry, body):
         member = self._member(body.member)

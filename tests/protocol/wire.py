@@ -29,7 +29,12 @@ class Refused(Exception):
 
 class Record(dict):
     """Fields by name, in the document's order."""
-    __getattr__ = dict.__getitem__
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Codec:
