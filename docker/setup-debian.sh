@@ -6,7 +6,7 @@
 set -eu
 build="gcc make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
 libyaml-dev libjansson-dev libcurl4-openssl-dev"
-test="g++ libcmocka-dev python3 procps"
+test="g++ libcmocka-dev python3 python3-cryptography python3-msgpack python3-numpy procps"
 # The demo's text is perl-doc; the package is named in README.md.
 case ${1:-} in
     --build) need=$build ;;
