@@ -148,6 +148,7 @@ static void on_signal(evutil_socket_t number, short what, void *arg) {
 static void close_connections(struct server *s) {
     for (uint32_t i = 0; i < SERVER_CONNECTIONS_MAX; i++)
         if (s->conns[i].id) {
+            if (s->conns[i].place) gate_leave(s->conns[i].place);
             channel_close(s->conns[i].channel, false);
             s->conns[i].id = 0;
         }
@@ -246,7 +247,6 @@ void server_begin_again(struct server *s) {
     log_line(CORE_WARNING, "going on from a newer ledger than this store had, above term %llu",
              (unsigned long long)s->restart_above);
     close_connections(s);
-    s->stranger_count = 0;
     core_destroy(s->core);
     s->core = run_core(s->run, &err);
     if (!s->core || start_core(s, s->run->genesis.outer->silence_ms_max, &err)) server_fail(s, &err);
