@@ -26,10 +26,34 @@ static int check_genesis(const struct msg_genesis *g, struct err *err) {
     if (!o->silence_ms_max || !o->heartbeat_ms)
         return err_set(err, ERR_CONFIG,
                        "genesis: outer.silence_ms_max and outer.heartbeat_ms must be over 0");
-    if (o->fragments > 1)
-        return err_set(err, ERR_UNSUPPORTED,
-                       "genesis: outer.fragments is %u, this build has 1 fragment", o->fragments);
+    if (o->fragments > PROTO_FRAGMENTS_MAX || o->alpha < 0 || o->alpha > 1)
+        return err_set(err, ERR_CONFIG,
+                       "genesis: outer.fragments is %u (at most %u), outer.alpha %g (0 to 1)",
+                       o->fragments, PROTO_FRAGMENTS_MAX, (double)o->alpha);
     return 0;
+}
+
+/* How many chunks and elements each fragment has; -1 where one would be empty. */
+static int create_rounds(struct core *c, struct err *err) {
+    uint8_t *fragment_of = malloc(c->chunks);
+    c->fragments = c->outer->fragments ? c->outer->fragments : 1;
+    c->rounds = calloc(c->fragments, sizeof *c->rounds);
+    assert(fragment_of && c->rounds);
+    int result = proto_model_fragments(c->genesis.model, c->outer->chunk_elements, c->fragments,
+                                       fragment_of, err);
+    for (uint32_t i = 0; i < c->chunks && !result; i++) {
+        struct round *r = &c->rounds[fragment_of[i]];
+        uint64_t first = (uint64_t)i * c->outer->chunk_elements, left = c->elements - first;
+        r->chunks++;
+        r->elements += left < c->outer->chunk_elements ? left : c->outer->chunk_elements;
+    }
+    for (uint32_t f = 0; f < c->fragments; f++) {
+        c->rounds[f].fragment = f;
+        c->rounds[f].audits = calloc(PROTO_AUDITS_MAX, sizeof *c->rounds[f].audits);
+        assert(c->rounds[f].audits);
+    }
+    free(fragment_of);
+    return result;
 }
 
 struct core *core_create(const struct msg_genesis *genesis, const struct digest *run,
@@ -39,8 +63,7 @@ struct core *core_create(const struct msg_genesis *genesis, const struct digest 
     assert(c);
     int failed = proto_copy(RECORD_genesis, genesis, &c->genesis, NULL);
     c->members = calloc(PROTO_MEMBERS_MAX, sizeof *c->members);
-    c->contributors = calloc(PROTO_MEMBERS_MAX, sizeof *c->contributors);
-    assert(!failed && c->members && c->contributors);
+    assert(!failed && c->members);
     c->outer = c->genesis.outer;
     c->run = *run;
     c->own_key = *own_key;
@@ -52,19 +75,35 @@ struct core *core_create(const struct msg_genesis *genesis, const struct digest 
     c->next_lease = 1;
     c->states = core_grow32(c->states, 0, &c->state_capacity, sizeof *c->states);
     c->states[c->state_count++] = (struct state){0};
+    if (create_rounds(c, err)) {
+        core_destroy(c);
+        return NULL;
+    }
     return c;
 }
 
 void core_destroy(struct core *c) {
     if (!c) return;
-    core_forget_reports(c);
-    for (uint32_t i = 0; i < c->member_count; i++) core_forget_ready(&c->members[i]);
+    for (uint32_t i = 0; i < c->member_count; i++) {
+        for (uint32_t f = 0; f < c->fragments; f++) core_forget_ready(&c->members[i].parts[f]);
+        free(c->members[i].parts);
+        free(c->members[i].recent);
+    }
+    for (uint32_t f = 0; f < c->fragments; f++) {
+        core_forget_plan(&c->rounds[f].plan);
+        free(c->rounds[f].audits);
+    }
+    for (uint32_t i = 0; i < c->state_count; i++) core_release_state(&c->states[i]);
+    core_forget_plan(&c->resum.plan);
+    core_forget_inquiries(c);
+    core_forget_takeover(c, 0);
     proto_copy_release(RECORD_genesis, &c->genesis);
     interval_release(&c->spent);
     interval_release(&c->leased_at_load);
+    free(c->stale);
+    free(c->rounds);
     free(c->entries);
     free(c->members);
-    free(c->contributors);
     free(c->conns);
     free(c->leases);
     free(c->states);
@@ -77,51 +116,51 @@ void core_destroy(struct core *c) {
  * must not be given away because we died, and a round waits for them as it did before. */
 static void on_start(struct core *c, const struct core_event *ev, uint64_t now_ms,
                      struct core_actions *out) {
-    uint64_t end = 0;
     assert(!c->started && ev->term >= c->entry_term);
-    interval_release(&c->leased_at_load);
     c->started = true;
     c->term = ev->term;
-    c->tick_ms = now_ms;
+    c->seed = ev->seed;
+    c->tick_ms = c->start_ms = now_ms;
+    c->hold_until_ms = now_ms + ev->hold_ms;
     for (uint32_t i = 0; i < c->member_count; i++) {
         struct member *m = &c->members[i];
-        m->here = m->trains = m->lease_count > 0;
+        m->here = m->trains = m->lease_count > 0 && !m->revoked;
         m->heard_ms = m->progress_ms = now_ms;
     }
-    for (uint32_t i = 0; i < c->lease_count; i++) {
-        const struct lease *l = &c->leases[i];
-        if (l->start + l->count > end) end = l->start + l->count;
-        if (l->id >= c->next_lease) c->next_lease = l->id + 1;
-    }
-    if (c->spent.count) {
-        const struct msg_range *last = &c->spent.list[c->spent.count - 1];
-        if (last->start + last->count > end) end = last->start + last->count;
-    }
-    if (end > c->next_sample) {
-        core_log(
-            out, CORE_ERROR,
-            "store: sample %llu was to be leased next, but those up to %llu have been; gone on "
-            "from there",
-            (unsigned long long)c->next_sample, (unsigned long long)end);
-        c->next_sample = end;
-    }
+    core_put_right(c, out);
     core_log(out, CORE_INFO,
-             "term %llu: %llu ledger entries, %u members, round %llu, %llu of %llu samples spent%s",
+             "term %llu: %llu ledger entries, %u members, %llu commits, %llu of %llu samples "
+             "spent%s",
              (unsigned long long)c->term, (unsigned long long)c->entry_count, c->member_count,
-             (unsigned long long)core_round(c), (unsigned long long)c->spent.total,
+             (unsigned long long)c->commits, (unsigned long long)c->spent.total,
              (unsigned long long)c->samples_total, c->paused ? ", paused" : "");
+}
+
+/* Nothing is overdue by time in which we did not look. */
+static void move_deadlines(struct core *c, uint64_t gap) {
+    for (uint32_t f = 0; f < c->fragments; f++) {
+        struct round *r = &c->rounds[f];
+        r->plan.deadline_ms += gap;
+        r->quorum_ms += r->quorum_reached ? gap : 0;
+        for (uint32_t i = 0; i < r->audit_count; i++) r->audits[i].deadline_ms += gap;
+    }
+    for (uint32_t i = 0; i < CORE_INQUIRIES_MAX; i++)
+        if (c->inquiries[i].deadline_ms) c->inquiries[i].deadline_ms += gap;
+    c->resum.plan.deadline_ms += gap;
 }
 
 /* After a sleep of our own, what came meanwhile may still lie unread: nobody is judged by it. */
 static void on_tick(struct core *c, uint64_t now_ms, struct core_actions *out) {
     uint64_t gap = now_ms - c->tick_ms;
     bool stopped = gap > c->outer->silence_ms_max / 2;
+#ifdef SIM_FAULTS
+    if (core_fault == CORE_FAULT_TIMERS_BEFORE_INPUT) stopped = false;
+#endif
     if (stopped) {
         core_log(out, CORE_WARNING,
                  "the coordinator itself stood still for %llu ms: nobody is judged by that time",
                  (unsigned long long)gap);
-        c->deadline_ms += gap;
-        c->quorum_ms += c->quorum_reached ? gap : 0;
+        move_deadlines(c, gap);
     }
     if (c->complaints > CORE_COMPLAINTS_PER_TICK_MAX)
         core_log(out, CORE_WARNING, "%u more such lines were left out",
@@ -129,7 +168,10 @@ static void on_tick(struct core *c, uint64_t now_ms, struct core_actions *out) {
     c->complaints = 0;
     c->tick_ms = now_ms;
     core_judge(c, stopped, now_ms, out);
+    if (c->over) return;
     core_renew_donors(c, out);
+    core_check_inquiries(c, now_ms, out);
+    core_check_resum(c, now_ms, out);
 }
 
 static void on_pause(struct core *c, bool paused, struct core_actions *out) {
@@ -188,11 +230,14 @@ static void on_member_message(struct core *c, struct conn *k, const struct core_
     switch (ev->frame.type) {
     case MSG_HEARTBEAT: core_on_heartbeat(c, m, ev->msg, now_ms, out); break;
     case MSG_LEASE_ASK:
-        core_on_lease_ask(c, m, ((const struct msg_lease_ask *)ev->msg)->samples, out);
+        core_on_lease_ask(c, m, ((const struct msg_lease_ask *)ev->msg)->samples, now_ms, out);
         break;
-    case MSG_READY: core_on_ready(c, m, ev->msg, out); break;
+    case MSG_READY: core_on_ready(c, m, ev->msg, now_ms, out); break;
     case MSG_SHARD_REPORT: core_on_shard_report(c, m, &ev->frame, ev->msg, now_ms, out); break;
-    case MSG_ROOT: core_on_root(c, m, ev->msg, out); break;
+    case MSG_AUDIT_REPORT: core_on_audit_report(c, m, &ev->frame, ev->msg, now_ms, out); break;
+    case MSG_ACCUSE: core_on_accuse(c, m, &ev->frame, ev->msg, now_ms, out); break;
+    case MSG_ROOT: core_on_root(c, m, ev->msg, now_ms, out); break;
+    case MSG_STATE_LEAVES: core_on_state_leaves(c, m, ev->msg, now_ms, out); break;
     case MSG_CHECKPOINT_SIGN: core_on_checkpoint_sign(c, m, ev->msg, out); break;
     case MSG_CHECKPOINT_DONE: core_on_checkpoint_done(c, m, ev->msg, now_ms, out); break;
     case MSG_LEAVE: on_leave(c, m, ev->msg, out); break;
@@ -207,12 +252,14 @@ static void on_message(struct core *c, const struct core_event *ev, uint64_t now
     if (!k) return; /* closed a moment ago */
     uint8_t type = ev->frame.type;
     if (type == MSG_ENROL || type == MSG_HELLO) {
-        if (k->hello)
+        if (k->hello || k->showing)
             refuse_message(c, k, type, "after HELLO", out);
         else if (type == MSG_ENROL)
             core_on_enrol(c, k, ev->msg, ev->invite, out);
         else
             core_on_hello(c, k, ev->msg, now_ms, out);
+    } else if (k->showing && type == MSG_LEDGER) {
+        core_on_ledger(c, k, ev->msg, out);
     } else if (!k->hello) {
         refuse_message(c, k, type, "before HELLO", out);
     } else if (!is_stale(c, k->member, &ev->frame, out)) {
@@ -220,9 +267,16 @@ static void on_message(struct core *c, const struct core_event *ev, uint64_t now
     }
 }
 
+/* Does an event leave the rounds as they are until the next tick? These are nine in ten. */
+static bool is_quiet(const struct core_event *ev) {
+    return ev->type == CORE_EV_MESSAGE &&
+           (ev->frame.type == MSG_HEARTBEAT || ev->frame.type == MSG_LEASE_ASK);
+}
+
 void core_step(struct core *c, const struct core_event *ev, uint64_t now_ms,
                struct core_actions *out) {
     assert(c->started || ev->type == CORE_EV_START);
+    if (c->over) return;
     switch (ev->type) {
     case CORE_EV_START: on_start(c, ev, now_ms, out); break;
     case CORE_EV_OPENED: core_on_opened(c, ev, out); break;
@@ -231,21 +285,26 @@ void core_step(struct core *c, const struct core_event *ev, uint64_t now_ms,
     case CORE_EV_TICK: on_tick(c, now_ms, out); break;
     case CORE_EV_PAUSE: on_pause(c, true, out); break;
     case CORE_EV_RESUME: on_pause(c, false, out); break;
-    case CORE_EV_REVOKE:
-    case CORE_EV_RELEASE: break;
+    case CORE_EV_REVOKE: core_on_revoke(c, ev->member, ev->text, out); break;
+    case CORE_EV_RELEASE: core_on_release(c, ev->member, ev->text, out); break;
     case CORE_EV_STOP: on_stop(c, out); return;
     }
-    core_check_round(c, now_ms, out);
-    core_try_plan(c, now_ms, out);
-    core_check_complete(c, now_ms, out);
+    if (is_quiet(ev)) return;
+    for (uint32_t f = 0; f < c->fragments && !c->over; f++) {
+        core_check_round(c, &c->rounds[f], now_ms, out);
+        core_try_plan(c, &c->rounds[f], now_ms, out);
+    }
+    if (!c->over) core_check_complete(c, now_ms, out);
 }
 
 /* ---- looking in ----------------------------------------------------------------------------- */
 
 static const char *phase_name(const struct core *c) {
-    if (c->phase == CORE_COMPLETE) return "complete";
+    if (c->complete) return "complete";
     if (c->paused) return "paused";
-    return c->phase == CORE_REDUCE ? "reduce" : "train";
+    for (uint32_t f = 0; f < c->fragments; f++)
+        if (c->rounds[f].phase != ROUND_COLLECT) return "reduce";
+    return "train";
 }
 
 void core_look(const struct core *c, uint64_t now_ms, struct core_view *out) {
@@ -253,7 +312,7 @@ void core_look(const struct core *c, uint64_t now_ms, struct core_view *out) {
     (void)now_ms;
     *out = (struct core_view){.term = c->term,
                               .settled_index = c->settled_index,
-                              .round = core_round(c),
+                              .round = c->commits,
                               .tokens_committed = s->tokens_committed,
                               .tokens_total = c->tokens_total,
                               .samples_free = core_samples_free(c),
@@ -264,20 +323,43 @@ void core_look(const struct core *c, uint64_t now_ms, struct core_view *out) {
                               .root_mismatches = c->root_mismatches,
                               .plans_made = c->plans_made,
                               .handovers = c->handovers,
+                              .audits = c->audits,
+                              .audits_failed = c->audits_failed,
+                              .quarantines = c->quarantines,
+                              .fragments = c->fragments,
                               .commits = c->commits};
     if (c->entry_count) {
         out->head_index = c->entry_count - 1;
         out->head_digest = c->entries[c->entry_count - 1];
     }
     for (uint32_t i = c->state_count; i-- > 0;) {
-        if (!c->states[i].root_known) continue;
+        if (!c->states[i].root_known || c->states[i].undone) continue;
         out->state_root = c->states[i].root;
         out->state_root_index = c->states[i].index;
         break;
     }
 }
 
+void core_fragment_look(const struct core *c, uint32_t fragment, struct core_fragment_view *out) {
+    assert(fragment < c->fragments);
+    static const char *const phases[] = {"train", "reduce", "audit"};
+    const struct round *r = &c->rounds[fragment];
+    *out = (struct core_fragment_view){.round = r->number,
+                                       .base_index = r->base_index,
+                                       .plan = r->plan.number,
+                                       .ready = core_count_heads(c, r).ready,
+                                       .contributors = r->plan.contributor_count,
+                                       .shards = r->plan.shard_count,
+                                       .phase = phases[r->phase]};
+}
+
 uint32_t core_member_count(const struct core *c) { return c->member_count; }
+
+static bool is_ready(const struct core *c, const struct member *m) {
+    for (uint32_t f = 0; f < c->fragments; f++)
+        if (m->parts[f].present) return true;
+    return false;
+}
 
 void core_member_look(const struct core *c, uint32_t i, uint64_t now_ms,
                       struct core_member_view *out) {
@@ -289,8 +371,9 @@ void core_member_look(const struct core *c, uint32_t i, uint64_t now_ms,
         .key = m->key,
         .aggregate_only = m->aggregate_only,
         .revoked = m->revoked,
+        .quarantined = m->quarantined,
         .live = m->here,
-        .ready = m->ready.present,
+        .ready = is_ready(c, m),
         .trains = m->trains,
         .session = m->session,
         .tokens_committed = m->tokens_committed,
@@ -300,5 +383,6 @@ void core_member_look(const struct core *c, uint32_t i, uint64_t now_ms,
         .tokens_per_s = m->beat.tokens_per_s,
         .phase = m->beat.phase,
         .trainer_restarts = m->beat.trainer_restarts,
-        .silent_ms = m->here && now_ms > m->heard_ms ? now_ms - m->heard_ms : 0};
+        .silent_ms = m->here && now_ms > m->heard_ms ? now_ms - m->heard_ms : 0,
+        .uplink = m->uplink};
 }

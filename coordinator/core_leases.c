@@ -1,10 +1,13 @@
 /* core_leases.c - who may train on which samples. A sample is in exactly one place: not given out
- * yet (from next_sample on), in one lease, or spent by one commit. */
+ * yet (from next_sample on), in one lease, or spent by one commit. While it is in a lease it may be
+ * in several contributions of the lease's member, one per fragment: the first that commits spends it. */
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "coordinator/core_internal.h"
+
+#define LLU(x) ((unsigned long long)(x))
 
 /* ---- the table ------------------------------------------------------------------------------ */
 
@@ -62,6 +65,20 @@ static void put_lease(struct batch *b, const struct lease *l) {
     batch_put(b, CORE_LEASE, l->id, RECORD_spend, &row);
 }
 
+void core_rewrite_lease(const struct core *c, uint64_t id, struct batch *b) {
+    const struct lease *l = find_lease(c, id);
+    if (l)
+        put_lease(b, l);
+    else
+        batch_delete(b, CORE_LEASE, id);
+}
+
+void core_add_returned(struct core *c, uint64_t start, uint64_t count, struct batch *b) {
+    struct lease l = {.id = c->next_lease++, .start = start, .count = count};
+    core_add_lease(c, &l);
+    put_lease(b, &l);
+}
+
 /* ---- how much is left ----------------------------------------------------------------------- */
 
 bool core_tokens_reached(const struct core *c) {
@@ -76,10 +93,31 @@ uint64_t core_samples_free(const struct core *c) {
 
 /* ---- granting ------------------------------------------------------------------------------- */
 
-/* What may still be leased to m: two leases' worth beyond what its READY claims. */
+/* Samples of m's leases that a READY of it claims, each counted once however many claim it. */
+static uint64_t claimed_samples(const struct core *c, const struct member *m) {
+    uint64_t sum = 0;
+    for (int pass = 0; pass < 2; pass++) /* clear the scratch ends, then take the furthest */
+        for (uint32_t f = 0; f < c->fragments; f++) {
+            const struct msg_ready *r = &m->parts[f].msg;
+            for (uint32_t i = 0; m->parts[f].present && i < r->ranges_count; i++) {
+                struct lease *l = find_lease(c, r->ranges[i].lease);
+                struct msg_range left = core_unspent(c, m, &r->ranges[i]);
+                if (!left.count) continue;
+                if (pass == 0) {
+                    l->claimed = 0;
+                } else if (left.count > l->claimed) {
+                    sum += left.count - l->claimed;
+                    l->claimed = left.count;
+                }
+            }
+        }
+    return sum;
+}
+
+/* What may still be leased to m: two leases' worth beyond what its READYs claim. */
 static uint64_t allowance(const struct core *c, const struct member *m) {
     uint64_t limit = 2 * (uint64_t)c->outer->lease_samples;
-    uint64_t held = m->lease_samples - (m->ready.present ? m->ready.samples : 0);
+    uint64_t held = m->lease_samples - claimed_samples(c, m);
     return held < limit ? limit - held : 0;
 }
 
@@ -132,7 +170,7 @@ static void grant(struct core *c, struct member *m, uint64_t wanted, struct batc
     if (c->next_lease != lease_before) batch_put_meta(b, CORE_META_NEXT_LEASE, c->next_lease);
 }
 
-void core_on_lease_ask(struct core *c, struct member *m, uint32_t samples,
+void core_on_lease_ask(struct core *c, struct member *m, uint32_t samples, uint64_t now_ms,
                        struct core_actions *out) {
     if (m->asks++ >= CORE_ASKS_PER_TICK_MAX) {
         core_complain(c, out, CORE_WARNING,
@@ -141,7 +179,8 @@ void core_on_lease_ask(struct core *c, struct member *m, uint32_t samples,
         return;
     }
     uint64_t allowed = allowance(c, m), wanted = samples < allowed ? samples : allowed;
-    bool open = m->trains && !c->paused && c->phase != CORE_COMPLETE && !core_tokens_reached(c);
+    bool open = m->trains && core_in_good_standing(m) && !c->paused && !c->closing &&
+                now_ms >= c->hold_until_ms && !core_tokens_reached(c);
     struct batch b = {0};
     if (open) grant(c, m, wanted, &b);
     core_emit_persist(out, &b);
@@ -161,54 +200,95 @@ void core_send_leases(struct core *c, struct member *m, struct core_actions *out
 
 /* ---- claims --------------------------------------------------------------------------------- */
 
+static const struct lease *held_lease(const struct core *c, const struct member *m,
+                                      const struct msg_lease *r) {
+    const struct lease *l = find_lease(c, r->lease);
+    return l && l->member == m->id && l->generation == r->generation ? l : NULL;
+}
+
+/* Were samples [start, end) of the claimed lease all spent by commits that summed m? Those of one
+ * lease are spent in order. */
+static bool were_spent_by(const struct member *m, const struct msg_lease *r, uint64_t start,
+                          uint64_t end) {
+    for (uint32_t i = 0; i < m->recent_count && start < end; i++) {
+        const struct recent *s = &m->recent[i];
+        if (s->lease == r->lease && s->generation == r->generation && s->start <= start &&
+            start < s->start + s->count)
+            start = s->start + s->count;
+    }
+    return start >= end;
+}
+
+struct msg_range core_unspent(const struct core *c, const struct member *m,
+                              const struct msg_lease *claim) {
+    const struct lease *l = held_lease(c, m, claim);
+    uint64_t end = claim->start + claim->count;
+    if (!l || end <= l->start) return (struct msg_range){0};
+    return (struct msg_range){l->start, end - l->start};
+}
+
 static int check_claim(const struct core *c, const struct member *m, const struct msg_lease *r,
                        struct err *err) {
-    const struct lease *l = find_lease(c, r->lease);
-    if (!l || l->member != m->id || l->generation != r->generation)
-        return err_set(err, ERR_REFUSED, "lease %llu generation %u is not yours (any more)",
-                       (unsigned long long)r->lease, r->generation);
-    if (r->start != l->start || r->count == 0 || r->count > l->count)
+    const struct lease *l = held_lease(c, m, r);
+    if (r->count == 0 || r->start >= c->samples_total || r->count > c->samples_total - r->start)
+        return err_set(err, ERR_REFUSED, "lease %llu: samples %llu+%llu do not exist",
+                       LLU(r->lease), LLU(r->start), LLU(r->count));
+    uint64_t end = r->start + r->count, spent_end = l && l->start < end ? l->start : end;
+    if (!were_spent_by(m, r, r->start, spent_end))
+        return l ? err_set(err, ERR_REFUSED,
+                           "lease %llu has samples %llu+%llu, claimed were %llu+%llu",
+                           LLU(r->lease), LLU(l->start), LLU(l->count), LLU(r->start),
+                           LLU(r->count))
+                 : err_set(err, ERR_REFUSED, "lease %llu generation %u is not yours (any more)",
+                           LLU(r->lease), r->generation);
+    if (l && (r->start > l->start || end > l->start + l->count))
         return err_set(err, ERR_REFUSED, "lease %llu has samples %llu+%llu, claimed were %llu+%llu",
-                       (unsigned long long)r->lease, (unsigned long long)l->start,
-                       (unsigned long long)l->count, (unsigned long long)r->start,
-                       (unsigned long long)r->count);
+                       LLU(r->lease), LLU(l->start), LLU(l->count), LLU(r->start), LLU(r->count));
     return 0;
 }
 
 /* A few hundred at most, so two loops will do. */
 int core_check_claims(const struct core *c, const struct member *m, const struct msg_lease *ranges,
-                      uint32_t count, uint64_t *samples, struct err *err) {
+                      uint32_t count, uint64_t *unspent, struct err *err) {
     uint64_t sum = 0;
-    if (count == 0) return err_set(err, ERR_REFUSED, "it claims no samples");
     for (uint32_t i = 0; i < count; i++) {
         for (uint32_t j = 0; j < i; j++)
             if (ranges[j].lease == ranges[i].lease)
                 return err_set(err, ERR_REFUSED, "lease %llu is claimed twice",
-                               (unsigned long long)ranges[i].lease);
+                               LLU(ranges[i].lease));
         if (check_claim(c, m, &ranges[i], err)) return -1;
-        sum += ranges[i].count;
+        sum += core_unspent(c, m, &ranges[i]).count;
     }
-    *samples = sum;
+    *unspent = sum;
     return 0;
 }
 
-void core_spend_claims(struct core *c, struct member *m, const struct msg_lease *ranges,
-                       uint32_t count, struct batch *b) {
+void core_spend(struct core *c, const struct msg_spend *spent, uint32_t count, struct batch *b) {
     for (uint32_t i = 0; i < count; i++) {
-        struct lease *l = find_lease(c, ranges[i].lease);
-        assert(l && l->member == m->id && l->start == ranges[i].start &&
-               l->count >= ranges[i].count);
-        if (l->count == ranges[i].count) {
+        struct lease *l = find_lease(c, spent[i].lease);
+#ifdef SIM_FAULTS
+        if (core_fault == CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN &&
+            (!l || l->start != spent[i].start || l->count < spent[i].count))
+            continue;
+#endif
+        assert(l && l->count >= spent[i].count);
+        if (l->count == spent[i].count) {
             batch_delete(b, CORE_LEASE, l->id);
             remove_lease(c, l);
             continue;
         }
         count_lease(c, l, false);
-        l->start += ranges[i].count;
-        l->count -= ranges[i].count;
+        l->start += spent[i].count;
+        l->count -= spent[i].count;
         count_lease(c, l, true);
         put_lease(b, l);
     }
+}
+
+static bool in_any_plan(const struct core *c, const struct member *m) {
+    for (uint32_t f = 0; f < c->fragments; f++)
+        if (m->parts[f].present && m->parts[f].planned) return true;
+    return false;
 }
 
 uint64_t core_return_leases(struct core *c, struct batch *b) {
@@ -216,12 +296,18 @@ uint64_t core_return_leases(struct core *c, struct batch *b) {
     for (uint32_t i = 0; i < c->lease_count; i++) {
         struct lease *l = &c->leases[i];
         struct member *m = core_member(c, l->member);
-        if (!m || m->here || (m->ready.present && m->ready.planned)) continue;
+        if (!m || (m->here && core_in_good_standing(m)) || in_any_plan(c, m)) continue;
         count_lease(c, l, false);
         l->member = 0;
         count_lease(c, l, true);
         put_lease(b, l);
         samples += l->count;
+#ifdef SIM_FAULTS
+        if (core_fault == CORE_FAULT_LEASE_RETURNED_TWICE) {
+            core_add_returned(c, l->start, l->count, b);
+            batch_put_meta(b, CORE_META_NEXT_LEASE, c->next_lease);
+        }
+#endif
     }
     return samples;
 }

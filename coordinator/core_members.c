@@ -1,9 +1,11 @@
-/* core_members.c - who is here: connections, enrolment, HELLO, heartbeats and silence. */
+/* core_members.c - who is here: connections, enrolment, HELLO. */
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "coordinator/core_internal.h"
+
+#define LLU(x) ((unsigned long long)(x))
 
 /* ---- connections ---------------------------------------------------------------------------- */
 
@@ -17,6 +19,7 @@ void core_forget_conn(struct core *c, uint64_t id) {
     struct conn *k = core_conn(c, id);
     if (!k) return;
     if (k->member && k->member->conn == id) k->member->conn = 0;
+    if (k->showing) core_forget_takeover(c, id);
     uint32_t i = (uint32_t)(k - c->conns);
     memmove(k, k + 1, (c->conn_count - i - 1) * sizeof *k);
     c->conn_count--;
@@ -60,7 +63,9 @@ struct member *core_own(const struct core *c) {
     return m && core_is_own(c, m) && m->conn ? m : NULL;
 }
 
-bool core_serves(const struct member *m) { return m->here && m->conn && !m->catching_up; }
+bool core_serves(const struct member *m) {
+    return m->here && m->conn && !m->catching_up && core_in_good_standing(m);
+}
 
 uint32_t core_live_count(const struct core *c) {
     uint32_t n = 0;
@@ -94,6 +99,15 @@ static void send_roster(const struct core *c, const struct member *m, struct cor
     proto_buffer_release(&bytes);
 }
 
+void core_send_roster_to_all(struct core *c, struct core_actions *out) {
+    for (uint32_t i = 0; i < c->member_count; i++)
+        if (c->members[i].conn) send_roster(c, &c->members[i], out);
+}
+
+void core_send_ledger_to_all(struct core *c, uint64_t from, struct core_actions *out) {
+    for (uint32_t i = 0; i < c->member_count; i++) core_send_ledger(out, &c->members[i], from);
+}
+
 /* NULL if this secret lets the stranger in, else why not. */
 static const char *why_no_entry(const struct core *c, const struct core_invite *invite) {
     if (!invite->found) return "this invite is unknown here; ask the operator for a new one";
@@ -122,13 +136,11 @@ static void enrol(struct core *c, struct conn *k, const struct msg_enrol *msg,
     c->roster_version = index;
     core_emit_persist(out, &b);
     core_log(out, CORE_INFO, WHO " enrolled at ledger %llu%s; its invite has %u uses left",
-             WHO_OF(k->member), (unsigned long long)index,
+             WHO_OF(k->member), LLU(index),
              body.aggregate_only ? ", aggregate-only" : "", record.uses_left);
     core_emit(out, CORE_ACT_KNOWN)->conn = k->id;
-    for (uint32_t i = 0; i < c->member_count; i++) {
-        core_send_ledger(out, &c->members[i], index);
-        if (c->members[i].conn) send_roster(c, &c->members[i], out);
-    }
+    core_send_ledger_to_all(c, index, out);
+    core_send_roster_to_all(c, out);
 }
 
 void core_on_enrol(struct core *c, struct conn *k, const struct msg_enrol *msg,
@@ -148,45 +160,40 @@ void core_on_enrol(struct core *c, struct conn *k, const struct msg_enrol *msg,
 
 /* ---- HELLO ---------------------------------------------------------------------------------- */
 
-/* Has the member seen more of this run than the store remembers? Then the store is an old copy,
- * and to go on with it would make a second history. */
-static bool store_is_older(const struct core *c, const struct msg_hello *msg) {
-    if (msg->term_max > c->term) return true;
-    if (digest_is_zero(&msg->head_digest)) return false; /* it has no ledger yet */
-    return msg->head_index >= c->entry_count ||
-           !digest_equal(&c->entries[msg->head_index], &msg->head_digest);
-}
-
 static bool state_is_current(const struct core *c, const struct msg_hello *msg) {
     const struct state *s = core_state_now(c);
     return msg->has_state && msg->state_index == s->index &&
            (!s->root_known || digest_equal(&s->root, &msg->state_root));
 }
 
+/* A copied home directory: two processes with one key would break each other's sessions for ever. */
+static bool is_copy(const struct core *c, const struct member *m, const struct msg_hello *msg,
+                    uint64_t now_ms) {
+    return m->conn && m->instance != msg->instance &&
+           now_ms - m->heard_ms < 2ull * c->outer->heartbeat_ms;
+}
+
 /* Refusals come before anything changes. */
 static bool refuse_hello(struct core *c, struct conn *k, const struct msg_hello *msg,
-                         struct core_actions *out) {
+                         uint64_t now_ms, struct core_actions *out) {
     if (!k->member) {
         core_complain(c, out, CORE_WARNING,
                       "HELLO from %s with a key that is not enrolled; refused", k->host);
         core_close(c, out, k->id, ERR_REFUSED, true,
                    "this key is not enrolled; join with an invite");
-    } else if (store_is_older(c, msg)) {
-        core_log(out, CORE_ERROR,
-                 WHO " has seen term %llu and ledger entry %llu, unknown to this store (term %llu, "
-                     "entry %llu): it is an older copy; stop, and serve the newest one",
-                 WHO_OF(k->member), (unsigned long long)msg->term_max,
-                 (unsigned long long)msg->head_index, (unsigned long long)c->term,
-                 (unsigned long long)c->entry_count - 1);
-        core_close(c, out, k->id, ERR_STALE, false,
-                   "the coordinator's store is older than the run");
+    } else if (is_copy(c, k->member, msg, now_ms)) {
+        core_complain(c, out, CORE_WARNING,
+                      WHO " says HELLO from %s while it lives at %s: its home directory runs twice",
+                      WHO_OF(k->member), k->host, k->member->host);
+        core_close(c, out, k->id, ERR_REFUSED, false,
+                   "this home directory runs twice: another process with its key is connected");
     } else if (c->session_counter + 1 >= CORE_SESSIONS_MAX) {
         core_complain(c, out, CORE_ERROR,
                       "no session numbers are left in term %llu: restart the coordinator",
-                      (unsigned long long)c->term);
+                      LLU(c->term));
         core_close(c, out, k->id, ERR_FULL, false, "no session numbers are left");
     } else {
-        return false;
+        return core_is_shown_more(c, k, msg, now_ms, out);
     }
     return true;
 }
@@ -198,6 +205,7 @@ static void begin_session(struct core *c, struct conn *k, const struct msg_hello
     m->here = true;
     m->conn = k->id;
     m->session = c->term << 24 | ++c->session_counter;
+    m->instance = msg->instance;
     m->trains = msg->trains && !m->aggregate_only;
     memcpy(m->host, k->host, sizeof m->host);
     m->port = msg->port;
@@ -206,9 +214,12 @@ static void begin_session(struct core *c, struct conn *k, const struct msg_hello
     m->has_root = false;
     m->state_index = msg->has_state ? msg->state_index : 0;
     m->donor_count = 0;
-    m->catching_up = core_round(c) > 0 && !state_is_current(c, msg);
+    m->catching_up = !core_is_initial(c) && !state_is_current(c, msg);
     /* It says READY again if it still has what it announced; in a plan the old word stands. */
-    if (!m->ready.planned) core_forget_ready(m);
+    for (uint32_t f = 0; f < c->fragments; f++) {
+        m->parts[f].due_told = false;
+        if (!m->parts[f].planned) core_forget_ready(&m->parts[f]);
+    }
 }
 
 static void send_hello_ack(struct core *c, struct member *m, const struct msg_hello *msg,
@@ -226,21 +237,22 @@ static void send_hello_ack(struct core *c, struct member *m, const struct msg_he
     send_roster(c, m, out);
 }
 
+static uint32_t first_kept(const struct core *c) {
+    return c->state_count > CORE_COMMITS_KEPT ? c->state_count - CORE_COMMITS_KEPT : 0;
+}
+
 /* Where the results of rounds are that m has not applied. */
 static void tell_holders(const struct core *c, const struct member *m, uint64_t applied,
                          struct core_actions *out) {
-    uint32_t first =
-        c->state_count > CORE_HOLDERS_SENT_MAX ? c->state_count - CORE_HOLDERS_SENT_MAX : 1;
-    for (uint32_t i = first; i < c->state_count; i++)
-        if (c->states[i].index > applied) core_send_holders(c, &c->states[i], m, out);
+    for (uint32_t i = first_kept(c); i < c->state_count; i++)
+        if (c->states[i].holder_count && c->states[i].index > applied)
+            core_send_holders(c, &c->states[i], m, out);
 }
 
 /* A holder is back, perhaps at another address: those who still need its results learn of it. */
 static void announce_holder(const struct core *c, const struct member *m,
                             struct core_actions *out) {
-    uint32_t first =
-        c->state_count > CORE_HOLDERS_SENT_MAX ? c->state_count - CORE_HOLDERS_SENT_MAX : 1;
-    for (uint32_t i = first; i < c->state_count; i++) {
+    for (uint32_t i = first_kept(c); i < c->state_count; i++) {
         const struct state *s = &c->states[i];
         bool holds = false;
         for (uint32_t j = 0; j < s->holder_count; j++) holds |= s->holders[j] == m->id;
@@ -253,18 +265,26 @@ static void announce_holder(const struct core *c, const struct member *m,
     }
 }
 
-static void send_round(struct core *c, struct member *m, bool moved, struct core_actions *out) {
-    if (c->phase != CORE_REDUCE || !core_in_plan(c, m)) return;
-    core_send_plan(c, m, out);
-    if (!moved) return;
-    for (uint32_t i = 0; i < c->member_count; i++) /* those who dial it need the new address */
-        if (&c->members[i] != m && core_in_plan(c, &c->members[i]))
-            core_send_plan(c, &c->members[i], out);
+/* moved: those who dial it need the new address. */
+static void send_plan_again(struct core *c, const struct plan *p, struct member *m, bool moved,
+                            struct core_actions *out) {
+    if (!core_in_plan(p, m)) return;
+    if (moved)
+        core_send_plan_to_all(c, p, out);
+    else
+        core_send_plan(c, p, m, out);
+}
+
+static void send_plans(struct core *c, struct member *m, bool moved, struct core_actions *out) {
+    for (uint32_t f = 0; f < c->fragments; f++)
+        if (c->rounds[f].phase != ROUND_COLLECT)
+            send_plan_again(c, &c->rounds[f].plan, m, moved, out);
+    if (c->resum.plan.resum) send_plan_again(c, &c->resum.plan, m, moved, out);
 }
 
 void core_on_hello(struct core *c, struct conn *k, const struct msg_hello *msg, uint64_t now_ms,
                    struct core_actions *out) {
-    if (refuse_hello(c, k, msg, out)) return;
+    if (refuse_hello(c, k, msg, now_ms, out)) return;
     struct member *m = k->member;
     uint64_t conn = k->id;
     if (m->conn)
@@ -274,81 +294,22 @@ void core_on_hello(struct core *c, struct conn *k, const struct msg_hello *msg, 
     assert(k);
     bool moved = m->port != msg->port || strcmp(m->host, k->host) != 0;
     begin_session(c, k, msg, now_ms);
-    core_log(out, CORE_INFO, WHO " connected from %s, session %llu, %s%s", WHO_OF(m), m->host,
-             (unsigned long long)m->session, m->trains ? "trains" : "aggregates only",
-             m->catching_up ? ", catches up first" : "");
+    core_log(out, CORE_INFO, WHO " connected from %s, session %llu, %s%s%s", WHO_OF(m), m->host,
+             LLU(m->session), m->trains ? "trains" : "aggregates only",
+             m->catching_up ? ", catches up first" : "", m->quarantined ? ", in quarantine" : "");
     send_hello_ack(c, m, msg, out);
     tell_holders(c, m, msg->has_state ? msg->state_index : 0, out);
     announce_holder(c, m, out);
-    if (msg->has_state) core_note_root(c, m, msg->state_index, &msg->state_root, out);
+    if (msg->has_state) core_note_root(c, m, msg->state_index, &msg->state_root, now_ms, out);
     const struct state *s = core_state_now(c);
     if (m->catching_up && s->root_known) {
         struct msg_root root = {s->index, s->root};
         core_send(out, m, MSG_ROOT, 0, &root);
     }
     core_send_leases(c, m, out);
-    send_round(c, m, moved, out);
+    send_plans(c, m, moved, out);
     if (core_is_own(c, m) && c->checkpoint_writing) { /* its writer may have died with it */
         c->checkpoint_due = c->checkpoint_writing;
         c->checkpoint_writing = 0;
-    }
-}
-
-/* ---- heartbeats and silence ----------------------------------------------------------------- */
-
-static bool is_working(uint8_t phase) { return phase == PHASE_TRAINING || phase == PHASE_APPLYING; }
-
-void core_on_heartbeat(struct core *c, struct member *m, const struct msg_heartbeat *msg,
-                       uint64_t now_ms, struct core_actions *out) {
-    if (msg->phase > PHASE_APPLYING) {
-        core_close(c, out, m->conn, ERR_PROTOCOL, false, "HEARTBEAT: there is no phase %u",
-                   msg->phase);
-        return;
-    }
-    m->heard_ms = now_ms;
-    if (msg->progress != m->beat.progress || !is_working(msg->phase)) m->progress_ms = now_ms;
-    m->beat = *msg;
-    m->state_index = msg->state_index;
-    m->catching_up = msg->phase == PHASE_CATCHING_UP;
-    if (m->catching_up == false) m->donor_count = 0;
-    struct msg_heartbeat_ack ack = {c->settled_index, core_state_now(c)->tokens_committed,
-                                    core_live_count(c)};
-    core_send(out, m, MSG_HEARTBEAT_ACK, 0, &ack);
-}
-
-void core_lose(struct core *c, struct member *m, enum err_code code, const char *why,
-               struct core_actions *out) {
-    bool planned = c->phase == CORE_REDUCE && m->ready.present && m->ready.planned;
-    struct batch b = {0};
-    m->here = false;
-    if (!planned) core_forget_ready(m);
-    uint64_t samples = core_return_leases(c, &b);
-    core_emit_persist(out, &b);
-    core_log(out, CORE_WARNING, WHO " lost: %s; %llu samples go back%s", WHO_OF(m), why,
-             (unsigned long long)samples,
-             planned ? ", its contribution is dropped where it has not arrived" : "");
-    if (m->conn) core_close(c, out, m->conn, code, false, "%s", why);
-    m->session = 0;
-    m->has_root = m->catching_up = false;
-    m->donor_count = 0;
-    if (planned && !m->ready.dropped) core_drop_contributor(c, m, out);
-    core_settle(c);
-}
-
-static uint64_t since(uint64_t then, uint64_t now) { return now > then ? now - then : 0; }
-
-void core_judge(struct core *c, bool stopped, uint64_t now_ms, struct core_actions *out) {
-    uint64_t limit = c->outer->silence_ms_max;
-    for (uint32_t i = 0; i < c->member_count; i++) {
-        struct member *m = &c->members[i];
-        m->asks = 0;
-        if (!m->here) continue;
-        if (stopped) {
-            m->heard_ms = m->progress_ms = now_ms;
-        } else if (since(m->heard_ms, now_ms) >= limit) {
-            core_lose(c, m, ERR_TIMEOUT, "no heartbeat for silence_ms_max", out);
-        } else if (is_working(m->beat.phase) && since(m->progress_ms, now_ms) >= limit) {
-            core_lose(c, m, ERR_TIMEOUT, "alive, but no progress for silence_ms_max", out);
-        }
     }
 }

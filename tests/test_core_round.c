@@ -1,0 +1,233 @@
+/* test_core_round.c - the coordinator's core: from a plan to a commit: reports, losses, delays. */
+#include "tests/test_core.h"
+
+/* ---- reduce: losses ------------------------------------------------------------------------- */
+
+/* The aggregator dies when only the holder's report is missing. Old sums must not commit. */
+static void a_lost_aggregator_makes_a_new_plan_and_late_reports_are_void(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake *own = &r->fake[1], *second = holder(r);
+    struct fake before = *second;
+    report(r, own);
+    own->muted = true;
+    pass(r, 2500);
+    struct core_view v = look(r);
+    assert_string_equal(v.phase, "reduce");
+    assert_int_equal(v.handovers, 1);
+    assert_true(r->fake[2].plan > before.plan);
+    assert_int_not_equal(r->fake[2].shard.aggregator, own->id);
+    assert_int_equal(r->fake[2].contributors, 3);             /* the same contributors */
+    assert_int_equal(before.id, r->fake[2].shard.aggregator); /* it has a part again */
+    uint64_t plan = r->fake[2].plan;
+    report(r, &before); /* its result of the old plan arrives now */
+    assert_true(logged(r, CORE_INFO, "void"));
+    report(r, holder(r));
+    assert_int_equal(look(r).commits, 0);
+    assert_int_equal(look(r).plan, plan);
+    report(r, fake_by_id(r, r->fake[2].shard.aggregator));
+    assert_int_equal(look(r).commits, 1);
+}
+
+static void a_lost_contributor_is_dropped_and_the_round_goes_on(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake *own = &r->fake[1], *lost = holder(r) == &r->fake[2] ? &r->fake[3] : &r->fake[2];
+    uint64_t plan = own->plan;
+    struct msg_leave leave = {.reason = proto_str("power is dear tonight")};
+    struct msg_lease claimed = lost->claims[0];
+    say(r, lost, MSG_LEAVE, 0, &leave);
+    const struct core_action *drop = sent(r, own, MSG_DROP);
+    assert_non_null(drop);
+    assert_int_equal(((const struct msg_drop *)drop->msg)->member, lost->id);
+    assert_int_equal(own->plan, plan);
+    /* It may be in some chunks already, so nobody else may get its samples yet. */
+    ask(r, own, 0);
+    struct fake *other = holder(r);
+    ask(r, other, 8);
+    for (uint32_t i = 0; i < other->lease_count; i++)
+        assert_int_not_equal(other->leases[i].start, claimed.start);
+    /* It is in the first chunk only: summed somewhere is spent. */
+    struct report rep;
+    report_of(own, &rep);
+    uint8_t fewer[1] = {rep.set[0]};
+    uint32_t bit = lost->id - 2;
+    proto_set_del(fewer, bit);
+    rep.summed[0].chunks = 1;
+    rep.summed[1] = (struct msg_summed){CHUNKS - 1, {fewer, 1}, own->weights - 8};
+    rep.msg.summed_count = 2;
+    say(r, own, MSG_SHARD_REPORT, own->plan, &rep.msg);
+    say(r, other, MSG_SHARD_REPORT, own->plan, &rep.msg);
+    assert_int_equal(look(r).commits, 1);
+    assert_int_equal(look(r).samples_spent, 24);
+}
+
+/* Dropped from every chunk: its samples were in no sum and go to others, the others' do not. */
+static void a_contributor_summed_nowhere_gets_its_samples_back_to_the_run(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake *own = &r->fake[1], *lost = holder(r) == &r->fake[2] ? &r->fake[3] : &r->fake[2];
+    struct msg_lease claimed = lost->claims[0];
+    say(r, lost, MSG_LEAVE, 0, &(struct msg_leave){0});
+    struct report rep;
+    report_of(own, &rep);
+    proto_set_del(rep.set, lost->id - 2);
+    rep.summed[0].weight -= 8;
+    say(r, own, MSG_SHARD_REPORT, own->plan, &rep.msg);
+    say(r, holder(r), MSG_SHARD_REPORT, own->plan, &rep.msg);
+    assert_int_equal(look(r).commits, 1);
+    assert_int_equal(look(r).samples_spent, 16);
+    struct fake *other = holder(r);
+    ask(r, other, 8);
+    assert_int_equal(other->leases[0].start, claimed.start);
+    assert_int_equal(other->leases[0].generation, claimed.generation + 1);
+}
+
+static void a_chunk_summed_from_nobody_makes_a_new_plan(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    struct fake *own = &r->fake[1], *second = holder(r);
+    struct report rep;
+    report_of(own, &rep);
+    rep.summed[0].chunks = CHUNKS - 1;
+    rep.summed[1] = (struct msg_summed){1, {NULL, 0}, 0};
+    rep.msg.summed_count = 2;
+    uint64_t plan = own->plan;
+    say(r, own, MSG_SHARD_REPORT, plan, &rep.msg);
+    say(r, second, MSG_SHARD_REPORT, plan, &rep.msg);
+    assert_int_equal(look(r).commits, 0);
+    assert_true(look(r).plan > plan);
+    assert_string_equal(look(r).phase, "reduce");
+}
+
+static void a_broken_report_costs_its_sender_the_shard(void **state) {
+    struct rig *r = *state;
+    uint8_t stranger[1] = {0xff};
+    for (int kind = 0; kind < 6; kind++) {
+        start_reducing(r, 3);
+        struct fake *own = &r->fake[1];
+        struct report rep;
+        report_of(own, &rep);
+        if (kind == 0) rep.msg.results_count--;
+        if (kind == 1) rep.summed[0].chunks++;
+        if (kind == 2) rep.summed[0].set.length = 0;
+        if (kind == 3) rep.summed[0].set.data = stranger;
+        if (kind == 4) rep.summed[0].weight++;
+        if (kind == 5) rep.summed[0].chunks = 0;
+        uint64_t plan = own->plan;
+        say(r, own, MSG_SHARD_REPORT, plan, &rep.msg);
+        assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_PROTOCOL);
+        assert_true(r->fake[2].plan > plan);
+        assert_int_not_equal(r->fake[2].shard.aggregator, own->id);
+        void *again = r;
+        teardown(&again);
+        setup(state);
+        r = *state;
+    }
+}
+
+static void overdue_reports_move_the_shard_with_more_time_each_time(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    pass(r, 7900); /* 4 * silence_ms_max */
+    assert_int_equal(look(r).plan, 1);
+    pass(r, 200);
+    assert_int_equal(look(r).plan, 2);
+    assert_int_not_equal(r->fake[2].shard.aggregator, r->fake[1].id);
+    pass(r, 15800);
+    assert_int_equal(look(r).plan, 2);
+    pass(r, 300);
+    assert_int_equal(look(r).plan, 3);
+}
+
+/* Else a holder that hangs with its heart beating is never replaced. */
+static void a_repeated_report_does_not_buy_time(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake before = r->fake[1];
+    for (int i = 0; i < 9 && look(r).plan == 1; i++) {
+        before.conn = r->fake[1].conn;
+        report(r, &before);
+        pass(r, 1000);
+    }
+    assert_int_equal(look(r).plan, 2);
+    assert_int_equal(r->fake[2].shard.aggregator, r->fake[1].id);
+    assert_int_not_equal(holder(r)->id, before.shard.holder);
+}
+
+/* Who was ready after the plan was frozen waits for the next round: the aggregators that are left
+ * must be able to add up what contributors announced before they knew who would sum. */
+static void a_handover_keeps_the_contributors(void **state) {
+    struct rig *r = *state;
+    start_with(r, 3);
+    be_ready(r, &r->fake[2], 8);
+    be_ready(r, &r->fake[3], 8);
+    pass(r, 1100);
+    assert_string_equal(look(r).phase, "reduce");
+    be_ready(r, &r->fake[4], 8);
+    r->fake[1].muted = true;
+    pass(r, 2500);
+    assert_int_equal(look(r).plan, 2);
+    assert_int_equal(r->fake[2].contributors, 2);
+}
+
+/* ---- the commit ----------------------------------------------------------------------------- */
+
+/* Ledger and leases change together or not at all, and nobody hears of it before. */
+static void a_commit_spends_leases_in_its_own_transaction_before_any_word(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    for (int i = 2; i <= 3; i++) ask(r, &r->fake[i], 4);
+    report(r, &r->fake[1]);
+    assert_null(action(r, CORE_ACT_PERSIST)); /* one report is one disk */
+    report(r, holder(r));
+    const struct core_action *p = action(r, CORE_ACT_PERSIST);
+    assert_non_null(p);
+    assert_int_equal(p->writes[0].table, CORE_LEDGER);
+    assert_int_equal(p->write_count, 3);
+    for (uint32_t i = 1; i < 3; i++) {
+        assert_int_equal(p->writes[i].table, CORE_LEASE);
+        assert_null(p->writes[i].value); /* wholly spent */
+    }
+    uint32_t persist = place(r, CORE_ACT_PERSIST, -1);
+    assert_true(persist < place(r, CORE_ACT_SEND, -1));
+    assert_true(persist < place(r, CORE_ACT_SEND_LEDGER, -1));
+    assert_true(place(r, CORE_ACT_SEND, MSG_LEASES) < r->out.count);
+    for (int i = 1; i <= 3; i++) assert_non_null(sent(r, &r->fake[i], MSG_HOLDERS));
+    assert_int_equal(look(r).round, 1);
+    assert_int_equal(look(r).tokens_committed, 16 * SEQUENCE);
+    assert_int_equal(r->fake[2].lease_count, 1); /* what it asked for later is still its own */
+}
+
+static void a_partly_claimed_lease_keeps_its_id_and_generation(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    ask(r, &r->fake[2], 8);
+    struct msg_lease before = r->fake[2].leases[0];
+    be_ready(r, &r->fake[2], 5);
+    be_ready(r, &r->fake[3], 8);
+    report(r, &r->fake[1]);
+    report(r, holder(r));
+    assert_int_equal(r->fake[2].lease_count, 1);
+    struct msg_lease after = r->fake[2].leases[0];
+    assert_int_equal(after.lease, before.lease);
+    assert_int_equal(after.generation, before.generation);
+    assert_int_equal(after.start, before.start + 5);
+    assert_int_equal(after.count, 3);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        T(a_lost_aggregator_makes_a_new_plan_and_late_reports_are_void),
+        T(a_lost_contributor_is_dropped_and_the_round_goes_on),
+        T(a_contributor_summed_nowhere_gets_its_samples_back_to_the_run),
+        T(a_chunk_summed_from_nobody_makes_a_new_plan),
+        T(a_broken_report_costs_its_sender_the_shard),
+        T(overdue_reports_move_the_shard_with_more_time_each_time),
+        T(a_repeated_report_does_not_buy_time),
+        T(a_handover_keeps_the_contributors),
+        T(a_commit_spends_leases_in_its_own_transaction_before_any_word),
+        T(a_partly_claimed_lease_keeps_its_id_and_generation),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,167 @@
+/* test_core_states.c - the coordinator's core: who has which state; checkpoints; damaged stores. */
+#include "tests/test_core.h"
+
+/* ---- roots, settling, checkpoints ----------------------------------------------------------- */
+
+static void a_joiner_gets_donors_the_root_and_others_when_they_are_gone(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    commit_once(r);
+    for (int i = 1; i <= 3; i++) say_root(r, &r->fake[i]);
+    struct fake *f = &r->fake[4];
+    dial(r, f);
+    enrol(r, f);
+    struct msg_hello msg = {.trains = 1, .port = f->port};
+    say(r, f, MSG_HELLO, 0, &msg);
+    uint64_t settled = look(r).settled_index;
+    assert_int_equal(((const struct msg_hello_ack *)sent(r, f, MSG_HELLO_ACK)->msg)->donors_count,
+                     3);
+    assert_non_null(sent(r, f, MSG_ROOT));
+    assert_non_null(action(r, CORE_ACT_SEND_LEDGER));
+    /* Nobody waits for it: the two others are everybody. */
+    be_ready(r, &r->fake[2], 8);
+    be_ready(r, &r->fake[3], 8);
+    assert_string_equal(look(r).phase, "reduce");
+    commit_once(r);
+    for (int i = 1; i <= 3; i++) say_root(r, &r->fake[i]);
+    assert_int_equal(look(r).settled_index, settled); /* it may need the round's bytes */
+    for (int i = 1; i <= 3; i++) {
+        step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = r->fake[i].conn});
+        r->fake[i].conn = 0;
+    }
+    dial(r, &r->fake[2]);
+    hello(r, &r->fake[2]);
+    say(r, f, MSG_HEARTBEAT, 0, &(struct msg_heartbeat){.phase = PHASE_CATCHING_UP});
+    assert_false(f->resync); /* one of those it knows is back */
+    step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = r->fake[2].conn});
+    r->fake[2].conn = 0;
+    tick(r, 100);
+    assert_false(f->resync); /* nobody to name */
+    dial(r, &r->fake[3]);
+    hello(r, &r->fake[3]);
+    tick(r, 100);
+    assert_true(f->resync);
+    assert_int_equal(f->donors, 1);
+}
+
+/* The coordinator died after the commit was durable and before anybody heard of it. The results on
+ * two disks are then all there is. */
+static void holders_are_named_again_after_a_restart(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    report(r, &r->fake[1]);
+    r->die_in = r->steps + 1;
+    r->die_after = 2; /* the log line and the transaction */
+    struct fake *second = holder(r);
+    report(r, second);
+    assert_int_equal(r->out.list[1].type, CORE_ACT_PERSIST);
+    load(r);
+    assert_int_equal(look(r).round, 1);
+    dial(r, &r->fake[2]);
+    hello(r, &r->fake[2]);
+    assert_non_null(sent(r, &r->fake[2], MSG_HOLDERS));
+    struct fake *asking = &r->fake[2];
+    dial(r, &r->fake[1]);
+    hello(r, &r->fake[1]);
+    const struct core_action *a = sent(r, asking, MSG_HOLDERS);
+    assert_non_null(a);
+    const struct msg_holders *h = a->msg;
+    assert_true(h->addresses_count >= 1);
+    assert_int_equal(h->addresses[0].member, r->fake[1].id);
+}
+
+static void a_checkpoint_is_written_signed_and_entered_in_the_ledger(void **state) {
+    struct rig *r = *state;
+    r->outer.checkpoint_rounds = 1;
+    start_reducing(r, 2);
+    commit_once(r);
+    say_root(r, &r->fake[2]);
+    assert_null(sent(r, NULL, MSG_CHECKPOINT_WRITE));
+    say_root(r, &r->fake[1]);
+    const struct core_action *a = sent(r, &r->fake[1], MSG_CHECKPOINT_WRITE);
+    assert_non_null(a);
+    const struct msg_checkpoint_write *w = a->msg;
+    assert_int_equal(w->index, r->fake[1].state);
+    assert_int_equal(w->round, 1);
+    assert_int_equal(w->spent_count, 1);
+    assert_int_equal(w->spent[0].count, 16);
+    struct msg_checkpoint_sign sign = {.index = w->index, .manifest = proto_str("{}")};
+    struct msg_checkpoint_done done = {.index = w->index, .written = 1, .manifest = root_at(1)};
+    say(r, &r->fake[2], MSG_CHECKPOINT_SIGN, 0, &sign);
+    assert_null(action(r, CORE_ACT_SIGN)); /* only the own node's manifest is signed */
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_PROTOCOL);
+    say(r, &r->fake[1], MSG_CHECKPOINT_SIGN, 0, &sign);
+    assert_int_equal(action(r, CORE_ACT_SIGN)->conn, r->fake[1].conn);
+    uint64_t head = look(r).head_index;
+    say(r, &r->fake[1], MSG_CHECKPOINT_DONE, 0, &done);
+    assert_int_equal(look(r).head_index, head + 1);
+    assert_true(place(r, CORE_ACT_PERSIST, -1) < place(r, CORE_ACT_SEND_LEDGER, -1));
+    say(r, &r->fake[1], MSG_CHECKPOINT_DONE, 0, &done);
+    assert_int_equal(look(r).head_index, head + 1);
+}
+
+static void paused_means_no_leases_and_no_plans_also_after_a_restart(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    ask(r, &r->fake[2], 8);
+    step(r, &(struct core_event){.type = CORE_EV_PAUSE});
+    load(r);
+    assert_string_equal(look(r).phase, "paused");
+    for (int i = 1; i <= 3; i++) dial(r, &r->fake[i]), hello(r, &r->fake[i]);
+    ask(r, &r->fake[3], 8);
+    assert_int_equal(r->fake[3].lease_count, 0);
+    be_ready(r, &r->fake[2], 8);
+    pass(r, 3000);
+    assert_int_equal(look(r).plan, 0);
+    step(r, &(struct core_event){.type = CORE_EV_RESUME});
+    ask(r, &r->fake[3], 8);
+    assert_int_equal(r->fake[3].lease_count, 1);
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+static int load_again(struct rig *r, struct err *err) {
+    struct core *c = core_create(&r->genesis, &r->run, &r->fake[1].key, err);
+    int result = 0;
+    qsort(r->rows, r->row_count, sizeof *r->rows, by_key);
+    for (uint32_t i = 0; i < r->row_count && !result; i++)
+        result = core_load(c, r->rows[i].table, r->rows[i].key, r->rows[i].value, r->rows[i].length,
+                           err);
+    core_destroy(c);
+    return result;
+}
+
+/* A damaged store is refused with words, never served and never asserted on. */
+static void every_damaged_row_is_refused_or_harmless(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    ask(r, &r->fake[2], 8);
+    commit_once(r);
+    uint32_t refused = 0, tried = 0;
+    for (uint32_t i = 0; i < r->row_count; i++)
+        for (uint32_t j = 0; j < r->rows[i].length; j++) {
+            struct err err = {0};
+            uint8_t *byte = &r->rows[i].value[j], was = *byte;
+            *byte ^= 0x41;
+            if (load_again(r, &err)) {
+                assert_int_equal(err.code, ERR_CORRUPT);
+                refused++;
+            }
+            tried++;
+            r->rows[i].value[j] = was; /* rows are sorted already: still the same row */
+        }
+    assert_true(refused > tried / 2);
+    struct err err = {0};
+    assert_int_equal(load_again(r, &err), 0);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        T(a_joiner_gets_donors_the_root_and_others_when_they_are_gone),
+        T(holders_are_named_again_after_a_restart),
+        T(a_checkpoint_is_written_signed_and_entered_in_the_ledger),
+        T(paused_means_no_leases_and_no_plans_also_after_a_restart),
+        T(every_damaged_row_is_refused_or_harmless),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
