@@ -8,6 +8,7 @@
  *   timing.c      clocks, and tasks in turns
  *   memory.c      warm memory, and copying it
  *   outer.c       the outer step
+ *   swarm.c       outer steps between the machines of several members
  *   digest.c      BLAKE2b and the digest tree
  *   proto.c       messages
  *   channel.c     the channel, and plain connections beside it
@@ -69,6 +70,8 @@ struct task {
 
 /* Monotonic. */
 double now_s(void);
+/* What all threads of the program have worked. */
+double cpu_s(void);
 /* When the program starts; elapsed_s() is the time since then. */
 void start_clock(void);
 double elapsed_s(void);
@@ -126,6 +129,8 @@ void copy_free(struct copy *c);
 int bench_memory(struct bench *b, int unused, struct err *err);
 enum { ENCODE, ACCUMULATE, MEAN, DECODE, NESTEROV };
 int bench_outer(struct bench *b, int what, struct err *err);
+/* Outer steps of that many members. */
+int bench_swarm(struct bench *b, int members, struct err *err);
 int bench_digest(struct bench *b, int unused, struct err *err);
 int bench_proto(struct bench *b, int unused, struct err *err);
 int bench_channel(struct bench *b, int unused, struct err *err);

@@ -30,6 +30,8 @@ static const struct {
     {"outer.mean", bench_outer, MEAN},
     {"outer.decode", bench_outer, DECODE},
     {"outer.nesterov", bench_outer, NESTEROV},
+    {"sync.2", bench_swarm, 2},
+    {"sync.4", bench_swarm, 4},
     {"digest", bench_digest, 0},
     {"proto", bench_proto, 0},
     {"channel", bench_channel, 0},

@@ -15,6 +15,7 @@ static double clock_s(clockid_t which) {
 }
 
 double now_s(void) { return clock_s(CLOCK_MONOTONIC); }
+double cpu_s(void) { return clock_s(CLOCK_PROCESS_CPUTIME_ID); }
 
 static double started_s;
 
@@ -52,11 +53,11 @@ int time_both(const struct task *task, struct series *wall, struct series *cpu, 
         if (turn > enough && now_s() >= end) break;
         for (int i = 0; i < count; i++) {
             if (task[i].reset && task[i].reset(task[i].arg, err)) return -1;
-            double begin = now_s(), cpu_begin = clock_s(CLOCK_PROCESS_CPUTIME_ID);
+            double begin = now_s(), cpu_begin = cpu_s();
             if (task[i].run(task[i].arg, err)) return -1;
             if (turn == 0) continue;
             series_add(&wall[i], now_s() - begin);
-            series_add(&cpu[i], clock_s(CLOCK_PROCESS_CPUTIME_ID) - cpu_begin);
+            series_add(&cpu[i], cpu_s() - cpu_begin);
         }
         if (turn == 0) end = now_s() + (enough > 1 ? budget_s : 0);
     }
