@@ -195,10 +195,24 @@ uint32_t sync_ledger_count(const struct sync *s);
 const struct msg_signed_entry *sync_ledger_entry(const struct sync *s, uint32_t i);
 
 #ifdef SIM_FAULTS
+/* Deliberate faults, compiled only into the simulator, which must find each. */
 enum sync_fault {
     SYNC_FAULT_NONE,
     SYNC_FAULT_DIVISOR_NOT_CORRECTED, /* divides by the plan's whole weight although a contributor was dropped */
-    SYNC_FAULT_PLAN_NUMBER_IGNORED    /* takes chunks and reports of an older plan as if they were of this one */
+    SYNC_FAULT_PLAN_NUMBER_IGNORED,   /* takes chunks and reports of an older plan as if they were of this one */
+    SYNC_FAULT_CHUNK_SUMMED_TWICE,    /* a chunk that is sent again is added again */
+    SYNC_FAULT_RESIDUAL_AT_SEND,      /* error feedback changes with the freeze, not with the commit */
+    SYNC_FAULT_MOMENTUM_NOT_JOINED,   /* a joiner takes the anchor of others and not their momentum */
+    SYNC_FAULT_JOIN_MISSES_COMMIT,    /* ... and believes what it got to be newer than it is */
+    SYNC_FAULT_CLAIMS_TOO_MUCH,       /* claims what the trainer has queued, too */
+    SYNC_FAULT_REPORT_BEFORE_DISK,    /* a shard is reported and not kept */
+    SYNC_FAULT_READY_BEFORE_DISK,     /* a contribution is announced before it is flushed */
+    SYNC_FAULT_MIX_NOT_SUMMED,        /* takes over a commit that did not sum it, and loses its work */
+    SYNC_FAULT_CLAIMS_KEPT,           /* what others' leases hold by now is still claimed and trained on */
+    /* Lies, which one member of a run tells and the others must see through. */
+    SYNC_FAULT_LIES_SUM,  /* an aggregator's sums are not the sums */
+    SYNC_FAULT_LIES_NORM, /* a contributor announces half of its norm */
+    SYNC_FAULT_LIES_NAN   /* a contributor's bytes are no numbers */
 };
 extern enum sync_fault sync_fault;
 #endif

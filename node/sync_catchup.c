@@ -293,6 +293,7 @@ static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor,
     memcpy(s->scratch2, s->state.anchor + first, n * sizeof *anchor);
     memcpy(s->state.anchor + first, anchor, n * sizeof *anchor);
     memcpy(s->state.momentum + first, momentum, n * sizeof *momentum);
+    if (SYNC_HAS_FAULT(MOMENTUM_NOT_JOINED)) memset(s->state.momentum + first, 0, n * sizeof *momentum);
     apply_follow(s, chunk, summed);
 }
 
@@ -330,6 +331,8 @@ static int store_ready(struct sync *s) {
     for (uint32_t i = 0; i < n; i++) {
         chunks[i] = cu->ready[i].chunk;
         versions[i] = cu->ready[i].version;
+        if (SYNC_HAS_FAULT(JOIN_MISSES_COMMIT))
+            versions[i] = s->ledger.last[s->place[chunks[i]].fragment];
     }
     if (state_change_begin(s, chunks, n)) return -1;
     for (uint32_t i = 0; i < n; i++) {

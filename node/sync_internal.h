@@ -47,6 +47,12 @@
 #define SYNC_DONORS_MAX        16u
 #define SYNC_MOMENTS_TRIES_MAX 3u
 
+#ifdef SIM_FAULTS
+#define SYNC_HAS_FAULT(name) (sync_fault == SYNC_FAULT_##name)
+#else
+#define SYNC_HAS_FAULT(name) false
+#endif
+
 /* ---- parts ------------------------------------------------------------------------------ */
 
 /* A set of chunks that is synchronised together. Chunk k of the fragment is chunk `chunk[k]` of the

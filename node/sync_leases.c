@@ -106,6 +106,10 @@ static void take_list(struct sync *s, const struct msg_lease *list, uint32_t cou
     for (uint32_t i = 0; i < l->count; i++) {
         struct grant g = l->grant[i];
         const struct msg_lease *e = find_in(list, count, g.lease, g.generation);
+        if (SYNC_HAS_FAULT(CLAIMS_KEPT) && !e && touched(&g)) {
+            l->grant[kept++] = g;
+            continue;
+        }
         if (agrees(&g, e)) {
             advance(&g, e->start);
             g.end = e->start + e->count;
@@ -227,8 +231,9 @@ uint32_t leases_claims(const struct sync *s, struct msg_lease *out) {
     uint32_t n = 0;
     for (uint32_t i = 0; i < s->leases.count; i++) {
         const struct grant *g = &s->leases.grant[i];
-        if (g->used > g->start)
-            out[n++] = (struct msg_lease){g->lease, g->generation, g->start, g->used - g->start};
+        uint64_t end = SYNC_HAS_FAULT(CLAIMS_TOO_MUCH) ? g->sent : g->used;
+        if (end > g->start)
+            out[n++] = (struct msg_lease){g->lease, g->generation, g->start, end - g->start};
     }
     return n;
 }

@@ -16,9 +16,7 @@
 bool plan_is_current(const struct sync *s, uint32_t fragment, const struct frame *f) {
     const struct plan *p = &s->plan[fragment];
     if (!p->active) return false;
-#ifdef SIM_FAULTS
-    if (sync_fault == SYNC_FAULT_PLAN_NUMBER_IGNORED) return true;
-#endif
+    if (SYNC_HAS_FAULT(PLAN_NUMBER_IGNORED)) return true;
     return f->term == p->term && f->plan == p->number;
 }
 
@@ -329,11 +327,7 @@ static uint8_t *set_of(const struct plan *p, const struct shard_work *w, uint32_
 }
 
 static uint64_t divisor(const struct plan *p, const struct shard_work *w, uint32_t k) {
-#ifdef SIM_FAULTS
-    if (sync_fault == SYNC_FAULT_DIVISOR_NOT_CORRECTED) return p->weight;
-#endif
-    (void)p;
-    return w->weights[k];
+    return SYNC_HAS_FAULT(DIVISOR_NOT_CORRECTED) ? p->weight : w->weights[k];
 }
 
 static bool is_complete(const struct plan *p, const struct shard_work *w, uint32_t k) {
@@ -350,6 +344,7 @@ static bool close_sum(struct sync *s, const struct plan *p, struct shard_work *w
     size_t n = chunk_elements(s, s->fragment[p->fragment].chunk[in_fragment]);
     uint8_t *out = w->data + encoded_offset(s, codec, k);
     if (w->weights[k] == 0) return false;
+    if (SYNC_HAS_FAULT(LIES_SUM)) w->sums[k][0] += (int64_t)1 << 30;
     outer_mean(s->scratch, w->sums[k], n, divisor(p, w, k), p->msg.grid_exponent);
     if (outer_encode(out, s->scratch, n, codec, err)) return false;
     w->leaves[k].digest = digest_leaf(in_fragment, out,
@@ -444,7 +439,8 @@ int reduce_on_chunk(struct sync *s, struct peer *peer, const struct frame *f,
     if (i < 0 || !w || !p->inbound[i].leaves || p->inbound[i].dropped) return 0;
     uint32_t k = msg->chunk - w->first;
     p->inbound[i].heard_ms = s->now;
-    if (w->finished[k] || proto_set_has(set_of(p, w, k), (uint32_t)i)) return 0;
+    if (w->finished[k]) return 0;
+    if (proto_set_has(set_of(p, w, k), (uint32_t)i) && !SYNC_HAS_FAULT(CHUNK_SUMMED_TWICE)) return 0;
     if (!chunk_is_right(s, p, msg, (uint32_t)i)) {
         peer_close(s, peer, "a chunk is not what it announced");
         return 0;

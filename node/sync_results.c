@@ -126,8 +126,9 @@ static int write_blob(struct sync *s, const struct plan *p, struct shard_work *w
         memcpy(blob + t.data_bytes, meta.data, meta.length);
         memcpy(blob + t.data_bytes + meta.length, &t, sizeof t);
         blob_name(p->fragment, p->msg.round, w->shard, name);
-        rc = s->disk.put(s->disk.arg, name, blob, t.data_bytes + meta.length + sizeof t,
-                         &s->failure);
+        if (!SYNC_HAS_FAULT(REPORT_BEFORE_DISK))
+            rc = s->disk.put(s->disk.arg, name, blob, t.data_bytes + meta.length + sizeof t,
+                             &s->failure);
     } else if (rc == 0) {
         rc = err_set(&s->failure, ERR_MEMORY, "no memory for a result");
     }

@@ -64,6 +64,7 @@ static int encode_chunk(struct sync *s, uint32_t fragment, uint32_t k, struct er
     float absmax = outer_absmax(s->scratch2, n);
     if (absmax > c->absmax) c->absmax = absmax;
     c->norm2 += outer_norm2(s->scratch2, n);
+    if (SYNC_HAS_FAULT(LIES_NAN)) memset(bytes, 0xff, length);
     c->leaves[k].digest = digest_leaf(k, bytes, length);
     return 0;
 }
@@ -128,7 +129,10 @@ static int freeze(struct sync *s, uint32_t fragment) {
         .ranges = c->claims,
         .ranges_count = c->claims_count,
     };
-    if (flush_bytes(s, fragment) || put_ready(s, &ready) ||
+    if (SYNC_HAS_FAULT(RESIDUAL_AT_SEND) && s->residual)
+        memcpy(s->residual, s->residual_next, s->config.elements * sizeof *s->residual);
+    if (SYNC_HAS_FAULT(LIES_NORM)) ready.norm /= 2, ready.absmax /= 2;
+    if ((!SYNC_HAS_FAULT(READY_BEFORE_DISK) && flush_bytes(s, fragment)) || put_ready(s, &ready) ||
         proto_copy(RECORD_ready, &ready, &c->ready, &s->failure))
         return -1;
     c->encoding = false;

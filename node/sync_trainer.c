@@ -48,7 +48,7 @@ void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summe
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     const float *now = s->state.anchor + first;
     float *slot = t->slot + first;
-    if (summed) {
+    if (summed || SYNC_HAS_FAULT(MIX_NOT_SUMMED)) {
         t->ops[chunk] = SYNC_OP_MIX;
         t->turn[s->place[chunk].fragment].mixing = true;
         memcpy(slot, now, n * sizeof *slot);
