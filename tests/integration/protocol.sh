@@ -20,8 +20,8 @@ init() { # init DIR [settings]
         --set outer.heartbeat_seconds=0.3 --set outer.silence_seconds=5 "$@" >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 }
 invite() { "$COORDINATOR" invite "$R" --uses 1 2>/dev/null; }
-# follows NAME INVITE: in the background, its verdict in $W/NAME.json
-follows() { $READ "$2" --commits 3 --seconds 60 --save "$W/$1.ledger" --json >"$W/$1.json" 2>"$W/$1.log" & PID[$1]=$!; }
+# follows NAME INVITE [options]: in the background, its verdict in $W/NAME.json
+follows() { $READ "${@:2}" --commits 3 --seconds 60 --save "$W/$1.ledger" --json >"$W/$1.json" 2>"$W/$1.log" & PID[$1]=$!; }
 ended_well() { wait "${PID[$1]}" || fail "$1: $(cat "$W/$1.json")"; unset "PID[$1]"; echo "$1: $(cat "$W/$1.json")"; }
 # refused PATTERN COMMAND...: exit status 1 and says it
 refused() {
@@ -39,13 +39,13 @@ start_node alice "$R"
 start_node bob "$R"
 used=$(invite)
 wait_for 30 "$R" "round >= 2" || fail "no rounds"
-follows later "$used"
+follows later "$used" --reconnect
 ended_well first
 ended_well later
 check() { $PYTHON -c 'import json, sys; s = json.load(open(sys.argv[1])); sys.exit(not (eval(sys.argv[2], {}, s)))' "$W/$1.json" "$2" ||
     fail "$1: not $2: $(cat "$W/$1.json")"; }
 check first "followed >= 3 and initial_state and state_chunks == 0 and roots_by_ledger >= 1 and result_chunks > 0"
-check later "followed >= 3 and initial_state and state_chunks > 0 and result_chunks > 0"
+check later "followed >= 3 and initial_state and state_chunks > 0 and result_chunks > 0 and connections == 2 and entries_again == 0"
 
 # ---- the page is what is tested: with two fields of `commit` exchanged in it, the states come out wrong
 sed '/^| commit |/s/`lr` f32, `momentum` f32/`momentum` f32, `lr` f32/' docs/protocol.md >"$W/altered.md"

@@ -45,14 +45,6 @@ class Ledger:
         """Index of the newest state."""
         return max(self.states)
 
-    def versions(self):
-        """Of each chunk, at the newest state."""
-        out = [0] * self.layout.chunks
-        for fragment, chunks in enumerate(self.layout.fragments):
-            for c in chunks:
-                out[c] = self.base[fragment]
-        return out
-
     def note_root(self, index, root):
         """Whoever names the root of a state must name the same one."""
         if index not in self.states:

@@ -1,10 +1,11 @@
 #!/usr/bin/python3
 """A listener in a live run, written from docs/protocol.md and docs/flow.md alone.
 
-  reader.py INVITE [--commits N] [--seconds S] [--save FILE] [--json]
+  reader.py INVITE [--commits N] [--reconnect] [--seconds S] [--save FILE] [--json]
       Enrols, takes the ledger, checks every entry, then follows the run: fetches the result of each new commit from
       its holders, fetches the state once from a donor, brings it forward by itself and compares each root.
-      Ends well when N commits came, were verified, applied, and their roots agree with the run's.
+      Ends well when N commits came, were verified, applied, and their roots agree with the run's. --reconnect: leaves
+      the connection after the first and comes back with the ledger that it has.
   reader.py --ledger FILE --run HEX [--json]
       Checks what --save wrote.
 
@@ -110,7 +111,8 @@ class Reader:
         self.roster_version = -1
         self.donors = []
         self.told = {}           # index: root, by ROOT and RESYNC
-        self.joined_at = None    # first index that came while we listened
+        self.heard_from = None   # ledger index of the run's head when we first came
+        self.instance = random.getrandbits(64)
         self.results = {}        # commit index: Results
         self.state, self.state_asked, self.early = None, 0.0, []
         self.applied = {}        # commit index: root of the state by our own arithmetic
@@ -118,7 +120,7 @@ class Reader:
         self.beat_at = 0.0
         self.heard = time.monotonic()
         self.goodbye = None
-        self.counts = dict(frames=0, result_chunks=0, state_chunks=0, roots_by_ledger=0, roots_by_word=0)
+        self.counts = dict(frames=0, connections=0, entries_again=0, result_chunks=0, state_chunks=0, roots_by_ledger=0, roots_by_word=0)
 
     # ---- the coordinator ----
 
@@ -126,14 +128,21 @@ class Reader:
         self.link = Link(self.document, self.codec, self.context, self.invite.host, self.invite.port,
                          self.document.payload_max[WITH_C])
         self._welcome(self._next("WELCOME"))
-        self.link.send("ENROL", Record(secret=self.invite.secret, name="reader", aggregate_only=1), self.term)
-        self.member = self._next("ENROLLED").message.member
+        self.counts["connections"] += 1
+        if not self.member:
+            self.link.send("ENROL", Record(secret=self.invite.secret, name="reader", aggregate_only=1), self.term)
+            self.member = self._next("ENROLLED").message.member
         self.link.send("HELLO", Record(
-            software="reader.py", instance=random.getrandbits(64), trains=0, port=0, head_index=0, head_digest=ZERO,
-            term_max=self.term, has_state=0, state_index=0, state_root=ZERO), self.term)
+            software="reader.py", instance=self.instance, trains=0, port=0, head_index=max(self.ledger.next_index, 1) - 1,
+            head_digest=self.ledger.head, term_max=self.term, has_state=0, state_index=0, state_root=ZERO), self.term)
         ack = self._next("HELLO_ACK")
-        self.session, self.head_at_hello = ack.session, ack.message.head_index
+        if ack.message.session != ack.session or ack.session == self.session:
+            raise Refused("HELLO_ACK gives no new session, or is not of it")
+        self.session = ack.session
+        if self.heard_from is None:
+            self.heard_from = ack.message.head_index
         self._give_donors(ack.message.donors)
+        self.beat_at = 0
         show(f"member {self.member}, session {self.session}, ledger up to {ack.message.head_index}")
 
     def _next(self, name):
@@ -204,11 +213,11 @@ class Reader:
     def _c_ledger(self, frame):
         for signed in frame.message.entries:
             taken = self.ledger.take(signed)
+            self.counts["entries_again"] += not taken
             if not taken:
                 continue
             entry, body = taken
-            self.ledger.arrived = getattr(self.ledger, "arrived", 0) + 1
-            if entry.index > self.head_at_hello and entry.index in self.ledger.commits:
+            if entry.index > self.heard_from and entry.index in self.ledger.commits:
                 self.results[entry.index] = Results(entry.term, body)
                 show(f"commit {entry.index}: fragment {body.fragment} round {body.round}, {len(body.contributors)} "
                      f"contributors, {len(body.shards)} shards, {body.tokens} tokens")
@@ -359,7 +368,7 @@ class Reader:
         return known.root if known and known.root else self.told.get(index)
 
     def _ask_state(self):
-        if self.ledger.next_index <= self.head_at_hello:
+        if self.ledger.next_index <= self.heard_from:
             return
         if self.state is None:
             self.state = State(self.ledger.layout)
@@ -421,7 +430,7 @@ class Reader:
         for index in sorted(self.ledger.commits):
             term, body = self.ledger.commits[index]
             chunks = self.ledger.layout.fragments[body.fragment]
-            if index in self.applied or all(self.state.version[c] >= index for c in chunks):
+            if all(self.state.version[c] >= index for c in chunks):
                 continue
             r = self.results.get(index)
             if r is None:  # from before we listened, and the donor's state was older than that
@@ -429,13 +438,8 @@ class Reader:
             if not r.done:
                 return
             self.state.apply(index, body, r.data)
-            if not any(i < index and i not in self.applied and not self._has(i) for i in self.ledger.commits) \
-                    and self.state.version == self._versions_at(index):
+            if self.state.version == self._versions_at(index):  # else the donor gave some chunks later than this
                 self.applied[index] = tree_root(self.state.leaves)
-
-    def _has(self, index):
-        _, body = self.ledger.commits[index]
-        return all(self.state.version[c] >= index for c in self.ledger.layout.fragments[body.fragment])
 
     def _versions_at(self, index):
         out = [0] * self.ledger.layout.chunks
@@ -490,7 +494,7 @@ class Reader:
         self._take_state()
         self._bring_forward()
 
-    def follow(self, commits, seconds):
+    def follow(self, commits, seconds, reconnect):
         end = time.monotonic() + seconds
         confirmed = 0
         while confirmed < commits and not self.goodbye:
@@ -501,6 +505,10 @@ class Reader:
             except Closed as why:
                 raise Refused(f"the coordinator's connection: {self.goodbye or why}") from None
             confirmed = self._compare_roots()
+            if reconnect and confirmed:
+                reconnect = False
+                self.link.close()
+                self.connect()
         if confirmed < commits:
             raise Refused(f"{confirmed} of {commits} commits, then {self.goodbye}")
         return confirmed
@@ -561,7 +569,7 @@ def run_live(document, args):
     reader = Reader(document, Invite(line), private)
     try:
         reader.connect()
-        confirmed = reader.follow(args.commits, args.seconds)
+        confirmed = reader.follow(args.commits, args.seconds, args.reconnect)
         initial = reader.check_initial()
     finally:
         if args.save:
@@ -574,6 +582,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("invite", nargs="?")
     p.add_argument("--commits", type=int, default=3)
+    p.add_argument("--reconnect", action="store_true")
     p.add_argument("--seconds", type=float, default=60)
     p.add_argument("--identity", help="a file as the document describes it; without: a new key")
     p.add_argument("--document", default=PAGE)
