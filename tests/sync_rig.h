@@ -1,6 +1,6 @@
-/* sync_rig.h - what test_sync.c plays a run with: a disk in memory that can lose what was not
+/* sync_rig.h - what the tests of sync play a run with: a disk in memory that can lose what was not
  * flushed, a trainer that counts, links without delay, and a coordinator that only writes entries
- * and hands over what a test tells it to. Included once. */
+ * and hands over what a test tells it to. Included once by each. */
 #ifndef INTELLECT_TESTS_SYNC_RIG_H
 #define INTELLECT_TESTS_SYNC_RIG_H
 
@@ -16,6 +16,7 @@
 
 #include "kernels/kernels.h"
 #include "node/sync.h"
+#include "proto/model.h"
 
 #define ELEMENTS  1000
 #define CHUNK     256
@@ -24,10 +25,11 @@
 #define STEPS     3 /* inner steps of a round */
 #define SEQUENCE  8
 #define MEMBERS   5
+#define FRAGMENTS 4 /* at most; chunk c is in fragment c mod P */
 #define FILES_MAX 32
 #define SENT_MAX  4096
 
-static void *xcalloc(size_t n, size_t size) {
+static inline void *xcalloc(size_t n, size_t size) {
     void *p = calloc(n ? n : 1, size);
     assert_non_null(p);
     return p;
@@ -48,28 +50,28 @@ struct memory_disk {
     uint32_t fail_at; /* this one and all later ones fail; 0 = none */
 };
 
-static struct file *file_find(struct memory_disk *d, const char *name) {
+static inline struct file *file_find(struct memory_disk *d, const char *name) {
     for (int i = 0; i < FILES_MAX; i++)
         if (!strcmp(d->file[i].name, name)) return &d->file[i];
     return NULL;
 }
 
-static struct file *file_make(struct memory_disk *d, const char *name) {
+static inline struct file *file_make(struct memory_disk *d, const char *name) {
     struct file *f = file_find(d, "");
     if (!f) fail_msg("more than %d files", FILES_MAX);
     if (f) snprintf(f->name, sizeof f->name, "%s", name);
     return f;
 }
 
-static void file_free(struct file *f) {
+static inline void file_free(struct file *f) {
     if (f->durable != f->live) free(f->durable);
     free(f->live);
     memset(f, 0, sizeof *f);
 }
 
-static bool disk_is_dead(struct memory_disk *d) { return ++d->ops >= d->fail_at && d->fail_at; }
+static inline bool disk_is_dead(struct memory_disk *d) { return ++d->ops >= d->fail_at && d->fail_at; }
 
-static void *rig_map(void *arg, const char *name, size_t bytes, bool *created, struct err *err) {
+static inline void *rig_map(void *arg, const char *name, size_t bytes, bool *created, struct err *err) {
     struct memory_disk *d = arg;
     struct file *f = file_find(d, name);
     (void)err;
@@ -86,7 +88,7 @@ static void *rig_map(void *arg, const char *name, size_t bytes, bool *created, s
     return f->live;
 }
 
-static int rig_flush(void *arg, const char *name, size_t offset, size_t bytes, struct err *err) {
+static inline int rig_flush(void *arg, const char *name, size_t offset, size_t bytes, struct err *err) {
     struct memory_disk *d = arg;
     struct file *f = file_find(d, name);
     assert_true(f && f->mapped && offset <= f->bytes && bytes <= f->bytes - offset);
@@ -95,7 +97,7 @@ static int rig_flush(void *arg, const char *name, size_t offset, size_t bytes, s
     return 0;
 }
 
-static int rig_put(void *arg, const char *name, const void *bytes, size_t length, struct err *err) {
+static inline int rig_put(void *arg, const char *name, const void *bytes, size_t length, struct err *err) {
     struct memory_disk *d = arg;
     if (disk_is_dead(d)) return err_set(err, ERR_IO, "the disk of this test is gone");
     struct file *f = file_find(d, name);
@@ -107,7 +109,7 @@ static int rig_put(void *arg, const char *name, const void *bytes, size_t length
     return 0;
 }
 
-static int rig_get(void *arg, const char *name, uint8_t **out, size_t *length, struct err *err) {
+static inline int rig_get(void *arg, const char *name, uint8_t **out, size_t *length, struct err *err) {
     struct file *f = file_find(arg, name);
     if (!f) return err_set(err, ERR_NOT_FOUND, "%s", name);
     *out = xcalloc(f->bytes, 1);
@@ -116,7 +118,7 @@ static int rig_get(void *arg, const char *name, uint8_t **out, size_t *length, s
     return 0;
 }
 
-static void rig_remove(void *arg, const char *name) {
+static inline void rig_remove(void *arg, const char *name) {
     struct memory_disk *d = arg;
     struct file *f = file_find(d, name);
     if (!disk_is_dead(d) && f) file_free(f);
@@ -124,7 +126,7 @@ static void rig_remove(void *arg, const char *name) {
 
 /* The machine loses power: mapped arrays are as last flushed, except that every `torn`-th 64 bytes
  * of what was not had got there by itself (0: none). */
-static void disk_crash(struct memory_disk *d, uint32_t torn) {
+static inline void disk_crash(struct memory_disk *d, uint32_t torn) {
     d->fail_at = 0;
     for (int i = 0; i < FILES_MAX; i++) {
         struct file *f = &d->file[i];
@@ -136,7 +138,7 @@ static void disk_crash(struct memory_disk *d, uint32_t torn) {
     }
 }
 
-static void disk_wipe(struct memory_disk *d) {
+static inline void disk_wipe(struct memory_disk *d) {
     for (int i = 0; i < FILES_MAX; i++) file_free(&d->file[i]);
     memset(d, 0, sizeof *d);
 }
@@ -157,12 +159,14 @@ struct range {
 struct node {
     bool exists, connected, trains;
     uint32_t id;
+    struct identity key;
     struct sync *sync;
     struct memory_disk disk;
-    float slot[ELEMENTS], local[ELEMENTS], moments[ELEMENTS];
+    float slot[ELEMENTS], local[ELEMENTS], written[ELEMENTS], moments[ELEMENTS];
     uint8_t ops[CHUNKS];
     /* the trainer */
-    bool trainer_up, frozen, freeze_asked, moments_in, hold_applied, applied_due;
+    bool trainer_up, frozen, freeze_asked, freeze_waits, moments_in, hold_applied, applied_due;
+    uint32_t freeze_fragment, freezes;
     struct range queue[256];
     uint32_t queued;
     uint64_t samples, steps, moments_steps, tokens;
@@ -184,7 +188,9 @@ struct rig {
     struct msg_signed_entry ledger[64];
     uint32_t entries;
     struct digest head;
-    uint64_t rounds, base_index;
+    uint64_t rounds, base_index;             /* of all fragments; the newest commit */
+    uint64_t round_of[FRAGMENTS], base_of[FRAGMENTS];
+    uint64_t spent_to[MEMBERS];              /* of the lease of the same number */
     struct node node[MEMBERS];
     bool link[MEMBERS][MEMBERS], no_route[MEMBERS];
     struct sent sent[SENT_MAX];                   /* everything ever sent, in order */
@@ -193,18 +199,18 @@ struct rig {
     bool (*spoil)(struct rig *r, struct sent *m); /* may change or swallow (false) it */
 };
 
-static void step(struct rig *r, uint32_t id, const struct sync_event *ev);
+static inline void step(struct rig *r, uint32_t id, const struct sync_event *ev);
 
 /* ---- ledger entries --------------------------------------------------------------------- */
 
-static struct proto_bytes encoded(enum proto_record which, const void *record) {
+static inline struct proto_bytes encoded(enum proto_record which, const void *record) {
     struct proto_buffer b;
     proto_buffer_init(&b, 1u << 22);
     assert_int_equal(proto_encode(&b, which, record, NULL), 0);
     return (struct proto_bytes){b.data, (uint32_t)b.length};
 }
 
-static void entry_add(struct rig *r, enum ledger_kind kind, struct proto_bytes body) {
+static inline void entry_add(struct rig *r, enum ledger_kind kind, struct proto_bytes body) {
     struct msg_entry e = {.index = r->entries,
                           .previous = r->head,
                           .kind = (uint8_t)kind,
@@ -220,7 +226,7 @@ static void entry_add(struct rig *r, enum ledger_kind kind, struct proto_bytes b
     free((void *)(uintptr_t)body.data);
 }
 
-static void begin_ledger(struct rig *r) {
+static inline void begin_ledger(struct rig *r) {
     struct proto_bytes genesis = encoded(RECORD_genesis, &r->genesis);
     r->run = digest_of(genesis.data, genesis.length);
     entry_add(r, LEDGER_GENESIS, genesis);
@@ -230,14 +236,14 @@ static void begin_ledger(struct rig *r) {
 
 /* ---- actions ---------------------------------------------------------------------------- */
 
-static void *copy_of(uint8_t type, const void *msg) {
+static inline void *copy_of(uint8_t type, const void *msg) {
     enum proto_record which = (enum proto_record)proto_record_of_type(type);
     void *p = xcalloc(1, proto_record_size(which));
     assert_int_equal(proto_copy(which, msg, p, NULL), 0);
     return p;
 }
 
-static void keep(struct rig *r, bool peer, uint32_t from, const struct sync_action *a) {
+static inline void keep(struct rig *r, bool peer, uint32_t from, const struct sync_action *a) {
     assert_true(r->sent_count < SENT_MAX);
     if (getenv("SYNC_LOG"))
         printf("%u -> %u %s plan %llu\n", from, a->peer, proto_type_name(a->message),
@@ -250,7 +256,7 @@ static void keep(struct rig *r, bool peer, uint32_t from, const struct sync_acti
         .frame = {.type = a->message, .term = a->term, .session = a->session, .plan = a->plan}};
 }
 
-static void dial(struct rig *r, uint32_t from, uint32_t to) {
+static inline void dial(struct rig *r, uint32_t from, uint32_t to) {
     bool ok = to < MEMBERS && r->node[to].sync && !r->no_route[from] && !r->no_route[to];
     if (r->link[from][to]) return;
     if (ok) r->link[from][to] = r->link[to][from] = true;
@@ -259,14 +265,14 @@ static void dial(struct rig *r, uint32_t from, uint32_t to) {
     if (ok) step(r, to, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = from});
 }
 
-static void hang_up(struct rig *r, uint32_t a, uint32_t b) {
+static inline void hang_up(struct rig *r, uint32_t a, uint32_t b) {
     if (!r->link[a][b]) return;
     r->link[a][b] = r->link[b][a] = false;
     if (r->node[a].sync) step(r, a, &(struct sync_event){.type = SYNC_EV_PEER_CLOSED, .peer = b});
     if (r->node[b].sync) step(r, b, &(struct sync_event){.type = SYNC_EV_PEER_CLOSED, .peer = a});
 }
 
-static void take_slot(struct rig *r, struct node *n, bool reset) {
+static inline void take_slot(struct rig *r, struct node *n, bool reset) {
     for (uint32_t c = 0; c < CHUNKS; c++) {
         size_t first = c * CHUNK, end = first + CHUNK < ELEMENTS ? first + CHUNK : ELEMENTS;
         enum sync_op op = reset ? SYNC_OP_MIX : (enum sync_op)n->ops[c];
@@ -278,7 +284,7 @@ static void take_slot(struct rig *r, struct node *n, bool reset) {
     }
 }
 
-static void on_slot(struct rig *r, struct node *n, const struct sync_action *a) {
+static inline void on_slot(struct rig *r, struct node *n, const struct sync_action *a) {
     bool reset = a->type == SYNC_ACT_TRAINER_RESET;
     take_slot(r, n, reset);
     n->resets += reset;
@@ -290,7 +296,7 @@ static void on_slot(struct rig *r, struct node *n, const struct sync_action *a) 
     n->applied_due = true;
 }
 
-static void perform(struct rig *r, struct node *n, const struct sync_action *a) {
+static inline void perform(struct rig *r, struct node *n, const struct sync_action *a) {
     switch (a->type) {
     case SYNC_ACT_SEND:
         if (n->connected) keep(r, false, n->id, a);
@@ -309,7 +315,12 @@ static void perform(struct rig *r, struct node *n, const struct sync_action *a) 
     case SYNC_ACT_TRAINER_SAMPLES:
         n->queue[n->queued++] = (struct range){a->start, a->count};
         break;
-    case SYNC_ACT_TRAINER_FREEZE: n->freeze_asked = true; break;
+    case SYNC_ACT_TRAINER_FREEZE:
+        n->freeze_asked = true;
+        n->freeze_waits = a->wait;
+        n->freeze_fragment = a->fragment;
+        n->freezes++;
+        break;
     case SYNC_ACT_TRAINER_APPLY:
     case SYNC_ACT_TRAINER_RESET: on_slot(r, n, a); break;
     case SYNC_ACT_TRAINER_CONTINUE:
@@ -337,7 +348,7 @@ static void perform(struct rig *r, struct node *n, const struct sync_action *a) 
 }
 
 /* One event and everything that follows from it inside the member. */
-static void step(struct rig *r, uint32_t id, const struct sync_event *ev) {
+static inline void step(struct rig *r, uint32_t id, const struct sync_event *ev) {
     struct node *n = &r->node[id];
     struct sync_actions out = {0};
     struct err err = {0};
@@ -351,7 +362,7 @@ static void step(struct rig *r, uint32_t id, const struct sync_event *ev) {
     n->sync = NULL;
 }
 
-static void deliver_peers(struct rig *r) {
+static inline void deliver_peers(struct rig *r) {
     while (!r->hold_peers && r->delivered < r->sent_count) {
         struct sent m = r->sent[r->delivered++];
         if (!m.peer || (r->spoil && !r->spoil(r, &m))) continue;
@@ -366,24 +377,45 @@ static void deliver_peers(struct rig *r) {
     }
 }
 
-static void answer_trainer(struct rig *r, struct node *n) {
+/* Where chunk k of a fragment begins, and how long it is. */
+static inline size_t chunk_at(const struct rig *r, uint32_t fragment, uint32_t k, size_t *n) {
+    size_t first = (size_t)(fragment + k * r->outer.fragments) * CHUNK;
+    *n = ELEMENTS - first < CHUNK ? ELEMENTS - first : CHUNK;
+    return first;
+}
+
+static inline uint32_t chunks_of(const struct rig *r, uint32_t fragment) {
+    return (CHUNKS - fragment + r->outer.fragments - 1) / r->outer.fragments;
+}
+
+/* Its own chunks only: those of other fragments are still being encoded. */
+static inline void write_fragment(const struct rig *r, struct node *n) {
+    for (uint32_t k = 0; k < chunks_of(r, n->freeze_fragment); k++) {
+        size_t count, first = chunk_at(r, n->freeze_fragment, k, &count);
+        memcpy(n->written + first, n->local + first, count * sizeof *n->local);
+    }
+}
+
+static inline void answer_trainer(struct rig *r, struct node *n) {
     if (n->applied_due && !n->hold_applied) {
         n->applied_due = false;
         step(r, n->id, &(struct sync_event){.type = SYNC_EV_TRAINER_APPLIED});
     }
     if (n->freeze_asked && n->trainer_up) {
         n->freeze_asked = false;
-        n->frozen = true;
+        n->frozen |= n->freeze_waits;
+        write_fragment(r, n);
         step(r, n->id,
              &(struct sync_event){.type = SYNC_EV_TRAINER_FROZEN,
-                                  .local = n->local,
+                                  .fragment = n->freeze_fragment,
+                                  .local = n->written,
                                   .samples = n->samples,
                                   .steps = n->steps});
     }
 }
 
 /* Until nobody has anything to do at this moment. */
-static void settle(struct rig *r) {
+static inline void settle(struct rig *r) {
     for (int quiet = 0, turns = 0; quiet < 2; quiet++) {
         assert_true(turns++ < 2000);
         uint32_t before = r->sent_count + r->delivered;
@@ -405,7 +437,7 @@ static void settle(struct rig *r) {
 }
 
 /* Time passes in ticks. */
-static void pass(struct rig *r, uint64_t ms) {
+static inline void pass(struct rig *r, uint64_t ms) {
     for (uint64_t end = r->now + ms; r->now < end;) {
         r->now += SYNC_TICK_MS;
         for (uint32_t id = 1; id < MEMBERS; id++)
@@ -416,43 +448,43 @@ static void pass(struct rig *r, uint64_t ms) {
 
 /* ---- the coordinator's side ------------------------------------------------------------- */
 
-static void say(struct rig *r, uint32_t id, enum proto_type type, uint64_t plan, const void *msg) {
+static inline void say(struct rig *r, uint32_t id, enum proto_type type, uint64_t plan, const void *msg) {
     struct frame f = {
         .type = (uint8_t)type, .term = r->term, .session = r->term << 24 | id, .plan = plan};
     if (r->node[id].connected)
         step(r, id, &(struct sync_event){.type = SYNC_EV_MESSAGE, .frame = f, .msg = msg});
 }
 
-static const struct sent *last_sent(const struct rig *r, uint32_t from, enum proto_type type) {
+static inline const struct sent *last_sent(const struct rig *r, uint32_t from, enum proto_type type) {
     for (uint32_t i = r->sent_count; i-- > 0;)
         if (r->sent[i].from == from && r->sent[i].frame.type == type) return &r->sent[i];
     return NULL;
 }
 
-static uint32_t count_sent(const struct rig *r, uint32_t from, enum proto_type type) {
+static inline uint32_t count_sent(const struct rig *r, uint32_t from, enum proto_type type) {
     uint32_t n = 0;
     for (uint32_t i = 0; i < r->sent_count; i++)
         n += r->sent[i].from == from && r->sent[i].frame.type == type;
     return n;
 }
 
-static void say_ledger(struct rig *r, uint32_t id, uint32_t from) {
+static inline void say_ledger(struct rig *r, uint32_t id, uint32_t from) {
     struct msg_ledger msg = {.entries = r->ledger + from, .entries_count = r->entries - from};
     if (msg.entries_count) say(r, id, MSG_LEDGER, 0, &msg);
 }
 
-static void say_leases(struct rig *r, uint32_t id, struct msg_lease *list, uint32_t count) {
+static inline void say_leases(struct rig *r, uint32_t id, struct msg_lease *list, uint32_t count) {
     say(r, id, MSG_LEASES, 0, &(struct msg_leases){.leases = list, .leases_count = count});
     settle(r);
 }
 
 /* A lease of its own for every member: samples from id * 1000 on, so that nothing overlaps. */
-static struct msg_lease lease_of(uint32_t id, uint64_t used) {
+static inline struct msg_lease lease_of(uint32_t id, uint64_t used) {
     return (struct msg_lease){
         .lease = id, .generation = 1, .start = id * 1000 + used, .count = 400 - used};
 }
 
-static void dial_coordinator(struct rig *r, uint32_t id) {
+static inline void dial_coordinator(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     n->connected = true;
     step(r, id,
@@ -461,7 +493,7 @@ static void dial_coordinator(struct rig *r, uint32_t id) {
 }
 
 /* What follows a HELLO, donors as given. */
-static void welcome(struct rig *r, uint32_t id, const uint32_t *donors, uint32_t count) {
+static inline void welcome(struct rig *r, uint32_t id, const uint32_t *donors, uint32_t count) {
     const struct msg_hello *hello = last_sent(r, id, MSG_HELLO)->msg;
     struct msg_address list[MEMBERS];
     for (uint32_t i = 0; i < count; i++)
@@ -475,7 +507,7 @@ static void welcome(struct rig *r, uint32_t id, const uint32_t *donors, uint32_t
     settle(r);
 }
 
-static int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t count,
+static inline int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t count,
                     float *anchor, float *momentum, struct err *err) {
     (void)arg;
     if (from) return err_set(err, ERR_NOT_FOUND, "no checkpoints here");
@@ -484,7 +516,7 @@ static int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first
     return 0;
 }
 
-static void node_start(struct rig *r, uint32_t id) {
+static inline void node_start(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     struct sync_config config = {
         .genesis = &r->genesis,
@@ -496,13 +528,15 @@ static void node_start(struct rig *r, uint32_t id) {
         .disk = {&n->disk, rig_map, rig_flush, rig_put, rig_get, rig_remove}};
     struct err err = {0};
     config.load = rig_load;
-    config.identity = &r->online_id; /* any will do: nobody checks signatures here */
+    identity_from_seed(&n->key, (const uint8_t[32]){(uint8_t)(10 + id)});
+    config.identity = &n->key;
+    config.instance = 7000 + id;
     n->sync = sync_create(&config, r->now, &err);
     if (!n->sync) fail_msg("sync_create: %s", err.msg);
     sync_set_slot(n->sync, n->slot, n->ops);
 }
 
-static void trainer_up(struct rig *r, uint32_t id, uint64_t steps) {
+static inline void trainer_up(struct rig *r, uint32_t id, uint64_t steps) {
     struct node *n = &r->node[id];
     n->trainer_up = true;
     n->frozen = n->freeze_asked = n->applied_due = false;
@@ -513,14 +547,14 @@ static void trainer_up(struct rig *r, uint32_t id, uint64_t steps) {
     settle(r);
 }
 
-static void trainer_down(struct rig *r, uint32_t id) {
+static inline void trainer_down(struct rig *r, uint32_t id) {
     r->node[id].trainer_up = false;
     r->node[id].applied_due = r->node[id].freeze_asked = false;
     step(r, id, &(struct sync_event){.type = SYNC_EV_TRAINER_DOWN});
 }
 
 /* The process dies (and with it its links and trainer) and starts again from its disk. */
-static void node_kill(struct rig *r, uint32_t id) {
+static inline void node_kill(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     sync_destroy(n->sync);
     n->sync = NULL;
@@ -528,7 +562,7 @@ static void node_kill(struct rig *r, uint32_t id) {
     for (uint32_t i = 1; i < MEMBERS; i++) hang_up(r, id, i);
 }
 
-static void node_new(struct rig *r, uint32_t id, bool trains) {
+static inline void node_new(struct rig *r, uint32_t id, bool trains) {
     r->node[id].exists = true;
     r->node[id].id = id;
     r->node[id].trains = trains;
@@ -537,14 +571,14 @@ static void node_new(struct rig *r, uint32_t id, bool trains) {
     welcome(r, id, NULL, 0);
 }
 
-static void node_with_work(struct rig *r, uint32_t id) {
+static inline void node_with_work(struct rig *r, uint32_t id) {
     node_new(r, id, true);
     say_leases(r, id, &(struct msg_lease){lease_of(id, 0).lease, 1, lease_of(id, 0).start, 400}, 1);
     trainer_up(r, id, 1);
 }
 
 /* One inner step: takes a batch off the queue and moves the parameters by something of its own. */
-static void train(struct rig *r, uint32_t id) {
+static inline void train(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     uint64_t left = BATCH;
     for (uint32_t i = 0; i < n->queued && left; i++) {
@@ -566,12 +600,30 @@ static void train(struct rig *r, uint32_t id) {
     settle(r);
 }
 
-static void train_round(struct rig *r, uint32_t id) {
+static inline void train_round(struct rig *r, uint32_t id) {
     for (int i = 0; i < STEPS; i++) train(r, id);
     assert_true(r->node[id].frozen);
 }
 
-static const struct msg_ready *ready_of(const struct rig *r, uint32_t id) {
+/* The newest READY of one fragment; NULL: none. */
+static inline const struct sent *ready_sent(const struct rig *r, uint32_t id, uint32_t fragment) {
+    for (uint32_t i = r->sent_count; i-- > 0;) {
+        const struct sent *s = &r->sent[i];
+        if (s->from == id && s->frame.type == MSG_READY &&
+            ((const struct msg_ready *)s->msg)->fragment == fragment)
+            return s;
+    }
+    return NULL;
+}
+
+static inline const struct msg_ready *ready_in(const struct rig *r, uint32_t id,
+                                               uint32_t fragment) {
+    const struct sent *s = ready_sent(r, id, fragment);
+    assert_non_null(s);
+    return s->msg;
+}
+
+static inline const struct msg_ready *ready_of(const struct rig *r, uint32_t id) {
     const struct sent *s = last_sent(r, id, MSG_READY);
     assert_non_null(s);
     return s->msg;
@@ -581,13 +633,13 @@ static const struct msg_ready *ready_of(const struct rig *r, uint32_t id) {
 
 /* A plan over the contributors' last READYs; addresses are known to all. */
 struct plan_spec {
-    uint32_t contributor[MEMBERS], count, aggregator, holder;
+    uint32_t contributor[MEMBERS], count, aggregator, holder, fragment;
 };
 
-static void make_contributors(struct rig *r, const struct plan_spec *spec,
+static inline void make_contributors(struct rig *r, const struct plan_spec *spec,
                               struct msg_contributor *out) {
     for (uint32_t i = 0; i < spec->count; i++) {
-        const struct msg_ready *ready = ready_of(r, spec->contributor[i]);
+        const struct msg_ready *ready = ready_in(r, spec->contributor[i], spec->fragment);
         out[i] = (struct msg_contributor){.member = spec->contributor[i],
                                           .weight = 12 + 5 * i,
                                           .clip = i ? 0.75f : 1,
@@ -599,13 +651,14 @@ static void make_contributors(struct rig *r, const struct plan_spec *spec,
 
 #define GRID 30
 
-static void say_plan(struct rig *r, const struct plan_spec *spec) {
+static inline void say_plan(struct rig *r, const struct plan_spec *spec) {
     struct msg_contributor contributors[MEMBERS];
-    struct msg_shard shard = {0, CHUNKS, spec->aggregator, spec->holder};
+    struct msg_shard shard = {0, chunks_of(r, spec->fragment), spec->aggregator, spec->holder};
     struct msg_address address = {spec->aggregator, proto_str("10.0.0.1"), 7000 + spec->aggregator};
     make_contributors(r, spec, contributors);
-    struct msg_plan plan = {.round = r->rounds,
-                            .base_index = r->base_index,
+    struct msg_plan plan = {.fragment = spec->fragment,
+                            .round = r->round_of[spec->fragment],
+                            .base_index = r->base_of[spec->fragment],
                             .grid_exponent = GRID,
                             .codec = r->outer.result_codec,
                             .contributors = contributors,
@@ -623,35 +676,54 @@ static void say_plan(struct rig *r, const struct plan_spec *spec) {
     settle(r);
 }
 
-static const struct msg_shard_report *report_of(const struct rig *r, uint32_t id) {
+static inline const struct msg_shard_report *report_of(const struct rig *r, uint32_t id) {
     const struct sent *s = last_sent(r, id, MSG_SHARD_REPORT);
     assert_non_null(s);
     assert_int_equal(s->frame.plan, r->plan);
     return s->msg;
 }
 
-/* Both reports are there and equal: append the commit. Nobody is told. */
-static void commit(struct rig *r, const struct plan_spec *spec, const struct digest *base_root) {
+/* What the commit spends of one claim: what no commit before did. */
+static inline uint32_t spend_claim(struct rig *r, uint32_t id, const struct msg_lease *claim,
+                                   struct msg_spend *out) {
+    uint64_t start = claim->start, end = claim->start + claim->count;
+    if (claim->lease == id && r->spent_to[id] > start) start = r->spent_to[id];
+    if (start >= end) return 0;
+    if (claim->lease == id) r->spent_to[id] = end;
+    *out = (struct msg_spend){id, claim->lease, claim->generation, start, end - start};
+    return 1;
+}
+
+/* Both reports are there and equal: append the commit. Nobody is told. base_root: of the aggregator's
+ * state. */
+static inline void commit(struct rig *r, const struct plan_spec *spec,
+                          const struct digest *base_root) {
     const struct msg_shard_report *a = report_of(r, spec->aggregator),
                                   *b = report_of(r, spec->holder);
-    assert_int_equal(a->results_count, CHUNKS);
-    assert_int_equal(b->results_count, CHUNKS);
-    assert_memory_equal(a->results, b->results, CHUNKS * sizeof *a->results);
+    uint32_t f = spec->fragment, n = chunks_of(r, f);
+    struct sync_view v;
+    sync_look(r->node[spec->aggregator].sync, &v);
+    assert_true(a->fragment == f && b->fragment == f && a->plan == r->plan && b->plan == r->plan);
+    assert_int_equal(a->results_count, n);
+    assert_int_equal(b->results_count, n);
+    assert_memory_equal(a->results, b->results, n * sizeof *a->results);
     assert_int_equal(a->summed_count, b->summed_count);
     struct msg_contributor contributors[MEMBERS];
-    struct msg_shard shard = {0, CHUNKS, spec->aggregator, spec->holder};
+    struct msg_shard shard = {0, n, spec->aggregator, spec->holder};
     struct msg_spend spent[MEMBERS * 4];
     make_contributors(r, spec, contributors);
-    struct msg_commit body = {.round = r->rounds,
+    struct msg_commit body = {.fragment = f,
+                              .round = r->round_of[f],
                               .plan = r->plan,
-                              .base_index = r->base_index,
+                              .base_index = r->base_of[f],
+                              .state_index = v.state_index,
                               .state_root = *base_root,
                               .lr = 0.7f,
                               .momentum = 0.9f,
                               .codec = r->outer.result_codec,
                               .grid_exponent = GRID,
                               .tokens_committed = 1000 * (r->rounds + 1),
-                              .result_root = digest_tree_root(a->results, CHUNKS),
+                              .result_root = digest_tree_root(a->results, n),
                               .contributors = contributors,
                               .contributors_count = spec->count,
                               .shards = &shard,
@@ -663,18 +735,18 @@ static void commit(struct rig *r, const struct plan_spec *spec, const struct dig
         bool summed = false;
         for (uint32_t j = 0; j < a->summed_count; j++)
             summed |= proto_set_has(a->summed[j].set.data, i);
-        const struct msg_ready *ready = ready_of(r, spec->contributor[i]);
+        const struct msg_ready *ready = ready_in(r, spec->contributor[i], f);
         for (uint32_t j = 0; summed && j < ready->ranges_count; j++)
-            spent[body.spent_count++] = (struct msg_spend){
-                spec->contributor[i], ready->ranges[j].lease, ready->ranges[j].generation,
-                ready->ranges[j].start, ready->ranges[j].count};
+            body.spent_count += spend_claim(r, spec->contributor[i], &ready->ranges[j],
+                                            &spent[body.spent_count]);
     }
-    r->base_index = r->entries;
+    r->base_index = r->base_of[f] = r->entries;
     r->rounds++;
+    r->round_of[f]++;
     entry_add(r, LEDGER_COMMIT, encoded(RECORD_commit, &body));
 }
 
-static void say_holders(struct rig *r, uint32_t id, const struct plan_spec *spec) {
+static inline void say_holders(struct rig *r, uint32_t id, const struct plan_spec *spec) {
     struct msg_address list[2] = {
         {spec->aggregator, proto_str("10.0.0.1"), 7000 + spec->aggregator},
         {spec->holder, proto_str("10.0.0.1"), 7000 + spec->holder}};
@@ -682,22 +754,22 @@ static void say_holders(struct rig *r, uint32_t id, const struct plan_spec *spec
         &(struct msg_holders){.index = r->base_index, .addresses = list, .addresses_count = 2});
 }
 
-/* Tell one member of the newest commit, its leases first when it was summed. */
-static void announce(struct rig *r, uint32_t id, const struct plan_spec *spec, uint64_t spent) {
+/* Tell one member of the newest commit, and of what is left of its lease when it was summed. */
+static inline void announce(struct rig *r, uint32_t id, const struct plan_spec *spec, uint64_t spent) {
     struct msg_lease lease = lease_of(id, spent);
-    if (spent) say(r, id, MSG_LEASES, 0, &(struct msg_leases){.leases = &lease, .leases_count = 1});
     say_ledger(r, id, r->entries - 1);
+    if (spent) say(r, id, MSG_LEASES, 0, &(struct msg_leases){.leases = &lease, .leases_count = 1});
     say_holders(r, id, spec);
     settle(r);
 }
 
-static struct sync_view look(const struct rig *r, uint32_t id) {
+static inline struct sync_view look(const struct rig *r, uint32_t id) {
     struct sync_view v;
     sync_look(r->node[id].sync, &v);
     return v;
 }
 
-static void assert_same_state(const struct rig *r, uint32_t a, uint32_t b) {
+static inline void assert_same_state(const struct rig *r, uint32_t a, uint32_t b) {
     struct sync_view x = look(r, a), y = look(r, b);
     assert_int_equal(x.state_index, y.state_index);
     assert_memory_equal(&x.state_root, &y.state_root, sizeof x.state_root);
@@ -707,13 +779,154 @@ static void assert_same_state(const struct rig *r, uint32_t a, uint32_t b) {
                         ELEMENTS * sizeof(float));
 }
 
-static void assert_local_is_anchor(const struct rig *r, uint32_t id) {
+static inline void assert_local_is_anchor(const struct rig *r, uint32_t id) {
     assert_memory_equal(r->node[id].local, sync_anchor(r->node[id].sync), sizeof r->node[id].local);
+}
+
+/* ---- whole rounds ------------------------------------------------------------------- */
+
+/* Members 1 (aggregates only), 2 and 3 (train), all trained to READY. */
+static const struct plan_spec THREE = {{2, 3}, 2, 1, 2};
+
+static inline void three_members(struct rig *r) {
+    node_new(r, 1, false);
+    node_with_work(r, 2);
+    node_with_work(r, 3);
+    for (uint32_t id = 1; id <= 3; id++) assert_int_equal(look(r, id).chunks_missing, 0);
+}
+
+static inline void three_ready(struct rig *r) {
+    three_members(r);
+    train_round(r, 2);
+    train_round(r, 3);
+}
+
+static inline struct digest root_of(const struct rig *r, uint32_t id) { return look(r, id).state_root; }
+
+static inline void whole_round(struct rig *r, const struct plan_spec *spec) {
+    struct digest base = root_of(r, spec->aggregator);
+    say_plan(r, spec);
+    commit(r, spec, &base);
+}
+
+
+/* P fragments, frozen while training goes on; before any member is made. */
+static inline void set_fragments(struct rig *r, uint32_t fragments, uint32_t overlap, float alpha) {
+    assert_true(fragments <= FRAGMENTS && r->entries == 2);
+    r->outer.fragments = fragments;
+    r->outer.overlap = overlap;
+    r->outer.alpha = alpha;
+    for (uint32_t i = 0; i < r->entries; i++) free((void *)(uintptr_t)r->ledger[i].bytes.data);
+    r->entries = 0;
+    r->head = (struct digest){{0}};
+    begin_ledger(r);
+}
+
+/* ---- what it should come to ---------------------------------------------------------- */
+
+struct expectation {
+    float anchor[ELEMENTS], momentum[ELEMENTS];
+};
+
+/* Decoded chunk k of a fragment as a contributor sent it under the newest plan. */
+static inline void sent_values(const struct rig *r, uint32_t from, uint32_t fragment, uint32_t k,
+                               size_t n, float *out) {
+    for (uint32_t i = 0; i < r->sent_count; i++) {
+        const struct msg_chunk *m = r->sent[i].msg;
+        if (r->sent[i].frame.type != MSG_CHUNK || r->sent[i].frame.plan != r->plan ||
+            r->sent[i].from != from || m->fragment != fragment || m->chunk != k)
+            continue;
+        assert_int_equal(outer_decode(out, m->data.data, m->data.length, n, OUTER_INT8, NULL), 0);
+        return;
+    }
+    fail_msg("member %u never sent chunk %u of fragment %u", from, k, fragment);
+}
+
+/* Through the result codec, then Nesterov written out. */
+static inline void expect_nesterov(struct expectation *e, size_t first, size_t n, float *mean) {
+    uint8_t bytes[CHUNK + 4];
+    float result[CHUNK];
+    assert_int_equal(outer_encode(bytes, mean, n, OUTER_INT8, NULL), 0);
+    assert_int_equal(
+        outer_decode(result, bytes, outer_encoded_bytes(OUTER_INT8, n), n, OUTER_INT8, NULL), 0);
+    for (size_t j = 0; j < n; j++) {
+        volatile float m = 0.9f * e->momentum[first + j];
+        m = m + result[j];
+        volatile float look_ahead = 0.9f * m;
+        look_ahead = result[j] + look_ahead;
+        look_ahead = 0.7f * look_ahead;
+        e->momentum[first + j] = m;
+        e->anchor[first + j] -= look_ahead;
+    }
+}
+
+/* The mean of the frozen bytes, computed another way: 128-bit integers over decoded values. */
+static inline void expect_step(struct rig *r, const struct plan_spec *spec,
+                               const struct msg_shard_report *report, struct expectation *e) {
+    struct msg_contributor contributors[MEMBERS];
+    uint32_t k = 0;
+    make_contributors(r, spec, contributors);
+    for (uint32_t run = 0; run < report->summed_count; run++) {
+        for (uint32_t end = k + report->summed[run].chunks; k < end; k++) {
+            size_t n, first = chunk_at(r, spec->fragment, k, &n);
+            __int128 sum[CHUNK] = {0};
+            float value[CHUNK], mean[CHUNK];
+            uint64_t weight = 0;
+            for (uint32_t i = 0; i < spec->count; i++) {
+                if (!proto_set_has(report->summed[run].set.data, i)) continue;
+                weight += contributors[i].weight;
+                sent_values(r, spec->contributor[i], spec->fragment, k, n, value);
+                for (size_t j = 0; j < n; j++)
+                    sum[j] += (__int128)llrint(
+                                  ldexp((double)value[j] * (double)contributors[i].clip, GRID)) *
+                              contributors[i].weight;
+            }
+            assert_int_equal(weight, report->summed[run].weight);
+            for (size_t j = 0; j < n; j++)
+                mean[j] = (float)((double)sum[j] / ldexp((double)weight, GRID));
+            expect_nesterov(e, first, n, mean);
+        }
+    }
+}
+
+static inline void state_now(const struct rig *r, uint32_t id, struct expectation *e) {
+    memcpy(e->anchor, sync_anchor(r->node[id].sync), sizeof e->anchor);
+    memcpy(e->momentum, sync_momentum(r->node[id].sync), sizeof e->momentum);
+}
+
+static inline void assert_state(const struct rig *r, uint32_t id, const struct expectation *e) {
+    assert_memory_equal(sync_anchor(r->node[id].sync), e->anchor, sizeof e->anchor);
+    assert_memory_equal(sync_momentum(r->node[id].sync), e->momentum, sizeof e->momentum);
+}
+
+/* ---- what goes wrong on the way ------------------------------------------------------ */
+
+static uint32_t chunks_allowed;
+static inline bool member_3_breaks_off(struct rig *r, struct sent *m) {
+    (void)r;
+    if (m->from != 3 || m->frame.type != MSG_CHUNK) return true;
+    return chunks_allowed && chunks_allowed--;
+}
+
+static inline bool member_3_chunks_wait(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->from != 3 || m->frame.type != MSG_CHUNK;
+}
+
+static inline void two_rounds(struct rig *r) {
+    three_members(r);
+    for (int round = 0; round < 2; round++) {
+        train_round(r, 2);
+        train_round(r, 3);
+        whole_round(r, &THREE);
+        for (uint32_t id = 1; id <= 3; id++)
+            announce(r, id, &THREE, id > 1 ? (round + 1) * STEPS * BATCH : 0);
+    }
 }
 
 /* ---- set-up ----------------------------------------------------------------------------- */
 
-static int rig_setup(void **state) {
+static inline int rig_setup(void **state) {
     struct rig *r = xcalloc(1, sizeof *r);
     assert_int_equal(proto_init(NULL), 0);
     identity_from_seed(&r->root_id, (const uint8_t[32]){1});
@@ -723,7 +936,7 @@ static int rig_setup(void **state) {
                                   .heads = 1,
                                   .kv_heads = 1,
                                   .ffn = 8,
-                                  .vocabulary = 16,
+                                  .vocabulary = 33, /* ELEMENTS in all */
                                   .sequence = SEQUENCE,
                                   .rope_theta = 1e4,
                                   .norm_eps = 1e-5};
@@ -756,14 +969,16 @@ static int rig_setup(void **state) {
                                       .outer_count = 1,
                                       .corpus = &r->corpus,
                                       .corpus_count = 1};
+    assert_int_equal(proto_model_elements(&r->model), ELEMENTS);
     r->term = 1;
     r->now = 100000;
+    for (uint32_t id = 0; id < MEMBERS; id++) r->spent_to[id] = id * 1000;
     begin_ledger(r);
     *state = r;
     return 0;
 }
 
-static void forget_sent(struct rig *r) {
+static inline void forget_sent(struct rig *r) {
     for (uint32_t i = 0; i < r->sent_count; i++) {
         proto_copy_release((enum proto_record)proto_record_of_type(r->sent[i].frame.type),
                            r->sent[i].msg);
@@ -772,7 +987,7 @@ static void forget_sent(struct rig *r) {
     r->sent_count = r->delivered = 0;
 }
 
-static int rig_teardown(void **state) {
+static inline int rig_teardown(void **state) {
     struct rig *r = *state;
     for (uint32_t id = 1; id < MEMBERS; id++) {
         sync_destroy(r->node[id].sync);

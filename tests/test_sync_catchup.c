@@ -1,0 +1,127 @@
+/* test_sync_catchup.c - a member that lacks the state, or has a wrong one, and where it gets the right one. */
+#include "tests/sync_rig.h"
+
+static uint32_t states_allowed;
+static bool only_some_states(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->frame.type != MSG_STATE || (states_allowed && states_allowed--);
+}
+
+/* A joiner fetches the state while a commit lands: what it has is brought forward with the results,
+ * the rest comes newer, and it ends with the same bits. Then it trains, with a member's moments. */
+static void joiner_catches_up_while_a_commit_lands(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    for (int i = 0; i < ELEMENTS; i++) r->node[2].moments[i] = 0.5f + (float)i;
+    r->node[4] = (struct node){.exists = true, .id = 4, .trains = true};
+    node_start(r, 4);
+    dial_coordinator(r, 4);
+    trainer_up(r, 4, 0);
+    welcome(r, 4, (uint32_t[]){1, 2}, 2);
+    struct digest root = root_of(r, 1);
+    r->spoil = only_some_states;
+    states_allowed = 2;
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    settle(r);
+    assert_int_equal(look(r, 4).chunks_missing, 4); /* stored as one batch */
+    train_round(r, 2);
+    train_round(r, 3);
+    whole_round(r, &THREE);
+    for (uint32_t id = 1; id <= 4; id++)
+        announce(r, id, &THREE, id == 2 || id == 3 ? 3 * STEPS * BATCH : 0);
+    r->spoil = NULL;
+    root = root_of(r, 1);
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    pass(r, 900);
+    assert_same_state(r, 1, 4);
+    assert_int_equal(r->node[4].resets, 1);
+    assert_local_is_anchor(r, 4);
+    assert_true(count_sent(r, 1, MSG_RESULT) + count_sent(r, 2, MSG_RESULT) > 2 * CHUNKS);
+    struct msg_lease lease = lease_of(4, 0);
+    say_leases(r, 4, &lease, 1);
+    pass(r, 900);
+    assert_true(r->node[4].moments_in);
+    assert_memory_equal(r->node[4].moments, r->node[2].moments, sizeof r->node[4].moments);
+    assert_int_equal(r->node[4].moments_steps, r->node[2].steps);
+    train_round(r, 4);
+    assert_int_equal(ready_of(r, 4)->base_index, r->base_index);
+}
+
+/* A member that missed a commit keeps its work: a donor's chunk comes as a change, too. */
+static void missed_commit_keeps_the_work(void **state) {
+    struct rig *r = *state;
+    struct plan_spec two = {{2}, 1, 1, 2};
+    three_members(r);
+    train_round(r, 2);
+    train(r, 3);
+    whole_round(r, &two);
+    announce(r, 1, &two, 0);
+    announce(r, 2, &two, STEPS * BATCH);
+    for (uint32_t id = 1; id <= 2; id++) /* the results are gone */
+        say(r, id, MSG_HEARTBEAT_ACK, 0,
+            &(struct msg_heartbeat_ack){.settled_index = r->base_index});
+    r->node[3].connected = false;
+    step(r, 3, &(struct sync_event){.type = SYNC_EV_DISCONNECTED});
+    struct digest root = root_of(r, 1);
+    dial_coordinator(r, 3);
+    welcome(r, 3, (uint32_t[]){1}, 1);
+    say(r, 3, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    struct msg_lease lease = lease_of(3, 0);
+    say_leases(r, 3, &lease, 1);
+    pass(r, 900);
+    assert_same_state(r, 1, 3);
+    assert_int_equal(count_sent(r, 1, MSG_STATE), CHUNKS);
+    assert_int_equal(r->node[3].resets, 1);
+    assert_int_equal(r->node[3].adds, CHUNKS);
+    train(r, 3);
+    train(r, 3);
+    assert_int_equal(ready_of(r, 3)->ranges[0].count, STEPS * BATCH);
+}
+
+/* The coordinator found our root wrong: nothing of it is kept. */
+static void resync_fetches_everything_anew(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    struct digest root = root_of(r, 1), wrong = {{1, 2, 3}};
+    struct msg_address donor = {1, proto_str("10.0.0.1"), 7001};
+    struct msg_resync msg = {
+        .index = r->base_index, .root = root, .donors = &donor, .donors_count = 1};
+    say(r, 3, MSG_RESYNC, 0, &msg);
+    settle(r);
+    assert_int_equal(look(r, 3).chunks_missing,
+                     0); /* ours is the right one: only donors were meant */
+    msg.root = wrong;
+    say(r, 3, MSG_RESYNC, 0, &msg);
+    assert_int_equal(look(r, 3).chunks_missing, CHUNKS);
+    settle(r);
+    assert_int_equal(look(r, 3).chunks_missing, CHUNKS); /* what the donor has is not that root */
+    msg.root = root;
+    say(r, 3, MSG_RESYNC, 0, &msg);
+    pass(r, 900);
+    assert_same_state(r, 1, 3);
+    assert_int_equal(r->node[3].resets, 2);
+}
+
+/* Nobody to fetch from: it asks the coordinator for donors again rather than wait for ever. */
+static void stuck_catch_up_asks_again(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    node_new(r, 4, true);
+    for (int i = 0; i < 25; i++) {
+        pass(r, 100);
+        say(r, 4, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+    }
+    assert_int_equal(r->node[4].disconnects, 1);
+}
+
+#define T(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
+int main(int argc, char **argv) {
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
+    const struct CMUnitTest tests[] = {
+        T(joiner_catches_up_while_a_commit_lands),
+        T(missed_commit_keeps_the_work),
+        T(resync_fetches_everything_anew),
+        T(stuck_catch_up_asks_again),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
