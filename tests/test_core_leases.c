@@ -93,12 +93,262 @@ static void a_claim_must_be_a_prefix_of_a_held_lease(void **state) {
     assert_false(f->reset);
 }
 
+/* ---- several fragments ---------------------------------------------------------------------- */
+
+static void start_fragments(struct rig *r, uint32_t fragments, uint32_t trainers) {
+    r->outer.fragments = fragments;
+    start_with(r, trainers);
+}
+
+/* A sample has its effect in every fragment and must count once. */
+static void a_sample_in_two_contributions_is_spent_by_the_first_commit(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    for (uint32_t f = 0; f < 2; f++)
+        for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], f, 8);
+    assert_string_equal(fragment(r, 0).phase, "reduce");
+    assert_string_equal(fragment(r, 1).phase, "reduce");
+    commit_in(r, 1);
+    assert_int_equal(look(r).samples_spent, 16);
+    assert_int_equal(look(r).tokens_committed, 16 * SEQUENCE);
+    assert_int_equal(r->fake[2].lease_count, 0);
+    commit_in(r, 0);
+    struct msg_commit k = last_commit(r);
+    assert_int_equal(k.tokens, 0);
+    assert_int_equal(k.spent_count, 0);
+    assert_int_equal(look(r).tokens_committed, 16 * SEQUENCE);
+    assert_int_equal(look(r).samples_spent, 16);
+    assert_int_equal(member(r, &r->fake[2]).tokens_committed, 8 * SEQUENCE);
+}
+
+static void a_later_contribution_spends_only_the_rest(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    ask(r, &r->fake[2], 16);
+    struct msg_lease whole = r->fake[2].leases[0];
+    be_ready_in(r, &r->fake[2], 0, 8);
+    be_ready_in(r, &r->fake[2], 1, 12);
+    for (uint32_t f = 0; f < 2; f++) be_ready_in(r, &r->fake[3], f, 8);
+    commit_in(r, 0);
+    assert_int_equal(r->fake[2].leases[0].start, whole.start + 8);
+    commit_in(r, 1);
+    assert_int_equal(last_commit(r).tokens, 4 * SEQUENCE);
+    assert_int_equal(r->fake[2].leases[0].lease, whole.lease);
+    assert_int_equal(r->fake[2].leases[0].generation, whole.generation);
+    assert_int_equal(r->fake[2].leases[0].start, whole.start + 12);
+    assert_int_equal(r->fake[2].leases[0].count, 4);
+}
+
+/* It froze before it heard of the other fragment's commit: no fault of its own. */
+static void a_claim_that_crossed_another_fragments_commit_is_good(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    struct fake *f = &r->fake[2];
+    ask(r, f, 12);
+    claim_in(f, 1, 12); /* frozen now, said later */
+    be_ready_in(r, f, 0, 8);
+    be_ready_in(r, &r->fake[3], 0, 8);
+    commit_in(r, 0);
+    say_ready_in(r, f, 1);
+    assert_false(f->reset);
+    be_ready_in(r, &r->fake[3], 1, 8);
+    assert_int_equal(f->of[1].contributor[0].weight, 12);
+    commit_in(r, 1);
+    assert_int_equal(look(r).samples_spent, 8 + 8 + 4 + 8);
+    load(r); /* what was spent stays known as long as it may be claimed */
+    for (int i = 1; i <= 3; i++) dial(r, &r->fake[i]), hello(r, &r->fake[i]);
+    be_ready_in(r, f, 0, 8);
+    assert_false(f->reset);
+}
+
+/* A whole claim can be spent by others' rounds before it arrives: it weighs, and spends nothing. */
+static void a_contribution_whose_claims_are_all_spent_counts(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    struct fake *f = &r->fake[2];
+    ask(r, f, 8);
+    claim_in(f, 1, 8);
+    be_ready_in(r, f, 0, 8);
+    be_ready_in(r, &r->fake[3], 0, 8);
+    commit_in(r, 0);
+    say_ready_in(r, f, 1);
+    assert_false(f->reset);
+    r->fake[3].of[1].claim_count = 0; /* this one knows, and claims nothing */
+    r->fake[3].of[1].samples = 8;
+    say_ready_in(r, &r->fake[3], 1);
+    assert_false(r->fake[3].reset);
+    assert_int_equal(f->of[1].contributors, 2);
+    assert_int_equal(f->of[1].contributor[0].weight, 8);
+    assert_int_equal(f->of[1].contributor[1].weight, 8);
+}
+
+/* Only what this member's own commits spent may lie before its lease. */
+static void spent_samples_of_others_cannot_be_claimed(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    struct fake *f = &r->fake[2], *other = &r->fake[3];
+    be_ready_in(r, f, 0, 8);
+    be_ready_in(r, other, 0, 8);
+    struct msg_lease of_f = f->of[0].claims[0], of_other = other->of[0].claims[0];
+    commit_in(r, 0);
+    f->of[1].claims[0] = of_other;
+    f->of[1].claim_count = 1;
+    say_ready_in(r, f, 1);
+    assert_true(f->reset);
+    f->reset = false;
+    f->of[1].claims[0] = of_f;
+    f->of[1].claims[0].generation++;
+    say_ready_in(r, f, 1);
+    assert_true(f->reset);
+    f->reset = false;
+    ask(r, f, 8);
+    f->of[1].claims[0] = f->leases[0]; /* with the samples before it, which nobody leased to it */
+    f->of[1].claims[0].start--;
+    f->of[1].claims[0].count++;
+    say_ready_in(r, f, 1);
+    assert_true(f->reset);
+}
+
+/* Who says that more samples are in it than were ever given to it weighs what it was given. */
+static void inflated_samples_weigh_what_the_leases_say(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    struct fake *liar = &r->fake[2];
+    liar->of[0].samples = liar->of[1].samples = 1u << 30;
+    for (uint32_t f = 0; f < 2; f++)
+        for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], f, 8);
+    assert_int_equal(liar->of[0].contributor[0].weight, 8);
+    commit_in(r, 0);
+    assert_int_equal(liar->of[1].contributor[0].weight, 8);
+    commit_in(r, 1);
+    be_ready_in(r, liar, 0, 8); /* nor does anything add up over rounds */
+    be_ready_in(r, &r->fake[3], 0, 8);
+    assert_int_equal(liar->of[0].contributor[0].weight, 8);
+}
+
+static void a_contribution_of_no_samples_is_refused(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    struct fake *f = &r->fake[2];
+    f->of[0].samples = 100;
+    f->of[0].claim_count = 0;
+    say_ready_in(r, f, 0);
+    assert_true(f->reset);
+    f->reset = false;
+    ask(r, f, 8);
+    claim_in(f, 0, 8);
+    struct msg_ready msg = ready_in(r, f, 0);
+    msg.samples = 0;
+    say(r, f, MSG_READY, 0, &msg);
+    assert_true(f->reset);
+}
+
+/* The weight of a contribution must not depend on whether we died meanwhile. */
+static void weights_follow_from_the_ledger_alone(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], 0, 8);
+    commit_in(r, 0);
+    load(r);
+    for (int i = 1; i <= 3; i++) dial(r, &r->fake[i]), hello(r, &r->fake[i]);
+    for (int i = 2; i <= 3; i++) {
+        r->fake[i].of[1].samples = 100;
+        r->fake[i].of[1].claim_count = 0;
+        say_ready_in(r, &r->fake[i], 1);
+        assert_false(r->fake[i].reset);
+    }
+    assert_int_equal(r->fake[2].of[1].contributor[0].weight, 8);
+}
+
+/* As long as one plan names it, nobody knows whether its samples are spent. */
+static void leases_of_a_lost_member_go_back_when_no_plan_names_it(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 3);
+    struct fake *lost = &r->fake[4];
+    for (uint32_t f = 0; f < 2; f++)
+        for (int i = 2; i <= 4; i++) be_ready_in(r, &r->fake[i], f, 8);
+    uint64_t start = lost->leases[0].start;
+    uint64_t free_before = look(r).samples_free;
+    say(r, lost, MSG_LEAVE, 0, &(struct msg_leave){0});
+    pass(r, 500);
+    for (uint32_t f = 0; f < 2; f++) { /* it arrived nowhere */
+        assert_int_equal(look(r).samples_free, free_before);
+        struct fake *by[] = {fake_by_id(r, r->fake[2].of[f].shard.aggregator),
+                             fake_by_id(r, r->fake[2].of[f].shard.holder)};
+        struct report rep;
+        for (int i = 0; i < 2; i++) {
+            report_in(by[i], f, 0, &rep);
+            proto_set_del(rep.set, 2);
+            rep.summed[0].weight -= 8;
+            say(r, by[i], MSG_SHARD_REPORT, by[i]->of[f].plan, &rep.msg);
+        }
+    }
+    assert_int_equal(look(r).commits, 2);
+    assert_int_equal(look(r).samples_spent, 16);
+    assert_int_equal(look(r).samples_free, free_before + 8);
+    ask(r, &r->fake[2], 8);
+    assert_int_equal(r->fake[2].leases[0].start, start);
+}
+
+/* An older copy of the store must never give an id again that members still know. */
+static void ids_of_a_term_are_above_those_of_all_before(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    ask(r, &r->fake[2], 8);
+    assert_true(r->fake[2].leases[0].lease >= r->term << 24);
+    load(r);
+    for (int i = 1; i <= 3; i++) dial(r, &r->fake[i]), hello(r, &r->fake[i]);
+    ask(r, &r->fake[3], 8);
+    assert_true(r->fake[3].leases[0].lease >= r->term << 24);
+}
+
+/* The entry takes spent prefixes off a member's leases; the list that follows is judged by that. */
+static void the_ledger_is_sent_before_the_leases(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    report(r, &r->fake[1]);
+    report(r, holder(r));
+    assert_true(place(r, CORE_ACT_SEND_LEDGER, -1) < place(r, CORE_ACT_SEND, MSG_LEASES));
+    assert_true(place(r, CORE_ACT_SEND, MSG_LEASES) < r->out.count);
+    dial(r, &r->fake[2]);
+    struct msg_hello msg = hello_of(&r->fake[2]);
+    say(r, &r->fake[2], MSG_HELLO, 0, &msg);
+    assert_true(place(r, CORE_ACT_SEND_LEDGER, -1) < place(r, CORE_ACT_SEND, MSG_LEASES));
+}
+
+/* What two contributions claim is claimed once: else a member with many fragments starves. */
+static void the_allowance_counts_a_claimed_sample_once(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 3, 2);
+    struct fake *f = &r->fake[2];
+    ask(r, f, 1000);
+    assert_int_equal(f->leases[0].count, 32);
+    for (uint32_t i = 0; i < 3; i++) {
+        claim_in(f, i, 8 + 4 * i);
+        say_ready_in(r, f, i);
+    }
+    ask(r, f, 1000);
+    assert_int_equal(f->leases[1].count, 16); /* the furthest claim's */
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_lease_is_durable_before_it_is_sent),
         T(lease_ask_spam_is_bounded),
         T(a_returned_lease_is_of_the_next_generation_and_the_old_claim_is_refused),
         T(a_claim_must_be_a_prefix_of_a_held_lease),
+        T(a_sample_in_two_contributions_is_spent_by_the_first_commit),
+        T(a_later_contribution_spends_only_the_rest),
+        T(a_claim_that_crossed_another_fragments_commit_is_good),
+        T(a_contribution_whose_claims_are_all_spent_counts),
+        T(spent_samples_of_others_cannot_be_claimed),
+        T(inflated_samples_weigh_what_the_leases_say),
+        T(a_contribution_of_no_samples_is_refused),
+        T(weights_follow_from_the_ledger_alone),
+        T(leases_of_a_lost_member_go_back_when_no_plan_names_it),
+        T(ids_of_a_term_are_above_those_of_all_before),
+        T(the_ledger_is_sent_before_the_leases),
+        T(the_allowance_counts_a_claimed_sample_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
