@@ -581,6 +581,7 @@ static inline void node_with_work(struct rig *r, uint32_t id) {
 static inline void train(struct rig *r, uint32_t id) {
     struct node *n = &r->node[id];
     uint64_t left = BATCH;
+    assert_false(n->frozen);
     for (uint32_t i = 0; i < n->queued && left; i++) {
         uint64_t take = n->queue[i].count < left ? n->queue[i].count : left;
         n->queue[i].start += take;

@@ -90,7 +90,6 @@ static void without_overlap_it_stands_still(void **state) {
         train(r, id);
         assert_true(r->node[id].frozen);
     }
-    train_round(r, 2); /* (the rig's trainer steps although it should wait: for DUE a step is needed) */
     say(r, 2, MSG_DUE, 0, &(struct msg_due){.fragment = 1, .round = 0});
     pass(r, 50);
     assert_int_equal(count_sent(r, 2, MSG_READY), 2);
@@ -155,7 +154,7 @@ static void overlapping_claims_are_spent_once(void **state) {
     train(r, 3); /* three steps after its freeze */
     const struct msg_ready *next = ready_in(r, 3, 1);
     assert_int_equal(next->round, 1);
-    assert_int_equal(next->samples, 2 * BATCH); /* those since it took the commit over */
+    assert_int_equal(next->samples, 3 * BATCH); /* those since it was frozen */
     assert_int_equal(next->ranges_count, 1);
     assert_int_equal(next->ranges[0].start, 3000 + SECOND); /* what is spent is not claimed again */
     assert_int_equal(next->ranges[0].count, 3 * BATCH);
