@@ -167,7 +167,7 @@ $(BUILD)/tests/test_fuzz_corpus: $(FUZZ_O)
 
 $(BUILD)/fuzz: $(BUILD)/tests/fuzz/main.o $(FUZZ_O) $(BUILD)/fuzzed.a
 	$(call say,LINK)
-	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
 
 # Of the archive a target links only what it needs, so that its coverage counts nothing else.
 $(BUILD)/fuzzed.a: $(LIB_O)
@@ -177,7 +177,7 @@ $(BUILD)/fuzzed.a: $(LIB_O)
 FUZZ_SHARED_O := $(filter-out $(BUILD)/tests/fuzz/fuzz_%,$(FUZZ_O))
 $(BUILD)/fuzz_%: tests/fuzz/libfuzzer.c $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_SHARED_O) $(BUILD)/fuzzed.a
 	$(call say,LINK)
-	$(Q)$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -DFUZZ_TARGET=fuzz_$* -o $@ $^ $(ALL_LIBS)
+	$(Q)$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -DFUZZ_TARGET=fuzz_$* -o $@ $^ $(ALL_LIBS) -lcmocka
 
 $(BUILD)/bench: $(BENCH_O)
 	$(call say,LINK)

@@ -13,7 +13,14 @@ enum { SAID, SAID_PLUS_1, SAID_MINUS_1, SMALL, RAW, LIMIT, ANY_SAID, ZERO };
 
 /* ---- memory ------------------------------------------------------------------------------------- */
 
+static void forget_changed(struct form_memory *m) {
+    while (m->changed_count) free(m->changed[--m->changed_count]);
+}
+
 void form_memory_release(struct form_memory *m) {
+    forget_changed(m);
+    for (uint32_t i = 0; i < m->name_count; i++) free(m->name[i].bytes.data);
+    free(m->any.bytes.data);
     for (int which = 0; which < RECORD_COUNT; which++) {
         size_t size = proto_record_size((enum proto_record)which);
         for (uint32_t i = 0; i < m->list[which].count; i++)
@@ -38,11 +45,20 @@ static struct form_name *find_or_add(struct form_memory *m, const char *name) {
 }
 
 static void learn_number(struct form_name *n, uint64_t number) {
-    n->number[n->count++ % FORM_DEPTH] = number;
+    n->number[n->numbers++ % FORM_DEPTH] = number;
 }
 
 static void learn_digest(struct form_name *n, const void *digest) {
-    memcpy(&n->digest[n->count++ % FORM_DEPTH], digest, sizeof(struct digest));
+    memcpy(&n->digest[n->digests++ % FORM_DEPTH], digest, sizeof(struct digest));
+}
+
+static void learn_bytes(struct form_name *n, struct proto_bytes b) {
+    uint8_t *copy = malloc(b.length + 1u);
+    assert(copy);
+    if (b.length) memcpy(copy, b.data, b.length);
+    free(n->bytes.data);
+    n->bytes.data = copy;
+    n->bytes.length = b.length;
 }
 
 void form_learn_number(struct form_memory *m, const char *name, uint64_t number) {
@@ -89,6 +105,8 @@ void form_learn(struct form_memory *m, enum proto_record which, const void *reco
             learn_digest(find_or_add(m, f->name), value);
             learn_digest(&m->any, value);
             break;
+        case KIND_BYTES:
+        case KIND_STR: learn_bytes(find_or_add(m, f->name), *(const struct proto_bytes *)value); break;
         case KIND_LIST: learn_list(m, f, list_of(f, record)); break;
         default: break;
         }
@@ -99,11 +117,11 @@ void form_learn(struct form_memory *m, enum proto_record which, const void *reco
 
 /* How long ago counts from 0, the newest. */
 static uint64_t said_number(const struct form_name *n, uint32_t ago) {
-    return n && ago < n->count ? n->number[(n->count - 1 - ago) % FORM_DEPTH] : 0;
+    return n && ago < n->numbers ? n->number[(n->numbers - 1 - ago) % FORM_DEPTH] : 0;
 }
 
 static struct digest said_digest(const struct form_name *n, uint32_t ago) {
-    return n && ago < n->count ? n->digest[(n->count - 1 - ago) % FORM_DEPTH] : (struct digest){0};
+    return n && ago < n->digests ? n->digest[(n->digests - 1 - ago) % FORM_DEPTH] : (struct digest){0};
 }
 
 static uint64_t fill_number(const struct form_memory *m, struct fuzz_input *in, const struct field *f) {
@@ -152,40 +170,64 @@ static struct digest fill_digest(const struct form_memory *m, struct fuzz_input 
     }
 }
 
-static struct proto_bytes fill_bytes(struct fuzz_input *in, const struct field *f) {
-    size_t n = fuzz_u8(in);
-    if (n > f->max) n = (size_t)f->max;
-    const uint8_t *at = fuzz_bytes(in, &n);
-    return (struct proto_bytes){at, (uint32_t)n};
+/* What was said, with one byte changed, or cut at a place. */
+static struct proto_bytes change_bytes(struct form_memory *m, struct fuzz_input *in, struct proto_bytes said,
+                                       bool cut) {
+    uint32_t where = (uint32_t)fuzz_le(in, 3) % (said.length + 1);
+    uint8_t by = fuzz_u8(in);
+    uint8_t *copy = m->changed_count < FORM_STRINGS_MAX ? malloc(said.length + 1u) : NULL;
+    if (!copy) return said;
+    if (said.length) memcpy(copy, said.data, said.length);
+    if (where < said.length) copy[where] ^= by ? by : 1;
+    m->changed[m->changed_count++] = copy;
+    return (struct proto_bytes){copy, cut ? where : said.length};
 }
 
-static struct proto_bytes fill_text(struct fuzz_input *in, const struct field *f) {
-    struct proto_bytes b = fill_bytes(in, f);
+/* Control 0: as it was said; 1, 2: that, changed or cut; else so many bytes of the input, and 3 more. */
+static struct proto_bytes fill_bytes(struct form_memory *m, struct fuzz_input *in, const struct field *f) {
+    uint8_t control = fuzz_u8(in);
+    const struct form_name *n = find(m, f->name);
+    struct proto_bytes said = {n ? n->bytes.data : NULL, n ? n->bytes.length : 0};
+    size_t length = control - 3u;
+    if (said.length > f->max) said.length = (uint32_t)f->max;
+    if (control == 0) return said;
+    if (control < 3) return change_bytes(m, in, said, control == 2);
+    if (length > f->max) length = (size_t)f->max;
+    const uint8_t *at = fuzz_bytes(in, &length);
+    return (struct proto_bytes){at, (uint32_t)length};
+}
+
+static struct proto_bytes fill_text(struct form_memory *m, struct fuzz_input *in, const struct field *f) {
+    struct proto_bytes b = fill_bytes(m, in, f);
     if (!proto_text_is_clean(b.data, b.length)) return proto_str("?");
     return b;
 }
 
-static bool fill(const struct form_memory *m, struct fuzz_input *in, const struct schema *s, uint8_t *out);
+static bool fill(struct form_memory *m, struct fuzz_input *in, const struct schema *s, uint8_t *out);
 
-/* Control 0: the list as it was said; else so many items, less one. */
-static void fill_list(const struct form_memory *m, struct fuzz_input *in, const struct field *f, uint8_t *out) {
+/* Control 0: the list as it was said; 64 on: that without its end; 128 on: with one item changed; else so
+ * many items, less one. Items that repeat what was said share their strings with m; lists in lists they
+ * would share too, but no message has any. */
+static void fill_list(struct form_memory *m, struct fuzz_input *in, const struct field *f, uint8_t *out) {
     uint8_t control = fuzz_u8(in);
     const struct schema *s = schema_of(f->record);
-    bool said = control == 0;
-    struct list list = {.count = said ? m->list[f->record].count : (control - 1u) % 16};
+    bool said = control == 0 || control >= 64;
+    struct list list = {.count = said ? m->list[f->record].count : (control - 1u) % 15};
+    if (control >= 64 && control < 128) list.count -= control - 63u < list.count ? control - 63u : list.count;
     if (list.count > f->max) list.count = (uint32_t)f->max;
     if (list.count == 0) return;
+    uint32_t changed = control >= 128 ? (control - 128u) % list.count : list.count;
     list.items = calloc(list.count, s->size);
     assert(list.items);
     list_store(f, out, list);
     for (uint32_t i = 0; i < list.count; i++) {
-        if (!said) fill(m, in, s, list.items + i * s->size);
-        /* Lists in lists would be freed twice; none of the records that members send has any. */
-        else memcpy(list.items + i * s->size, m->list[f->record].items + i * s->size, s->size);
+        uint8_t *item = list.items + i * s->size;
+        if (said && i != changed) memcpy(item, m->list[f->record].items + i * s->size, s->size);
+        else fill(m, in, s, item);
     }
 }
 
-static bool fill_field(const struct form_memory *m, struct fuzz_input *in, const struct field *f, uint8_t *record) {
+static bool fill_field(struct form_memory *m, struct fuzz_input *in, const struct field *f, uint8_t *record) {
     void *out = record + f->offset;
     struct digest d;
     switch (f->kind) {
@@ -201,21 +243,22 @@ static bool fill_field(const struct form_memory *m, struct fuzz_input *in, const
         memcpy(out, &d, sizeof d);
         break;
     case KIND_SIG: return fuzz_u8(in) == 0;
-    case KIND_BYTES: *(struct proto_bytes *)out = fill_bytes(in, f); break;
-    case KIND_STR: *(struct proto_bytes *)out = fill_text(in, f); break;
+    case KIND_BYTES: *(struct proto_bytes *)out = fill_bytes(m, in, f); break;
+    case KIND_STR: *(struct proto_bytes *)out = fill_text(m, in, f); break;
     case KIND_LIST: fill_list(m, in, f, record); break;
     }
     return false;
 }
 
-static bool fill(const struct form_memory *m, struct fuzz_input *in, const struct schema *s, uint8_t *out) {
+static bool fill(struct form_memory *m, struct fuzz_input *in, const struct schema *s, uint8_t *out) {
     bool sign = false;
     for (uint32_t i = 0; i < s->field_count; i++) sign |= fill_field(m, in, &s->fields[i], out);
     return sign;
 }
 
-bool form_fill(const struct form_memory *m, struct fuzz_input *in, enum proto_record which, void *out) {
+bool form_fill(struct form_memory *m, struct fuzz_input *in, enum proto_record which, void *out) {
     const struct schema *s = schema_of(which);
+    forget_changed(m);
     memset(out, 0, s->size);
     return fill(m, in, s, out);
 }
@@ -234,7 +277,7 @@ static void write_record(struct proto_buffer *out, const struct schema *s, const
 static void write_list(struct proto_buffer *out, const struct field *f, const uint8_t *record) {
     struct list list = list_of(f, record);
     const struct schema *s = schema_of(f->record);
-    assert(list.count < 16);
+    assert(list.count < 15);
     put(out, list.count + 1u, 1);
     for (uint32_t i = 0; i < list.count; i++) write_record(out, s, list.items + i * s->size);
 }
@@ -247,8 +290,8 @@ static void write_float(struct proto_buffer *out, double value) {
 }
 
 static void write_bytes(struct proto_buffer *out, struct proto_bytes b) {
-    assert(b.length < FORM_BYTES_MAX);
-    put(out, b.length, 1);
+    assert(b.length <= FORM_BYTES_MAX);
+    put(out, b.length + 3u, 1);
     proto_buffer_append(out, b.data, b.length);
 }
 

@@ -11,13 +11,18 @@
 #define FORM_NAMES 128
 #define FORM_DEPTH 4       /* values remembered of one name */
 #define FORM_ITEMS_MAX 64  /* of a remembered list */
-#define FORM_BYTES_MAX 256 /* of a byte string */
+#define FORM_BYTES_MAX 250 /* of a byte string that does not repeat what was said */
+#define FORM_STRINGS_MAX 16
 
 struct form_name {
     const char *name;
     uint64_t number[FORM_DEPTH];
     struct digest digest[FORM_DEPTH];
-    uint32_t count; /* ever learned; the newest stands at (count - 1) % FORM_DEPTH */
+    uint32_t numbers, digests; /* ever learned; the newest stands at (count - 1) % FORM_DEPTH */
+    struct {
+        uint8_t *data;
+        uint32_t length;
+    } bytes; /* the last byte string; a copy */
 };
 
 struct form_memory {
@@ -28,6 +33,8 @@ struct form_memory {
         uint8_t *items; /* deep copies */
         uint32_t count;
     } list[RECORD_COUNT];
+    uint8_t *changed[FORM_STRINGS_MAX]; /* byte strings of the last form_fill() */
+    uint32_t changed_count;
 };
 void form_memory_release(struct form_memory *m);
 
@@ -36,13 +43,13 @@ void form_learn(struct form_memory *m, enum proto_record which, const void *reco
 /* Remember one number, as if it had stood in a field of this name (which is kept). */
 void form_learn_number(struct form_memory *m, const char *name, uint64_t number);
 
-/* Fill *out, within all limits of messages.h. Byte strings point into the input or into m. A field
- * `signature` is left zero; returns whether a right one is wanted there. Release with
- * proto_decoded_release(). */
-bool form_fill(const struct form_memory *m, struct fuzz_input *in, enum proto_record which, void *out);
+/* Fill *out, within all limits of messages.h. Byte strings point into the input or into m, where they
+ * last until the next form_fill() or form_learn(). A field `signature` is left zero; returns whether a
+ * right one is wanted there. Release with proto_decoded_release(). */
+bool form_fill(struct form_memory *m, struct fuzz_input *in, enum proto_record which, void *out);
 
-/* Append the bytes from which form_fill() makes this very record, for samples. Strings must be short:
- * at most FORM_BYTES_MAX bytes; lists at most 15 items. */
+/* Append the bytes from which form_fill() makes this very record, for samples. Strings have at
+ * most FORM_BYTES_MAX bytes, lists at most 14 items. */
 void form_write(struct proto_buffer *out, enum proto_record which, const void *record);
 
 #endif

@@ -16,7 +16,7 @@
 #define CUTS_MAX 15
 #define TURNS_MAX 2000 /* of the loop; a stream of 64 KiB takes about 40 */
 
-enum { KNOWN = 1, ABRUPT = 2, OWNER_CLOSES = 4, FLUSH = 8, IN_MESSAGE = 16, REFUSE = 32, NO_TLS = 64 };
+enum { KNOWN = 1, ABRUPT = 2, OWNER_CLOSES = 4, FLUSH = 8, IN_MESSAGE = 16, REFUSE = 32, NO_TLS = 64, HOLD = 128 };
 
 static struct event_base *base;
 static struct channel_context *context;
@@ -26,6 +26,7 @@ static struct identity client_id;
 static struct seen {
     struct channel *ch; /* NULL when it is gone */
     uint8_t flags;
+    bool held;
     uint32_t messages, closes;
     struct digest_stream digest; /* of all messages, encoded again */
     struct err why;
@@ -58,6 +59,8 @@ static void on_message(void *arg, struct channel *ch, const struct frame *f, con
     assert(ch == seen.ch);
     seen.messages++;
     note_message(&seen.digest, f, msg);
+    seen.held = seen.flags & HOLD;
+    if (seen.held) channel_hold(ch, true);
     if (seen.flags & IN_MESSAGE) close_channel();
 }
 
@@ -71,7 +74,12 @@ static void on_close(void *arg, struct channel *ch, const struct err *why) {
 
 static const struct channel_ops ops = {.on_open = on_open, .on_message = on_message, .on_close = on_close};
 
-static void turn(void) { event_base_loop(base, EVLOOP_NONBLOCK); }
+/* An owner that holds the channel lets one more message come in each turn. */
+static void turn(void) {
+    if (seen.held && seen.ch) channel_hold(seen.ch, false);
+    seen.held = false;
+    event_base_loop(base, EVLOOP_NONBLOCK);
+}
 
 /* What the stream holds by the plain reading of it. */
 struct expected {
