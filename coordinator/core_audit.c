@@ -174,6 +174,7 @@ static void convict(struct core *c, struct round *r, const struct audit *a, uint
         core_quarantine(c, m, MSG_SHARD_REPORT, report_on(r, a), why, out);
     if (a->cause == AUDIT_ACCUSED) return; /* it is in no chunk; the round goes on without it */
     core_replan(c, r, now_ms, out);
+    core_send_leases(c, m, out); /* they went back now that no plan names it */
 }
 
 /* Reports that differ though the aggregator's leaf is right: it may have told the holder another

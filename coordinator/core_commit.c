@@ -132,7 +132,7 @@ static void announce_commit(struct core *c, const struct draft *d, struct core_a
         struct member *m = &c->members[i];
         if (!m->conn) continue;
         core_send_ledger(out, m, s->index);
-        if (spent[i]) core_send_leases(c, m, out);
+        if (spent[i] || !core_in_good_standing(m)) core_send_leases(c, m, out);
         core_send_holders(c, s, m, out);
     }
 }

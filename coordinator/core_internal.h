@@ -376,6 +376,8 @@ bool core_is_shown_more(struct core *c, struct conn *k, const struct msg_hello *
                         uint64_t now_ms, struct core_actions *out);
 void core_on_ledger(struct core *c, struct conn *k, const struct msg_ledger *msg,
                     struct core_actions *out);
+/* Who shows nothing in time is let go: the run waits for it. */
+void core_check_takeover(struct core *c, uint64_t now_ms, struct core_actions *out);
 /* The connection that shows entries is gone; 0: whichever it is. */
 void core_forget_takeover(struct core *c, uint64_t conn);
 

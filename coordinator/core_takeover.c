@@ -172,6 +172,12 @@ static void finish(struct core *c, struct core_actions *out) {
     restart(c, term, out);
 }
 
+void core_check_takeover(struct core *c, uint64_t now_ms, struct core_actions *out) {
+    if (c->takeover && now_ms >= c->hold_until_ms)
+        core_close(c, out, c->takeover->conn, ERR_TIMEOUT, false,
+                   "the entries that HELLO spoke of did not come");
+}
+
 void core_on_ledger(struct core *c, struct conn *k, const struct msg_ledger *msg,
                     struct core_actions *out) {
     struct takeover *t = c->takeover;

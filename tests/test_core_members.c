@@ -222,6 +222,117 @@ static void a_closed_connection_is_no_loss_yet(void **state) {
     assert_int_equal(look(r).plan, 1);
 }
 
+/* ---- revocation ----------------------------------------------------------------------------- */
+
+static void revoke(struct rig *r, struct fake *f) {
+    step(r, &(struct core_event){.type = CORE_EV_REVOKE, .member = f->id, .text = "stolen"});
+}
+
+static void a_revoked_member_is_turned_away_and_leaves_the_roster(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    struct fake *f = &r->fake[2];
+    ask(r, f, 8);
+    uint64_t free_before = look(r).samples_free;
+    revoke(r, f);
+    assert_true(place(r, CORE_ACT_PERSIST, -1) < place(r, CORE_ACT_CLOSE, -1));
+    const struct core_action *bye = action(r, CORE_ACT_CLOSE);
+    assert_int_equal(bye->code, ERR_REFUSED);
+    assert_true(bye->final);
+    assert_int_equal(look(r).samples_free, free_before + 8);
+    const struct core_action *a = sent(r, &r->fake[3], MSG_ROSTER);
+    struct msg_roster_body body = {0};
+    const struct msg_roster *roster = a->msg;
+    assert_int_equal(
+        proto_decode(roster->body.data, roster->body.length, RECORD_roster_body, &body, NULL), 0);
+    assert_int_equal(body.members_count, 2);
+    proto_decoded_release(RECORD_roster_body, &body);
+    load(r);
+    dial(r, f);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_REFUSED);
+    assert_true(action(r, CORE_ACT_CLOSE)->final);
+    revoke(r, f); /* twice is once */
+    assert_null(action(r, CORE_ACT_PERSIST));
+    step(r, &(struct core_event){.type = CORE_EV_REVOKE, .member = 99});
+    assert_null(action(r, CORE_ACT_PERSIST));
+}
+
+static void a_revoked_aggregator_is_replaced_and_a_revoked_contributor_dropped(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 4);
+    struct fake *second = holder(r), *other = second == &r->fake[5] ? &r->fake[4] : &r->fake[5];
+    revoke(r, other);
+    assert_non_null(sent(r, &r->fake[1], MSG_DROP));
+    assert_int_equal(look(r).plan, 1);
+    revoke(r, second);
+    assert_int_equal(look(r).plan, 2);
+    assert_int_equal(r->fake[1].contributors, 2);
+}
+
+/* ---- copied homes --------------------------------------------------------------------------- */
+
+static void a_copied_home_directory_is_refused_while_the_first_lives(void **state) {
+    struct rig *r = *state;
+    start_with(r, 1);
+    struct fake *f = &r->fake[2];
+    uint64_t conn = f->conn, session = f->session;
+    f->instance = 77; /* another process with the same key */
+    dial(r, f);
+    hello(r, f);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_REFUSED);
+    assert_false(action(r, CORE_ACT_CLOSE)->final);
+    assert_non_null(strstr(action(r, CORE_ACT_CLOSE)->text, "twice"));
+    assert_true(logged(r, CORE_WARNING, "twice"));
+    assert_int_not_equal(action(r, CORE_ACT_CLOSE)->conn, conn);
+    assert_int_equal(f->session, 0);
+    f->muted = true;
+    pass(r, 500); /* more than two heartbeats of silence */
+    dial(r, f);
+    hello(r, f);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->conn, conn);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_STALE);
+    assert_true(f->session > session);
+}
+
+static void a_process_that_starts_again_is_no_copy(void **state) {
+    struct rig *r = *state;
+    start_with(r, 1);
+    struct fake *f = &r->fake[2];
+    step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = f->conn});
+    f->instance = 77;
+    dial(r, f);
+    hello(r, f);
+    assert_null(action(r, CORE_ACT_CLOSE));
+    assert_int_not_equal(f->session, 0);
+}
+
+/* ---- fixed membership ----------------------------------------------------------------------- */
+
+static void a_run_of_fixed_members_fails_when_one_is_lost(void **state) {
+    struct rig *r = *state;
+    r->outer.fixed_membership = 1;
+    start_with(r, 2);
+    r->fake[2].muted = true;
+    for (int i = 0; i < 30 && !r->failed; i++) pass(r, 100);
+    assert_true(r->failed);
+    for (int i = 1; i <= 3; i++) assert_int_equal(r->fake[i].conn, 0);
+    assert_true(r->fake[3].said_goodbye_to);
+    load(r);
+    assert_string_equal(look(r).phase, "paused"); /* durably */
+}
+
+static void who_leaves_before_its_first_contribution_fails_no_run(void **state) {
+    struct rig *r = *state;
+    r->outer.fixed_membership = 1;
+    start_with(r, 3);
+    say(r, &r->fake[4], MSG_LEAVE, 0, &(struct msg_leave){0});
+    assert_false(r->failed);
+    for (int i = 2; i <= 3; i++) be_ready(r, &r->fake[i], 8);
+    commit_in(r, 0);
+    say(r, &r->fake[3], MSG_LEAVE, 0, &(struct msg_leave){0});
+    assert_true(r->failed);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(an_enrolment_is_one_transaction_before_its_answer),
@@ -236,6 +347,12 @@ int main(void) {
         T(after_a_restart_leases_stay_until_silence_has_judged),
         T(no_progress_is_silence_too),
         T(a_closed_connection_is_no_loss_yet),
+        T(a_revoked_member_is_turned_away_and_leaves_the_roster),
+        T(a_revoked_aggregator_is_replaced_and_a_revoked_contributor_dropped),
+        T(a_copied_home_directory_is_refused_while_the_first_lives),
+        T(a_process_that_starts_again_is_no_copy),
+        T(a_run_of_fixed_members_fails_when_one_is_lost),
+        T(who_leaves_before_its_first_contribution_fails_no_run),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -216,6 +216,133 @@ static void a_partly_claimed_lease_keeps_its_id_and_generation(void **state) {
     assert_int_equal(after.count, 3);
 }
 
+/* ---- many shards, many fragments ------------------------------------------------------------ */
+
+static void start_sharded(struct rig *r, uint32_t trainers) {
+    r->outer.shard_chunks = 3;
+    start_reducing(r, trainers);
+    assert_int_equal(r->fake[2].shard_count, 4);
+}
+
+static void a_round_commits_when_every_shard_is_held_twice(void **state) {
+    struct rig *r = *state;
+    start_sharded(r, 3);
+    for (uint32_t i = 0; i < 4; i++) {
+        const struct msg_shard s = r->fake[2].shards[i];
+        uint32_t by[] = {s.holder, s.aggregator};
+        for (int j = 0; j < 2; j++) {
+            struct report rep;
+            assert_int_equal(look(r).commits, 0);
+            report_in(&r->fake[2], 0, i, &rep);
+            say(r, fake_by_id(r, by[j]), MSG_SHARD_REPORT, r->fake[2].plan, &rep.msg);
+        }
+    }
+    assert_int_equal(look(r).commits, 1);
+}
+
+static void reports_of_others_shards_are_void(void **state) {
+    struct rig *r = *state;
+    start_sharded(r, 3);
+    for (uint32_t i = 0; i < 4; i++)
+        for (int j = 1; j <= 4; j++) {
+            const struct msg_shard *s = &r->fake[2].shards[i];
+            struct report rep;
+            if (s->aggregator == r->fake[j].id || s->holder == r->fake[j].id) continue;
+            report_in(&r->fake[2], 0, i, &rep);
+            rep.results[0].digest = root_at(1);
+            say(r, &r->fake[j], MSG_SHARD_REPORT, r->fake[2].plan, &rep.msg);
+            assert_true(logged(r, CORE_INFO, "void"));
+        }
+    struct report rep;
+    report_in(&r->fake[2], 0, 0, &rep);
+    rep.msg.shard = 4;
+    say(r, &r->fake[1], MSG_SHARD_REPORT, r->fake[2].plan, &rep.msg);
+    assert_true(logged(r, CORE_INFO, "void"));
+    commit_in(r, 0);
+}
+
+static void a_report_needs_its_senders_signature(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake *own = &r->fake[1];
+    own->unsigned_ = true;
+    report(r, own);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_PROTOCOL);
+    assert_int_equal(look(r).plan, 2);
+    assert_int_not_equal(r->fake[2].shard.aggregator, own->id);
+}
+
+/* The signed words name their plan: those of another one cannot be shown again under this one. */
+static void a_report_names_the_plan_it_is_of_twice(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    struct report rep;
+    report_of(&r->fake[1], &rep);
+    rep.msg.plan = 77;
+    sign(r, &r->fake[1], "shard_report", RECORD_shard_report, &rep.msg, &rep.msg.signature);
+    say_as_it_is(r, &r->fake[1], MSG_SHARD_REPORT, r->fake[1].plan, &rep.msg);
+    assert_true(logged(r, CORE_INFO, "void"));
+}
+
+/* One holder of four is gone: everything is summed again under a number of its own. */
+static void a_lost_holder_of_one_shard_moves_the_plan(void **state) {
+    struct rig *r = *state;
+    start_sharded(r, 4);
+    struct fake *lost = fake_by_id(r, r->fake[2].shards[2].holder);
+    struct fake *left = lost == &r->fake[2] ? &r->fake[3] : &r->fake[2];
+    say(r, lost, MSG_LEAVE, 0, &(struct msg_leave){0});
+    assert_int_equal(left->plan, 2);
+    for (uint32_t i = 0; i < left->shard_count; i++) {
+        assert_int_not_equal(left->shards[i].aggregator, lost->id);
+        assert_int_not_equal(left->shards[i].holder, lost->id);
+    }
+}
+
+static void late_members_lose_their_shards_and_the_others_keep_theirs(void **state) {
+    struct rig *r = *state;
+    start_sharded(r, 4);
+    struct fake *late = fake_by_id(r, r->fake[2].shards[1].aggregator);
+    for (int i = 1; i <= 5; i++)
+        if (&r->fake[i] != late) report_all(r, &r->fake[i], 0);
+    assert_int_equal(look(r).commits, 0);
+    pass(r, 8100);
+    assert_int_equal(look(r).plan, 2);
+    for (uint32_t i = 0; i < r->fake[2].shard_count; i++)
+        assert_int_not_equal(r->fake[2].shards[i].aggregator, late->id);
+    commit_in(r, 0);
+}
+
+/* What happens to one fragment's round leaves the others alone. */
+static void fragments_have_rounds_of_their_own(void **state) {
+    struct rig *r = *state;
+    r->outer.fragments = 3;
+    start_with(r, 3);
+    for (uint32_t f = 0; f < 3; f++)
+        for (int i = 2; i <= 4; i++) be_ready_in(r, &r->fake[i], f, 8);
+    assert_int_equal(look(r).plan, 3);
+    commit_in(r, 2);
+    uint64_t first = r->fake[2].state;
+    assert_int_equal(fragment(r, 2).round, 1);
+    assert_int_equal(fragment(r, 2).base_index, first);
+    assert_int_equal(fragment(r, 0).round, 0);
+    assert_int_equal(fragment(r, 0).base_index, 0);
+    assert_string_equal(fragment(r, 0).phase, "reduce");
+    r->fake[1].of[1].plan = r->fake[1].of[0].plan; /* a report under another fragment's plan */
+    struct report rep;
+    report_in(&r->fake[1], 1, 0, &rep);
+    say(r, &r->fake[1], MSG_SHARD_REPORT, r->fake[1].of[0].plan, &rep.msg);
+    assert_true(logged(r, CORE_INFO, "void"));
+    r->fake[1].of[1].plan = r->fake[2].of[1].plan;
+    commit_in(r, 0);
+    commit_in(r, 1);
+    assert_int_equal(last_commit(r).base_index, 0);
+    for (int i = 2; i <= 4; i++) be_ready_in(r, &r->fake[i], 2, 8);
+    commit_in(r, 2);
+    assert_int_equal(last_commit(r).base_index, first);
+    assert_int_equal(last_commit(r).round, 1);
+    assert_int_equal(look(r).commits, 4);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_lost_aggregator_makes_a_new_plan_and_late_reports_are_void),
@@ -228,6 +355,13 @@ int main(void) {
         T(a_handover_keeps_the_contributors),
         T(a_commit_spends_leases_in_its_own_transaction_before_any_word),
         T(a_partly_claimed_lease_keeps_its_id_and_generation),
+        T(a_round_commits_when_every_shard_is_held_twice),
+        T(reports_of_others_shards_are_void),
+        T(a_report_needs_its_senders_signature),
+        T(a_report_names_the_plan_it_is_of_twice),
+        T(a_lost_holder_of_one_shard_moves_the_plan),
+        T(late_members_lose_their_shards_and_the_others_keep_theirs),
+        T(fragments_have_rounds_of_their_own),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

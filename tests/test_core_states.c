@@ -155,6 +155,119 @@ static void every_damaged_row_is_refused_or_harmless(void **state) {
     assert_int_equal(load_again(r, &err), 0);
 }
 
+/* ---- rewinds -------------------------------------------------------------------------------- */
+
+static void append_entry(struct rig *r, enum ledger_kind kind, enum proto_record which,
+                         const void *body) {
+    struct proto_buffer entry;
+    struct core_view v = look(r);
+    proto_buffer_init(&entry, PROTO_BLOB_BYTES_MAX);
+    assert_int_equal(core_entry_encode(&entry, v.head_index + 1, &v.head_digest, r->term, kind,
+                                       which, body, NULL),
+                     0);
+    put_row(r, CORE_LEDGER, v.head_index + 1, entry.data, (uint32_t)entry.length);
+    proto_buffer_release(&entry);
+}
+
+static void rewind_to(struct rig *r, uint64_t index) {
+    struct msg_checkpoint to = {.at_index = index, .state_root = root_at(index)};
+    struct msg_rewind body = {.to = &to, .to_count = 1, .reason = proto_str("no results")};
+    append_entry(r, LEDGER_REWIND, RECORD_rewind, &body);
+}
+
+/* What was spent after the checkpoint is trained on again; rounds go on counting. */
+static void a_rewind_frees_samples_and_tokens_and_moves_every_base(void **state) {
+    struct rig *r = *state;
+    r->outer.fragments = 2;
+    start_with(r, 2);
+    for (uint32_t f = 0; f < 2; f++)
+        for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], f, 8);
+    commit_in(r, 0);
+    uint64_t kept = look(r).head_index;
+    for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], 0, 8);
+    commit_in(r, 0);
+    commit_in(r, 1);
+    assert_int_equal(look(r).samples_spent, 32);
+    rewind_to(r, kept);
+    load(r);
+    struct core_view v = look(r);
+    assert_int_equal(v.samples_spent, 16);
+    assert_int_equal(v.samples_free, 240 - 16);
+    assert_int_equal(v.tokens_committed, 16 * SEQUENCE);
+    assert_int_equal(v.state_root_index, v.head_index);
+    struct digest root = root_at(kept);
+    assert_true(digest_equal(&v.state_root, &root));
+    for (uint32_t f = 0; f < 2; f++) assert_int_equal(fragment(r, f).base_index, v.head_index);
+    assert_int_equal(fragment(r, 0).round, 2);
+    assert_int_equal(fragment(r, 1).round, 1);
+    assert_int_equal(member(r, &r->fake[2]).tokens_committed, 8 * SEQUENCE);
+    dial(r, &r->fake[1]);
+    hello(r, &r->fake[1]); /* it still has the state that was undone */
+    for (int i = 2; i <= 3; i++) {
+        struct msg_hello msg = hello_of(&r->fake[i]);
+        msg.state_index = v.head_index;
+        msg.state_root = root;
+        dial(r, &r->fake[i]);
+        say(r, &r->fake[i], MSG_HELLO, 0, &msg);
+    }
+    ask(r, &r->fake[2], 8);
+    assert_int_equal(r->fake[2].leases[0].start, 16); /* freed samples come first */
+    r->fake[2].state = v.head_index;
+    r->fake[2].of[0].base = kept; /* frozen before: void */
+    claim(&r->fake[2], 8);
+    say_ready(r, &r->fake[2]);
+    assert_int_equal(fragment(r, 0).ready, 0);
+    load(r); /* and once more from the rows */
+    assert_int_equal(look(r).samples_spent, 16);
+}
+
+static int load_error(struct rig *r, char *text, size_t size) {
+    struct err err = {0};
+    struct core *c = core_create(&r->genesis, &r->run, &r->fake[1].key, &err);
+    int result = 0;
+    qsort(r->rows, r->row_count, sizeof *r->rows, by_key);
+    for (uint32_t i = 0; i < r->row_count && !result; i++)
+        result = core_load(c, r->rows[i].table, r->rows[i].key, r->rows[i].value, r->rows[i].length,
+                           &err);
+    core_destroy(c);
+    snprintf(text, size, "%s", err.msg);
+    return result;
+}
+
+static void a_rewind_to_what_another_one_undid_is_refused(void **state) {
+    struct rig *r = *state;
+    char why[256];
+    start_reducing(r, 2);
+    commit_in(r, 0);
+    uint64_t first = look(r).head_index;
+    for (int i = 2; i <= 3; i++) be_ready(r, &r->fake[i], 8);
+    commit_in(r, 0);
+    uint64_t second = look(r).head_index;
+    rewind_to(r, first);
+    load(r);
+    rewind_to(r, second);
+    assert_int_equal(load_error(r, why, sizeof why), -1);
+    assert_non_null(strstr(why, "rewinds to the state"));
+}
+
+/* ---- where the run begins ------------------------------------------------------------------- */
+
+/* Not everybody can read the checkpoint that the run begins with; the others need donors at once. */
+static void a_run_that_begins_with_a_checkpoint_has_donors_from_the_start(void **state) {
+    struct rig *r = *state;
+    struct msg_checkpoint from = {.url = proto_str("file:///elsewhere"), .state_root = root_at(1)};
+    r->genesis.init_from = &from;
+    r->genesis.init_from_count = 1;
+    rig_start(r);
+    join(r, &r->fake[1]);
+    dial(r, &r->fake[2]);
+    enrol(r, &r->fake[2]);
+    say(r, &r->fake[2], MSG_HELLO, 0, &(struct msg_hello){.trains = 1, .port = 1});
+    const struct msg_hello_ack *ack = sent(r, &r->fake[2], MSG_HELLO_ACK)->msg;
+    assert_int_equal(ack->donors_count, 1);
+    assert_non_null(sent(r, &r->fake[2], MSG_ROOT));
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_joiner_gets_donors_the_root_and_others_when_they_are_gone),
@@ -162,6 +275,9 @@ int main(void) {
         T(a_checkpoint_is_written_signed_and_entered_in_the_ledger),
         T(paused_means_no_leases_and_no_plans_also_after_a_restart),
         T(every_damaged_row_is_refused_or_harmless),
+        T(a_rewind_frees_samples_and_tokens_and_moves_every_base),
+        T(a_rewind_to_what_another_one_undid_is_refused),
+        T(a_run_that_begins_with_a_checkpoint_has_donors_from_the_start),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
