@@ -14,6 +14,9 @@
  *   channel.c     the channel, and plain connections beside it
  *   train.c       matrix products and training steps
  *   checkpoint.c  checkpoints and a trainer's own state
+ *   fleet.h       a coordinator and light members, for what follows: fleet.c, member.c, profile.c
+ *   step.c        the whole outer step between members
+ *   handover.c    a killed aggregator
  *
  * Where a call fails, the program ends with its message; so on that way only the folder of the
  * checkpoints is cleaned up, and not memory. */
@@ -27,7 +30,7 @@
 
 #include "proto/err.h"
 
-#define ROWS_MAX 64
+#define ROWS_MAX 192
 #define TASKS_MAX 8
 #define SAMPLES_MAX 50
 #define CHUNK ((size_t)1 << 18) /* elements; run.yaml's default of outer.chunk_elements */
@@ -41,12 +44,14 @@ struct row {
     double best, median, reference_rate; /* reference_rate 0: there is none */
     double share;                        /* of the reference; over 1 is better than it */
     int samples;
+    char note[256];                      /* printed below; "" as a rule */
 };
 
 struct bench {
     struct row row[ROWS_MAX];
     int rows, cores;
-    char folder[256]; /* for files; removed in the end */
+    char folder[256]; /* for files; removed in the end, and sooner what is large, unless `keep` */
+    bool keep;
 };
 
 /* ---- main.c ---------------------------------------------------------------------------------- */
@@ -103,6 +108,11 @@ void row_rate(struct bench *b, const char *what, const char *unit, double work,
 /* A time, so less is better; share is how much of it the reference takes. */
 void row_time(struct bench *b, const char *what, const char *unit, double units_per_s,
               const struct series *s, const char *name, const struct series *reference);
+/* Any other number: less is better. `limit`, if it is not 0, is what it should stay under. */
+void row_value(struct bench *b, const char *what, const char *unit, const struct series *s,
+               double limit);
+/* A line below the last row, and in its JSON. */
+void row_note(struct bench *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* Owned by the caller. */
 json_t *row_json(const struct row *r);
 
@@ -140,5 +150,10 @@ int bench_matmul(struct bench *b, int preset, struct err *err);
 int bench_debug(struct bench *b, int threads, struct err *err);
 int bench_10m(struct bench *b, int threads, struct err *err);
 int bench_checkpoint(struct bench *b, int unused, struct err *err);
+/* members, + STEP_ON_DISK where their state is on the disk and not in memory. */
+#define STEP_ON_DISK 100
+int bench_step(struct bench *b, int members, struct err *err);
+/* outer.silence_seconds. */
+int bench_handover(struct bench *b, int silence_s, struct err *err);
 
 #endif

@@ -8,9 +8,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "coordinator/commands.h"
 #include "kernels/kernels.h"
 #include "proto/proto.h"
 #include "tests/bench/bench.h"
+#include "tests/bench/fleet.h"
 
 static int remove_one(const char *path, const struct stat *st, int type, struct FTW *at) {
     (void)st, (void)type, (void)at;
@@ -23,6 +25,7 @@ static const struct {
     const char *name;
     int (*run)(struct bench *b, int arg, struct err *err);
     int arg;
+    bool asked; /* runs only where --only names it: it takes long */
 } cases[] = {
     {"memory", bench_memory, 0},
     {"outer.encode", bench_outer, ENCODE},
@@ -42,6 +45,12 @@ static const struct {
     {"train.10m.1", bench_10m, 1},
     {"train.10m.2", bench_10m, 2},
     {"checkpoint", bench_checkpoint, 0},
+    {"step.memory.2", bench_step, 2},
+    {"step.memory.4", bench_step, 4},
+    {"step.disk.2", bench_step, 2 + STEP_ON_DISK, true},
+    {"step.disk.4", bench_step, 4 + STEP_ON_DISK, true},
+    {"handover.2s", bench_handover, 2},
+    {"handover.60s", bench_handover, 60, true}, /* outer.silence_seconds as it is by default */
 };
 #define CASES (sizeof cases / sizeof *cases)
 
@@ -51,25 +60,32 @@ static const char help[] =
     "Measure how fast the parts are, in turns with a floor or a reference, and print a table.\n"
     "best: of several samples; share: best beside the reference's best, over 100 % is better.\n"
     "Rates of \"one core\" count the seconds that it worked, all others those that passed.\n"
-    "It takes about a minute and wants the machine for itself.\n"
+    "It takes some minutes and wants the machine for itself; what takes longest (*) runs only where\n"
+    "its full name is given.\n"
     "\n"
     "  --only NAME   these rows only; NAME may end at a dot: \"outer\" is all of outer.*\n"
     "  --json FILE   write the table to FILE too\n"
-    "  --dir DIR     where to write the checkpoints, on the disk that matters\n"
-    "                (default: $TMPDIR, else /tmp)\n"
+    "  --dir DIR     where to write checkpoints and members' states, on the disk that matters\n"
+    "                (default: $TMPDIR, else /tmp); \"step.memory\" has them in /dev/shm instead\n"
+    "  --keep        leave the folder there, with the logs of coordinators and members\n"
     "  --help        this text\n"
     "\n"
     "NAME is one of:";
 
 static void print_help(void) {
     printf("%s", help);
-    for (size_t i = 0; i < CASES; i++) printf("%s%s", i % 6 ? " " : "\n  ", cases[i].name);
+    for (size_t i = 0; i < CASES; i++) printf("%s%s%s", i % 6 ? " " : "\n  ", cases[i].name, cases[i].asked ? "*" : "");
     printf("\n");
 }
 
 static bool picked(const char *name, const char *only) {
     size_t n = only ? strlen(only) : 0;
     return !only || (!strncmp(name, only, n) && (name[n] == 0 || name[n] == '.'));
+}
+
+/* What takes long has to be named in full. */
+static bool is_due(size_t i, const char *only) {
+    return cases[i].asked ? only && !strcmp(only, cases[i].name) : picked(cases[i].name, only);
 }
 
 static bool picks_any(const char *only) {
@@ -127,7 +143,7 @@ static int write_json(FILE *f, const char *path, const struct bench *b, json_t *
 static int run_cases(struct bench *b, const char *only) {
     for (size_t i = 0; i < CASES; i++) {
         struct err err = {0};
-        if (!picked(cases[i].name, only) || !cases[i].run(b, cases[i].arg, &err)) continue;
+        if (!is_due(i, only) || !cases[i].run(b, cases[i].arg, &err)) continue;
         fprintf(stderr, "bench: %s: %s\n", cases[i].name, err.msg);
         return 1;
     }
@@ -141,8 +157,31 @@ static void wait_passively(char **argv) {
     execv("/proc/self/exe", argv); /* where it fails, we go on as we are */
 }
 
+/* What this program is when it starts itself; not for people. */
+static int coordinator_main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "init")) return coordinator_init(argc - 1, argv + 1);
+    return argc > 1 ? coordinator_serve(argc - 1, argv + 1) : 2;
+}
+
+static const struct {
+    const char *name;
+    int (*run)(int argc, char **argv);
+} roles[] = {{"coordinator", coordinator_main}, {"member", fleet_member_main}};
+
+/* Its exit status, or -1: it is the benchmark. */
+static int play_role(int argc, char **argv) {
+    struct err err;
+    for (size_t i = 0; argc > 1 && i < sizeof roles / sizeof *roles; i++) {
+        if (strcmp(argv[1], roles[i].name) != 0) continue;
+        if (proto_init(&err)) return fail(err.msg, "");
+        return roles[i].run(argc - 1, argv + 1);
+    }
+    return -1;
+}
+
 struct options {
     const char *only, *json, *dir;
+    bool keep;
 };
 
 /* 0 to go on, or the program's exit status + 1. */
@@ -150,6 +189,7 @@ static int take_options(int argc, char **argv, struct options *o) {
     static const struct option known[] = {{"only", required_argument, NULL, 'o'},
                                           {"json", required_argument, NULL, 'j'},
                                           {"dir", required_argument, NULL, 'd'},
+                                          {"keep", no_argument, NULL, 'k'},
                                           {"help", no_argument, NULL, 'h'},
                                           {0}};
     int c;
@@ -158,6 +198,7 @@ static int take_options(int argc, char **argv, struct options *o) {
         if (c == 'o') o->only = optarg;
         else if (c == 'j') o->json = optarg;
         else if (c == 'd') o->dir = optarg;
+        else if (c == 'k') o->keep = true;
         else if (c == 'h') return print_help(), 1;
         else
             return 1 + fail(c == ':' ? "a value is missing after " : "no such option: ",
@@ -190,17 +231,21 @@ int main(int argc, char **argv) {
     struct options o = {.dir = tmp && *tmp ? tmp : "/tmp"};
     struct err err = {0};
     FILE *json = NULL;
-    int status = take_options(argc, argv, &o);
+    int status = play_role(argc, argv);
+    if (status >= 0) return status;
+    status = take_options(argc, argv, &o);
     if (status) return status - 1;
     wait_passively(argv);
     if (proto_init(&err)) return fail(err.msg, "");
     if ((status = open_outputs(&b, &o, &json))) return status;
+    b.keep = o.keep;
     start_clock();
     b.cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
     json_t *machine = describe_machine(&b);
     print_head();
     status = run_cases(&b, o.only);
-    remove_folder(b.folder);
+    if (b.keep) printf("\n%s", b.folder);
+    else remove_folder(b.folder);
     printf("\n%.0f s\n", elapsed_s());
     if (json && write_json(json, o.json, &b, machine)) status = 1;
     else if (!json) json_decref(machine);

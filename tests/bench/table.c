@@ -1,5 +1,6 @@
 /* table.c - the rows of the table, printed as they come. */
 #include <assert.h>
+#include <stdarg.h>
 #include <stdio.h>
 
 #include "tests/bench/bench.h"
@@ -62,6 +63,30 @@ void row_time(struct bench *b, const char *what, const char *unit, double units_
     print_row(r);
 }
 
+void row_value(struct bench *b, const char *what, const char *unit, const struct series *s,
+               double limit) {
+    struct row *r = row_new(b, what, unit, s);
+    r->best = smallest(s);
+    r->median = middle(s);
+    if (limit > 0) {
+        snprintf(r->reference, sizeof r->reference, "asked is at most");
+        r->reference_rate = limit;
+        r->share = r->best > 0 ? limit / r->best : 1;
+    }
+    print_row(r);
+}
+
+void row_note(struct bench *b, const char *format, ...) {
+    va_list args;
+    assert(b->rows);
+    struct row *r = &b->row[b->rows - 1];
+    va_start(args, format);
+    vsnprintf(r->note, sizeof r->note, format, args);
+    va_end(args);
+    printf("      %s\n", r->note);
+    fflush(stdout);
+}
+
 json_t *row_json(const struct row *r) {
     json_t *j = json_pack("{ss sf sf ss si}", "what", r->what, "rate", r->best, "median",
                           r->median, "unit", r->unit, "samples", r->samples);
@@ -69,5 +94,6 @@ json_t *row_json(const struct row *r) {
     json_object_set_new(j, "reference", has ? json_string(r->reference) : json_null());
     json_object_set_new(j, "reference_rate", has ? json_real(r->reference_rate) : json_null());
     json_object_set_new(j, "share", has ? json_real(r->share) : json_null());
+    if (r->note[0]) json_object_set_new(j, "note", json_string(r->note));
     return j;
 }

@@ -1,0 +1,265 @@
+/* step.c - the outer step of 256 MB of fp32 between members on the loopback, encrypted: from the PLAN
+ * to the commit, and until everybody has the new state; with what it took of processors, memory and
+ * disk, and the least that its hashing, encryption and arithmetic take by themselves. */
+#include <openssl/evp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "kernels/kernels.h"
+#include "proto/proto.h"
+#include "tests/bench/bench.h"
+#include "tests/bench/fleet.h"
+
+#define ROUNDS 3 /* and one before that is not counted: connections are made, memory is touched */
+#define ROUND_S_MAX 120.0
+
+/* 64 Mi parameters, all in matrices of some MiB. */
+static const char *const settings[] = {
+    "model.layers=4", "model.width=1024", "model.heads=16", "model.kv_heads=16", "model.ffn=4074",
+    "model.vocabulary=256", "model.sequence=64", "model.tied=true", "inner.batch=1",
+    "outer.mode=diloco", "outer.inner_steps=1", "outer.ramp_rounds=0",
+    "outer.checkpoint_rounds=1000000", "outer.audits=0", NULL};
+#define SETTINGS_MAX_HERE 24
+
+/* PCCL 1.4, 256 MB of fp32, all-reduce between processes of such a machine, not encrypted. */
+static double pccl_rate(int members) { return members == 2 ? 959 : 401; }
+
+/* ---- the floor ------------------------------------------------------------------------------- */
+
+/* What one core does by itself. */
+struct parts {
+    uint8_t *bytes, *out;
+    size_t encoded;
+    float *x, *y;
+    int64_t *sum;
+};
+
+static int part_hash(void *arg, struct err *err) {
+    struct parts *p = arg;
+    (void)err;
+    p->out[0] ^= digest_leaf(1, p->bytes, p->encoded).b[0];
+    return 0;
+}
+
+#define RECORD_BYTES 16384 /* of TLS */
+static int part_encrypt(void *arg, struct err *err) {
+    struct parts *p = arg;
+    static uint8_t key[32], nonce[12], tag[16];
+    EVP_CIPHER_CTX *c = EVP_CIPHER_CTX_new();
+    int n, ok = c && EVP_EncryptInit_ex(c, EVP_aes_128_gcm(), NULL, key, nonce);
+    for (size_t at = 0; ok && at + RECORD_BYTES <= p->encoded; at += RECORD_BYTES) {
+        memcpy(nonce, &at, sizeof at);
+        ok = EVP_EncryptInit_ex(c, NULL, NULL, NULL, nonce) &&
+             EVP_EncryptUpdate(c, p->out, &n, p->bytes + at, RECORD_BYTES) &&
+             EVP_EncryptFinal_ex(c, p->out, &n) &&
+             EVP_CIPHER_CTX_ctrl(c, EVP_CTRL_GCM_GET_TAG, sizeof tag, tag);
+    }
+    EVP_CIPHER_CTX_free(c);
+    return ok ? 0 : err_set(err, ERR_UNSUPPORTED, "AES-GCM failed");
+}
+
+static int part_add(void *arg, struct err *err) {
+    struct parts *p = arg;
+    return outer_accumulate(p->sum, p->bytes, p->encoded, CHUNK, OUTER_INT8, 1, 1, 30, err);
+}
+
+static int part_mean(void *arg, struct err *err) {
+    struct parts *p = arg;
+    outer_mean(p->x, p->sum, CHUNK, 3, 30);
+    return outer_encode(p->out, p->x, CHUNK, OUTER_INT8, err);
+}
+
+static int part_apply(void *arg, struct err *err) {
+    struct parts *p = arg;
+    if (outer_decode(p->x, p->bytes, p->encoded, CHUNK, OUTER_INT8, err)) return -1;
+    outer_nesterov(p->y, p->y, p->x, CHUNK, 0.01f, 0.9f);
+    return 0;
+}
+
+/* Seconds of one core, for the whole vector: hash and encrypt its encoded form, add a contribution,
+ * divide and encode, apply a result, hash the state. */
+struct floor_parts {
+    double hash, encrypt, add, mean, apply, hash_state;
+};
+
+static int measure_parts(double elements, struct floor_parts *f, struct err *err) {
+    size_t encoded = outer_encoded_bytes(OUTER_INT8, CHUNK);
+    struct parts p = {take_memory(encoded), take_memory(encoded), encoded, take_floats(CHUNK, 1, 1),
+                      take_floats(CHUNK, 1, 2), take_memory(CHUNK * sizeof(int64_t))};
+    struct task task[] = {{part_hash, &p, NULL}, {part_encrypt, &p, NULL}, {part_add, &p, NULL},
+                          {part_mean, &p, NULL}, {part_apply, &p, NULL}};
+    struct series s[5];
+    memset(p.sum, 0, CHUNK * sizeof *p.sum);
+    if (outer_encode(p.bytes, p.x, CHUNK, OUTER_INT8, err) ||
+        time_on_core(task, s, 5, 0.2, err))
+        return -1;
+    double chunks = elements / CHUNK;
+    *f = (struct floor_parts){.hash = chunks * smallest(&s[0]), .encrypt = chunks * smallest(&s[1]),
+                              .add = chunks * smallest(&s[2]), .mean = chunks * smallest(&s[3]),
+                              .apply = chunks * smallest(&s[4])};
+    f->hash_state = f->hash * 8 * CHUNK / (double)encoded;
+    free(p.bytes);
+    free(p.out);
+    free(p.x);
+    free(p.y);
+    free(p.sum);
+    return 0;
+}
+
+/* All members together: everybody aggregates 1/N and holds another 1/N. Encryption counts twice,
+ * as what is sent is read too. */
+static double floor_commit(const struct floor_parts *f, int members) {
+    double n = members;
+    return (n - 1) * (f->hash + 2 * f->encrypt) + n * f->add + f->mean + f->hash + /* summed */
+           f->hash + 2 * f->encrypt; /* copied to holders */
+}
+
+static double floor_apply(const struct floor_parts *f, int members) {
+    double n = members;
+    return (n - 2) * (f->hash + 2 * f->encrypt) + n * (f->apply + f->hash_state);
+}
+
+/* ---- the rounds ------------------------------------------------------------------------------ */
+
+static double first_of(const struct fleet *f, uint32_t round, enum fleet_step step) {
+    double first = 1e300;
+    for (int i = 0; i < f->members; i++) {
+        double at = f->member[i].round[round].step[step].at_s;
+        if (at > 0 && at < first) first = at;
+    }
+    return first;
+}
+
+static double last_of(const struct fleet *f, uint32_t round, enum fleet_step step) {
+    double last = 0;
+    for (int i = 0; i < f->members; i++) {
+        double at = f->member[i].round[round].step[step].at_s;
+        if (at > last) last = at;
+    }
+    return last;
+}
+
+struct measured {
+    struct series commit, applied, frozen, cpu, disk, sent;
+};
+
+static void measure(const struct fleet *f, struct measured *m) {
+    *m = (struct measured){{0}};
+    for (uint32_t r = 1; r <= ROUNDS; r++) {
+        double plan = first_of(f, r, FLEET_PLAN), applied = last_of(f, r, FLEET_APPLIED);
+        series_add(&m->commit, first_of(f, r, FLEET_COMMITTED) - plan);
+        series_add(&m->applied, applied - plan);
+        series_add(&m->frozen, applied - first_of(f, r, FLEET_FROZEN));
+        for (int i = 0; i < f->members; i++) {
+            const struct fleet_moment *begin = &f->member[i].round[r].step[FLEET_FROZEN],
+                                      *end = &f->member[i].round[r].step[FLEET_APPLIED];
+            series_add(&m->cpu, end->cpu_s - begin->cpu_s);
+            series_add(&m->disk, end->disk_s - begin->disk_s);
+            series_add(&m->sent, (double)(end->sent_bytes - begin->sent_bytes) / MB);
+        }
+    }
+}
+
+static void add_rates(struct bench *b, const struct fleet *f, const char *name,
+                      const struct floor_parts *parts, const struct measured *m) {
+    double megabytes = 4 * (double)f->member[0].elements / MB;
+    int cores = b->cores < f->members ? b->cores : f->members;
+    struct series second = {1, {1}}, least = {1, {floor_commit(parts, f->members) / cores}};
+    char text[64], reference[64];
+    snprintf(text, sizeof text, "outer step, %s, PLAN to commit", name);
+    row_rate(b, text, "MB/s", megabytes, &m->commit, "PCCL, not encrypted", pccl_rate(f->members),
+             &second);
+    row_note(b, "%u shards of %u contributions, %.0f MB of fp32; best %.2f s",
+             f->member[0].round[1].shards, f->member[0].round[1].contributors, megabytes,
+             smallest(&m->commit));
+    snprintf(reference, sizeof reference, "its parts alone, %d cores", cores);
+    row_rate(b, "    the same", "MB/s", megabytes, &m->commit, reference, megabytes, &least);
+    row_rate(b, "    PLAN to applied by all", "MB/s", megabytes, &m->applied,
+             "PCCL, not encrypted", pccl_rate(f->members), &second);
+    least.value[0] += floor_apply(parts, f->members) / cores;
+    row_rate(b, "    the same", "MB/s", megabytes, &m->applied, reference, megabytes, &least);
+    row_rate(b, "    frozen to applied by all", "MB/s", megabytes, &m->frozen, NULL, 0, NULL);
+}
+
+static void add_costs(struct bench *b, const struct fleet *f, const struct measured *m) {
+    struct series peak = {0}, anonymous = {0};
+    for (int i = 0; i < f->members; i++) {
+        series_add(&peak, (double)f->member[i].memory.peak_bytes / MB);
+        series_add(&anonymous, (double)f->member[i].memory.anonymous_bytes / MB);
+    }
+    row_value(b, "    processor, a member and round", "s", &m->cpu, 0);
+    row_value(b, "    waiting for the disk, a member and round", "s", &m->disk, 0);
+    row_value(b, "    sent to peers, a member and round", "MB", &m->sent, 0);
+    row_value(b, "    peak memory of a member, with mapped files", "MB", &peak, 0);
+    row_value(b, "    memory of its own in the end", "MB", &anonymous, 0);
+    row_note(b, "of both, the trainer that is played here has %.0f MB",
+             2 * 4 * (double)f->member[0].elements / MB);
+}
+
+static void add_profile(struct bench *b, const struct fleet *f) {
+    static const char *const places[] = {"hashing", "TLS", "codec", "kernel", "copying", "other"};
+    const struct fleet_profile *p = &f->member[0].profile_of;
+    char text[64], busiest[200] = "";
+    if (!p->samples) return;
+    for (int i = 0; i < FLEET_PLACES; i++) {
+        struct series s = {0};
+        for (int j = 0; j < f->members; j++)
+            series_add(&s, 100.0 * f->member[j].profile_of.place[i] /
+                               (f->member[j].profile_of.samples + 1e-9));
+        snprintf(text, sizeof text, "    share of the processor's time: %s", places[i]);
+        row_value(b, text, "%", &s, 0);
+    }
+    for (uint32_t i = 0; i < p->functions && i < 7; i++)
+        snprintf(busiest + strlen(busiest), sizeof busiest - strlen(busiest), "%s%.24s %.0f %%",
+                 i ? ", " : "", p->function[i].name, 100.0 * p->function[i].samples / p->samples);
+    row_note(b, "busiest: %s", busiest);
+}
+
+static int run_rounds(struct bench *b, int members, bool on_disk, struct fleet *f, char *homes,
+                      struct err *err) {
+    char home[FLEET_PATH_BYTES];
+    (void)b, (void)on_disk;
+    for (int i = 0; i < members; i++) {
+        snprintf(home, sizeof home, "%s/member-%d", homes, i);
+        if (fleet_add(f, home, true, err) < 0) return -1;
+    }
+    f->rounds = ROUNDS + 1;
+    for (uint32_t r = 1; r <= ROUNDS + 1; r++)
+        if (fleet_wait(f, r, ROUND_S_MAX, err)) return -1;
+    for (int i = 0; i < members; i++)
+        if (fleet_end(f, i, err)) return -1;
+    return 0;
+}
+
+int bench_step(struct bench *b, int what, struct err *err) {
+    int members = what % STEP_ON_DISK;
+    bool on_disk = what >= STEP_ON_DISK;
+    const char *list[SETTINGS_MAX_HERE] = {NULL};
+    char quorum[32], folder[300], homes[FLEET_PATH_BYTES] = "/dev/shm/intellect-bench-XXXXXX",
+         name[32];
+    struct floor_parts parts;
+    struct measured m;
+    int n = 0;
+    while (settings[n]) list[n] = settings[n], n++;
+    snprintf(quorum, sizeof quorum, "outer.quorum=%d", members);
+    list[n] = quorum;
+    snprintf(folder, sizeof folder, "%s/step-%d", b->folder, what);
+    if (on_disk) snprintf(homes, sizeof homes, "%.240s", folder);
+    else if (!mkdtemp(homes)) return err_set_errno(err, "%s", homes);
+    struct fleet *f = fleet_create(&(struct fleet_config){.folder = folder, .settings = list}, err);
+    int rc = f ? run_rounds(b, members, on_disk, f, homes, err) : -1;
+    if (!rc) rc = measure_parts((double)f->member[0].elements, &parts, err);
+    if (!rc) {
+        snprintf(name, sizeof name, "%d members%s", members, on_disk ? ", on disk" : "");
+        measure(f, &m);
+        add_rates(b, f, name, &parts, &m);
+        add_costs(b, f, &m);
+        if (!on_disk) add_profile(b, f);
+    }
+    fleet_destroy(f);
+    if (!rc && !b->keep) remove_folder(folder);
+    if (!on_disk) remove_folder(homes);
+    return rc;
+}
