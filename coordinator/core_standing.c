@@ -63,6 +63,7 @@ static uint64_t append_quarantine(struct core *c, struct member *m, bool lifted,
                                   .lifted = lifted,
                                   .reason = reason_of(why),
                                   .kind = (uint8_t)kind,
+                                  .proof_term = proof.length ? c->term : 0, /* taken in under it */
                                   .proof = proof};
     struct batch b = {0};
     uint64_t index;

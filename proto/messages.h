@@ -164,8 +164,8 @@
 #define FIELDS_revocation(F, L) F(U32, member, 0) F(STR, reason, PROTO_TEXT_BYTES_MAX)
 
 /* A member is no contributor, aggregator or holder from here on, until an entry with lifted = 1. kind: enum
- * proto_type of the signed message that proves it (READY or SHARD_REPORT; 0 = lifted), proof its bytes as sent
- * and signed under proof_term. */
+ * proto_type of the signed message that proves it (READY or SHARD_REPORT; 0 = lifted, or one that is longer than
+ * proof may be), proof its bytes as sent and signed under proof_term. */
 #define FIELDS_quarantine(F, L)                                                                    \
     F(U32, member, 0) F(U8, lifted, 1) F(STR, reason, PROTO_TEXT_BYTES_MAX)                        \
     F(U8, kind, 0) F(U64, proof_term, 0) F(BYTES, proof, PROTO_BLOB_BYTES_MAX / 2)

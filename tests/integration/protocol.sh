@@ -16,7 +16,7 @@ corpus "$W/corpus" --sequence 64 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 
 init() { # init DIR [settings]
     local dir=$1; shift
     "$COORDINATOR" init "$dir" --corpus "$W/corpus/corpus.json" --preset debug --set model.sequence=64 \
-        --set outer.chunk_elements=65536 --set inner.batch=4 --set outer.inner_steps=10 --set outer.round_seconds=1 \
+        --set outer.chunk_elements=65536 --set inner.batch=4 --set outer.inner_steps=10 --set outer.round_seconds=1 --set outer.shard_chunks=3 \
         --set outer.heartbeat_seconds=0.3 --set outer.silence_seconds=5 "$@" >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 }
 invite() { "$COORDINATOR" invite "$R" --uses 1 2>/dev/null; }

@@ -135,8 +135,11 @@ def forgeries(f):
     yield "a new member", f.inserted(
         end, "ENROLMENT", dict(enrolment, member=len(f.of_kind("ENROLMENT")) + 1, key=bytes(range(32)))), None
     yield "a revoked stranger", f.inserted(end, "REVOCATION", dict(member=99, reason="")), "is not enrolled"
-    yield "a quarantine without proof", f.inserted(end, "QUARANTINE", dict(
-        member=1, lifted=0, reason="", kind=f.document.numbers["READY"], proof_term=1, proof=bytes(200))), "proves it"
+    quarantine = dict(member=1, lifted=0, reason="", kind=f.document.numbers["READY"], proof_term=1, proof=bytes(200))
+    yield "a quarantine with a wrong proof", f.inserted(end, "QUARANTINE", quarantine), "proves it"
+    yield "a quarantine with a proof that nobody signs", f.inserted(
+        end, "QUARANTINE", dict(quarantine, kind=f.document.numbers["ROOT"])), "proves it"
+    yield "a quarantine on the coordinator's word", f.inserted(end, "QUARANTINE", dict(quarantine, kind=0, proof=b"")), None
     checkpoint = dict(at_index=last, state_root=bytes(32), url="file:///", manifest=bytes(32), tokens_committed=1)
     yield "a checkpoint with other tokens", f.inserted(end, "CHECKPOINT", checkpoint), "no such state"
     yield "a rewind to nothing", f.inserted(end, "REWIND", dict(to=[checkpoint], reason="")), "does not have"

@@ -128,9 +128,10 @@ class Ledger:
     def _quarantine(self, entry, body):
         member = self._member(body.member)
         purpose = {self.numbers["READY"]: "ready", self.numbers["SHARD_REPORT"]: "shard_report"}.get(body.kind)
-        if not body.lifted and not (purpose and record_is_signed(member.key, purpose, self.run, body.proof_term, body.proof)):
+        shown = body.kind or body.proof
+        if not body.lifted and shown and not (purpose and record_is_signed(member.key, purpose, self.run, body.proof_term, body.proof)):
             raise Refused(f"nothing that member {body.member} signed proves it")
-        if body.lifted and (body.kind or body.proof):
+        if body.lifted and shown:
             raise Refused("lifts a quarantine with a proof")
         member.quarantined = not body.lifted
 

@@ -28,6 +28,7 @@ from wire import (VERSION, ZERO, Closed, Codec, Invite, Link, Record, Refused, d
                   path_leads, tls_context, tree_root)
 
 PAGE = os.path.join(os.path.dirname(__file__), "../../docs/protocol.md")
+STARTED = time.monotonic()
 WITH_C, WITH_MEMBERS = "with the coordinator", "between members"
 
 
@@ -39,7 +40,7 @@ def bitmap(n, bits):
 
 
 def show(text):
-    print(f"reader: {text}", file=sys.stderr, flush=True)
+    print(f"{time.monotonic() - STARTED:6.2f} {text}", file=sys.stderr, flush=True)
 
 
 class Results:
@@ -440,6 +441,7 @@ class Reader:
             self.state.apply(index, body, r.data)
             if self.state.version == self._versions_at(index):  # else the donor gave some chunks later than this
                 self.applied[index] = tree_root(self.state.leaves)
+                show(f"the state at {index} is computed")
 
     def _versions_at(self, index):
         out = [0] * self.ledger.layout.chunks
