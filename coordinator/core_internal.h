@@ -237,7 +237,8 @@ struct inquiry {
     enum vote vote;              /* whose root somebody else has too */
     uint32_t asked[3];           /* the reference, who differs, a third; 0 = nobody */
     struct digest root;          /* what asked[1] showed */
-    struct msg_digest_item *leaves[3]; /* owned, [chunks of the vector] */
+    bool answered[3];
+    struct msg_digest_item *leaves[3]; /* owned, [chunks of the vector]; NULL: it could not show them */
 };
 
 struct core {
@@ -255,8 +256,7 @@ struct core {
 
     struct digest *entries; /* digest of every ledger entry */
     uint64_t entry_count, entry_capacity, entry_term;
-    struct proto_key online[LEDGER_ONLINE_KEYS_MAX]; /* delegated so far */
-    uint32_t online_count;
+    struct ledger_chain keys; /* who may sign the next entry; its place in the chain only in a takeover */
     struct takeover *takeover; /* entries that a member shows; NULL = none */
 
     struct member *members; /* [PROTO_MEMBERS_MAX] */
@@ -569,8 +569,9 @@ const struct state *core_agreed_state(const struct core *c, const struct round *
 bool core_is_initial(const struct core *c);
 /* Whom m can catch up from: fills m->donors and, borrowing hosts, list[CORE_DONORS_MAX]. */
 uint32_t core_pick_donors(const struct core *c, struct member *m, struct msg_address *list);
-/* `wrong`: bitmap of the chunks known to differ, or NULL. */
-void core_send_resync(struct core *c, struct member *m, const uint8_t *wrong,
+/* s: the state that m has wrong; NULL: it only gets donors. wrong: bitmap of the chunks known to
+ * differ, or NULL. */
+void core_send_resync(struct core *c, struct member *m, const struct state *s, const uint8_t *wrong,
                       struct core_actions *out);
 /* Members that catch up and whose donors are all gone get new ones. */
 void core_renew_donors(struct core *c, struct core_actions *out);

@@ -67,7 +67,7 @@ void core_inquire(struct core *c, struct state *s, struct member *m, const struc
     struct msg_state_leaves_get get = {s->index};
     if (is_open(c, s->index, m->id)) return;
     if (!q || !reference || !m->conn) { /* nobody to compare with: every chunk is checked */
-        core_send_resync(c, m, NULL, out);
+        core_send_resync(c, m, s, NULL, out);
         return;
     }
     *q = (struct inquiry){.index = s->index,
@@ -115,7 +115,7 @@ static void tell_wrong(struct core *c, struct member *m, const uint8_t *wrong, u
         core_log(out, CORE_ERROR, "state at ledger %llu: " WHO " is wrong; it checks every chunk",
                  LLU(index), WHO_OF(m));
     m->has_root = false;
-    core_send_resync(c, m, wrong, out);
+    core_send_resync(c, m, core_find_state(c, index), wrong, out);
 }
 
 /* The root is the challenger's: it, and not who was first, has what the third computed too. */
@@ -156,8 +156,8 @@ static void decide_if_clear(struct core *c, struct inquiry *q, uint64_t now_ms,
                             struct core_actions *out) {
     uint8_t other[PROTO_CHUNKS_MAX / 8];
     uint32_t first;
-    if (!q->leaves[REFERENCE] || !q->leaves[CHALLENGER]) return;
-    if (q->vote == VOTE_NONE && q->leaves[THIRD])
+    if (!q->answered[REFERENCE] || !q->answered[CHALLENGER]) return;
+    if (q->vote == VOTE_NONE && q->leaves[THIRD] && q->leaves[CHALLENGER])
         q->vote = compare(c, q, THIRD, CHALLENGER, other, &first) ? VOTE_REFERENCE : VOTE_CHALLENGER;
     if (q->vote != VOTE_NONE) decide(c, q, now_ms, out);
 }
@@ -184,7 +184,7 @@ bool core_vote(struct core *c, struct member *m, uint64_t index, const struct di
 /* Leaves must stand under the root that was shown; others are none. */
 static bool fits(const struct core *c, const struct inquiry *q, int who,
                  const struct msg_state_leaves *msg) {
-    if (msg->index != q->index || msg->leaves_count != c->chunks) return false;
+    if (msg->leaves_count != c->chunks) return false;
     struct digest root = digest_tree_root(msg->leaves, msg->leaves_count);
     const struct state *s = core_find_state(c, q->index);
     if (who == REFERENCE) return s && digest_equal(&root, &s->root);
@@ -192,16 +192,21 @@ static bool fits(const struct core *c, const struct inquiry *q, int who,
     return true;
 }
 
+static void keep_leaves(const struct core *c, struct inquiry *q, int who,
+                        const struct msg_state_leaves *msg) {
+    q->answered[who] = true;
+    if (!fits(c, q, who, msg)) return; /* it has gone on, or lies */
+    q->leaves[who] = malloc(c->chunks * sizeof *q->leaves[who]);
+    assert(q->leaves[who]);
+    memcpy(q->leaves[who], msg->leaves, c->chunks * sizeof *q->leaves[who]);
+}
+
 void core_on_state_leaves(struct core *c, struct member *m, const struct msg_state_leaves *msg,
                           uint64_t now_ms, struct core_actions *out) {
     for (uint32_t i = 0; i < CORE_INQUIRIES_MAX; i++) {
         struct inquiry *q = &c->inquiries[i];
-        for (int who = 0; q->deadline_ms && who < 3; who++) {
-            if (q->asked[who] != m->id || q->leaves[who] || !fits(c, q, who, msg)) continue;
-            q->leaves[who] = malloc(c->chunks * sizeof *q->leaves[who]);
-            assert(q->leaves[who]);
-            memcpy(q->leaves[who], msg->leaves, c->chunks * sizeof *q->leaves[who]);
-        }
+        for (int who = 0; q->deadline_ms && q->index == msg->index && who < 3; who++)
+            if (q->asked[who] == m->id && !q->answered[who]) keep_leaves(c, q, who, msg);
         if (q->deadline_ms) decide_if_clear(c, q, now_ms, out);
     }
 }

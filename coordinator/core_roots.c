@@ -57,10 +57,10 @@ uint32_t core_pick_donors(const struct core *c, struct member *m, struct msg_add
     return m->donor_count;
 }
 
-void core_send_resync(struct core *c, struct member *m, const uint8_t *wrong,
+void core_send_resync(struct core *c, struct member *m, const struct state *s, const uint8_t *wrong,
                       struct core_actions *out) {
-    const struct state *s = newest_known(c);
     struct msg_address donors[CORE_DONORS_MAX];
+    if (!s) s = newest_known(c);
     if (!s) return;
     struct msg_resync msg = {.index = s->index,
                              .root = s->root,
@@ -83,7 +83,7 @@ void core_renew_donors(struct core *c, struct core_actions *out) {
         struct member *m = &c->members[i];
         struct msg_address donors[CORE_DONORS_MAX];
         if (!m->conn || !m->catching_up || has_donor_left(c, m)) continue;
-        if (core_pick_donors(c, m, donors)) core_send_resync(c, m, NULL, out);
+        if (core_pick_donors(c, m, donors)) core_send_resync(c, m, NULL, NULL, out);
     }
 }
 

@@ -124,9 +124,24 @@ static void leaves_that_are_not_under_the_root_are_none(void **state) {
     show_leaves(r, &r->fake[1], CHUNKS);
     show_leaves(r, &r->fake[2], CHUNKS);
     show_leaves(r, &r->fake[3], 6);
-    assert_null(resync_to(r, &r->fake[3]));
-    pass(r, 1200);
+    const struct msg_resync *resync = resync_to(r, &r->fake[3]);
+    assert_non_null(resync);
+    assert_int_equal(resync->wrong.length, 0); /* it checks every chunk */
+    assert_int_equal(resync->index, r->fake[3].state);
+}
+
+static void who_shows_no_leaves_is_resynced_all_the_same(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    commit_once(r);
+    say_root(r, &r->fake[1]);
+    say_wrong_root(r, &r->fake[3], 5);
+    show_leaves(r, &r->fake[1], CHUNKS);
+    pass(r, 900);
+    assert_false(r->fake[3].resync);
+    pass(r, 300);
     assert_true(r->fake[3].resync);
+    assert_int_equal(look(r).root_mismatches, 1);
 }
 
 /* A liar who is first must not get his root into the ledger before anybody else has spoken. */
@@ -163,6 +178,7 @@ int main(void) {
         T(the_own_node_overrules_who_was_first),
         T(a_third_member_decides_against_who_was_first),
         T(leaves_that_are_not_under_the_root_are_none),
+        T(who_shows_no_leaves_is_resynced_all_the_same),
         T(a_commit_names_a_root_that_two_have_shown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -3,6 +3,18 @@
 
 /* ---- whole runs ----------------------------------------------------------------------------- */
 
+/* Its parts in the fragment's plan, once. True if there was something to say. */
+static bool act_on_plan(struct rig *r, struct fake *f, uint32_t fragment) {
+    struct side *s = &f->of[fragment];
+    bool has_part = false;
+    for (uint32_t i = 0; i < s->shard_count; i++)
+        has_part |= s->shards[i].aggregator == f->id || s->shards[i].holder == f->id;
+    if (!s->has_plan || !has_part || s->reported == (r->term << 32 | s->plan)) return false;
+    s->reported = r->term << 32 | s->plan;
+    report_all(r, f, fragment);
+    return true;
+}
+
 /* One thing that a member does now, if there is something to do. */
 static void act(struct rig *r, struct fake *f) {
     if (f->said_goodbye_to) return;
@@ -10,25 +22,26 @@ static void act(struct rig *r, struct fake *f) {
         dial(r, f);
         if (f->conn && !f->id) enrol(r, f);
         if (f->conn) hello(r, f);
-        if (f->conn && f->ready) say_ready(r, f);
+        for (uint32_t i = 0; i < r->outer.fragments; i++)
+            if (f->conn && f->of[i].ready) say_ready_in(r, f, i);
         return;
     }
-    if (f->has_plan && f->reported != (r->term << 32 | f->plan) &&
-        (f->shard.aggregator == f->id || f->shard.holder == f->id)) {
-        f->reported = r->term << 32 | f->plan;
-        report(r, f);
-        return;
-    }
+    for (uint32_t i = 0; i < r->outer.fragments; i++)
+        if (act_on_plan(r, f, i)) return;
     if (f->state && f->told != f->state) { /* new since it last told its root */
         f->told = f->state;
         say_root(r, f);
         return;
     }
-    if (f->aggregate_only || f->ready) return;
-    if (!f->lease_count) ask(r, f, 12);
-    if (!f->lease_count || !f->conn) return;
-    claim(f, 5 + f->id);
-    say_ready(r, f);
+    for (uint32_t i = 0; i < r->outer.fragments && !f->aggregate_only; i++) {
+        uint32_t next = (uint32_t)(r->steps + i) % r->outer.fragments;
+        if (f->of[next].ready) continue;
+        if (!f->lease_count) ask(r, f, 12);
+        if (!f->lease_count || !f->conn) return;
+        claim_in(f, next, 5 + f->id);
+        say_ready_in(r, f, next);
+        return;
+    }
 }
 
 struct outcome {
@@ -177,12 +190,79 @@ static void a_restart_at_every_point_loses_nothing(void **state) {
     assert_true(runs > 100);
 }
 
+/* The same with three fragments, whose contributions share samples, and four shards each. */
+static void a_restart_at_every_point_of_a_fragmented_run_loses_nothing(void **state) {
+    struct rig *r = *state;
+    uint64_t steps = 0, runs = 0;
+    for (uint64_t at = 0; at <= steps; at += at ? 5 : 2) {
+        static const uint32_t after[] = {UINT32_MAX, 0, 2, 4};
+        for (size_t i = 0; i < sizeof after / sizeof *after; i++, runs++) {
+            void *again = r;
+            teardown(&again);
+            setup(state);
+            r = *state;
+            r->genesis.checkpoint_url = proto_str("");
+            r->outer.fragments = 3;
+            r->outer.shard_chunks = 1;
+            struct outcome o = whole_run(r, at, after[i]);
+            check_finished(r, &o);
+            if (!at) steps = o.steps;
+        }
+    }
+    assert_true(runs > 100);
+}
+
+/* Samples that one fragment's commit spent last still have to reach the other fragments. */
+static void the_last_rounds_take_what_is_ready_in_every_fragment(void **state) {
+    struct rig *r = *state;
+    r->genesis.checkpoint_url = proto_str("");
+    r->corpus.samples = 16;
+    r->outer.fragments = 3;
+    start_with(r, 2);
+    for (uint32_t f = 0; f < 2; f++)
+        for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], f, 8);
+    be_ready_in(r, &r->fake[2], 2, 8); /* no quorum */
+    assert_string_equal(fragment(r, 2).phase, "train");
+    commit_in(r, 0);
+    assert_string_equal(look(r).phase, "reduce");
+    assert_int_equal(fragment(r, 2).contributors, 1); /* nobody is waited for any more */
+    commit_in(r, 1);
+    assert_string_not_equal(look(r).phase, "complete");
+    commit_in(r, 2);
+    assert_string_equal(look(r).phase, "complete");
+    assert_int_equal(look(r).commits, 3);
+    assert_int_equal(look(r).tokens_committed, 16 * SEQUENCE);
+}
+
+/* Each fragment has one last round at most: the run ends. */
+static void no_round_begins_after_the_last_ones(void **state) {
+    struct rig *r = *state;
+    r->genesis.checkpoint_url = proto_str("");
+    r->inner.total_tokens = 16 * SEQUENCE;
+    r->outer.fragments = 2;
+    start_with(r, 2);
+    for (uint32_t f = 0; f < 2; f++)
+        for (int i = 2; i <= 3; i++) be_ready_in(r, &r->fake[i], f, 8);
+    commit_in(r, 1);
+    ask(r, &r->fake[2], 8);
+    assert_int_equal(r->fake[2].lease_count, 0);
+    r->fake[2].of[1].claim_count = 0;
+    r->fake[2].of[1].samples = 8;
+    say_ready_in(r, &r->fake[2], 1);
+    assert_int_equal(fragment(r, 1).ready, 0);
+    commit_in(r, 0);
+    assert_string_equal(look(r).phase, "complete");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_run_completes_with_every_sample_spent_exactly_once),
         T(a_late_comer_gets_the_last_state_and_then_goes),
         T(a_run_ends_when_it_has_its_tokens),
         T(a_restart_at_every_point_loses_nothing),
+        T(a_restart_at_every_point_of_a_fragmented_run_loses_nothing),
+        T(the_last_rounds_take_what_is_ready_in_every_fragment),
+        T(no_round_begins_after_the_last_ones),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
