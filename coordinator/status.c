@@ -13,6 +13,7 @@ static const char *const phase_name[] = {
 static const char *phase_of(const struct core_member_view *m) {
     size_t phases = sizeof phase_name / sizeof *phase_name;
     if (m->revoked) return "revoked";
+    if (m->quarantined) return "quarantine";
     if (!m->live) return "away";
     return m->phase < phases ? phase_name[m->phase] : "unknown";
 }
@@ -38,13 +39,28 @@ static json_t *hex_digest(const struct digest *d) {
 
 static json_t *member_json(const struct core_member_view *m) {
     return json_pack(
-        "{si ss so sb sb sb sb sb ss sI so so sI sI si sf}", "member", (int)m->member, "name",
+        "{si ss so sb sb sb sb sb sb ss sI so so sI sI si sf sf}", "member", (int)m->member, "name",
         m->name, "key", hex_key(&m->key), "aggregate_only", m->aggregate_only, "trains", m->trains,
-        "live", m->live, "revoked", m->revoked, "ready", m->ready, "phase", phase_of(m), "step",
+        "live", m->live, "revoked", m->revoked, "quarantined", m->quarantined, "ready", m->ready,
+        "phase", phase_of(m), "step",
         (json_int_t)m->step, "loss", number(m->loss), "tokens_per_s", number(m->tokens_per_s),
         "tokens_committed", (json_int_t)m->tokens_committed, "state_index",
         (json_int_t)m->state_index, "trainer_restarts", (int)m->trainer_restarts, "silent_seconds",
-        m->live ? (double)m->silent_ms / 1000 : 0.0);
+        m->live ? (double)m->silent_ms / 1000 : 0.0, "uplink", m->uplink);
+}
+
+static json_t *fragments_json(const struct core *c, uint32_t count) {
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < count; i++) {
+        struct core_fragment_view f;
+        core_fragment_look(c, i, &f);
+        json_array_append_new(
+            list, json_pack("{sI sI sI si si si ss}", "round", (json_int_t)f.round, "base_index",
+                            (json_int_t)f.base_index, "plan", (json_int_t)f.plan, "ready", (int)f.ready,
+                            "contributors", (int)f.contributors, "shards", (int)f.shards, "phase",
+                            f.phase));
+    }
+    return list;
 }
 
 json_t *status_json(const struct core *c, uint64_t now_ms, const struct run *run, bool serving) {
@@ -57,7 +73,7 @@ json_t *status_json(const struct core *c, uint64_t now_ms, const struct run *run
         json_array_append_new(members, member_json(&m));
     }
     return json_pack(
-        "{so ss sb ss sI sI sI so sI sI so sI sI sI sI sI sI sI si si si si so}", "run",
+        "{so ss sb ss sI sI sI so sI sI so sI sI sI sI sI sI sI si si si si si si si so so}", "run",
         hex_digest(&run->id), "name", run->sealed.name, "serving", serving, "phase",
         serving ? v.phase : "not serving", "term", (json_int_t)v.term, "round", (json_int_t)v.round,
         "head_index", (json_int_t)v.head_index, "head_digest", hex_digest(&v.head_digest),
@@ -68,7 +84,9 @@ json_t *status_json(const struct core *c, uint64_t now_ms, const struct run *run
         (json_int_t)run->genesis.corpus->samples, "samples_spent", (json_int_t)v.samples_spent,
         "samples_free", (json_int_t)v.samples_free, "members_live", (int)v.members_live,
         "root_mismatches", (int)v.root_mismatches, "plans_made", (int)v.plans_made, "handovers",
-        (int)v.handovers, "members", members);
+        (int)v.handovers, "audits", (int)v.audits, "audits_failed", (int)v.audits_failed,
+        "quarantines", (int)v.quarantines, "fragments", fragments_json(c, v.fragments), "members",
+        members);
 }
 
 /* ---- for people --------------------------------------------------------------------------------- */
@@ -88,10 +106,21 @@ static bool truth(const json_t *object, const char *key) {
 }
 
 static void print_member(const json_t *m, FILE *out) {
-    fprintf(out, "  %4" PRId64 "  %-20.20s  %-11s  %9" PRId64 "  %7.4f  %9.0f  %12" PRId64 "%s%s\n",
+    fprintf(out, "  %4" PRId64 "  %-20.20s  %-11s  %9" PRId64 "  %7.4f  %9.0f  %12" PRId64 "  %7.1f%s%s\n",
             whole(m, "member"), text(m, "name"), text(m, "phase"), whole(m, "step"), real(m, "loss"),
-            real(m, "tokens_per_s"), whole(m, "tokens_committed"),
+            real(m, "tokens_per_s"), whole(m, "tokens_committed"), real(m, "uplink") / 1e6,
             truth(m, "ready") ? "  ready" : "", truth(m, "aggregate_only") ? "  aggregates only" : "");
+}
+
+/* One line: where each fragment is. */
+static void print_fragments(const json_t *list, FILE *out) {
+    if (json_array_size(list) < 2) return;
+    fprintf(out, "parts    ");
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *f = json_array_get(list, i);
+        fprintf(out, "%s%zu: %s %" PRId64, i ? ", " : "", i, text(f, "phase"), whole(f, "round"));
+    }
+    fprintf(out, "\n");
 }
 
 void status_print(const json_t *s, FILE *out) {
@@ -108,10 +137,15 @@ void status_print(const json_t *s, FILE *out) {
     if (truth(s, "serving")) fprintf(out, "state    %.16s at ledger entry %" PRId64 ", %" PRId64
                                      " roots differed\n", text(s, "state_root"),
                                      whole(s, "state_root_index"), whole(s, "root_mismatches"));
+    print_fragments(json_object_get(s, "fragments"), out);
+    if (truth(s, "serving"))
+        fprintf(out, "audits   %" PRId64 " chunks summed again, %" PRId64 " wrong; %" PRId64
+                " members put into quarantine\n", whole(s, "audits"), whole(s, "audits_failed"),
+                whole(s, "quarantines"));
     fprintf(out, "members  %zu, %" PRId64 " live\n", json_array_size(members), whole(s, "members_live"));
     if (!json_array_size(members)) return;
-    fprintf(out, "  %4s  %-20s  %-11s  %9s  %7s  %9s  %12s\n", "id", "name", "phase", "step", "loss",
-            "tokens/s", "tokens");
+    fprintf(out, "  %4s  %-20s  %-11s  %9s  %7s  %9s  %12s  %7s\n", "id", "name", "phase", "step", "loss",
+            "tokens/s", "tokens", "up MB/s");
     for (size_t i = 0; i < json_array_size(members); i++)
         print_member(json_array_get(members, i), out);
 }
