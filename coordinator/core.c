@@ -67,6 +67,8 @@ struct core *core_create(const struct msg_genesis *genesis, const struct digest 
     c->outer = c->genesis.outer;
     c->run = *run;
     c->own_key = *own_key;
+    ledger_chain_init(&c->keys, run);
+    c->keys.root_key = genesis->root_key;
     c->elements = proto_model_elements(genesis->model);
     c->chunks = (uint32_t)((c->elements - 1) / c->outer->chunk_elements + 1);
     c->sequence = genesis->model->sequence;

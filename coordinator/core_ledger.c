@@ -106,13 +106,8 @@ static int take_quarantine(struct core *c, uint64_t index, const struct msg_quar
 
 static int take_delegation(struct core *c, uint64_t index, const struct msg_delegation *d,
                            struct err *err) {
-    for (uint32_t i = 0; i < c->online_count; i++)
-        if (!memcmp(&c->online[i], &d->key, sizeof d->key)) return 0;
-    if (c->online_count == LEDGER_ONLINE_KEYS_MAX)
-        return err_set(err, ERR_CORRUPT, "ledger entry %llu delegates to more than %d keys",
-                       LLU(index), LEDGER_ONLINE_KEYS_MAX);
-    c->online[c->online_count++] = d->key;
-    return 0;
+    c->keys.next_index = index;
+    return ledger_chain_delegate(&c->keys, d, err);
 }
 
 /* ---- states --------------------------------------------------------------------------------- */

@@ -69,13 +69,10 @@ static void begin(struct core *c, struct conn *k, const struct msg_hello *msg, u
     t->conn = k->id;
     t->head_index = msg->head_index;
     t->term = msg->term_max;
-    t->chain = (struct ledger_chain){.run = c->run,
-                                     .root_key = c->genesis.root_key,
-                                     .online_count = c->online_count,
-                                     .next_index = c->entry_count,
-                                     .head = c->entries[c->entry_count - 1],
-                                     .term = c->entry_term};
-    memcpy(t->chain.online, c->online, sizeof t->chain.online);
+    t->chain = c->keys;
+    t->chain.next_index = c->entry_count;
+    t->chain.head = c->entries[c->entry_count - 1];
+    t->chain.term = c->entry_term;
     c->takeover = t;
     k->showing = true;
     k->member->showed_ms = now_ms;

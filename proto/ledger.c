@@ -90,6 +90,24 @@ static int retire(struct ledger_chain *c, uint32_t number) {
     return -1;
 }
 
+int ledger_chain_delegate(struct ledger_chain *c, const struct msg_delegation *d, struct err *err) {
+    unsigned long long index = c->next_index;
+    if (!digest_equal(&d->run, &c->run))
+        return err_set(err, ERR_CORRUPT, "ledger entry %llu delegates for another run", index);
+    if (d->number <= c->number_max)
+        return err_set(err, ERR_CORRUPT, "ledger entry %llu: delegation %u after delegation %u", index,
+                       d->number, c->number_max);
+    if (d->retires && retire(c, d->retires))
+        return err_set(err, ERR_CORRUPT, "ledger entry %llu retires delegation %u, which is not in force",
+                       index, d->retires);
+    if (c->online_count == LEDGER_ONLINE_KEYS_MAX)
+        return err_set(err, ERR_FULL, "the ledger delegates to more than %d keys",
+                       LEDGER_ONLINE_KEYS_MAX);
+    c->number[c->online_count] = c->number_max = d->number;
+    c->online[c->online_count++] = d->key;
+    return 0;
+}
+
 static int take_delegation(struct ledger_chain *c, const struct msg_entry *e, struct err *err) {
     struct msg_delegation d;
     if (proto_decode(e->body.data, e->body.length, RECORD_delegation, &d, err)) {
@@ -97,21 +115,7 @@ static int take_delegation(struct ledger_chain *c, const struct msg_entry *e, st
         if (err && err->code == ERR_PROTOCOL) err->code = ERR_CORRUPT;
         return -1;
     }
-    if (!digest_equal(&d.run, &c->run))
-        return err_set(err, ERR_CORRUPT, "ledger entry %llu delegates for another run",
-                       (unsigned long long)e->index);
-    if (d.number <= c->number_max)
-        return err_set(err, ERR_CORRUPT, "ledger entry %llu: delegation %u after delegation %u",
-                       (unsigned long long)e->index, d.number, c->number_max);
-    if (d.retires && retire(c, d.retires))
-        return err_set(err, ERR_CORRUPT, "ledger entry %llu retires delegation %u, which is not in force",
-                       (unsigned long long)e->index, d.retires);
-    if (c->online_count == LEDGER_ONLINE_KEYS_MAX)
-        return err_set(err, ERR_FULL, "the ledger delegates to more than %d keys",
-                       LEDGER_ONLINE_KEYS_MAX);
-    c->number[c->online_count] = c->number_max = d.number;
-    c->online[c->online_count++] = d.key;
-    return 0;
+    return ledger_chain_delegate(c, &d, err);
 }
 
 bool ledger_chain_speaks(const struct ledger_chain *c, const struct proto_key *key) {

@@ -190,6 +190,9 @@ bool ledger_chain_speaks(const struct ledger_chain *c, const struct proto_key *k
  * the root key; so is every delegation; all others by a delegated online key. */
 int ledger_chain_take(struct ledger_chain *c, const struct msg_signed_entry *e, struct msg_entry *decoded,
                       struct err *err);
+/* Take in the body of a DELEGATION whose signature was checked; ledger_chain_take() does both. Errors as there, and
+ * ERR_FULL. */
+int ledger_chain_delegate(struct ledger_chain *c, const struct msg_delegation *d, struct err *err);
 /* Check a delegation shown in a WELCOME; ERR_REFUSED when it does not make `key` the run's. */
 int ledger_check_delegation(const struct msg_genesis *genesis, const struct digest *run, struct proto_bytes delegation,
                             const struct proto_sig *sig, const struct proto_key *key, struct err *err);

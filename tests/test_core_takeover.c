@@ -235,6 +235,43 @@ static void a_forged_ledger_changes_nothing(void **state) {
     release(newer);
 }
 
+/* Whoever stole the online key that the newer ledger retires must not be able to go on with it where an old copy
+ * of the store still knows it; and the key that took its place is as good there as anywhere. */
+static void a_newer_ledger_is_read_with_the_keys_that_it_names(void **state) {
+    struct rig *r = *state;
+    struct keys keys;
+    start_signed(r, &keys, 2);
+    struct identity second;
+    uint8_t seed[32] = {11};
+    identity_from_seed(&second, seed);
+    uint64_t head = look(r).head_index;
+    struct copy *older = copy_store(r);
+    struct msg_delegation d = {.run = r->run, .key = second.key, .number = 2, .retires = 1};
+    struct proto_buffer entry;
+    proto_buffer_init(&entry, PROTO_BLOB_BYTES_MAX);
+    struct digest before = look(r).head_digest;
+    assert_int_equal(core_entry_encode(&entry, head + 1, &before, r->term, LEDGER_DELEGATION,
+                                       RECORD_delegation, &d, NULL), 0);
+    put_row(r, CORE_LEDGER, head + 1, entry.data, (uint32_t)entry.length);
+    proto_buffer_release(&entry);
+    load(r);
+    dial(r, &r->fake[6]);
+    enrol(r, &r->fake[6]);
+    struct copy *newer = put_back(r, older);
+    load(r);
+    struct fake *f = &r->fake[2];
+    hello_with_head(r, f, newer, head + 2, r->term);
+    show(r, f, newer, &keys.root, head + 1, head + 1);
+    show(r, f, newer, &keys.online, head + 2, head + 2);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_PROTOCOL);
+    f = &r->fake[3];
+    hello_with_head(r, f, newer, head + 2, r->term);
+    show(r, f, newer, &keys.root, head + 1, head + 1);
+    show(r, f, newer, &second, head + 2, head + 2);
+    assert_true(r->restart);
+    release(newer);
+}
+
 /* Asked for what it boasted of and silent, a member must not stop the run for long. */
 static void a_member_that_shows_nothing_holds_the_run_up_for_a_moment_only(void **state) {
     struct rig *r = *state;
@@ -345,6 +382,7 @@ int main(void) {
         T(samples_of_lost_leases_are_free_again),
         T(claims_of_leases_that_were_lost_are_refused),
         T(a_forged_ledger_changes_nothing),
+        T(a_newer_ledger_is_read_with_the_keys_that_it_names),
         T(a_member_that_shows_nothing_holds_the_run_up_for_a_moment_only),
         T(a_fork_is_never_taken_over),
         T(a_newer_term_needs_a_second_witness),
