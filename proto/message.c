@@ -83,6 +83,7 @@ int proto_urgency(uint8_t type) {
     switch (type) {
     case MSG_HEARTBEAT:
     case MSG_HEARTBEAT_ACK: return 0;
+    case MSG_AFTER: /* in the order of the data it is about */
     case MSG_CHUNK:
     case MSG_RESULT:
     case MSG_STATE:

@@ -303,6 +303,15 @@
 
 /* ---- member and member --------------------------------------------------------------------- */
 
+/* The first word on every connection between members: the dialler's, and then the answer, which repeats
+ * number and lane. process: random, of the sender's life; number: which of the dialler's links this
+ * connection belongs to; lane: 0 for control, else the link must be there already, and the lane is for
+ * tensor data alone (CHUNK, RESULT, STATE, MOMENTS). */
+#define FIELDS_link(F, L) F(U64, process, 0) F(U64, number, 0) F(U32, lane, 0)
+/* On such a lane: what follows is to be taken after the first `control` messages of lane 0 in the same
+ * direction, LINK and tensor data not counted. */
+#define FIELDS_after(F, L) F(U64, control, 0)
+
 /* contributor -> aggregator: the leaves under the root it announced, of the shard's chunks
  * [first, first+n). all = every leaf of the fragment, so that the root can be checked. */
 #define FIELDS_leaves(F, L)                                                                        \
@@ -365,7 +374,7 @@
     M(LEAVES, leaves, 32) M(WANT, want, 33) M(CHUNK, chunk, 34) M(RESULT_GET, result_get, 35)      \
     M(RESULT_LEAVES, result_leaves, 36) M(RESULT, result, 37) M(STATE_GET, state_get, 38)          \
     M(STATE, state, 39) M(MOMENTS_GET, moments_get, 40) M(MOMENTS, moments, 41) M(NONE, none, 42)  \
-    M(LEDGER_GET, ledger_get, 43)
+    M(LEDGER_GET, ledger_get, 43) M(LINK, link, 48) M(AFTER, after, 49)
 
 enum ledger_kind {
     LEDGER_GENESIS = 0, LEDGER_DELEGATION = 1, LEDGER_ENROLMENT = 2, LEDGER_REVOCATION = 3,

@@ -222,7 +222,7 @@ static bool dial_aggregator(const struct member *m, struct link *l) {
     proto_str_copy(m->plan.addresses[0].host, host, sizeof host);
     if (host[0]) there.host = host;
     there.port = (uint16_t)m->plan.addresses[0].port;
-    if (link_dial(l, &there, &err)) return false;
+    if (link_dial(l, &there, &err) || link_greet(l, &err)) return false;
     l->term = m->link.term;
     l->session = m->link.session;
     l->on_idle = m->link.on_idle; /* the coordinator must not miss us meanwhile */

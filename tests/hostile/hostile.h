@@ -61,6 +61,8 @@ int link_open(struct link *l, const struct target *t, const char *from, struct e
 int link_start_tls(struct link *l, const struct target *t, SSL_CTX *ctx, struct err *err);
 /* Both. */
 int link_dial(struct link *l, const struct target *t, struct err *err);
+/* On a node's port: the first word that members expect of each other. */
+int link_greet(struct link *l, struct err *err);
 void link_close(struct link *l);
 /* False: nobody takes them any more. */
 bool link_write(struct link *l, const void *bytes, size_t length);

@@ -71,6 +71,12 @@ int link_dial(struct link *l, const struct target *t, struct err *err) {
     return link_open(l, t, t->from, err) ? -1 : link_start_tls(l, t, NULL, err);
 }
 
+int link_greet(struct link *l, struct err *err) {
+    struct msg_link first = {.process = 666, .number = 1};
+    if (link_send(l, MSG_LINK, 0, &first) && link_expect(l, MSG_LINK)) return 0;
+    return err_set(err, ERR_REFUSED, "%.200s", l->heard);
+}
+
 static void forget_message(struct link *l) {
     if (l->record < 0) return;
     proto_decoded_release((enum proto_record)l->record, &l->msg);

@@ -281,7 +281,7 @@ static int to_node(const struct target *t, const struct attack *a) {
     struct err err;
     struct msg_result_get results = {.plan = 3, .chunks = {(const uint8_t *)"\xff\xff\xff\xff\xff\xff\xff\xff", 8}};
     struct msg_state_get state = {.chunks = results.chunks};
-    if (link_dial(&l, t, &err)) return verdict(a, false, "%s", err.msg);
+    if (link_dial(&l, t, &err) || link_greet(&l, &err)) return verdict(a, false, "%s", err.msg);
     l.term = 1;
     if (a->kind == HELLO_TO_NODE) say_first(&l, HELLO_UNENROLLED);
     else if (a->kind == LEDGER_TO_NODE) say_wrong(&l, LEDGER_TO_COORDINATOR);
