@@ -22,6 +22,12 @@ static struct sim_file *find(struct sim_disk *d, const char *name) {
     return NULL;
 }
 
+const struct sim_file *sim_disk_find(const struct sim_disk *d, const char *name) {
+    for (uint32_t i = 0; i < d->count; i++)
+        if (!strcmp(d->files[i].name, name)) return &d->files[i];
+    return NULL;
+}
+
 static struct sim_file *add(struct sim_disk *d, const char *name) {
     if (d->count == SIM_DISK_FILES_MAX)
         sim_violation(d->world, "slot %u keeps %u files on its disk: they are never removed",
@@ -83,15 +89,18 @@ static int disk_get(void *arg, const char *name, uint8_t **out, size_t *length, 
     return 0;
 }
 
+static void drop(struct sim_disk *d, struct sim_file *f) {
+    free(f->memory);
+    free(f->durable);
+    *f = d->files[--d->count];
+}
+
 static void disk_remove(void *arg, const char *name) {
     struct sim_disk *d = arg;
     struct err err;
     if (dies_now(d, "remove", name, &err)) return;
     struct sim_file *f = find(d, name);
-    if (!f) return;
-    free(f->memory);
-    free(f->durable);
-    *f = d->files[--d->count];
+    if (f) drop(d, f);
 }
 
 struct disk sim_disk_ops(struct sim_disk *d) {
@@ -115,6 +124,29 @@ void sim_disk_lose_power(struct sim_disk *d) {
             else memcpy(f->durable + at, f->memory + at, n);
         }
     }
+}
+
+static uint8_t *copy_of(const uint8_t *bytes, size_t length) {
+    uint8_t *copy = malloc(length ? length : 1);
+    memcpy(copy, bytes, length);
+    return copy;
+}
+
+void sim_disk_copy(struct sim_disk *to, const struct sim_disk *from, bool durable) {
+    sim_disk_release(to);
+    for (uint32_t i = 0; i < from->count; i++) {
+        const struct sim_file *f = &from->files[i];
+        const uint8_t *bytes = f->mapped && durable ? f->durable : f->memory;
+        to->files[i] = *f;
+        to->files[i].memory = copy_of(bytes, f->bytes);
+        if (f->mapped) to->files[i].durable = copy_of(bytes, f->bytes);
+    }
+    to->count = from->count;
+}
+
+void sim_disk_forget(struct sim_disk *d, const char *prefix) {
+    for (uint32_t i = d->count; i--;)
+        if (!strncmp(d->files[i].name, prefix, strlen(prefix))) drop(d, &d->files[i]);
 }
 
 void sim_disk_release(struct sim_disk *d) {

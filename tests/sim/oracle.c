@@ -1,42 +1,278 @@
-/* oracle.c - what must hold after every event, computed independently of the code under test. */
+/* oracle.c - what must hold of ledger, leases and contributions, computed independently of the code
+ * under test. */
 #include "tests/sim/sim.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define LLU(x) ((unsigned long long)(x))
+/* ---- looking things up ------------------------------------------------------------------------- */
 
-/* ---- the ledger: one commit a round, every sample once, leases disjoint
- * -------------------------- */
-
-static void check_commit(struct sim_world *w, const struct msg_commit *c) {
-    if (c->round != w->next_round)
-        sim_violation(w, "a commit of round %llu is written, the next one is %llu", LLU(c->round),
-                      LLU(w->next_round));
-    w->next_round++;
-    w->commits++;
-    for (uint32_t i = 0; i < c->summed_count; i++)
-        if (!c->summed[i].weight)
-            sim_violation(w, "round %llu commits chunks of weight 0", LLU(c->round));
-    for (uint32_t i = 0; i < c->spent_count; i++)
-        for (uint64_t s = c->spent[i].start; s < c->spent[i].start + c->spent[i].count; s++) {
-            if (s >= w->corpus.samples)
-                sim_violation(w, "sample %llu is spent, there are %llu", LLU(s),
-                              LLU(w->corpus.samples));
-            if (proto_set_has(w->spent, (uint32_t)s))
-                sim_violation(w, "sample %llu is spent twice", LLU(s));
-            proto_set_add(w->spent, (uint32_t)s);
-        }
-    sim_trace(w, "round %llu commits: %u contributors, %u spends", LLU(c->round),
-              c->contributors_count, c->spent_count);
+/* The same bytes may come again in a later round: work that was not summed is contributed again. */
+const struct sim_contribution *oracle_contribution(struct sim_world *w, uint32_t member,
+                                                   uint32_t fragment, uint64_t round,
+                                                   const struct digest *root) {
+    for (uint32_t i = w->contribution_count; i--;) {
+        const struct sim_contribution *k = &w->contributions[i];
+        if (k->member == member && k->round == round && k->fragment == fragment &&
+            digest_equal(&k->root, root))
+            return k;
+    }
+    return NULL;
 }
 
-static void check_leases(struct sim_world *w) {
-    uint8_t owned[SIM_SAMPLES_MAX / 8];
+const struct msg_summed *oracle_summed(const struct msg_commit *c, uint32_t k) {
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < c->summed_count; at += c->summed[i++].chunks)
+        if (k < at + c->summed[i].chunks) return &c->summed[i];
+    return NULL;
+}
+
+static bool in_set(const struct msg_summed *s, uint32_t bit) {
+    return bit / 8 < s->set.length && proto_set_has(s->set.data, bit);
+}
+
+/* False where the entry is no commit; release c with proto_decoded_release() after true. */
+bool oracle_commit(struct sim_world *w, uint64_t index, struct msg_entry *e, struct msg_commit *c) {
     struct err err;
+    if (index >= w->truth_count || !w->entry_bytes[index]) return false;
+    if (proto_decode(w->entry_bytes[index], w->entry_length[index], RECORD_entry, e, &err))
+        sim_violation(w, "ledger entry %llu: %s", LLU(index), err.msg);
+    if (e->kind != LEDGER_COMMIT) return false;
+    if (proto_decode(e->body.data, e->body.length, RECORD_commit, c, &err))
+        sim_violation(w, "commit %llu: %s", LLU(index), err.msg);
+    return true;
+}
+
+/* ---- a commit: the next one of its fragment, every sample once ---------------------------------- */
+
+static void check_summed(struct sim_world *w, const struct msg_commit *c) {
+    uint32_t chunks = 0;
+    for (uint32_t i = 0; i < c->summed_count; chunks += c->summed[i++].chunks) {
+        uint64_t weight = 0;
+        for (uint32_t k = 0; k < c->contributors_count; k++)
+            if (in_set(&c->summed[i], k)) weight += c->contributors[k].weight;
+        if (!weight || weight != c->summed[i].weight)
+            sim_violation(w, "fragment %u round %llu: chunks of weight %llu, by their set %llu",
+                          c->fragment, LLU(c->round), LLU(c->summed[i].weight), LLU(weight));
+    }
+    if (chunks != w->fragment_chunks[c->fragment])
+        sim_violation(w, "fragment %u round %llu: commits %u of %u chunks", c->fragment,
+                      LLU(c->round), chunks, w->fragment_chunks[c->fragment]);
+}
+
+static void spend(struct sim_world *w, uint64_t index, const struct msg_spend *x) {
+    for (uint64_t s = x->start; s < x->start + x->count; s++) {
+        if (s >= w->corpus.samples)
+            sim_violation(w, "sample %llu is spent, there are %llu", LLU(s),
+                          LLU(w->corpus.samples));
+        if (proto_set_has(w->spent, (uint32_t)s))
+            sim_violation(w, "sample %llu is spent twice, by members %u and %u", LLU(s),
+                          w->owner[s], x->member);
+        proto_set_add(w->spent, (uint32_t)s);
+        w->owner[s] = x->member;
+        w->spent_at[s] = index;
+    }
+}
+
+/* The samples whose work went into chunk k with this contribution are its member's, and it was not
+ * in there before. */
+static void check_effects(struct sim_world *w, const struct msg_commit *c, uint32_t k,
+                          const struct sim_contribution *x) {
+    uint32_t chunk = w->chunk_at[c->fragment][k];
+    for (uint32_t s = 0; s < w->corpus.samples; s++) {
+        if (!proto_set_has(x->effect[k], s)) continue;
+        if (!proto_set_has(w->spent, s) || w->owner[s] != x->member)
+            sim_violation(w,
+                          "fragment %u round %llu: sample %u is in the contribution of member %u, "
+                          "and spent by %u",
+                          c->fragment, LLU(c->round), s, x->member, w->owner[s]);
+        if (!proto_set_has(w->in_chunk[chunk], s)) continue;
+        w->twice++;
+        if (!sim_has(w, SIM_COPY) && !sim_has(w, SIM_IMAGE))
+            sim_violation(w,
+                          "fragment %u round %llu: sample %u of member %u takes effect in chunk %u "
+                          "a second time",
+                          c->fragment, LLU(c->round), s, x->member, chunk);
+    }
+    samples_add(w->in_chunk[chunk], x->effect[k]);
+}
+
+static void check_contributors(struct sim_world *w, const struct msg_commit *c) {
+    bool partial = false;
+    for (uint32_t i = 0; i < c->contributors_count; i++) {
+        const struct msg_contributor *m = &c->contributors[i];
+        const struct sim_contribution *x = 
+            oracle_contribution(w, m->member, c->fragment, c->round, &m->root);
+        uint32_t chunks = 0;
+        if (!x)
+            sim_violation(w, "fragment %u round %llu: member %u never announced this contribution",
+                          c->fragment, LLU(c->round), m->member);
+        for (uint32_t k = 0; k < w->fragment_chunks[c->fragment]; k++) {
+            if (!in_set(oracle_summed(c, k), i)) continue;
+            chunks++;
+            check_effects(w, c, k, x);
+        }
+        partial |= chunks > 0 && chunks < w->fragment_chunks[c->fragment];
+        for (uint32_t n = 0; n < c->spent_count; n++) {
+            const struct msg_spend *p = &c->spent[n];
+            if (p->member != m->member) continue;
+            for (uint64_t s = p->start; s < p->start + p->count; s++)
+                if (!chunks || !proto_set_has(x->all, (uint32_t)s))
+                    sim_violation(w,
+                                  "fragment %u round %llu: sample %llu of member %u is spent and "
+                                  "in no chunk",
+                                  c->fragment, LLU(c->round), LLU(s), m->member);
+        }
+    }
+    if (partial) w->injected[SIM_PARTIAL]++;
+}
+
+/* An auditor that does not lie found another sum: then there is no such commit. */
+static void check_audits(struct sim_world *w, uint64_t term, const struct msg_commit *c) {
+    for (uint32_t i = 0; i < 64; i++) {
+        const struct sim_audit *a = &w->audits[i];
+        if (a->term != term || a->plan != c->plan || !a->reported) continue;
+        for (uint32_t k = 0; k < 64; k++) {
+            const struct sim_report *r = &w->reports[k];
+            const struct msg_summed *summed = oracle_summed(c, a->chunk);
+            if (r->term != term || r->plan != c->plan || r->shard >= c->shards_count || !summed)
+                continue;
+            uint32_t first = c->shards[r->shard].first;
+            struct digest set = digest_of(summed->set.data, summed->set.length);
+            if (a->chunk < first || a->chunk >= first + r->count || !digest_equal(&set, &a->set))
+                continue;
+            if (!digest_equal(&r->leaf[a->chunk - first], &a->leaf))
+                sim_violation(w,
+                              "fragment %u round %llu: chunk %u is committed although an audit "
+                              "found another sum",
+                              c->fragment, LLU(c->round), a->chunk);
+        }
+    }
+}
+
+static void take_commit(struct sim_world *w, uint64_t index, uint64_t term,
+                        const struct msg_commit *c) {
+    uint64_t tokens = 0;
+    if (c->fragment >= w->fragments || c->round != w->next_round[c->fragment] ||
+        c->base_index != w->base_index[c->fragment])
+        sim_violation(w, "fragment %u: a commit of round %llu on %llu is written, the next is %llu on "
+                      "%llu", c->fragment, LLU(c->round), LLU(c->base_index),
+                      LLU(c->fragment < w->fragments ? w->next_round[c->fragment] : 0),
+                      LLU(c->fragment < w->fragments ? w->base_index[c->fragment] : 0));
+    check_summed(w, c);
+    for (uint32_t i = 0; i < c->spent_count; i++) {
+        spend(w, index, &c->spent[i]);
+        tokens += c->spent[i].count * w->model.sequence;
+    }
+    if (c->tokens != tokens || c->tokens_committed != w->tokens_committed + tokens)
+        sim_violation(w, "fragment %u round %llu: %llu tokens, %llu in all; it spends %llu of %llu",
+                      c->fragment, LLU(c->round), LLU(c->tokens), LLU(c->tokens_committed),
+                      LLU(tokens), LLU(w->tokens_committed + tokens));
+    check_contributors(w, c);
+    check_audits(w, term, c);
+    if (!digest_is_zero(&w->root_seen[c->state_index]) && !digest_is_zero(&c->state_root) &&
+        !digest_equal(&w->root_seen[c->state_index], &c->state_root))
+        sim_violation(w, "the commit at %llu names a root of state %llu that no member has",
+                      LLU(index), LLU(c->state_index));
+    w->tokens_committed += tokens;
+    w->next_round[c->fragment]++;
+    w->base_index[c->fragment] = w->last_commit = index;
+    w->commits++;
+    w->injected[SIM_SEVERAL_SHARDS] += c->shards_count > 1;
+    sim_trace(w, "fragment %u round %llu commits at %llu: %u contributors, %u shards, %u spends",
+              c->fragment, LLU(c->round), LLU(index), c->contributors_count, c->shards_count,
+              c->spent_count);
+}
+
+/* ---- the ledger -------------------------------------------------------------------------------- */
+
+static void take_entry(struct sim_world *w, uint64_t index, const uint8_t *bytes, uint32_t length) {
+    struct msg_entry e;
+    struct msg_commit c;
+    struct msg_quarantine q;
+    struct err err;
+    if (index >= SIM_ENTRIES_MAX)
+        sim_violation(w, "more than %d ledger entries", SIM_ENTRIES_MAX);
+    free(w->entry_bytes[index]);
+    w->entry_bytes[index] = malloc(length);
+    memcpy(w->entry_bytes[index], bytes, length);
+    w->entry_length[index] = length;
+    w->truth_count = index + 1;
+    if (oracle_commit(w, index, &e, &c)) {
+        take_commit(w, index, e.term, &c);
+        proto_decoded_release(RECORD_commit, &c);
+    } else if (e.kind == LEDGER_QUARANTINE) {
+        if (proto_decode(e.body.data, e.body.length, RECORD_quarantine, &q, &err))
+            sim_violation(w, "quarantine: %s", err.msg);
+        w->injected[SIM_QUARANTINE]++;
+        for (uint32_t i = 0; i < w->members; i++)
+            if (w->member[i].id == q.member && !w->member[i].lie && !q.lifted)
+                sim_violation(w, "member %u is quarantined and did nothing: %.*s", q.member,
+                              (int)q.reason.length, (const char *)q.reason.data);
+    }
+}
+
+static void on_entry(struct sim_world *w, const struct core_write *x) {
+    struct digest d = digest_of(x->value, x->value_length);
+    struct msg_entry e;
+    struct msg_commit c;
+    if (x->key >= SIM_ENTRIES_MAX)
+        sim_violation(w, "more than %d ledger entries", SIM_ENTRIES_MAX);
+    if (w->entry_known[x->key] && !digest_equal(&d, &w->entry_seen[x->key]))
+        sim_violation(w, "ledger entry %llu is written, members already have another one",
+                      LLU(x->key));
+    w->entry_known[x->key] = true;
+    w->entry_seen[x->key] = d;
+    if (x->key < w->truth_count) return; /* taken over from a member */
+    take_entry(w, x->key, x->value, x->value_length);
+    if (oracle_commit(w, x->key, &e, &c)) {
+        sim_fault_at_commit(w, &c);
+        proto_decoded_release(RECORD_commit, &c);
+    }
+}
+
+void oracle_persist(struct sim_world *w, const struct core_action *a) {
+    for (uint32_t i = 0; i < a->write_count; i++)
+        if (a->writes[i].table == CORE_LEDGER) on_entry(w, &a->writes[i]);
+    oracle_check_leases(w);
+}
+
+void oracle_rollback(struct sim_world *w, uint64_t count) {
+    struct sim_table *ledger = &w->store.table[CORE_LEDGER];
+    uint64_t commits = w->commits;
+    memset(w->spent, 0, sizeof w->spent);
+    memset(w->in_chunk, 0, sizeof w->in_chunk);
+    memset(w->next_round, 0, sizeof w->next_round);
+    memset(w->base_index, 0, sizeof w->base_index);
+    memset(w->audits, 0, sizeof w->audits); /* they were judged when they counted */
+    w->tokens_committed = w->last_commit = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        struct sim_row *r = sim_row_find(ledger, i);
+        take_entry(w, i, r->value, r->length);
+    }
+    for (uint64_t i = count; i < SIM_ENTRIES_MAX; i++) {
+        w->entry_known[i] = false;
+        w->root_seen[i] = (struct digest){{0}};
+    }
+    for (uint32_t i = w->state_count; i--;) {
+        if (w->states[i].version < count) continue;
+        free(w->states[i].values);
+        w->states[i] = w->states[--w->state_count];
+    }
+    memcpy(w->destroyed_rounds, w->next_round, sizeof w->destroyed_rounds);
+    w->commits = commits;
+}
+
+/* ---- leases: every sample is spent, in one lease, or not handed out yet --------------------------- */
+
+void oracle_check_leases(struct sim_world *w) {
+    sim_samples owned;
+    struct err err;
+    struct sim_table *leases = &w->store.table[CORE_LEASE];
+    if (w->store.table[CORE_LEDGER].count < w->truth_count || w->taking_over) return;
     memcpy(owned, w->spent, sizeof owned);
-    for (uint32_t i = 0; i < w->store[CORE_LEASE].count; i++) {
-        struct sim_row *r = &w->store[CORE_LEASE].rows[i];
+    for (uint32_t i = 0; i < leases->count; i++) {
+        struct sim_row *r = &leases->rows[i];
         struct msg_spend l;
         if (proto_decode(r->value, r->length, RECORD_spend, &l, &err))
             sim_violation(w, "lease row: %s", err.msg);
@@ -48,7 +284,7 @@ static void check_leases(struct sim_world *w) {
             proto_set_add(owned, (uint32_t)s);
         }
     }
-    struct sim_row *next = sim_row_find(&w->store[CORE_META], CORE_META_NEXT_SAMPLE);
+    struct sim_row *next = sim_row_find(&w->store.table[CORE_META], CORE_META_NEXT_SAMPLE);
     uint64_t end = 0;
     for (uint32_t i = 0; next && i < next->length && i < 8; i++)
         end |= (uint64_t)next->value[i] << 8 * i;
@@ -60,187 +296,244 @@ static void check_leases(struct sim_world *w) {
             sim_violation(w, "sample %llu is leased beyond the cursor %llu", LLU(s), LLU(end));
 }
 
-void oracle_persist(struct sim_world *w, const struct core_action *a) {
+/* ---- a contribution: its bytes, and what it claims ------------------------------------------------ */
+
+/* A residual is not flushed: a machine that died may have any mixture of old and new. */
+static void read_residual(struct sim_world *w, const struct sim_disk *d, const char *name,
+                          float *out) {
+    const struct sim_file *f = sim_disk_find(d, name);
+    memset(out, 0, w->elements * sizeof *out);
+    if (f && f->bytes == w->elements * sizeof *out) memcpy(out, f->memory, f->bytes);
+    for (uint32_t i = 0; i < w->elements; i++)
+        if (!__builtin_isfinite(out[i])) out[i] = 0;
+}
+
+void oracle_start(struct sim_world *w, struct sim_member *m) {
+    read_residual(w, &m->disk, "residual", m->residual);
+    read_residual(w, &m->disk, "residual-next", m->residual_next);
+}
+
+/* What the contribution must be: anchor - local + residual, encoded. */
+static void encode(struct sim_world *w, struct sim_member *m, uint32_t fragment) {
+    struct sim_freeze *z = &m->freeze[fragment];
+    enum outer_codec codec = (enum outer_codec)w->outer.contribution_codec;
+    struct msg_digest_item leaves[SIM_CHUNKS_MAX];
+    float x[SIM_ELEMENTS_MAX];
     struct err err;
-    for (uint32_t i = 0; i < a->write_count; i++) {
-        const struct core_write *x = &a->writes[i];
-        struct msg_entry e;
-        if (x->table != CORE_LEDGER) continue;
-        if (proto_decode(x->value, x->value_length, RECORD_entry, &e, &err))
-            sim_violation(w, "ledger entry: %s", err.msg);
-        struct digest d = digest_of(x->value, x->value_length);
-        if (x->key >= SIM_ENTRIES_MAX)
-            sim_violation(w, "more than %d ledger entries", SIM_ENTRIES_MAX);
-        if (w->entry_known[x->key] && !digest_equal(&d, &w->entry_seen[x->key]))
-            sim_violation(w, "ledger entry %llu is written, members already have another one",
-                          LLU(x->key));
-        w->entry_known[x->key] = true;
-        w->entry_seen[x->key] = d;
-        if (e.kind != LEDGER_COMMIT) continue;
-        struct msg_commit c;
-        if (proto_decode(e.body.data, e.body.length, RECORD_commit, &c, &err))
-            sim_violation(w, "commit: %s", err.msg);
-        check_commit(w, &c);
+    z->encodes = true;
+    for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++) {
+        uint32_t chunk = w->chunk_at[fragment][k], first = chunk * w->chunk_elements;
+        uint32_t n = sim_chunk_elements(w, chunk);
+        size_t offset, length = sim_encoded(w, fragment, k, (uint8_t)codec, &offset);
+        outer_pseudo_gradient(x, sync_anchor(m->sync) + first,
+                              m->trainer.frozen[fragment] + first,
+                              codec == OUTER_FP32 ? NULL : m->residual + first, n);
+        if (outer_encode(z->bytes + offset, x, n, codec, &err)) z->encodes = false;
+        else if (codec != OUTER_FP32)
+            outer_residual(m->residual_next + first, x, z->bytes + offset, length, n, codec, &err);
+        leaves[k].digest = digest_leaf(k, z->bytes + offset, length);
+    }
+    z->root = digest_tree_root(leaves, w->fragment_chunks[fragment]);
+}
+
+void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment) {
+    struct sim_freeze *z = &m->freeze[fragment];
+    struct sync_view v;
+    sync_look(m->sync, &v);
+    z->valid = true;
+    z->known_head = v.head_index;
+    for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++)
+        memcpy(z->effect[k], m->trainer.effect[w->chunk_at[fragment][k]], sizeof z->effect[k]);
+    memcpy(z->all, m->trainer.fragment_effect[fragment], sizeof z->all);
+    z->samples = samples_count(z->all);
+    encode(w, m, fragment);
+}
+
+/* The trainer takes over a chunk into which its work was summed: that work is the anchor's now. */
+void oracle_mix(struct sim_world *w, struct sim_member *m, uint32_t chunk) {
+    uint32_t f = w->fragment_of[chunk], k = w->place_of[chunk];
+    uint64_t version = sync_chunk_version(m->sync, chunk);
+    const struct sim_contribution *x = NULL;
+    struct msg_entry e;
+    struct msg_commit c;
+    while (!x && version && version != UINT64_MAX && oracle_commit(w, version, &e, &c)) {
+        for (uint32_t i = 0; i < c.contributors_count; i++)
+            if (c.contributors[i].member == m->id && in_set(oracle_summed(&c, k), i))
+                x = oracle_contribution(w, m->id, f, c.round, &c.contributors[i].root);
+        version = c.base_index;
         proto_decoded_release(RECORD_commit, &c);
     }
-    check_leases(w);
+    if (!x)
+        sim_violation(w, "slot %u mixes chunk %u as if it had been summed there", m->slot, chunk);
+    if (!samples_within(x->effect[k], m->trainer.effect[chunk]))
+        sim_violation(w,
+                      "slot %u mixes chunk %u for a contribution that its trainer's parameters do "
+                      "not hold",
+                      m->slot, chunk);
+    samples_remove(m->trainer.effect[chunk], x->effect[k]);
+    samples_remove(m->trainer.fragment_effect[f], x->all);
 }
 
-/* ---- a contribution claims just what was trained
- * --------------------------------------------------- */
+/* Spent by what the member knew (`until` entries). */
+static bool was_spent(const struct sim_world *w, uint32_t s, uint64_t until) {
+    return proto_set_has(w->spent, s) && w->spent_at[s] <= until;
+}
 
-void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
-    uint8_t claimed[SIM_SAMPLES_MAX / 8] = {0};
-    if (digest_equal(&r->root, &m->ready_root)) return; /* the same one, announced again */
-    m->ready_root = r->root;
+static void check_claims(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
+    const struct sim_freeze *z = &m->freeze[r->fragment];
+    sim_samples claimed = {0};
+    struct sync_view v;
+    sync_look(m->sync, &v);
     for (uint32_t i = 0; i < r->ranges_count; i++)
         for (uint64_t s = r->ranges[i].start; s < r->ranges[i].start + r->ranges[i].count; s++) {
-            if (s >= w->corpus.samples)
-                sim_violation(w, "slot %u claims sample %llu", m->slot, LLU(s));
-            if (proto_set_has(claimed, (uint32_t)s))
-                sim_violation(w, "slot %u claims sample %llu twice", m->slot, LLU(s));
+            if (s >= w->corpus.samples || proto_set_has(claimed, (uint32_t)s))
+                sim_violation(w, "slot %u claims sample %llu twice, or there is no such", m->slot,
+                              LLU(s));
             proto_set_add(claimed, (uint32_t)s);
         }
-    for (uint32_t s = 0; s < w->corpus.samples; s++)
-        if (proto_set_has(claimed, s) != proto_set_has(m->frozen_effect, s))
-            sim_violation(w, "slot %u, round %llu: sample %u is %s", m->slot, LLU(r->round), s,
-                          proto_set_has(claimed, s) ? "claimed and was not trained on"
-                                                    : "in the contribution and not claimed");
+    for (uint32_t s = 0; s < w->corpus.samples; s++) {
+        bool effect = proto_set_has(z->all, s);
+        if (proto_set_has(claimed, s)
+                ? effect && !was_spent(w, s, z->known_head)
+                : !effect || was_spent(w, s, v.head_index))
+            continue;
+        sim_violation(w, "slot %u, fragment %u round %llu: sample %u is %s", m->slot, r->fragment,
+                      LLU(r->round), s,
+                      !proto_set_has(claimed, s) ? "in the contribution and not claimed"
+                      : effect                   ? "claimed although known to be spent"
+                                                 : "claimed and not in the contribution");
+    }
+    if (r->samples != z->samples)
+        sim_violation(w, "slot %u, fragment %u round %llu: %llu samples announced, %llu are in it",
+                      m->slot, r->fragment, LLU(r->round), LLU(r->samples), LLU(z->samples));
 }
 
-/* ---- same version, same bits; and the bits are the weighted mean
- * ------------------------------------ */
+static bool holds_bytes(const uint8_t *in, size_t in_length, const uint8_t *bytes, size_t length) {
+    for (size_t at = 0; at + length <= in_length; at++)
+        if (in[at] == bytes[0] && !memcmp(in + at, bytes, length)) return true;
+    return false;
+}
 
-void oracle_chunk(struct sim_world *w, uint64_t term, uint64_t plan, const struct msg_chunk *c) {
-    uint32_t bit = 0;
-    while (bit < c->set.length * 8 && !proto_set_has(c->set.data, bit)) bit++;
+/* What a READY announces is on the disk, and would survive a loss of power. */
+static bool is_durable(const struct sim_member *m, const char *prefix, const void *bytes,
+                       size_t length) {
+    for (uint32_t i = 0; i < m->disk.count; i++) {
+        const struct sim_file *f = &m->disk.files[i];
+        if (strncmp(f->name, prefix, strlen(prefix))) continue;
+        if (holds_bytes(f->mapped ? f->durable : f->memory, f->bytes, bytes, length)) return true;
+    }
+    return false;
+}
+
+static void check_durable(struct sim_world *w, struct sim_member *m, uint32_t fragment,
+                          const uint8_t *bytes) {
+    for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++) {
+        size_t offset,
+            length = sim_encoded(w, fragment, k, w->outer.contribution_codec, &offset);
+        if (!is_durable(m, "contribution", bytes + offset, length))
+            sim_violation(w, "slot %u announces a contribution to fragment %u that is not durable",
+                          m->slot, fragment);
+    }
+}
+
+/* The leaves of what a shard's report promises stand in the file with its chunks. */
+static void check_report(struct sim_world *w, struct sim_member *m,
+                         const struct msg_shard_report *r) {
+    for (uint32_t i = 0; i < r->results_count; i++)
+        if (!digest_is_zero(&r->results[i].digest) &&
+            !is_durable(m, "result", &r->results[i].digest, sizeof r->results[i].digest))
+            sim_violation(w, "slot %u reports shard %u of fragment %u, which is not durable",
+                          m->slot, r->shard, r->fragment);
+}
+
+static void keep_contribution(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
+    const struct sim_freeze *z = &m->freeze[r->fragment];
+    uint32_t chunks = w->fragment_chunks[r->fragment];
+    size_t offset, length = sim_encoded(w, r->fragment, chunks - 1, r->codec, &offset);
     if (w->contribution_count == w->contribution_capacity) {
         w->contribution_capacity = w->contribution_capacity ? 2 * w->contribution_capacity : 256;
         w->contributions =
             realloc(w->contributions, w->contribution_capacity * sizeof *w->contributions);
     }
-    struct sim_contribution *k = &w->contributions[w->contribution_count++];
-    *k = (struct sim_contribution){.term = term,
-                                   .plan = plan,
-                                   .bit = bit,
-                                   .chunk = c->chunk,
-                                   .bytes = malloc(c->data.length),
-                                   .length = c->data.length};
-    memcpy(k->bytes, c->data.data, c->data.length);
+    struct sim_contribution *x = &w->contributions[w->contribution_count++];
+    *x = (struct sim_contribution){.member = m->id,
+                                   .slot = m->slot,
+                                   .fragment = r->fragment,
+                                   .round = r->round,
+                                   .root = r->root};
+    x->lies = !digest_equal(&r->root, &z->root);
+    x->bytes = malloc(offset + length);
+    memcpy(x->bytes, z->bytes, offset + length);
+    x->effect = malloc(chunks * sizeof *x->effect);
+    memcpy(x->effect, z->effect, chunks * sizeof *x->effect);
+    memcpy(x->all, z->all, sizeof x->all);
 }
 
-static const struct sim_contribution *find_contribution(struct sim_world *w, uint64_t term,
-                                                        uint64_t plan, uint32_t bit,
-                                                        uint32_t chunk) {
-    for (uint32_t i = w->contribution_count; i--;) {
-        const struct sim_contribution *k = &w->contributions[i];
-        if (k->plan == plan && k->term == term && k->bit == bit && k->chunk == chunk) return k;
+void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
+    struct sim_freeze *z = &m->freeze[r->fragment < w->fragments ? r->fragment : 0];
+    if (r->fragment >= w->fragments)
+        sim_violation(w, "slot %u is ready with fragment %u", m->slot, r->fragment);
+    if (oracle_contribution(w, m->id, r->fragment, r->round, &r->root)) return; /* the same one, announced again */
+    if (!z->valid || r->chunks != w->fragment_chunks[r->fragment])
+        sim_violation(w, "slot %u announces fragment %u, which its trainer never froze", m->slot,
+                      r->fragment);
+    if (!m->lie) {
+        if (!digest_equal(&r->root, &z->root))
+            sim_violation(w,
+                          "slot %u, fragment %u round %llu: the contribution is not anchor - local "
+                          "+ residual",
+                          m->slot, r->fragment, LLU(r->round));
+        check_claims(w, m, r);
+        check_durable(w, m, r->fragment, z->bytes);
     }
-    return NULL;
+    keep_contribution(w, m, r);
 }
 
-static const struct sim_state *find_state(struct sim_world *w, uint32_t chunk, uint64_t version) {
-    for (uint32_t i = w->state_count; i--;)
-        if (w->states[i].chunk == chunk && w->states[i].version == version) return &w->states[i];
-    return NULL;
+/* ---- what members tell the coordinator ------------------------------------------------------------- */
+
+static void check_root(struct sim_world *w, const struct sim_member *m, const struct msg_root *r) {
+    if (r->index >= SIM_ENTRIES_MAX) return;
+    struct digest *seen = &w->root_seen[r->index];
+    if (!digest_is_zero(seen) && !digest_equal(seen, &r->root))
+        sim_violation(w, "slot %u shows another root of the state at %llu", m->slot, LLU(r->index));
+    *seen = r->root;
 }
 
-static const struct msg_summed *summed_of(const struct msg_commit *c, uint32_t chunk) {
-    uint32_t at = 0;
-    for (uint32_t i = 0; i < c->summed_count; at += c->summed[i++].chunks)
-        if (chunk < at + c->summed[i].chunks) return &c->summed[i];
-    return NULL;
+void oracle_to_core(struct sim_world *w, struct sim_member *m, uint8_t type, const struct frame *f,
+                    const void *msg) {
+    const struct msg_shard_report *s = msg;
+    if (type == MSG_READY) oracle_ready(w, m, msg);
+    if (type == MSG_ROOT) check_root(w, m, msg);
+    if (type != MSG_SHARD_REPORT) return;
+    check_report(w, m, s);
+    struct sim_report *r = &w->reports[w->report_count++ % 64];
+    *r = (struct sim_report){.term = f->term, .plan = s->plan, .shard = s->shard};
+    if (s->results_count <= SIM_CHUNKS_MAX) r->count = s->results_count;
+    for (uint32_t i = 0; i < r->count; i++) r->leaf[i] = s->results[i].digest;
 }
 
-/* The chunk after the commit, computed from the contributors' bytes and the state before; false
- * where some bytes were never on the network (an aggregator that contributes). */
-static bool expected(struct sim_world *w, const struct msg_entry *e, const struct msg_commit *c,
-                     uint32_t chunk, uint32_t n, float *values) {
-    int64_t sum[SIM_ELEMENTS_MAX] = {0};
-    uint8_t bytes[8 * SIM_ELEMENTS_MAX];
-    float mean[SIM_ELEMENTS_MAX];
-    struct err err;
-    uint64_t weight = 0;
-    const struct msg_summed *s = summed_of(c, chunk);
-    const struct sim_state *old = find_state(w, chunk, c->base_index);
-    if (!s || !old) return false;
-    for (uint32_t i = 0; i < c->contributors_count; i++) {
-        if (i / 8 >= s->set.length || !proto_set_has(s->set.data, i)) continue;
-        const struct sim_contribution *k = find_contribution(w, e->term, c->plan, i, chunk);
-        if (!k) return false;
-        if (outer_accumulate(
-                sum, k->bytes, k->length, n, (enum outer_codec)w->outer.contribution_codec,
-                c->contributors[i].weight, c->contributors[i].clip, c->grid_exponent, &err))
-            sim_violation(w, "a committed contribution does not add up: %s", err.msg);
-        weight += c->contributors[i].weight;
+/* The coordinator asks a member to sum a chunk again. */
+void oracle_audit_asked(struct sim_world *w, uint64_t term, uint64_t plan,
+                        const struct msg_audit *a) {
+    w->audits[w->audit_count++ % 64] = (struct sim_audit){.term = term,
+                                                          .plan = plan,
+                                                          .chunk = a->chunk,
+                                                          .auditor = a->auditor,
+                                                          .set = digest_of(a->set.data,
+                                                                           a->set.length)};
+}
+
+void oracle_received(struct sim_world *w, struct sim_member *m, const struct frame *f,
+                     const void *msg) {
+    const struct msg_audit_report *r = msg;
+    if (f->type != MSG_AUDIT_REPORT || m->lie) return;
+    w->injected[SIM_AUDIT]++;
+    for (uint32_t i = 0; i < 64 && r->complete && !r->culprit; i++) {
+        struct sim_audit *a = &w->audits[i];
+        if (a->plan != f->plan || a->term != f->term || a->chunk != r->chunk ||
+            a->auditor != m->id)
+            continue;
+        a->reported = true;
+        a->leaf = r->leaf;
     }
-    if (weight != s->weight)
-        sim_violation(w, "round %llu chunk %u: weight %llu committed, its contributors have %llu",
-                      LLU(c->round), chunk, LLU(s->weight), LLU(weight));
-    outer_mean(mean, sum, n, weight, c->grid_exponent);
-    size_t length = outer_encoded_bytes((enum outer_codec)c->codec, n);
-    if (outer_encode(bytes, mean, n, (enum outer_codec)c->codec, &err) ||
-        outer_decode(mean, bytes, length, n, (enum outer_codec)c->codec, &err))
-        sim_violation(w, "the mean does not encode: %s", err.msg);
-    memcpy(values, old->values, 2 * n * sizeof *values);
-    outer_nesterov(values, values + n, mean, n, c->lr, c->momentum);
-    return true;
-}
-
-static void check_sum(struct sim_world *w, uint32_t slot, uint32_t chunk, uint64_t version,
-                      uint32_t n, const float *values) {
-    struct sim_row *row = sim_row_find(&w->store[CORE_LEDGER], version);
-    struct msg_entry e;
-    struct msg_commit c;
-    struct err err;
-    float want[2 * SIM_ELEMENTS_MAX];
-    if (!row || proto_decode(row->value, row->length, RECORD_entry, &e, &err)) return;
-    if (e.kind != LEDGER_COMMIT)
-        sim_violation(w, "slot %u has chunk %u at version %llu, which is no commit", slot, chunk,
-                      LLU(version));
-    if (proto_decode(e.body.data, e.body.length, RECORD_commit, &c, &err)) return;
-    bool known = expected(w, &e, &c, chunk, n, want);
-    known ? w->checked_sums++ : w->unchecked_sums++;
-    if (known && memcmp(want, values, 2 * n * sizeof *want))
-        sim_violation(
-            w, "slot %u, round %llu, chunk %u: not the weighted mean of what its contributors sent",
-            slot, LLU(c.round), chunk);
-    proto_decoded_release(RECORD_commit, &c);
-}
-
-void oracle_member(struct sim_world *w, struct sim_member *m) {
-    for (uint32_t c = 0; c < w->chunks; c++) {
-        uint64_t version = sync_chunk_version(m->sync, c);
-        if (version == m->versions[c]) continue;
-        m->versions[c] = version;
-        if (version == UINT64_MAX) continue;
-        uint32_t first = c * w->chunk_elements;
-        uint32_t n =
-            w->elements - first < w->chunk_elements ? w->elements - first : w->chunk_elements;
-        float values[2 * SIM_ELEMENTS_MAX];
-        memcpy(values, sync_anchor(m->sync) + first, n * sizeof *values);
-        memcpy(values + n, sync_momentum(m->sync) + first, n * sizeof *values);
-        const struct sim_state *seen = find_state(w, c, version);
-        if (seen && memcmp(seen->values, values, 2 * n * sizeof *values))
-            sim_violation(w, "slots %u and %u have chunk %u at version %llu with different bits",
-                          seen->slot, m->slot, c, LLU(version));
-        if (seen) continue;
-        if (version) check_sum(w, m->slot, c, version, n, values);
-        if (w->state_count == w->state_capacity) {
-            w->state_capacity = w->state_capacity ? 2 * w->state_capacity : 256;
-            w->states = realloc(w->states, w->state_capacity * sizeof *w->states);
-        }
-        struct sim_state *s = &w->states[w->state_count++];
-        *s = (struct sim_state){.chunk = c,
-                                .version = version,
-                                .slot = m->slot,
-                                .values = malloc(2 * n * sizeof *values)};
-        memcpy(s->values, values, 2 * n * sizeof *values);
-    }
-}
-
-void oracle_end(struct sim_world *w) {
-    for (uint64_t s = 0; s < w->corpus.samples; s++)
-        if (!proto_set_has(w->spent, (uint32_t)s))
-            sim_violation(w, "the run is complete and sample %llu was never spent", LLU(s));
 }

@@ -1,13 +1,18 @@
 /* sim.h - the simulator: coordinator/core and node/sync against each other on a simulated clock,
- * network, disk and trainer. A seed decides everything: sizes, speeds, faults. After every event
- * the oracle checks the invariants of docs/architecture.md; a violation names the seed that replays
- * it.
+ * network, disk and trainer. A seed decides everything: sizes, speeds, settings, faults. After every
+ * event the oracle checks the invariants of docs/architecture.md; a violation names the seed that
+ * replays it.
  *
- *   world.c   clock, queue of events, network, coordinator's shell, the faults
- *   member.c  a member's shell: sync, simulated trainer, links
- *   disk.c    struct disk in memory, which can die in the middle of a write
- *   oracle.c  what must always hold
- *   main.c    seeds, jobs, replay */
+ *   world.c        clock, queue of events, what a seed chooses, the loop
+ *   network.c      connections to the coordinator, links between members
+ *   coordinator.c  the coordinators' shell and their store
+ *   member.c       a member's shell
+ *   trainer.c      the simulated trainer: which samples have an effect in which chunk
+ *   disk.c         struct disk in memory, which can die in the middle of a write
+ *   faults.c       what goes wrong, and when
+ *   oracle.c       what must always hold of ledger, leases and contributions
+ *   oracle_state.c what must always hold of the state, and at the end
+ *   main.c         seeds, jobs, replay, deliberate faults */
 #ifndef INTELLECT_SIM_H
 #define INTELLECT_SIM_H
 
@@ -19,13 +24,21 @@
 #include "kernels/kernels.h"
 #include "node/sync.h"
 
-#define SIM_MEMBERS_MAX 8 /* slot 0 is the coordinator's own aggregate-only node */
-#define SIM_ELEMENTS_MAX 512
-#define SIM_CHUNKS_MAX 16
-#define SIM_SAMPLES_MAX 512
-#define SIM_ENTRIES_MAX 512
-#define SIM_LEASES_MAX 1024
-#define SIM_DISK_FILES_MAX 64
+/* Slot 0 is the coordinator's own aggregate-only node, the last one a copied home directory. */
+#define SIM_MEMBERS_MAX    52
+#define SIM_COORDINATOR    SIM_MEMBERS_MAX /* where a slot is asked for */
+#define SIM_FRAGMENTS_MAX  4
+#define SIM_ELEMENTS_MAX   1024
+#define SIM_CHUNKS_MAX     24
+#define SIM_SAMPLES_MAX    1024
+#define SIM_ENTRIES_MAX    2048
+#define SIM_DISK_FILES_MAX 96
+#define SIM_CONNS          1024
+#define SIM_STREAMS_MAX    4
+#define SIM_CORES          2
+#define SIM_COMMANDS_MAX   300
+
+typedef uint8_t sim_samples[SIM_SAMPLES_MAX / 8]; /* a set of samples */
 
 /* ---- disk ----------------------------------------------------------------------------------- */
 
@@ -48,43 +61,66 @@ struct disk sim_disk_ops(struct sim_disk *d);
 /* The machine died: of what was not flushed, each granule survives or not. */
 void sim_disk_lose_power(struct sim_disk *d);
 void sim_disk_release(struct sim_disk *d);
+/* to := from, which is released before. durable: what a power cut would leave of it. */
+void sim_disk_copy(struct sim_disk *to, const struct sim_disk *from, bool durable);
+void sim_disk_forget(struct sim_disk *d, const char *prefix);
+const struct sim_file *sim_disk_find(const struct sim_disk *d, const char *name);
 
 /* ---- a member ------------------------------------------------------------------------------- */
 
 struct sim_range {
     uint64_t start, count;
 };
+struct sim_command { /* to the trainer, carried out in order at a step boundary */
+    enum sync_action_type type;
+    uint32_t fragment;
+    bool wait;
+    struct sim_range samples;
+};
+/* Effects: samples whose work is in a part of `local` and not yet in the anchor. A commit that
+ * summed this member's contribution takes away those that were in it. */
 struct sim_trainer {
-    bool alive, has_parameters, stepping, freeze_asked, frozen;
+    bool alive, has_parameters, stepping, replying, waits;
     uint32_t generation; /* events of an earlier life are void */
     float local[SIM_ELEMENTS_MAX], moments[SIM_ELEMENTS_MAX];
-    struct sim_range queue[64];
+    float frozen[SIM_FRAGMENTS_MAX][SIM_ELEMENTS_MAX];
+    struct sim_range queue[SIM_COMMANDS_MAX];
     uint32_t queued;
-    uint64_t samples; /* as SYNC_EV_TRAINER_STEP counts them */
-    uint8_t effect[SIM_SAMPLES_MAX /
-                   8]; /* samples whose effect is in `local` and not yet in the anchor */
-    uint64_t steps;
+    struct sim_command commands[SIM_COMMANDS_MAX];
+    uint32_t command_count;
+    uint64_t samples, steps; /* as SYNC_EV_TRAINER_STEP counts them */
+    sim_samples trained;     /* since the last RESET */
+    sim_samples effect[SIM_CHUNKS_MAX], fragment_effect[SIM_FRAGMENTS_MAX];
+};
+struct sim_freeze { /* what the newest freeze of a fragment must lead to */
+    bool valid;
+    sim_samples effect[SIM_CHUNKS_MAX], all; /* by chunk of the fragment; by fragment */
+    uint64_t samples, known_head;
+    bool encodes;
+    uint8_t bytes[8 * SIM_ELEMENTS_MAX]; /* all chunks, one after the other */
+    struct digest root;                  /* over them; and of the READY that came of it */
 };
 struct sim_member {
     uint32_t slot, id; /* id 0: not enrolled yet */
     struct identity identity;
     bool alive, trains, reachable, gone; /* gone: left, or the run is complete */
-    bool complete;
+    bool complete, behind, revoked, left, copy;
+    enum sync_fault lie; /* a fault that only this member has */
     bool work_queued;
     uint64_t paused_until;
     uint32_t life; /* counts starts: events for an earlier life are void */
     struct sync *sync;
-    struct sim_disk disk;
+    struct sim_disk disk, image; /* image: an earlier durable state of the disk */
     struct sim_trainer trainer;
+    struct sim_freeze freeze[SIM_FRAGMENTS_MAX];
+    float residual[SIM_ELEMENTS_MAX], residual_next[SIM_ELEMENTS_MAX];
     float slot_values[SIM_ELEMENTS_MAX];
     uint8_t slot_ops[SIM_CHUNKS_MAX];
     uint64_t conn; /* connection to the coordinator, 0 = none */
     bool roster[SIM_MEMBERS_MAX + 1]; /* by id */
-    uint32_t step_ms;
+    uint32_t step_ms, uplink; /* uplink: bytes a millisecond */
+    uint64_t uplink_clear;
     uint64_t versions[SIM_CHUNKS_MAX]; /* as the oracle saw them last */
-    uint8_t
-        frozen_effect[SIM_SAMPLES_MAX / 8]; /* of the newest freeze: what its READY must claim */
-    struct digest ready_root;
 };
 
 /* ---- the world ------------------------------------------------------------------------------ */
@@ -101,6 +137,7 @@ enum sim_kind {
     SIM_PEER_OPENED,
     SIM_PEER_DRAINED,
     SIM_CORE_TICK,
+    SIM_CORE_OPERATOR, /* value: enum core_event_type */
     SIM_MEMBER_TICK,
     SIM_MEMBER_WORK,
     SIM_MEMBER_DIAL,
@@ -111,13 +148,15 @@ enum sim_kind {
     SIM_CHECKPOINT,
     SIM_CORE_START,
     SIM_MEMBER_START,
+    SIM_COPY_ENDS,
     SIM_FAULT
 };
 struct sim_event {
     uint64_t at, order;
     enum sim_kind kind;
-    uint32_t member, peer, life; /* life of the target; of the trainer for trainer events */
-    uint64_t conn;               /* connection or link number it belongs to */
+    uint32_t member, peer, fragment;
+    uint32_t life;  /* of the target: a member's, a trainer's, or the number of a coordinator */
+    uint64_t conn;  /* connection or link number it belongs to */
     struct frame frame;
     uint8_t *payload; /* owned */
     uint32_t payload_length;
@@ -126,12 +165,13 @@ struct sim_event {
 struct sim_link {         /* between two members, a < b by slot */
     uint64_t number;      /* 0 = none */
     bool broken;          /* was cut: what is sent is lost, and both ends will see it closed */
-    uint64_t clear_at[2]; /* arrival of the last message in each direction: keeps order */
+    uint32_t slow;        /* a drip: milliseconds per 16 bytes */
+    uint64_t clear_at[2][SIM_STREAMS_MAX]; /* arrival of the last message: keeps order */
     uint32_t in_flight[2];
 };
-struct sim_conn { /* between a member and the coordinator */
+struct sim_conn { /* between a member and a coordinator */
     uint64_t number;
-    uint32_t member;
+    uint32_t member, core;
     bool open, broken; /* open: at the coordinator's end */
     uint64_t clear_at[2];
 };
@@ -145,11 +185,24 @@ struct sim_table {
     struct sim_row *rows;
     uint32_t count, capacity;
 };
-struct sim_contribution { /* bytes of a chunk as a contributor sent it */
-    uint64_t term, plan;
-    uint32_t bit, chunk;
-    uint8_t *bytes;
-    uint32_t length;
+struct sim_store {
+    struct sim_table table[CORE_TABLES];
+    uint64_t term;
+};
+struct sim_core { /* a coordinator's process */
+    struct core *core;
+    uint32_t number; /* of this process, 0 = none */
+    uint64_t term, paused_until;
+    uint32_t dies_after; /* actions until it dies between two of them; 0 = no */
+    struct core_actions out;
+};
+struct sim_contribution { /* as its member froze it */
+    uint32_t member, slot, fragment;
+    uint64_t round;
+    bool lies;
+    struct digest root;
+    uint8_t *bytes; /* all chunks of the fragment, one after the other */
+    sim_samples *effect, all; /* [chunks of the fragment] */
 };
 struct sim_state { /* a chunk version as the first member that reached it has it */
     uint32_t chunk;
@@ -157,12 +210,50 @@ struct sim_state { /* a chunk version as the first member that reached it has it
     uint32_t slot;
     float *values; /* anchor, then momentum */
 };
+struct sim_audit { /* what an honest auditor was asked, and said */
+    uint64_t term, plan;
+    uint32_t chunk, auditor;
+    struct digest set, leaf; /* set: the digest of the contributor set */
+    bool reported;
+};
+struct sim_report {
+    uint64_t term, plan;
+    uint32_t shard, count;
+    struct digest leaf[SIM_CHUNKS_MAX];
+};
+
+/* What went wrong how often, X(name, text). */
+#define SIM_FAULTS_INJECTED(X)                                                                     \
+    X(KILL, "member killed") X(POWER, "machine lost") X(DISK, "death in a disk operation")         \
+    X(TRAINER, "trainer died") X(PAUSE, "member stopped") X(CORE_PAUSE, "coordinator stopped")     \
+    X(CORE_KILL, "coordinator killed") X(CORE_DISK, "coordinator killed between actions")          \
+    X(CORE_CUT, "link to coordinator cut") X(PEER_CUT, "link between members cut")                 \
+    X(SUCCESSOR, "successor beside a stopped coordinator") X(FENCED, "stale coordinator fenced")   \
+    X(DRIP, "slow link") X(DUPLICATE, "frame delivered twice") X(REORDER, "frame overtaken")       \
+    X(IMAGE, "older disk image") X(WIPED, "empty disk") X(STORE_IMAGE, "older store")              \
+    X(TAKE_OVER, "ledger taken over from members") X(BLACKOUT, "everything killed")                \
+    X(HOLDERS, "both holders of a commit killed") X(RESULTS, "both results lost")                  \
+    X(RESUM, "plan that sums a commit again") X(COPY, "home directory copied")                     \
+    X(COPY_IN, "copy took the place of its original") X(REVOKE, "member revoked")                  \
+    X(LEAVE, "member left") X(OPERATOR_PAUSE, "run paused") X(LIAR_SUM, "aggregator that lies")    \
+    X(LIAR_NORM, "contributor that lies") X(AUDIT, "audit reported")                               \
+    X(QUARANTINE, "member quarantined") X(HANDOVER, "round planned again")  \
+    X(PARTIAL, "commit without a part of a contributor") X(SEVERAL_SHARDS, "commit of several shards")
+#define SIM_FAULT_ID(name, text) SIM_##name,
+enum sim_injected { SIM_FAULTS_INJECTED(SIM_FAULT_ID) SIM_INJECTED };
 
 struct sim_world {
     uint64_t seed, random, now, order;
     bool trace;
+    enum core_fault core_fault; /* deliberate */
+    enum sync_fault sync_fault;
     /* what the seed chose */
-    uint32_t members, elements, chunk_elements, chunks;
+    uint32_t members, copy_slot, elements, chunk_elements, chunks, streams;
+    uint32_t fragments, fragment_chunks[SIM_FRAGMENTS_MAX];
+    uint8_t fragment_of[SIM_CHUNKS_MAX];
+    uint32_t place_of[SIM_CHUNKS_MAX], chunk_at[SIM_FRAGMENTS_MAX][SIM_CHUNKS_MAX];
+    bool swarm;
+    uint64_t weird; /* bits by enum sim_injected: which rare faults this seed has */
     struct msg_genesis genesis;
     struct msg_model model;
     struct msg_inner inner;
@@ -172,38 +263,54 @@ struct sim_world {
     uint64_t faults_until; /* after this everything is healed and the run must end */
     uint32_t fault_every_ms, duplicate_per_mille;
     uint32_t delay_ms_max;
+    bool healed;
     /* clock */
     struct sim_event *heap;
     uint32_t heap_count, heap_capacity;
-    /* coordinator */
-    struct core *core;
+    /* coordinators: cores[active] is the one that takes connections */
+    struct sim_core cores[SIM_CORES];
+    uint32_t active, core_number;
     struct identity root, online;
-    uint64_t term, core_paused_until;
-    uint32_t core_life;
-    struct sim_table store[CORE_TABLES];
-    struct core_actions core_out;
-    uint32_t core_dies_after; /* actions until the coordinator dies between two of them; 0 = no */
-    uint64_t announced_head;  /* highest ledger index that any member was sent */
+    struct sim_store store, store_image;
+    bool has_store_image, paused_by_operator;
+    uint64_t announced_head; /* highest ledger index that any member was sent */
+    uint64_t hold_ms;        /* for the next START */
+    uint64_t calm_until;     /* no faults before */
+    uint64_t destroyed_rounds[SIM_FRAGMENTS_MAX]; /* when something was last lost for good */
     /* network */
-    struct sim_conn conns[256]; /* ring of the newest connections, by number % 256 */
+    struct sim_conn conns[SIM_CONNS]; /* ring of the newest connections, by number */
     uint64_t conn_next;
     struct sim_link links[SIM_MEMBERS_MAX][SIM_MEMBERS_MAX];
     uint64_t link_next;
-    uint64_t cut_until[SIM_MEMBERS_MAX + 1]
-                      [SIM_MEMBERS_MAX + 1]; /* index SIM_MEMBERS_MAX = coordinator */
+    uint64_t cut_until[SIM_MEMBERS_MAX + 1][SIM_MEMBERS_MAX + 1];
     struct sim_member member[SIM_MEMBERS_MAX];
     struct sync_actions sync_out;
-    /* oracle */
-    uint8_t spent[SIM_SAMPLES_MAX / 8];
+    /* oracle: of the ledger as it will stand, also where a coordinator with an older store has yet
+     * to take the newest entries over */
+    uint64_t truth_count;
+    bool taking_over; /* its leases are put right when it starts again */
+    uint8_t *entry_bytes[SIM_ENTRIES_MAX];
+    uint32_t entry_length[SIM_ENTRIES_MAX];
+    sim_samples spent;
+    uint32_t owner[SIM_SAMPLES_MAX];    /* member that a sample was spent by */
+    uint64_t spent_at[SIM_SAMPLES_MAX]; /* ledger index */
+    sim_samples in_chunk[SIM_CHUNKS_MAX]; /* samples whose effect is in the committed chunk */
     struct digest entry_seen[SIM_ENTRIES_MAX];
     bool entry_known[SIM_ENTRIES_MAX];
-    uint64_t next_round, commits;
+    struct digest root_seen[SIM_ENTRIES_MAX]; /* of the state at a ledger index, as members said */
+    uint64_t next_round[SIM_FRAGMENTS_MAX], base_index[SIM_FRAGMENTS_MAX], commits, last_commit;
+    uint64_t tokens_committed;
     struct sim_contribution *contributions;
     uint32_t contribution_count, contribution_capacity;
     struct sim_state *states;
     uint32_t state_count, state_capacity;
-    uint64_t checked_sums, unchecked_sums, checkpoints;
-    uint64_t events;
+    struct sim_audit audits[64]; /* the newest */
+    struct sim_report reports[64];
+    uint64_t audit_count, report_count;
+    uint64_t checked_sums, unchecked_sums, checkpoints, twice;
+    uint64_t planned[SIM_FRAGMENTS_MAX][2]; /* number and round of the newest plan */
+    uint64_t events, injected[SIM_INJECTED];
+    uint8_t *current_payload; /* of the event being delivered */
     char violation[512];
     jmp_buf stop;
 };
@@ -218,27 +325,107 @@ bool sim_chance(struct sim_world *w, uint32_t per_mille);
 /* Stamped with the present life of its target: it is void for a later one. */
 struct sim_event *sim_schedule(struct sim_world *w, uint64_t in_ms, enum sim_kind kind,
                                uint32_t member);
+void sim_push(struct sim_world *w, const struct sim_event *ev);
 void sim_trace(struct sim_world *w, const char *format, ...) __attribute__((format(printf, 2, 3)));
 _Noreturn void sim_violation(struct sim_world *w, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
+bool sim_at_core(enum sim_kind k);
+uint32_t sim_chunk_elements(const struct sim_world *w, uint32_t chunk);
+/* Where chunk k begins in the bytes of a whole fragment, and how many bytes it has. */
+size_t sim_encoded(const struct sim_world *w, uint32_t fragment, uint32_t k, uint8_t codec,
+                   size_t *offset);
+
+/* A message after proto_decode(); every record fits. */
+union sim_record {
+    long double align;
+    char bytes[1024];
+};
+void sim_decode(struct sim_world *w, const struct sim_event *e, union sim_record *out);
+
 bool sim_is_cut(const struct sim_world *w, uint32_t a, uint32_t b);
-#define SIM_COORDINATOR SIM_MEMBERS_MAX
-struct sim_row *sim_row_find(struct sim_table *t, uint64_t key);
-void sim_encode(struct sim_world *w, uint8_t type, const void *msg, struct sim_event *ev);
+void sim_cut(struct sim_world *w, uint32_t a, uint32_t b, uint64_t for_ms);
 void sim_conn_send(struct sim_world *w, struct sim_conn *c, bool to_core, uint8_t type,
                    struct frame frame, const void *msg);
 struct sim_conn *sim_conn_find(struct sim_world *w, uint64_t number);
 void sim_conn_close(struct sim_world *w, struct sim_conn *c, bool by_core);
+void sim_dial_coordinator(struct sim_world *w, struct sim_member *m);
+struct sim_link *sim_link(struct sim_world *w, uint32_t a, uint32_t b);
+void sim_link_dial(struct sim_world *w, struct sim_member *m, uint32_t to);
+void sim_link_send(struct sim_world *w, struct sim_member *m, const struct sync_action *a);
+/* The slot at the other end of m's link to a member, or SIM_MEMBERS_MAX. */
+uint32_t sim_link_slot(struct sim_world *w, struct sim_member *m, uint32_t id);
+void sim_link_close(struct sim_world *w, uint32_t a, uint32_t b);
+void sim_links_lose(struct sim_world *w, struct sim_member *m);
+
+struct sim_row *sim_row_find(struct sim_table *t, uint64_t key);
+void sim_store_write(struct sim_world *w, uint64_t term, const struct core_write *write);
+void sim_store_copy(struct sim_store *to, const struct sim_store *from);
+void sim_store_release(struct sim_store *s);
+struct sim_core *sim_core_active(struct sim_world *w); /* NULL: none runs */
+void sim_core_start(struct sim_world *w);
+void sim_core_kill(struct sim_world *w, struct sim_core *c, bool restart);
+void sim_core_event(struct sim_world *w, struct sim_event *e);
+struct sim_core *sim_core_of(struct sim_world *w, uint32_t number);
 
 void sim_member_start(struct sim_world *w, struct sim_member *m);
-void sim_member_kill(struct sim_world *w, struct sim_member *m, bool power);
+/* away_ms: until it starts again; 0 = some seconds, UINT64_MAX = never. */
+void sim_member_kill(struct sim_world *w, struct sim_member *m, bool power, uint64_t away_ms);
 void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_event *ev);
+void sim_member_step(struct sim_world *w, struct sim_member *m, struct sync_event *ev);
+
 void sim_trainer_kill(struct sim_world *w, struct sim_member *m);
+void sim_trainer_action(struct sim_world *w, struct sim_member *m, const struct sync_action *a);
+void sim_trainer_event(struct sim_world *w, struct sim_member *m, struct sim_event *e);
+void sim_trainer_go(struct sim_world *w, struct sim_member *m);
+
+bool sim_has(const struct sim_world *w, enum sim_injected fault);
+void sim_fault(struct sim_world *w);
+void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c);
 
 void oracle_persist(struct sim_world *w, const struct core_action *a);
+void oracle_check_leases(struct sim_world *w);
+/* The ledger ends at `count` entries after all: what came later is forgotten. */
+void oracle_rollback(struct sim_world *w, uint64_t count);
+void oracle_start(struct sim_world *w, struct sim_member *m);
+void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment);
+void oracle_mix(struct sim_world *w, struct sim_member *m, uint32_t chunk);
 void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_ready *r);
-void oracle_chunk(struct sim_world *w, uint64_t term, uint64_t plan, const struct msg_chunk *c);
+void oracle_to_core(struct sim_world *w, struct sim_member *m, uint8_t type, const struct frame *f,
+                    const void *msg);
+void oracle_audit_asked(struct sim_world *w, uint64_t term, uint64_t plan,
+                        const struct msg_audit *a);
+void oracle_received(struct sim_world *w, struct sim_member *m, const struct frame *f,
+                     const void *msg);
+const struct sim_contribution *oracle_contribution(struct sim_world *w, uint32_t member,
+                                                   uint32_t fragment, uint64_t round,
+                                                   const struct digest *root);
+const struct msg_summed *oracle_summed(const struct msg_commit *c, uint32_t k);
+bool oracle_commit(struct sim_world *w, uint64_t index, struct msg_entry *e, struct msg_commit *c);
 void oracle_member(struct sim_world *w, struct sim_member *m);
 void oracle_end(struct sim_world *w);
+
+static inline void samples_add(sim_samples a, const sim_samples b) {
+    for (uint32_t i = 0; i < sizeof(sim_samples); i++) a[i] |= b[i];
+}
+static inline void samples_remove(sim_samples a, const sim_samples b) {
+    for (uint32_t i = 0; i < sizeof(sim_samples); i++) a[i] &= (uint8_t)~b[i];
+}
+static inline bool samples_meet(const sim_samples a, const sim_samples b) {
+    for (uint32_t i = 0; i < sizeof(sim_samples); i++)
+        if (a[i] & b[i]) return true;
+    return false;
+}
+static inline bool samples_within(const sim_samples a, const sim_samples b) { /* a in b */
+    for (uint32_t i = 0; i < sizeof(sim_samples); i++)
+        if (a[i] & ~b[i]) return false;
+    return true;
+}
+static inline uint32_t samples_count(const sim_samples a) {
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < sizeof(sim_samples); i++) n += (uint32_t)__builtin_popcount(a[i]);
+    return n;
+}
+
+#define LLU(x) ((unsigned long long)(x))
 
 #endif

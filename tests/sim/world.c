@@ -1,4 +1,4 @@
-/* world.c - the simulated clock, network and coordinator's shell, and the faults. */
+/* world.c - the simulated clock, what a seed chooses, and the loop over all events. */
 #include "tests/sim/sim.h"
 
 #include "proto/model.h"
@@ -6,8 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- randomness, trace, violations -------------------------------------------------------------
- */
+/* ---- randomness, trace, violations ------------------------------------------------------------- */
 
 uint64_t sim_random(struct sim_world *w, uint64_t below) { /* splitmix64 */
     uint64_t z = (w->random += 0x9e3779b97f4a7c15ull);
@@ -36,8 +35,7 @@ void sim_violation(struct sim_world *w, const char *format, ...) {
     longjmp(w->stop, 1);
 }
 
-/* ---- the queue of events: a binary heap by (time, order) ----------------------------------------
- */
+/* ---- the queue of events: a binary heap by (time, order) --------------------------------------- */
 
 static bool before(const struct sim_event *a, const struct sim_event *b) {
     return a->at != b->at ? a->at < b->at : a->order < b->order;
@@ -70,8 +68,9 @@ static struct sim_event pop(struct sim_world *w) {
     return first;
 }
 
-static bool at_core(enum sim_kind k) {
-    return k == SIM_TO_CORE || k == SIM_CORE_CLOSED || k == SIM_CORE_OPENED || k == SIM_CORE_TICK;
+bool sim_at_core(enum sim_kind k) {
+    return k == SIM_TO_CORE || k == SIM_CORE_CLOSED || k == SIM_CORE_OPENED || k == SIM_CORE_TICK ||
+           k == SIM_CORE_OPERATOR;
 }
 
 struct sim_event *sim_schedule(struct sim_world *w, uint64_t in_ms, enum sim_kind kind,
@@ -80,432 +79,143 @@ struct sim_event *sim_schedule(struct sim_world *w, uint64_t in_ms, enum sim_kin
         .at = w->now + in_ms, .order = ++w->order, .kind = kind, .member = member};
     bool of_trainer =
         kind == SIM_TRAINER_STEP || kind == SIM_TRAINER_REPLY || kind == SIM_TRAINER_UP;
-    if (at_core(kind)) ev.life = w->core_life;
-    else if (of_trainer) ev.life = w->member[member].trainer.generation;
-    else if (member < SIM_MEMBERS_MAX) ev.life = w->member[member].life;
+    if (of_trainer) ev.life = w->member[member].trainer.generation;
+    else if (!sim_at_core(kind) && member < SIM_MEMBERS_MAX) ev.life = w->member[member].life;
     return push(w, &ev);
 }
 
-/* ---- the network
- * ---------------------------------------------------------------------------------- */
+/* ---- what a seed chooses ----------------------------------------------------------------------- */
 
-bool sim_is_cut(const struct sim_world *w, uint32_t a, uint32_t b) {
-    return w->cut_until[a][b] > w->now || w->cut_until[b][a] > w->now;
+static uint32_t between(struct sim_world *w, uint32_t least, uint32_t most) {
+    return least + (uint32_t)sim_random(w, most - least + 1);
 }
 
-void sim_encode(struct sim_world *w, uint8_t type, const void *msg, struct sim_event *ev) {
-    struct proto_buffer b;
+static void choose_model(struct sim_world *w) {
     struct err err;
-    proto_buffer_init(&b, PROTO_FRAME_BYTES_MAX);
-    int which = proto_record_of_type(type);
-    if (which < 0 || proto_encode(&b, (enum proto_record)which, msg, &err))
-        sim_violation(w, "a %s that does not encode: %s", proto_type_name(type), err.msg);
-    ev->payload = b.data;
-    ev->payload_length = (uint32_t)b.length;
-    ev->frame.length = (uint32_t)b.length;
-}
-
-struct sim_conn *sim_conn_find(struct sim_world *w, uint64_t number) {
-    struct sim_conn *c = &w->conns[number % 256];
-    return number && c->number == number ? c : NULL;
-}
-
-void sim_conn_send(struct sim_world *w, struct sim_conn *c, bool to_core, uint8_t type,
-                   struct frame frame, const void *msg) {
-    if (c->broken) return;
-    uint64_t *clear = &c->clear_at[to_core], at = w->now + 1 + sim_random(w, w->delay_ms_max);
-    if (at < *clear) at = *clear;
-    *clear = at;
-    struct sim_event *ev =
-        sim_schedule(w, at - w->now, to_core ? SIM_TO_CORE : SIM_TO_MEMBER, c->member);
-    ev->conn = c->number;
-    ev->frame = frame;
-    ev->frame.type = type;
-    sim_encode(w, type, msg, ev);
-}
-
-/* One end closed; the other notices after what is still under way has arrived. */
-void sim_conn_close(struct sim_world *w, struct sim_conn *c, bool by_core) {
-    uint64_t at = w->now + 1 + sim_random(w, w->delay_ms_max);
-    for (int side = 0; side < 2; side++) {
-        bool to_core = side == 1;
-        uint64_t when = to_core == !by_core ? at : w->now + 1;
-        if (when < c->clear_at[to_core]) when = c->clear_at[to_core];
-        struct sim_event *ev = sim_schedule(
-            w, when - w->now, to_core ? SIM_CORE_CLOSED : SIM_MEMBER_CLOSED, c->member);
-        ev->conn = c->number;
-    }
-    c->broken = true;
-}
-
-static void dial_coordinator(struct sim_world *w, struct sim_member *m) {
-    if (m->conn || m->gone) return;
-    if (!w->core || sim_is_cut(w, m->slot, SIM_COORDINATOR)) {
-        sim_schedule(w, 200 + sim_random(w, 2000), SIM_MEMBER_DIAL, m->slot);
-        return;
-    }
-    uint64_t number = ++w->conn_next;
-    struct sim_conn *c = &w->conns[number % 256];
-    *c = (struct sim_conn){.number = number, .member = m->slot, .clear_at = {w->now, w->now}};
-    m->conn = number;
-    sim_schedule(w, 1 + sim_random(w, w->delay_ms_max), SIM_CORE_OPENED, m->slot)->conn = number;
-}
-
-static void cut(struct sim_world *w, uint32_t a, uint32_t b, uint64_t for_ms) {
-    sim_trace(w, "link %u-%u cut for %llu ms", a, b, (unsigned long long)for_ms);
-    w->cut_until[a][b] = w->now + for_ms;
-    if (b == SIM_COORDINATOR) {
-        struct sim_conn *c = sim_conn_find(w, w->member[a].conn);
-        if (!c) return;
-        c->broken = true;
-        sim_schedule(w, 200 + sim_random(w, 8000), SIM_CORE_CLOSED, a)->conn = c->number;
-        sim_schedule(w, 200 + sim_random(w, 8000), SIM_MEMBER_CLOSED, a)->conn = c->number;
-        return;
-    }
-    struct sim_link *l = &w->links[a < b ? a : b][a < b ? b : a];
-    if (!l->number || l->broken) return;
-    l->broken = true;
-    struct sim_event *ev = sim_schedule(w, 200 + sim_random(w, 8000), SIM_PEER_CLOSED, a);
-    ev->peer = b, ev->conn = l->number;
-    ev = sim_schedule(w, 200 + sim_random(w, 8000), SIM_PEER_CLOSED, b);
-    ev->peer = a, ev->conn = l->number;
-}
-
-/* ---- the coordinator's shell
- * ------------------------------------------------------------------------ */
-
-struct sim_row *sim_row_find(struct sim_table *t, uint64_t key) {
-    for (uint32_t i = 0; i < t->count; i++)
-        if (t->rows[i].key == key) return &t->rows[i];
-    return NULL;
-}
-
-static void store_write(struct sim_world *w, const struct core_write *write) {
-    struct sim_table *t = &w->store[write->table];
-    struct sim_row *r = sim_row_find(t, write->key);
-    if (!write->value) {
-        if (!r) return;
-        free(r->value);
-        *r = t->rows[--t->count];
-        return;
-    }
-    if (!r) {
-        if (t->count == t->capacity) {
-            t->capacity = t->capacity ? 2 * t->capacity : 64;
-            t->rows = realloc(t->rows, t->capacity * sizeof *t->rows);
-        }
-        r = &t->rows[t->count++];
-        *r = (struct sim_row){.key = write->key};
-    }
-    free(r->value);
-    r->value = malloc(write->value_length);
-    memcpy(r->value, write->value, write->value_length);
-    r->length = write->value_length;
-    if (write->table == CORE_LEDGER)
-        proto_sign(write->key < 2 ? &w->root : &w->online, "ledger", &w->run,
-                   write->key < 2 ? 0 : w->term, r->value, r->length, &r->signature);
-}
-
-static void core_kill(struct sim_world *w) {
-    if (!w->core) return;
-    sim_trace(w, "the coordinator dies");
-    if (w->announced_head + 1 > w->store[CORE_LEDGER].count)
-        sim_violation(w,
-                      "ledger entry %llu was announced and died with the coordinator, which had "
-                      "not made it durable",
-                      (unsigned long long)w->announced_head);
-    core_destroy(w->core);
-    w->core = NULL;
-    w->core_life++;
-    w->core_dies_after = 0;
-    for (uint32_t i = 0; i < 256; i++) {
-        struct sim_conn *c = &w->conns[i];
-        if (!c->number || !sim_conn_find(w, w->member[c->member].conn) ||
-            w->member[c->member].conn != c->number)
-            continue;
-        c->broken = true;
-        sim_schedule(w, 1 + sim_random(w, w->delay_ms_max), SIM_MEMBER_CLOSED, c->member)->conn =
-            c->number;
-    }
-    sim_schedule(w, 200 + sim_random(w, 8000), SIM_CORE_START, SIM_COORDINATOR);
-}
-
-/* The entry as the shell would have it: from the store, or, for a core that announces too early,
- * from the transaction that is still to come. */
-static bool entry_at(struct sim_world *w, uint64_t index, struct msg_signed_entry *out) {
-    struct sim_row *r = sim_row_find(&w->store[CORE_LEDGER], index);
-    if (r) {
-        *out = (struct msg_signed_entry){.bytes = {r->value, r->length}, .signature = r->signature};
-        return true;
-    }
-    for (uint32_t i = 0; i < w->core_out.count; i++) {
-        struct core_action *a = &w->core_out.list[i];
-        for (uint32_t k = 0; a->type == CORE_ACT_PERSIST && k < a->write_count; k++) {
-            struct core_write *x = &a->writes[k];
-            if (x->table != CORE_LEDGER || x->key != index) continue;
-            out->bytes = (struct proto_bytes){x->value, x->value_length};
-            proto_sign(&w->online, "ledger", &w->run, w->term, x->value, x->value_length,
-                       &out->signature);
-            return true;
-        }
-    }
-    return false;
-}
-
-static void send_ledger(struct sim_world *w, struct sim_conn *c, const struct core_action *a) {
-    struct msg_signed_entry entries[PROTO_LEDGER_BATCH_MAX];
-    struct msg_ledger ledger = {.entries = entries};
-    for (uint64_t i = a->from; ledger.entries_count < PROTO_LEDGER_BATCH_MAX &&
-                               entry_at(w, i, &entries[ledger.entries_count]);
-         i++) {
-        struct digest d = LEDGER_DIGEST(&entries[ledger.entries_count]);
-        if (i < SIM_ENTRIES_MAX && w->entry_known[i] && !digest_equal(&d, &w->entry_seen[i]))
-            sim_violation(w, "two ledger entries with index %llu were announced",
-                          (unsigned long long)i);
-        if (i < SIM_ENTRIES_MAX) w->entry_known[i] = true, w->entry_seen[i] = d;
-        if (i > w->announced_head) w->announced_head = i;
-        ledger.entries_count++;
-    }
-    if (ledger.entries_count)
-        sim_conn_send(w, c, false, MSG_LEDGER,
-                      (struct frame){.term = w->term, .session = a->session, .plan = a->plan},
-                      &ledger);
-}
-
-static void core_perform_one(struct sim_world *w, struct core_action *a) {
-    struct sim_conn *c = a->conn ? sim_conn_find(w, a->conn) : NULL;
-    struct frame f = {.term = w->term, .session = a->session, .plan = a->plan};
-    switch (a->type) {
-    case CORE_ACT_PERSIST:
-        for (uint32_t i = 0; i < a->write_count; i++) store_write(w, &a->writes[i]);
-        oracle_persist(w, a);
-        break;
-    case CORE_ACT_SEND:
-        if (!c) break;
-        if (a->message == MSG_ROSTER) {
-            struct msg_roster *r = a->msg;
-            proto_sign(&w->online, "roster", &w->run, w->term, r->body.data, r->body.length,
-                       &r->signature);
-        }
-        sim_conn_send(w, c, false, a->message, f, a->msg);
-        break;
-    case CORE_ACT_SEND_LEDGER:
-        if (c) send_ledger(w, c, a);
-        break;
-    case CORE_ACT_SIGN: {
-        const struct msg_checkpoint_sign *s = a->msg;
-        struct msg_checkpoint_signed answer = {.index = s->index};
-        proto_sign(&w->online, "manifest", &w->run, w->term, s->manifest.data, s->manifest.length,
-                   &answer.signature);
-        if (c) sim_conn_send(w, c, false, MSG_CHECKPOINT_SIGNED, f, &answer);
-        break;
-    }
-    case CORE_ACT_KNOWN: break;
-    case CORE_ACT_CLOSE: {
-        struct msg_bye bye = {
-            .code = (uint8_t)a->code, .final = a->final, .reason = proto_str(a->text)};
-        if (!c) break;
-        sim_trace(w, "coordinator closes slot %u: %s", c->member, a->text);
-        sim_conn_send(w, c, false, MSG_BYE, f, &bye);
-        sim_conn_close(w, c, true);
-        break;
-    }
-    case CORE_ACT_RESTART:
-    case CORE_ACT_FAIL: break;
-    case CORE_ACT_LOG: sim_trace(w, "coordinator: %s", a->text); break;
-    }
-}
-
-static void core_event(struct sim_world *w, const struct core_event *ev) {
-    core_actions_clear(&w->core_out);
-    core_step(w->core, ev, w->now, &w->core_out);
-    for (uint32_t i = 0; i < w->core_out.count; i++) {
-        core_perform_one(w, &w->core_out.list[i]);
-        if (w->core_dies_after && --w->core_dies_after == 0) {
-            core_kill(w);
-            return;
-        }
-    }
-}
-
-static void core_start(struct sim_world *w) {
-    struct err err = {0};
-    sim_trace(w, "the coordinator starts, term %llu", (unsigned long long)w->term + 1);
-    w->term++;
-    w->core = core_create(&w->genesis, &w->run, &w->member[0].identity.key, &err);
-    if (!w->core) sim_violation(w, "core_create: %s", err.msg);
-    for (int t = 0; t < CORE_TABLES; t++)
-        for (uint64_t i = 0; i < w->store[t].count; i++) {
-            struct sim_row *r =
-                t == CORE_LEDGER ? sim_row_find(&w->store[t], i) : &w->store[t].rows[i];
-            if (!r) sim_violation(w, "the ledger has a hole at %llu", (unsigned long long)i);
-            if (core_load(w->core, (enum core_table)t, r->key, r->value, r->length, &err))
-                sim_violation(w, "the coordinator does not load its own store: %s", err.msg);
-        }
-    core_event(w, &(struct core_event){.type = CORE_EV_START, .term = w->term});
-    sim_schedule(w, CORE_TICK_MS, SIM_CORE_TICK, SIM_COORDINATOR);
-}
-
-static void core_message(struct sim_world *w, struct sim_event *e) {
-    union {
-        long double align;
-        char bytes[1024];
-    } record;
-    struct err err;
-    struct core_invite invite = {
-        .found = true,
-        .id = e->member + 1,
-        .record = {.uses_left = 1, .expires_ms = UINT64_MAX, .aggregate_only = e->member == 0}};
-    int which = proto_record_of_type(e->frame.type);
-    struct sim_conn *c = sim_conn_find(w, e->conn);
-    if (!c || !c->open) return;
-    if (e->frame.type != MSG_HEARTBEAT)
-        sim_trace(w, "    %u > C %s", e->member, proto_type_name(e->frame.type));
-    memset(&record, 0, sizeof record);
-    if (proto_decode(e->payload, e->payload_length, (enum proto_record)which, &record, &err))
-        sim_violation(w, "what slot %u sent does not decode: %s", e->member, err.msg);
-    struct core_event ev = {
-        .type = CORE_EV_MESSAGE, .conn = e->conn, .frame = e->frame, .msg = &record};
-    if (e->frame.type == MSG_ENROL) {
-        struct sim_row *row = sim_row_find(&w->store[CORE_INVITE], invite.id);
-        if (row &&
-            proto_decode(row->value, row->length, RECORD_invite_record, &invite.record, &err))
-            sim_violation(w, "invite row: %s", err.msg);
-        ev.invite = &invite;
-    }
-    core_event(w, &ev);
-    proto_decoded_release((enum proto_record)which, &record);
-}
-
-static void on_core(struct sim_world *w, struct sim_event *e) {
-    struct sim_conn *c = sim_conn_find(w, e->conn);
-    if (!w->core || e->life != w->core_life) {
-        /* The process that accepted this connection is gone. */
-        if (e->kind == SIM_CORE_OPENED && c)
-            sim_schedule(w, 1, SIM_MEMBER_CLOSED, c->member)->conn = c->number;
-        return;
-    }
-    switch (e->kind) {
-    case SIM_CORE_TICK:
-        core_event(w, &(struct core_event){.type = CORE_EV_TICK});
-        if (w->core) sim_schedule(w, CORE_TICK_MS, SIM_CORE_TICK, SIM_COORDINATOR);
-        break;
-    case SIM_CORE_OPENED: {
-        if (!c) break;
-        c->open = true;
-        struct core_event ev = {
-            .type = CORE_EV_OPENED, .conn = c->number, .key = w->member[c->member].identity.key};
-        snprintf(ev.host, sizeof ev.host, "192.0.2.%u", c->member);
-        core_event(w, &ev);
-        if (!c->broken)
-            sim_schedule(w, 1 + sim_random(w, w->delay_ms_max), SIM_MEMBER_WELCOME, c->member)
-                ->conn = c->number;
-        break;
-    }
-    case SIM_TO_CORE: core_message(w, e); break;
-    case SIM_CORE_CLOSED:
-        if (!c || !c->open) break;
-        c->open = false;
-        core_event(w, &(struct core_event){.type = CORE_EV_CLOSED, .conn = c->number});
-        break;
-    default: break;
-    }
-}
-
-/* ---- faults
- * ------------------------------------------------------------------------------------------ */
-
-static void one_fault(struct sim_world *w) {
-    struct sim_member *m = &w->member[sim_random(w, w->members)];
-    uint64_t pause = 500 + sim_random(w, 2ull * w->outer.silence_ms_max);
-    switch (sim_random(w, 9)) {
-    case 0: sim_member_kill(w, m, false); break;
-    case 1: sim_member_kill(w, m, true); break;
-    case 2: m->disk.dies_after = 1 + (uint32_t)sim_random(w, 12); break;
-    case 3: sim_trainer_kill(w, m); break;
-    case 4:
-        sim_trace(w, "slot %u is stopped for %llu ms", m->slot, (unsigned long long)pause);
-        m->paused_until = w->now + pause;
-        break;
-    case 5:
-        sim_trace(w, "the coordinator is stopped for %llu ms", (unsigned long long)pause);
-        w->core_paused_until = w->now + pause;
-        break;
-    case 6:
-        if (sim_chance(w, 500)) core_kill(w);
-        else if (w->core) w->core_dies_after = 1 + (uint32_t)sim_random(w, 30);
-        break;
-    case 7: cut(w, m->slot, SIM_COORDINATOR, pause); break;
-    case 8: {
-        uint32_t other = (uint32_t)sim_random(w, w->members);
-        if (other != m->slot) cut(w, m->slot, other, pause);
-        break;
-    }
-    }
-}
-
-static void on_fault(struct sim_world *w) {
-    if (w->now < w->faults_until) {
-        one_fault(w);
-        sim_schedule(w, 1 + sim_random(w, 2ull * w->fault_every_ms), SIM_FAULT, SIM_COORDINATOR);
-        return;
-    }
-    sim_trace(w, "no more faults");
-    memset(w->cut_until, 0, sizeof w->cut_until);
-    w->core_paused_until = w->core_dies_after = 0;
-    for (uint32_t i = 0; i < w->members; i++)
-        w->member[i].paused_until = w->member[i].disk.dies_after = 0;
-}
-
-/* ---- a run
- * ---------------------------------------------------------------------------------------------- */
-
-static void choose(struct sim_world *w) {
-    w->members = 3 + (uint32_t)sim_random(w, 3); /* with the aggregate-only one */
-    w->model = (struct msg_model){.layers = 1,
+    uint32_t fragments = sim_chance(w, 400) ? 1 : between(w, 2, SIM_FRAGMENTS_MAX);
+    w->model = (struct msg_model){.layers = between(w, fragments > 1 ? 2 : 1, 4),
                                   .width = 4,
                                   .heads = 1,
                                   .kv_heads = 1,
-                                  .ffn = 1 + (uint32_t)sim_random(w, 8),
-                                  .vocabulary = 4 + (uint32_t)sim_random(w, 12),
+                                  .ffn = between(w, 1, 8),
+                                  .vocabulary = between(w, 4, 15),
                                   .sequence = 10,
                                   .rope_theta = 1e4,
                                   .norm_eps = 1e-5,
                                   .tied = 1};
     w->elements = (uint32_t)proto_model_elements(&w->model);
-    w->chunk_elements = w->elements / (1 + (uint32_t)sim_random(w, 6)) + 1;
-    w->chunks = (w->elements + w->chunk_elements - 1) / w->chunk_elements;
-    w->delay_ms_max = sim_chance(w, 500) ? 20 : 150;
-    w->duplicate_per_mille = sim_chance(w, 500) ? 0 : 20;
-    w->fault_every_ms = 800 + (uint32_t)sim_random(w, 4000);
-    w->faults_until = sim_chance(w, 100) ? 0 : 10000 + sim_random(w, 50000);
-    w->inner = (struct msg_inner){.batch = 1 + (uint32_t)sim_random(w, 3),
+    for (;; fragments--) { /* not every number of chunks can be dealt to so many */
+        for (int tries = 0; tries < 8; tries++) {
+            uint32_t pieces = between(w, fragments, fragments == 1 ? 6 : 16);
+            w->chunk_elements = w->elements / pieces + 1;
+            w->chunks = (w->elements + w->chunk_elements - 1) / w->chunk_elements;
+            if (w->chunks <= SIM_CHUNKS_MAX &&
+                !proto_model_fragments(&w->model, w->chunk_elements, fragments, w->fragment_of,
+                                       &err))
+                goto found;
+        }
+    }
+found:
+    w->fragments = fragments;
+    for (uint32_t c = 0; c < w->chunks; c++) {
+        uint32_t f = w->fragment_of[c];
+        w->place_of[c] = w->fragment_chunks[f]++;
+        w->chunk_at[f][w->place_of[c]] = c;
+    }
+}
+
+static void choose_outer(struct sim_world *w) {
+    bool all = sim_chance(w, 300), overlaps = sim_chance(w, 550);
+    static const float alphas[] = {0, 0.25f, 0.5f};
+    w->outer = (struct msg_outer){.inner_steps = between(w, 2, 4) * (w->fragments > 1 ? 2 : 1),
+                                  .round_ms = 3000,
+                                  .quorum = all ? PROTO_MEMBERS_MAX : between(w, 1, 3),
+                                  .grace_ms = between(w, 200, 1200),
+                                  .lr = 0.7f,
+                                  .momentum = 0.9f,
+                                  .alpha = alphas[sim_random(w, 3)],
+                                  .contribution_codec = sim_chance(w, 850) ? OUTER_INT8 : OUTER_FP32,
+                                  .result_codec = sim_chance(w, 500) ? OUTER_INT8 : OUTER_FP32,
+                                  .chunk_elements = w->chunk_elements,
+                                  .fragments = w->fragments,
+                                  .overlap = overlaps ? between(w, 1, 6) : 0,
+                                  .shard_chunks = between(w, 1, 4),
+                                  .audits = sim_chance(w, 500) ? 0 : between(w, 1, 2),
+                                  .lr_rule = (uint8_t)sim_random(w, 2),
+                                  .clip_factor = sim_chance(w, 500) ? 0 : 2,
+                                  .ramp_rounds = between(w, 0, 2),
+                                  .heartbeat_ms = 400,
+                                  .silence_ms_max = 3000,
+                                  .lease_samples = between(w, 6, 26),
+                                  .checkpoint_rounds = sim_chance(w, 500) ? 3 : 0};
+}
+
+/* Samples for some rounds of each fragment. */
+static void choose_data(struct sim_world *w) {
+    uint32_t round = (w->members - 1) * w->outer.inner_steps * w->inner.batch;
+    uint64_t samples = 30 + sim_random(w, 60) + (uint64_t)round * between(w, 1, 6) / 2;
+    w->corpus = (struct msg_corpus){.manifest_url = proto_str("file:///corpus.json"),
+                                    .tokenizer = proto_str("bytes"),
+                                    .samples = samples < SIM_SAMPLES_MAX ? samples : SIM_SAMPLES_MAX,
+                                    .shuffle_seed = w->seed};
+    if (sim_chance(w, 150)) /* the tokens run out before the data */
+        w->inner.total_tokens = w->model.sequence * (w->corpus.samples / 2 + 1);
+}
+
+static void choose_weird(struct sim_world *w) {
+    static const struct {
+        enum sim_injected fault;
+        uint32_t per_mille;
+    } rare[] = {{SIM_SUCCESSOR, 300}, {SIM_DRIP, 250},   {SIM_IMAGE, 200},  {SIM_STORE_IMAGE, 100},
+                {SIM_COPY, 150},      {SIM_REVOKE, 80},  {SIM_LEAVE, 80},   {SIM_OPERATOR_PAUSE, 80},
+                {SIM_HOLDERS, 200},   {SIM_BLACKOUT, 150}};
+    for (size_t i = 0; i < sizeof rare / sizeof *rare; i++)
+        if (sim_chance(w, rare[i].per_mille)) w->weird |= 1ull << rare[i].fault;
+}
+
+static void choose_member(struct sim_world *w, uint32_t slot) {
+    struct sim_member *m = &w->member[slot];
+    m->slot = slot;
+    m->trains = slot > 0;
+    m->reachable = slot < 2 || sim_chance(w, 600);
+    m->step_ms = between(w, 20, 320);
+    m->uplink = sim_chance(w, 300) ? between(w, 2, 10) : between(w, 20, 200);
+    m->disk.world = m->image.world = w;
+    m->disk.owner = m->image.owner = slot;
+}
+
+/* At most one of the members lies. */
+static void choose_liar(struct sim_world *w) {
+    struct sim_member *m = &w->member[1 + sim_random(w, w->members - 1)];
+    uint64_t kind = sim_random(w, 24);
+    if (w->members < 4 || kind > 2 || 1) return;
+    m->lie = kind == 0 ? SYNC_FAULT_LIES_SUM : kind == 1 ? SYNC_FAULT_LIES_NORM
+                                                         : SYNC_FAULT_LIES_NAN;
+    m->reachable |= kind == 0;
+    w->injected[kind == 0 ? SIM_LIAR_SUM : SIM_LIAR_NORM]++;
+}
+
+static void choose(struct sim_world *w) {
+    w->swarm = sim_chance(w, 8);
+    w->members = 1 + (w->swarm ? between(w, 9, 50) : between(w, 2, sim_chance(w, 200) ? 8 : 4));
+    w->copy_slot = w->members;
+    choose_model(w);
+    w->inner = (struct msg_inner){.batch = between(w, 1, 3),
                                   .lr = 1e-3,
                                   .beta1 = .9,
                                   .beta2 = .95,
                                   .eps = 1e-8,
                                   .total_tokens = 1u << 30};
-    w->outer = (struct msg_outer){.inner_steps = 2 + (uint32_t)sim_random(w, 3),
-                                  .round_ms = 3000,
-                                  .quorum = 1 + (uint32_t)sim_random(w, 2),
-                                  .grace_ms = 200 + (uint32_t)sim_random(w, 1000),
-                                  .lr = 0.7f,
-                                  .momentum = 0.9f,
-                                  .alpha = 0,
-                                  .contribution_codec = OUTER_INT8,
-                                  .result_codec = sim_chance(w, 500) ? OUTER_INT8 : OUTER_FP32,
-                                  .chunk_elements = w->chunk_elements,
-                                  .fragments = 1,
-                                  .clip_factor = sim_chance(w, 500) ? 0 : 2,
-                                  .ramp_rounds = (uint32_t)sim_random(w, 3),
-                                  .heartbeat_ms = 400,
-                                  .silence_ms_max = 3000,
-                                  .lease_samples = 6 + (uint32_t)sim_random(w, 20),
-                                  .checkpoint_rounds = sim_chance(w, 500) ? 3 : 0};
-    w->corpus = (struct msg_corpus){.manifest_url = proto_str("file:///corpus.json"),
-                                    .tokenizer = proto_str("bytes"),
-                                    .samples = 40 + sim_random(w, 140),
-                                    .shuffle_seed = w->seed};
+    choose_outer(w);
+    choose_data(w);
+    w->delay_ms_max = sim_chance(w, 500) ? 20 : 150;
+    w->duplicate_per_mille = sim_chance(w, 400) ? 0 : sim_chance(w, 500) ? 20 : 150;
+    w->streams = between(w, 1, SIM_STREAMS_MAX);
+    w->fault_every_ms = 800 + (uint32_t)sim_random(w, 4000);
+    w->faults_until = sim_chance(w, 100) ? 0 : 8000 + sim_random(w, 40000);
+    if (w->faults_until) choose_weird(w);
+    for (uint32_t i = 0; i <= w->copy_slot; i++) choose_member(w, i);
+    choose_liar(w);
     w->genesis = (struct msg_genesis){.version = 1,
                                       .name = proto_str("simulated"),
                                       .root_key = w->root.key,
@@ -522,6 +232,20 @@ static void choose(struct sim_world *w) {
                                       .checkpoint_url = proto_str("file:///checkpoints")};
 }
 
+uint32_t sim_chunk_elements(const struct sim_world *w, uint32_t chunk) {
+    uint32_t left = w->elements - chunk * w->chunk_elements;
+    return left < w->chunk_elements ? left : w->chunk_elements;
+}
+
+size_t sim_encoded(const struct sim_world *w, uint32_t fragment, uint32_t k, uint8_t codec,
+                   size_t *offset) {
+    *offset = k * outer_encoded_bytes((enum outer_codec)codec, w->chunk_elements);
+    return outer_encoded_bytes((enum outer_codec)codec,
+                               sim_chunk_elements(w, w->chunk_at[fragment][k]));
+}
+
+/* ---- the first entries ------------------------------------------------------------------------- */
+
 static void write_entry(struct sim_world *w, uint64_t index, const struct digest *previous,
                         enum ledger_kind kind, enum proto_record which, const void *body) {
     struct proto_buffer b;
@@ -529,10 +253,13 @@ static void write_entry(struct sim_world *w, uint64_t index, const struct digest
     proto_buffer_init(&b, PROTO_BLOB_BYTES_MAX);
     if (core_entry_encode(&b, index, previous, 0, kind, which, body, &err))
         sim_violation(w, "first entries: %s", err.msg);
-    store_write(w, &(struct core_write){.table = CORE_LEDGER,
-                                        .key = index,
-                                        .value = b.data,
-                                        .value_length = (uint32_t)b.length});
+    struct core_write write = {.table = CORE_LEDGER,
+                               .key = index,
+                               .value = b.data,
+                               .value_length = (uint32_t)b.length};
+    sim_store_write(w, 0, &write);
+    struct core_action a = {.writes = &write, .write_count = 1};
+    oracle_persist(w, &a);
     proto_buffer_release(&b);
 }
 
@@ -546,7 +273,8 @@ static void init_run(struct sim_world *w) {
     w->run = digest_of(b.data, b.length);
     proto_buffer_release(&b);
     write_entry(w, 0, &previous, LEDGER_GENESIS, RECORD_genesis, &w->genesis);
-    previous = digest_of(w->store[CORE_LEDGER].rows[0].value, w->store[CORE_LEDGER].rows[0].length);
+    const struct sim_row *first = &w->store.table[CORE_LEDGER].rows[0];
+    previous = digest_of(first->value, first->length);
     write_entry(w, 1, &previous, LEDGER_DELEGATION, RECORD_delegation,
                 &(struct msg_delegation){.run = w->run, .key = w->online.key, .number = 1});
     w->announced_head = 1;
@@ -557,11 +285,13 @@ static void identities(struct sim_world *w) {
     identity_from_seed(&w->root, seed);
     seed[0] = 2;
     identity_from_seed(&w->online, seed);
-    for (uint32_t i = 0; i < SIM_MEMBERS_MAX; i++) {
+    for (uint32_t i = 0; i < w->members; i++) {
         seed[0] = (uint8_t)(10 + i);
         identity_from_seed(&w->member[i].identity, seed);
     }
 }
+
+/* ---- the loop ---------------------------------------------------------------------------------- */
 
 static bool finished(const struct sim_world *w) {
     for (uint32_t i = 1; i < w->members; i++) /* the coordinator's own node stays */
@@ -569,56 +299,76 @@ static bool finished(const struct sim_world *w) {
     return true;
 }
 
+/* Whoever is stopped gets its input later, in order; its clock catches up after the input. */
+static bool defer(struct sim_world *w, struct sim_event *e) {
+    struct sim_core *core = e->kind == SIM_CORE_OPERATOR ? sim_core_active(w)
+                                                         : sim_core_of(w, e->life);
+    uint64_t until = 0;
+    if (sim_at_core(e->kind)) until = core ? core->paused_until : 0;
+    else if (e->member < SIM_MEMBERS_MAX && e->kind != SIM_MEMBER_START && e->kind != SIM_COPY_ENDS)
+        until = w->member[e->member].paused_until;
+    if (until <= w->now) return false;
+    bool late = e->kind == SIM_CORE_TICK || e->kind == SIM_MEMBER_TICK;
+    e->at = until + late;
+    if (late) e->order = ++w->order;
+    push(w, e);
+    return true;
+}
+
 static void deliver(struct sim_world *w, struct sim_event *e) {
-    uint64_t paused = at_core(e->kind) ? w->core_paused_until
-                      : e->member < SIM_MEMBERS_MAX && e->kind != SIM_MEMBER_START
-                          ? w->member[e->member].paused_until
-                          : 0;
-    if (paused >
-        w->now) { /* stopped: its input waits, in order; its clock catches up after the input */
-        e->at = paused;
-        if (e->kind == SIM_CORE_TICK || e->kind == SIM_MEMBER_TICK) e->at++, e->order = ++w->order;
-        push(w, e);
-        e->payload = NULL; /* went along */
-        return;
+    struct sim_member *m = &w->member[e->member < SIM_MEMBERS_MAX ? e->member : 0];
+    switch (e->kind) {
+    case SIM_FAULT: sim_fault(w); break;
+    case SIM_CORE_START:
+        if (!sim_core_active(w)) sim_core_start(w);
+        break;
+    case SIM_MEMBER_START:
+        if (!m->alive && !m->gone) sim_member_start(w, m);
+        break;
+    case SIM_COPY_ENDS:
+        sim_member_kill(w, m, false, UINT64_MAX);
+        m->id = 0;
+        memcpy(w->destroyed_rounds, w->next_round, sizeof w->destroyed_rounds);
+        break;
+    case SIM_MEMBER_DIAL:
+        if (m->alive && e->life == m->life) sim_dial_coordinator(w, m);
+        break;
+    default: sim_at_core(e->kind) ? sim_core_event(w, e) : sim_member_event(w, m, e);
     }
-    if (at_core(e->kind)) on_core(w, e);
-    else if (e->kind == SIM_FAULT) on_fault(w);
-    else if (e->kind == SIM_CORE_START) core_start(w);
-    else if (e->kind == SIM_MEMBER_START) {
-        if (!w->member[e->member].alive && !w->member[e->member].gone)
-            sim_member_start(w, &w->member[e->member]);
-    } else if (e->kind == SIM_MEMBER_DIAL) {
-        if (w->member[e->member].alive && e->life == w->member[e->member].life)
-            dial_coordinator(w, &w->member[e->member]);
-    } else sim_member_event(w, &w->member[e->member], e);
 }
 
 #define GRACE_MS 400000 /* the longest a run may take after the last fault */
+
+_Noreturn static void never_ends(struct sim_world *w) {
+    struct core_view v = {0};
+    uint64_t rounds = 0;
+    if (sim_core_active(w)) core_look(sim_core_active(w)->core, w->now, &v);
+    for (uint32_t f = 0; f < w->fragments; f++) rounds += w->next_round[f];
+    sim_violation(w,
+                  "the run does not end: %d s after the last fault it has %llu commits, phase %s, "
+                  "%u live, %llu samples free, %llu spent of %llu",
+                  GRACE_MS / 1000, LLU(rounds), v.phase, v.members_live, LLU(v.samples_free),
+                  LLU(v.samples_spent), LLU(w->corpus.samples));
+}
 
 static void loop(struct sim_world *w) {
     init_run(w);
     sim_schedule(w, 0, SIM_CORE_START, SIM_COORDINATOR);
     for (uint32_t i = 0; i < w->members; i++)
-        sim_schedule(w, 10 + (i > 2 ? sim_random(w, 20000) : sim_random(w, 500)), SIM_MEMBER_START,
+        sim_schedule(w, 10 + (i > 2 ? sim_random(w, 15000) : sim_random(w, 500)), SIM_MEMBER_START,
                      i);
     sim_schedule(w, 3000, SIM_FAULT, SIM_COORDINATOR);
     while (!finished(w)) {
         struct sim_event e = pop(w);
         w->now = e.at;
         w->events++;
-        deliver(w, &e);
-        free(e.payload);
-        if (w->now > w->faults_until + GRACE_MS) {
-            struct core_view v = {0};
-            if (w->core) core_look(w->core, w->now, &v);
-            sim_violation(w,
-                          "the run does not end: %d s after the last fault it is in round %llu, "
-                          "phase %s, %u live, %llu samples free, %llu spent of %llu",
-                          GRACE_MS / 1000, (unsigned long long)v.round, v.phase, v.members_live,
-                          (unsigned long long)v.samples_free, (unsigned long long)v.samples_spent,
-                          (unsigned long long)w->corpus.samples);
+        if (!defer(w, &e)) { /* else its payload went along */
+            w->current_payload = e.payload;
+            deliver(w, &e);
+            w->current_payload = NULL;
+            free(e.payload);
         }
+        if (w->now > w->faults_until + GRACE_MS) never_ends(w);
     }
     oracle_end(w);
 }
@@ -627,21 +377,17 @@ int sim_run(struct sim_world *w, uint64_t seed, bool trace) {
     memset(w, 0, sizeof *w);
     w->seed = w->random = seed;
     w->trace = trace;
-    for (uint32_t i = 0; i < SIM_MEMBERS_MAX; i++)
-        w->member[i] = (struct sim_member){
-            .slot = i, .trains = i > 0, .reachable = i < 2 || sim_chance(w, 500)};
-    identities(w);
+    w->core_fault = core_fault;
+    w->sync_fault = sync_fault;
     choose(w);
-    for (uint32_t i = 0; i < w->members; i++) {
-        w->member[i].step_ms = 20 + (uint32_t)sim_random(w, 300);
-        w->member[i].disk.world = w;
-        w->member[i].disk.owner = i;
-    }
+    identities(w);
+    w->genesis.root_key = w->root.key;
     sim_trace(w,
-              "seed %llu: %u members, %u elements in chunks of %u, %llu samples, H=%u, faults "
-              "until %.1f s",
-              (unsigned long long)seed, w->members, w->elements, w->chunk_elements,
-              (unsigned long long)w->corpus.samples, w->outer.inner_steps,
+              "seed %llu: %u members, %u elements in %u chunks of %u, %u fragments, %llu samples, "
+              "H=%u, overlap %u, alpha %.2f, quorum %u, audits %u, faults until %.1f s",
+              LLU(seed), w->members, w->elements, w->chunks, w->chunk_elements, w->fragments,
+              LLU(w->corpus.samples), w->outer.inner_steps, w->outer.overlap,
+              (double)w->outer.alpha, w->outer.quorum, w->outer.audits,
               (double)w->faults_until / 1000);
     if (setjmp(w->stop)) return -1;
     loop(w);
@@ -649,24 +395,27 @@ int sim_run(struct sim_world *w, uint64_t seed, bool trace) {
 }
 
 void sim_release(struct sim_world *w) {
-    while (w->heap_count) {
-        struct sim_event e = pop(w);
-        free(e.payload);
-    }
+    while (w->heap_count) free(pop(w).payload);
     free(w->heap);
-    core_destroy(w->core);
-    core_actions_release(&w->core_out);
-    sync_actions_release(&w->sync_out);
-    for (int t = 0; t < CORE_TABLES; t++) {
-        for (uint32_t i = 0; i < w->store[t].count; i++) free(w->store[t].rows[i].value);
-        free(w->store[t].rows);
+    free(w->current_payload);
+    for (int i = 0; i < SIM_CORES; i++) {
+        core_destroy(w->cores[i].core);
+        core_actions_release(&w->cores[i].out);
     }
+    sync_actions_release(&w->sync_out);
+    sim_store_release(&w->store);
+    sim_store_release(&w->store_image);
     for (uint32_t i = 0; i < SIM_MEMBERS_MAX; i++) {
         sync_destroy(w->member[i].sync);
         sim_disk_release(&w->member[i].disk);
+        sim_disk_release(&w->member[i].image);
     }
-    for (uint32_t i = 0; i < w->contribution_count; i++) free(w->contributions[i].bytes);
+    for (uint32_t i = 0; i < w->contribution_count; i++) {
+        free(w->contributions[i].bytes);
+        free(w->contributions[i].effect);
+    }
     free(w->contributions);
     for (uint32_t i = 0; i < w->state_count; i++) free(w->states[i].values);
     free(w->states);
+    for (uint32_t i = 0; i < SIM_ENTRIES_MAX; i++) free(w->entry_bytes[i]);
 }
