@@ -87,6 +87,7 @@ struct part {
     bool present; /* its READY */
     bool planned; /* a contributor of the current plan, or of the one that failed a moment ago */
     bool dropped; /* lost since: the aggregators were told to go on without it */
+    bool lost;    /* its member has announced another one since: these bytes are gone */
     bool due_told;
     bool avoid; /* as aggregator or holder, until the round commits */
     struct msg_ready msg;

@@ -12,7 +12,7 @@
 void core_forget_ready(struct part *p) {
     if (p->present) proto_copy_release(RECORD_ready, &p->msg);
     memset(&p->msg, 0, sizeof p->msg);
-    p->present = p->planned = p->dropped = false;
+    p->present = p->planned = p->dropped = p->lost = false;
 }
 
 /* The signature may differ: it is of a newer term where the announcement is. */
@@ -128,6 +128,7 @@ void core_on_ready(struct core *c, struct member *m, const struct msg_ready *msg
     if (!r || r->last_done) return;
     struct part *p = core_part(r, m);
     if (p->present && same_ready(&p->msg, msg)) {
+        p->lost = false;
         if (p->planned && r->phase != ROUND_COLLECT) core_send_plan(c, &r->plan, m, out);
         return;
     }
@@ -136,7 +137,9 @@ void core_on_ready(struct core *c, struct member *m, const struct msg_ready *msg
         return;
     }
     if (core_note_root(c, m, msg->state_index, &msg->state_root, now_ms, out) != ROOT_AGREES) return;
-    if (p->planned) {
+    if (p->planned) { /* a member has one: that of the plan is lost, with its disk perhaps */
+        if (!p->dropped) core_drop_contributor(c, r, m, out);
+        p->lost = true;
         reset_member(c, r, m, "another contribution of yours is in the plan", out);
         return;
     }

@@ -34,14 +34,14 @@ static bool is_unable(const struct core *c, uint32_t id) {
     return !m->here || m->catching_up || !core_in_good_standing(m);
 }
 
-/* Contributions of the plan whose members are still here; the others' go for good. */
+/* Contributions of the plan whose members are still here and have them; the others' go for good. */
 static uint32_t keep_live_contributors(struct core *c, struct round *r) {
     uint32_t n = 0;
     for (uint32_t i = 0; i < c->member_count; i++) {
         struct member *m = &c->members[i];
         struct part *p = core_part(r, m);
         if (!p->planned) continue;
-        if (m->here && core_in_good_standing(m))
+        if (m->here && core_in_good_standing(m) && !p->lost)
             n++;
         else
             core_forget_ready(p);

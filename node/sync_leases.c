@@ -165,8 +165,23 @@ static void spend(struct sync *s, const struct msg_spend *e) {
     l->count--;
 }
 
+/* Is it spent through a contribution that we do not have any more (an older disk, a copied home), while
+ * our trainer works on it again? */
+static bool is_worked_on(struct sync *s, const struct commit *c, const struct msg_spend *e) {
+    const struct contribution *own = &s->contribution[c->body.fragment];
+    struct grant *g = e->member == s->config.member
+                          ? find_grant(&s->leases, e->lease, e->generation)
+                          : NULL;
+    if (!g || !touched(g) || e->start + e->count <= g->floor) return false;
+    return !own->frozen || commit_contributor(c, s->config.member, &own->ready.root) < 0;
+}
+
 void leases_spend(struct sync *s, const struct commit *c) {
+    bool again = false;
+    for (uint32_t i = 0; i < c->body.spent_count; i++)
+        again |= is_worked_on(s, c, &c->body.spent[i]);
     for (uint32_t i = 0; i < c->body.spent_count; i++) spend(s, &c->body.spent[i]);
+    if (again) trainer_lose_work(s, "its samples were spent through a contribution that is lost");
 }
 
 /* Of a lease that two contributions claim, the longer prefix. */

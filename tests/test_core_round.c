@@ -100,6 +100,32 @@ static void a_chunk_summed_from_nobody_makes_a_new_plan(void **state) {
     assert_string_equal(look(r).phase, "reduce");
 }
 
+/* A member whose disk went back to an older day announces other bytes: those of the plan are gone, and
+ * must not be waited for plan after plan. */
+static void a_contribution_that_its_member_replaced_is_in_no_further_plan(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake *own = &r->fake[1], *second = holder(r),
+                *f = second == &r->fake[2] ? &r->fake[3] : &r->fake[2];
+    struct msg_ready other = ready_of(r, f);
+    other.root = root_at(97);
+    say(r, f, MSG_READY, 0, &other);
+    assert_true(f->reset);
+    assert_int_equal(((const struct msg_drop *)sent(r, own, MSG_DROP)->msg)->member, f->id);
+    struct report rep;
+    report_of(own, &rep);
+    rep.summed[0].chunks = CHUNKS - 1;
+    rep.summed[1] = (struct msg_summed){1, {NULL, 0}, 0};
+    rep.msg.summed_count = 2;
+    uint64_t plan = own->plan;
+    say(r, own, MSG_SHARD_REPORT, plan, &rep.msg);
+    say(r, second, MSG_SHARD_REPORT, plan, &rep.msg);
+    const struct msg_plan *next = sent(r, second, MSG_PLAN)->msg;
+    assert_int_equal(next->contributors_count, 2);
+    for (uint32_t i = 0; i < next->contributors_count; i++)
+        assert_int_not_equal(next->contributors[i].member, f->id);
+}
+
 static void a_broken_report_costs_its_sender_the_shard(void **state) {
     struct rig *r = *state;
     uint8_t stranger[1] = {0xff};
@@ -349,6 +375,7 @@ int main(void) {
         T(a_lost_contributor_is_dropped_and_the_round_goes_on),
         T(a_contributor_summed_nowhere_gets_its_samples_back_to_the_run),
         T(a_chunk_summed_from_nobody_makes_a_new_plan),
+        T(a_contribution_that_its_member_replaced_is_in_no_further_plan),
         T(a_broken_report_costs_its_sender_the_shard),
         T(overdue_reports_move_the_shard_with_more_time_each_time),
         T(a_repeated_report_does_not_buy_time),

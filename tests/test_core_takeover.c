@@ -212,6 +212,23 @@ static void claims_of_leases_that_were_lost_are_refused(void **state) {
 
 /* ---- hostile shows -------------------------------------------------------------------------- */
 
+/* Its enrolment may be in the entries that an older store lacks: it must come again, not go for good. */
+static void a_key_that_a_newer_ledger_may_know_is_not_turned_away_for_ever(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    struct fake *f = &r->fake[5];
+    dial(r, f);
+    struct msg_hello msg = hello_of(f);
+    msg.head_index = 0;
+    msg.term_max = r->term;
+    say(r, f, MSG_HELLO, 0, &msg);
+    assert_true(action(r, CORE_ACT_CLOSE)->final);
+    dial(r, f);
+    msg.head_index = look(r).head_index + 1;
+    say(r, f, MSG_HELLO, 0, &msg);
+    assert_false(action(r, CORE_ACT_CLOSE)->final);
+}
+
 static void a_forged_ledger_changes_nothing(void **state) {
     struct rig *r = *state;
     struct keys keys;
@@ -381,6 +398,7 @@ int main(void) {
         T(entries_that_a_member_has_are_asked_for_checked_and_kept),
         T(samples_of_lost_leases_are_free_again),
         T(claims_of_leases_that_were_lost_are_refused),
+        T(a_key_that_a_newer_ledger_may_know_is_not_turned_away_for_ever),
         T(a_forged_ledger_changes_nothing),
         T(a_newer_ledger_is_read_with_the_keys_that_it_names),
         T(a_member_that_shows_nothing_holds_the_run_up_for_a_moment_only),
