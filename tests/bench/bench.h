@@ -14,9 +14,12 @@
  *   channel.c     the channel, and plain connections beside it
  *   train.c       matrix products and training steps
  *   checkpoint.c  checkpoints and a trainer's own state
- *   fleet.h       a coordinator and light members, for what follows: fleet.c, member.c, profile.c
+ *   fleet.h       a coordinator and light members, for what follows: fleet.c, member*.c, profile.c
  *   step.c        the whole outer step between members
  *   handover.c    a killed aggregator
+ *   load.c        messages and connections of a coordinator
+ *   join.c        a new member
+ *   stall.c       what a checkpoint takes from training
  *
  * Where a call fails, the program ends with its message; so on that way only the folder of the
  * checkpoints is cleaned up, and not memory. */
@@ -77,6 +80,7 @@ struct task {
 double now_s(void);
 /* What all threads of the program have worked. */
 double cpu_s(void);
+void pause_s(double seconds);
 /* When the program starts; elapsed_s() is the time since then. */
 void start_clock(void);
 double elapsed_s(void);
@@ -155,5 +159,8 @@ int bench_checkpoint(struct bench *b, int unused, struct err *err);
 int bench_step(struct bench *b, int members, struct err *err);
 /* outer.silence_seconds. */
 int bench_handover(struct bench *b, int silence_s, struct err *err);
+int bench_load(struct bench *b, int unused, struct err *err);
+int bench_join(struct bench *b, int unused, struct err *err);
+int bench_stall(struct bench *b, int unused, struct err *err);
 
 #endif

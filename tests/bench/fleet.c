@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,32 +25,39 @@
 #define ARGUMENTS_MAX 64
 #define SERVE_S_MAX 20.0
 #define END_S_MAX 20.0
-#define WAIT_MS 5
-
-static void pause_ms(int ms) {
-    struct timespec t = {ms / 1000, ms % 1000 * 1000000L};
-    nanosleep(&t, NULL);
-}
+#define CORPUS_BYTES (4 << 20)
+#define WAIT_S 0.005
 
 /* ---- processes ------------------------------------------------------------------------------- */
 
-static void become(const char *const *arguments, const char *log, int inherited_fd) {
-    char *argv[ARGUMENTS_MAX + 2] = {(char *)(uintptr_t)"bench"};
+/* "" where it cannot be told. */
+static void path_beside_us(const char *program, char out[PATH_MAX]) {
+    ssize_t n = readlink("/proc/self/exe", out, PATH_MAX - 1);
+    out[n > 0 ? n : 0] = 0;
+    char *slash = strrchr(out, '/');
+    if (slash) snprintf(slash + 1, (size_t)(out + PATH_MAX - slash - 1), "%s", program);
+}
+
+static void become(const char *program, const char *const *arguments, const char *log,
+                   int inherited_fd) {
+    char path[PATH_MAX] = "/proc/self/exe", *argv[ARGUMENTS_MAX + 2] = {path};
+    if (program) path_beside_us(program, path);
     int out = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
     for (int i = 0; arguments[i] && i < ARGUMENTS_MAX; i++)
         argv[i + 1] = (char *)(uintptr_t)arguments[i];
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (out < 0 || dup2(out, 1) < 0 || dup2(out, 2) < 0) _exit(127);
     if (inherited_fd >= 0) fcntl(inherited_fd, F_SETFD, 0);
-    execv("/proc/self/exe", argv);
+    execv(path, argv);
+    fprintf(stderr, "%s: %s\n", path, strerror(errno));
     _exit(127);
 }
 
-pid_t fleet_spawn(const char *const *arguments, const char *log, int inherited_fd,
-                  struct err *err) {
+pid_t fleet_spawn(const char *program, const char *const *arguments, const char *log,
+                  int inherited_fd, struct err *err) {
     fflush(stdout);
     pid_t pid = fork();
-    if (pid == 0) become(arguments, log, inherited_fd);
+    if (pid == 0) become(program, arguments, log, inherited_fd);
     if (pid < 0) err_set_errno(err, "fork");
     return pid;
 }
@@ -78,7 +86,7 @@ static void last_line(const char *path, char out[160]) {
 /* Where it ended: its exit code or 128 + signal; -1 while it runs after so many seconds. */
 static int ended(pid_t pid, double seconds) {
     int status;
-    for (double begin = now_s();; pause_ms(WAIT_MS)) {
+    for (double begin = now_s();; pause_s(WAIT_S)) {
         if (waitpid(pid, &status, WNOHANG) == pid)
             return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
         if (now_s() - begin > seconds) return -1;
@@ -129,7 +137,7 @@ static int seal(struct fleet *f, const struct fleet_config *c, struct err *err) 
         arguments[n++] = c->settings[i];
     }
     log_path(f, "coordinator", log);
-    pid_t pid = fleet_spawn(arguments, log, -1, err);
+    pid_t pid = fleet_spawn(NULL, arguments, log, -1, err);
     if (pid < 0) return -1;
     return ended(pid, SERVE_S_MAX) ? coordinator_failed_to(f, "init", err) : 0;
 }
@@ -155,8 +163,8 @@ static int serve(struct fleet *f, struct err *err) {
     char log[FLEET_PATH_BYTES + 64];
     struct run run;
     log_path(f, "coordinator", log);
-    if ((f->coordinator = fleet_spawn(arguments, log, -1, err)) < 0) return -1;
-    for (double begin = now_s(); !is_served(f); pause_ms(WAIT_MS)) {
+    if ((f->coordinator = fleet_spawn(NULL, arguments, log, -1, err)) < 0) return -1;
+    for (double begin = now_s(); !is_served(f); pause_s(WAIT_S)) {
         if (waitpid(f->coordinator, NULL, WNOHANG) != f->coordinator &&
             now_s() - begin < SERVE_S_MAX)
             continue;
@@ -166,6 +174,35 @@ static int serve(struct fleet *f, struct err *err) {
     f->run = run.id;
     run_release(&run);
     return 0;
+}
+
+/* Letters by chance are as good as words: nobody looks at the loss. */
+static int write_text(const char *path, struct err *err) {
+    FILE *f = fopen(path, "we");
+    uint64_t random = 1;
+    if (!f) return err_set_errno(err, "%s", path);
+    for (int i = 0; i < CORPUS_BYTES; i++) {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        fputc(random % 6 ? 'a' + (int)(random % 26) : ' ', f);
+    }
+    return fclose(f) ? err_set_errno(err, "%s", path) : 0;
+}
+
+int fleet_make_corpus(const char *folder, char corpus[FLEET_PATH_BYTES], struct err *err) {
+    char text[FLEET_PATH_BYTES], log[FLEET_PATH_BYTES + 64], line[160];
+    const char *arguments[] = {"data", "--out", corpus, "--sequence", "64", text, NULL};
+    snprintf(text, sizeof text, "%.*s/text.txt", (int)sizeof text - 16, folder);
+    snprintf(corpus, FLEET_PATH_BYTES, "%.*s/corpus", FLEET_PATH_BYTES - 16, folder);
+    snprintf(log, sizeof log, "%s/data.log", folder);
+    if (mkdir(folder, 0700) && errno != EEXIST) return err_set_errno(err, "%s", folder);
+    if (write_text(text, err)) return -1;
+    pid_t pid = fleet_spawn("intellect-node", arguments, log, -1, err);
+    if (pid < 0) return -1;
+    if (!ended(pid, SERVE_S_MAX)) return 0;
+    last_line(log, line);
+    return err_set(err, ERR_IO, "intellect-node data: %s", line);
 }
 
 struct fleet *fleet_create(const struct fleet_config *c, struct err *err) {
@@ -186,6 +223,11 @@ struct fleet *fleet_create(const struct fleet_config *c, struct err *err) {
     if (!failed) return f;
     fleet_destroy(f);
     return NULL;
+}
+
+int fleet_restart(struct fleet *f, struct err *err) {
+    end_process(&f->coordinator);
+    return serve(f, err);
 }
 
 void fleet_destroy(struct fleet *f) {
@@ -226,7 +268,7 @@ int fleet_add(struct fleet *f, const char *home, bool trains, struct err *err) {
     snprintf(name, sizeof name, "member-%d", f->members);
     log_path(f, name, log);
     const char *arguments[] = {"member", fd, place, NULL};
-    if ((m->pid = fleet_spawn(arguments, log, f->fd, err)) < 0) return -1;
+    if ((m->pid = fleet_spawn(NULL, arguments, log, f->fd, err)) < 0) return -1;
     return f->members++;
 }
 
@@ -257,7 +299,7 @@ static int look_after(struct fleet *f, struct err *err) {
 }
 
 int fleet_wait(struct fleet *f, uint32_t rounds, double seconds, struct err *err) {
-    for (double begin = now_s();; pause_ms(WAIT_MS)) {
+    for (double begin = now_s();; pause_s(WAIT_S)) {
         bool all = true;
         if (look_after(f, err)) return -1;
         for (int i = 0; i < f->members; i++)
@@ -266,13 +308,4 @@ int fleet_wait(struct fleet *f, uint32_t rounds, double seconds, struct err *err
         if (now_s() - begin > seconds)
             return err_set(err, ERR_TIMEOUT, "no round %u after %.0f s", rounds, seconds);
     }
-}
-
-int fleet_wait_current(struct fleet *f, int place, double seconds, struct err *err) {
-    for (double begin = now_s(); !f->member[place].current; pause_ms(1)) {
-        if (look_after(f, err)) return -1;
-        if (now_s() - begin > seconds)
-            return err_set(err, ERR_TIMEOUT, "member %d has no state after %.0f s", place, seconds);
-    }
-    return 0;
 }

@@ -18,6 +18,7 @@
 #define FLEET_ROUNDS_MAX 32
 #define FLEET_NAMES_MAX 400 /* functions that samples were taken in */
 #define FLEET_PATH_BYTES 256
+#define FLEET_INNER_STEPS_MAX 8192
 
 /* ---- what members write ---------------------------------------------------------------------- */
 
@@ -66,14 +67,21 @@ struct fleet_member {
     char home[FLEET_PATH_BYTES];
     struct digest secret; /* of its invite */
     bool trains, profile;
+    int threads;                   /* over 0: a real trainer process with so many threads */
+    char corpus[FLEET_PATH_BYTES]; /* for it */
     /* the member's */
     _Atomic uint32_t applied; /* rounds */
-    _Atomic bool current;     /* its state is that of the ledger's head */
-    double started_s, enrolled_s, current_s;
     double killed_s;          /* by itself, see fleet.die_in_round */
     uint32_t member, chunks;
     uint64_t elements;
     struct fleet_round round[FLEET_ROUNDS_MAX];
+    /* with a real trainer */
+    _Atomic uint32_t inner_steps;
+    double inner_step_s[FLEET_INNER_STEPS_MAX];    /* when each had ended */
+    _Atomic uint32_t checkpoints_wanted, checkpoints; /* wanted: by the measuring process; written */
+    double checkpoint_begin_s, checkpoint_end_s;   /* of the newest */
+    double late_s;                                 /* the longest the loop was held up, since ... */
+    _Atomic bool forget_late;                      /* ... this was last true */
     struct fleet_profile profile_of;
     struct fleet_memory memory;
     char trouble[256];        /* why it ended */
@@ -108,6 +116,9 @@ struct fleet *fleet_create(const struct fleet_config *config, struct err *err);
 /* Ends all processes. NULL is fine. Folders stay. */
 void fleet_destroy(struct fleet *f);
 
+/* The coordinator ends in order and begins again; it listens elsewhere then. */
+int fleet_restart(struct fleet *f, struct err *err);
+
 /* One more member, with its state in `home` (made). It joins with an invite and trains for as long
  * as fleet.rounds allow. Returns its place in f->member, or -1. */
 int fleet_add(struct fleet *f, const char *home, bool trains, struct err *err);
@@ -116,21 +127,24 @@ int fleet_end(struct fleet *f, int place, struct err *err);
 
 /* Wait until each member that runs has applied so many rounds. ERR_TIMEOUT, or somebody died. */
 int fleet_wait(struct fleet *f, uint32_t rounds, double seconds, struct err *err);
-int fleet_wait_current(struct fleet *f, int place, double seconds, struct err *err);
 
 /* A new invite's secret; the line for `intellect-node join` where it is not NULL. */
 int fleet_invite(const struct fleet *f, uint32_t uses, struct digest *secret, char line[INVITE_BYTES_MAX],
                  struct err *err);
 
-/* Start this program as `arguments` (ending with NULL), with its words in the file `log`. It dies
- * with us. */
-pid_t fleet_spawn(const char *const *arguments, const char *log, int inherited_fd, struct err *err);
+/* A small one of text, in `folder` (made). */
+int fleet_make_corpus(const char *folder, char corpus[FLEET_PATH_BYTES], struct err *err);
+
+/* Start `program`, which lies beside this one, or this one where it is NULL, with its words in the file
+ * `log`. It dies with us. arguments: without the program's name, ending with NULL. */
+pid_t fleet_spawn(const char *program, const char *const *arguments, const char *log, int inherited_fd, struct err *err);
 /* "VmHWM" and the like of /proc/PID/status, in bytes; 0 where there is none. */
 uint64_t fleet_status_bytes(pid_t pid, const char *key);
 
 /* ---- roles of this program ------------------------------------------------------------------- */
 
-/* `bench member FD PLACE`: the fleet is in the memory behind FD. */
+/* `bench member FD PLACE`: the fleet is in the memory behind FD. (`bench trainer --fd FD` is what its
+ * keeper starts.) */
 int fleet_member_main(int argc, char **argv);
 
 /* ---- profile.c ------------------------------------------------------------------------------- */

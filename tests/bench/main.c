@@ -10,6 +10,7 @@
 
 #include "coordinator/commands.h"
 #include "kernels/kernels.h"
+#include "node/trainer.h"
 #include "proto/proto.h"
 #include "tests/bench/bench.h"
 #include "tests/bench/fleet.h"
@@ -50,6 +51,9 @@ static const struct {
     {"step.disk.2", bench_step, 2 + STEP_ON_DISK, true},
     {"step.disk.4", bench_step, 4 + STEP_ON_DISK, true},
     {"handover.2s", bench_handover, 2},
+    {"coordinator", bench_load, 0},
+    {"join", bench_join, 0},
+    {"stall", bench_stall, 0},
     {"handover.60s", bench_handover, 60, true}, /* outer.silence_seconds as it is by default */
 };
 #define CASES (sizeof cases / sizeof *cases)
@@ -163,10 +167,14 @@ static int coordinator_main(int argc, char **argv) {
     return argc > 1 ? coordinator_serve(argc - 1, argv + 1) : 2;
 }
 
+/* As a keeper starts it, which starts the running program. */
+static int run_trainer(int argc, char **argv) { return argc == 3 ? trainer_main(atoi(argv[2])) : 2; }
+
 static const struct {
     const char *name;
     int (*run)(int argc, char **argv);
-} roles[] = {{"coordinator", coordinator_main}, {"member", fleet_member_main}};
+} roles[] = {
+    {"coordinator", coordinator_main}, {"member", fleet_member_main}, {"trainer", run_trainer}};
 
 /* Its exit status, or -1: it is the benchmark. */
 static int play_role(int argc, char **argv) {

@@ -142,8 +142,18 @@ static double last_of(const struct fleet *f, uint32_t round, enum fleet_step ste
 }
 
 struct measured {
-    struct series commit, applied, frozen, cpu, disk, sent;
+    struct series commit, applied, frozen, cpu, cpu_encode, cpu_sum, cpu_apply, disk, sent;
 };
+
+static void measure_member(const struct fleet_moment *step, struct measured *m) {
+    const struct fleet_moment *begin = &step[FLEET_FROZEN], *end = &step[FLEET_APPLIED];
+    series_add(&m->cpu, end->cpu_s - begin->cpu_s);
+    series_add(&m->cpu_encode, step[FLEET_READY].cpu_s - begin->cpu_s);
+    series_add(&m->cpu_sum, step[FLEET_COMMITTED].cpu_s - step[FLEET_READY].cpu_s);
+    series_add(&m->cpu_apply, end->cpu_s - step[FLEET_COMMITTED].cpu_s);
+    series_add(&m->disk, end->disk_s - begin->disk_s);
+    series_add(&m->sent, (double)(end->sent_bytes - begin->sent_bytes) / MB);
+}
 
 static void measure(const struct fleet *f, struct measured *m) {
     *m = (struct measured){{0}};
@@ -152,13 +162,7 @@ static void measure(const struct fleet *f, struct measured *m) {
         series_add(&m->commit, first_of(f, r, FLEET_COMMITTED) - plan);
         series_add(&m->applied, applied - plan);
         series_add(&m->frozen, applied - first_of(f, r, FLEET_FROZEN));
-        for (int i = 0; i < f->members; i++) {
-            const struct fleet_moment *begin = &f->member[i].round[r].step[FLEET_FROZEN],
-                                      *end = &f->member[i].round[r].step[FLEET_APPLIED];
-            series_add(&m->cpu, end->cpu_s - begin->cpu_s);
-            series_add(&m->disk, end->disk_s - begin->disk_s);
-            series_add(&m->sent, (double)(end->sent_bytes - begin->sent_bytes) / MB);
-        }
+        for (int i = 0; i < f->members; i++) measure_member(f->member[i].round[r].step, m);
     }
 }
 
@@ -190,6 +194,8 @@ static void add_costs(struct bench *b, const struct fleet *f, const struct measu
         series_add(&anonymous, (double)f->member[i].memory.anonymous_bytes / MB);
     }
     row_value(b, "    processor, a member and round", "s", &m->cpu, 0);
+    row_note(b, "median: frozen to READY %.2f s, to the commit %.2f s, to applied %.2f s",
+             middle(&m->cpu_encode), middle(&m->cpu_sum), middle(&m->cpu_apply));
     row_value(b, "    waiting for the disk, a member and round", "s", &m->disk, 0);
     row_value(b, "    sent to peers, a member and round", "MB", &m->sent, 0);
     row_value(b, "    peak memory of a member, with mapped files", "MB", &peak, 0);
@@ -217,12 +223,10 @@ static void add_profile(struct bench *b, const struct fleet *f) {
     row_note(b, "busiest: %s", busiest);
 }
 
-static int run_rounds(struct bench *b, int members, bool on_disk, struct fleet *f, char *homes,
-                      struct err *err) {
+static int run_rounds(struct fleet *f, int members, const char *homes, struct err *err) {
     char home[FLEET_PATH_BYTES];
-    (void)b, (void)on_disk;
     for (int i = 0; i < members; i++) {
-        snprintf(home, sizeof home, "%s/member-%d", homes, i);
+        snprintf(home, sizeof home, "%.240s/member-%d", homes, i);
         if (fleet_add(f, home, true, err) < 0) return -1;
     }
     f->rounds = ROUNDS + 1;
@@ -249,7 +253,7 @@ int bench_step(struct bench *b, int what, struct err *err) {
     if (on_disk) snprintf(homes, sizeof homes, "%.240s", folder);
     else if (!mkdtemp(homes)) return err_set_errno(err, "%s", homes);
     struct fleet *f = fleet_create(&(struct fleet_config){.folder = folder, .settings = list}, err);
-    int rc = f ? run_rounds(b, members, on_disk, f, homes, err) : -1;
+    int rc = f ? run_rounds(f, members, homes, err) : -1;
     if (!rc) rc = measure_parts((double)f->member[0].elements, &parts, err);
     if (!rc) {
         snprintf(name, sizeof name, "%d members%s", members, on_disk ? ", on disk" : "");

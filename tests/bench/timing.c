@@ -17,6 +17,11 @@ static double clock_s(clockid_t which) {
 double now_s(void) { return clock_s(CLOCK_MONOTONIC); }
 double cpu_s(void) { return clock_s(CLOCK_PROCESS_CPUTIME_ID); }
 
+void pause_s(double seconds) {
+    struct timespec t = {(time_t)seconds, (long)(1e9 * (seconds - (double)(time_t)seconds))};
+    nanosleep(&t, NULL);
+}
+
 static double started_s;
 
 void start_clock(void) { started_s = now_s(); }

@@ -1,0 +1,129 @@
+/* stall.c - what a checkpoint takes from training: a real trainer and its agent's loop, while the agent
+ * writes the state of the 10m model. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/bench/bench.h"
+#include "tests/bench/fleet.h"
+
+#define CHECKPOINTS 5
+#define WARM_STEPS 20
+#define REST_S 0.5
+#define PATIENCE_S 60.0
+#define ASKED_MS 20
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median_gap(const struct fleet_member *m) {
+    uint32_t n = m->inner_steps, count = 0;
+    double *gap = take_memory(n * sizeof *gap);
+    for (uint32_t i = WARM_STEPS; i < n; i++)
+        gap[count++] = m->inner_step_s[i] - m->inner_step_s[i - 1];
+    qsort(gap, count, sizeof *gap, ascending);
+    double middle_one = gap[count / 2];
+    free(gap);
+    return middle_one;
+}
+
+/* Of the steps that were under way between the two. */
+static double longest_gap(const struct fleet_member *m, double begin, double end) {
+    double longest = 0;
+    for (uint32_t i = 1; i < m->inner_steps; i++) {
+        double gap = m->inner_step_s[i] - m->inner_step_s[i - 1];
+        if (m->inner_step_s[i] > begin && m->inner_step_s[i - 1] < end && gap > longest)
+            longest = gap;
+    }
+    return longest;
+}
+
+static int wait_steps(struct fleet *f, uint32_t steps, struct err *err) {
+    for (double begin = now_s(); f->member[0].inner_steps < steps;) {
+        if (now_s() - begin > PATIENCE_S)
+            return err_set(err, ERR_TIMEOUT, "no inner step %u after %.0f s", steps, PATIENCE_S);
+        if (fleet_wait(f, 0, 1, err)) return -1;
+        pause_s(0.01);
+    }
+    return 0;
+}
+
+struct window {
+    double begin_s, end_s, late_s;
+};
+
+static int without(struct fleet *f, double seconds, struct window *w, struct err *err) {
+    struct fleet_member *m = &f->member[0];
+    m->forget_late = true;
+    w->begin_s = now_s();
+    pause_s(seconds);
+    w->end_s = now_s();
+    w->late_s = m->late_s;
+    return wait_steps(f, m->inner_steps + 2, err);
+}
+
+static int with(struct fleet *f, struct window *w, struct err *err) {
+    struct fleet_member *m = &f->member[0];
+    m->forget_late = true;
+    pause_s(REST_S);
+    for (uint32_t n = ++m->checkpoints_wanted; m->checkpoints < n; pause_s(0.001)) {
+        if (fleet_wait(f, 0, 1, err)) return -1;
+        if (now_s() - m->checkpoint_begin_s > PATIENCE_S && m->checkpoint_begin_s > 0)
+            return err_set(err, ERR_TIMEOUT, "no checkpoint after %.0f s", PATIENCE_S);
+    }
+    *w = (struct window){m->checkpoint_begin_s, m->checkpoint_end_s, m->late_s};
+    return wait_steps(f, m->inner_steps + 2, err);
+}
+
+static void add_rows(struct bench *b, const struct fleet *f, const struct window *quiet,
+                     const struct window *writing) {
+    const struct fleet_member *m = &f->member[0];
+    struct series stall = {0}, calm = {0}, late = {0}, calm_late = {0}, took = {0};
+    double median = median_gap(m);
+    for (int i = 0; i < CHECKPOINTS; i++) {
+        series_add(&stall, 1e3 * (longest_gap(m, writing[i].begin_s, writing[i].end_s) - median));
+        series_add(&calm, 1e3 * (longest_gap(m, quiet[i].begin_s, quiet[i].end_s) - median));
+        series_add(&late, 1e3 * writing[i].late_s);
+        series_add(&calm_late, 1e3 * quiet[i].late_s);
+        series_add(&took, writing[i].end_s - writing[i].begin_s);
+    }
+    row_value(b, "checkpoint of 10m: training held up, longest step", "ms", &stall, ASKED_MS);
+    row_note(b, "more than the median step's %.1f ms; without a checkpoint best %.2f, median %.2f ms",
+             1e3 * median, smallest(&calm), middle(&calm));
+    row_value(b, "    the agent's loop held up, longest turn", "ms", &late, ASKED_MS);
+    row_note(b, "without a checkpoint best %.2f, median %.2f ms; a checkpoint took %.2f s",
+             smallest(&calm_late), middle(&calm_late), middle(&took));
+}
+
+static int run(struct bench *b, struct fleet *f, const char *folder, const char *corpus,
+               struct err *err) {
+    char home[FLEET_PATH_BYTES + 16];
+    struct window quiet[CHECKPOINTS], writing[CHECKPOINTS];
+    struct fleet_member *m = &f->member[0];
+    snprintf(home, sizeof home, "%s/member", folder);
+    snprintf(m->corpus, sizeof m->corpus, "%s", corpus);
+    m->threads = b->cores > 1 ? b->cores - 1 : 1; /* a core for the agent, where there are two */
+    if (fleet_add(f, home, true, err) < 0 || wait_steps(f, WARM_STEPS, err)) return -1;
+    for (int i = 0; i < CHECKPOINTS; i++) {
+        if (with(f, &writing[i], err)) return -1;
+        if (without(f, writing[i].end_s - writing[i].begin_s, &quiet[i], err)) return -1;
+    }
+    add_rows(b, f, quiet, writing);
+    return 0;
+}
+
+int bench_stall(struct bench *b, int unused, struct err *err) {
+    static const char *const settings[] = {
+        "model.preset=10m", "model.sequence=64", "inner.batch=1", "outer.inner_steps=1000000",
+        "outer.round_seconds=86400", "outer.lease_samples=100000", NULL};
+    char folder[FLEET_PATH_BYTES], corpus[FLEET_PATH_BYTES];
+    (void)unused;
+    snprintf(folder, sizeof folder, "%.200s/stall", b->folder);
+    if (fleet_make_corpus(folder, corpus, err)) return -1;
+    struct fleet *f = fleet_create(&(struct fleet_config){folder, corpus, settings}, err);
+    int rc = f ? run(b, f, folder, corpus, err) : -1;
+    fleet_destroy(f);
+    return rc;
+}
