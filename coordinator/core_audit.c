@@ -301,11 +301,13 @@ void core_on_audit_report(struct core *c, struct member *m, const struct frame *
                   msg->chunk, WHO_OF(m));
 }
 
-/* An accusation is taken from who sums the chunk, of who contributes to it; one at a time. */
+/* An accusation is taken from who sums the chunk and has not reported it, of who contributes to it;
+ * one at a time, and a few in a round: the commit waits for what comes of it. */
 static bool is_plausible(const struct core *c, const struct round *r, const struct member *m,
                          const struct msg_accuse *msg) {
     const struct member *accused = core_member(c, msg->member);
     const struct shard *s = core_shard_of(&r->plan, msg->chunk);
+    if (r->phase != ROUND_REDUCE || core_part(r, m)->accusations >= CORE_ACCUSATIONS_MAX) return false;
     if (!accused || accused == m || s->where.aggregator != m->id || m->distrusted ||
         core_contributor_index(&r->plan, msg->member) < 0 || !core_part(r, accused)->present)
         return false;
@@ -327,6 +329,7 @@ void core_on_accuse(struct core *c, struct member *m, const struct frame *f,
                                                    .accuser = m->id,
                                                    .accused = msg->member});
     if (!a) return;
+    core_part(r, m)->accusations++;
     proto_set_add(a->set, (uint32_t)core_contributor_index(&r->plan, msg->member));
     if (!begin_audit(c, r, a, now_ms, out)) end_audit(r, a);
 }

@@ -163,6 +163,7 @@ static void finish_commit(struct core *c, struct round *r, const struct draft *d
         struct part *p = core_part(r, &c->members[i]);
         core_forget_ready(p);
         p->avoid = p->due_told = false;
+        p->accusations = 0;
     }
     core_return_leases(c, b);
     core_log(out, CORE_INFO,

@@ -47,6 +47,7 @@
 #define CORE_LR_ROUNDS         8u     /* whose weights are the measure of the next one */
 #define CORE_MISSED_ROUNDS_MAX 3u     /* summed nowhere so often running: not waited for any more */
 #define CORE_UNFOUNDED_MAX     4u     /* accusations; more, and the accuser is avoided */
+#define CORE_ACCUSATIONS_MAX   4u     /* of one member in one round: each may hold it up */
 #define CORE_INQUIRIES_MAX     8u     /* differing roots that are looked into at once */
 #define CORE_TAKEOVER_BYTES_MAX (64u << 20) /* of entries taken over at once; more follow later */
 #define CORE_TERM_STEP_MAX     (1u << 20) /* a term further ahead than this is nobody's */
@@ -90,6 +91,7 @@ struct part {
     bool lost;    /* its member has announced another one since: these bytes are gone */
     bool due_told;
     bool avoid; /* as aggregator or holder, until the round commits */
+    uint32_t accusations; /* of others, until the round commits */
     struct msg_ready msg;
     /* Samples of the member that were spent and have no weight in this fragment yet. It outlives
      * rounds; together with the claims that are not spent it limits what a contribution weighs. */
@@ -411,8 +413,10 @@ void core_lose(struct core *c, struct member *m, enum err_code code, const char 
                struct core_actions *out);
 /* Lose whoever was silent for too long; `stopped`: we were, so nobody is judged. */
 void core_judge(struct core *c, bool stopped, uint64_t now_ms, struct core_actions *out);
-/* Bytes a second that m is taken for: of the middle where nothing was measured, and within bounds. */
-double core_uplink(const struct core *c, const struct member *m);
+/* The median of what is known of the members that serve. */
+double core_middle_uplink(const struct core *c);
+/* Bytes a second that m is taken for: the median where nothing was measured, and within bounds. */
+double core_uplink(const struct member *m, double middle);
 /* Milliseconds of the median inner step of the live trainers; 0 = nobody said. */
 double core_step_ms(const struct core *c);
 

@@ -118,6 +118,7 @@ void core_put_right(struct core *c, struct core_actions *out) {
                  "again",
                  LLU(samples));
     for (uint32_t i = 0; i < c->stale_count; i++) core_rewrite_lease(c, c->stale[i], &b);
+    core_return_leases(c, &b); /* of who was put aside a moment before we died */
     core_emit_persist(out, &b);
     interval_release(&c->leased_at_load);
 }

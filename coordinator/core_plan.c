@@ -131,10 +131,11 @@ static int by_uplink(const void *a, const void *b) {
 static uint32_t find_candidates(const struct core *c, const struct shard_choice *choice,
                                 bool avoided_too, struct candidate *list) {
     uint32_t n = 0;
+    double middle = core_middle_uplink(c);
     for (uint32_t i = 0; i < c->member_count; i++) {
         const struct member *m = &c->members[i];
         if (!can_serve(choice, m) || !m->port || (!avoided_too && is_avoided(choice, m))) continue;
-        list[n++] = (struct candidate){m, core_uplink(c, m), core_is_own(c, m)};
+        list[n++] = (struct candidate){m, core_uplink(m, middle), core_is_own(c, m)};
     }
     qsort(list, n, sizeof *list, by_uplink);
     return n;

@@ -52,13 +52,16 @@ static void take_rate(struct core *c, const struct member *receiver, const struc
     m->uplink = m->uplink > 0 ? m->uplink + RATE_WEIGHT * (now - m->uplink) : now;
 }
 
-double core_uplink(const struct core *c, const struct member *m) {
+double core_middle_uplink(const struct core *c) {
     double values[PROTO_MEMBERS_MAX];
     uint32_t n = 0;
     for (uint32_t i = 0; i < c->member_count; i++)
         if (core_serves(&c->members[i]) && c->members[i].uplink > 0)
             values[n++] = c->members[i].uplink;
-    double middle = n ? median(values, n) : 1;
+    return n ? median(values, n) : 1;
+}
+
+double core_uplink(const struct member *m, double middle) {
     double uplink = m->uplink > 0 ? m->uplink : middle;
     return uplink < CORE_UPLINK_CAP * middle ? uplink : CORE_UPLINK_CAP * middle;
 }

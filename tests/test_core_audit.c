@@ -358,6 +358,12 @@ static void accusations_without_ground_cost_the_accuser_its_place(void **state) 
     struct fake *liar = &r->fake[3];
     for (uint32_t i = 0; i < 5; i++) {
         struct msg_audit a;
+        if (i == 4) { /* so many a round; each holds it up */
+            accuse(r, liar, i, r->fake[5].id);
+            assert_null(sent(r, NULL, MSG_AUDIT));
+            commit_in(r, 0);
+            for (int j = 2; j <= 6; j++) be_ready(r, &r->fake[j], 8);
+        }
         accuse(r, liar, i, r->fake[5].id);
         struct fake *f = auditor(r, &a);
         assert_non_null(f);
@@ -437,6 +443,24 @@ static void a_quarantine_outlives_us_and_is_lifted_by_the_operator(void **state)
     assert_false(member(r, f).quarantined);
 }
 
+/* We die between the entry and the leases' rows: nobody could ever train on its samples again. */
+static void leases_of_the_quarantined_go_back_at_a_restart_too(void **state) {
+    struct rig *r = *state;
+    start_audited(r, CHUNKS, 3);
+    ask(r, &r->fake[3], 8);
+    report_with(r, 5);
+    struct msg_audit a = {.chunk = 5};
+    struct digest leaf = right_leaf(r, 5);
+    uint64_t free_before = look(r).samples_free;
+    r->die_in = r->steps + 1;
+    r->die_after = 1; /* as far as the entry */
+    say_audited(r, &r->fake[1], &a, r->fake[3].plan, &leaf, 0);
+    assert_int_equal(r->out.list[0].type, CORE_ACT_PERSIST);
+    load(r);
+    assert_true(member(r, &r->fake[3]).quarantined);
+    assert_int_equal(look(r).samples_free, free_before + 16);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_round_commits_when_the_audit_finds_the_same),
@@ -457,6 +481,7 @@ int main(void) {
         T(accusations_by_those_who_do_not_sum_are_ignored),
         T(a_members_word_against_a_contributor_needs_a_second_one),
         T(a_quarantine_outlives_us_and_is_lifted_by_the_operator),
+        T(leases_of_the_quarantined_go_back_at_a_restart_too),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
