@@ -45,7 +45,7 @@ static void catchup_forget_chunks(struct sync *s, const uint8_t *chunks) {
 
 static void drop_ready(struct catchup *cu) {
     for (uint32_t i = 0; i < cu->ready_count; i++) free(cu->ready[i].data);
-    cu->ready_count = 0;
+    cu->ready_count = cu->verified_count = 0;
     cu->window = 0;
 }
 
@@ -89,7 +89,6 @@ static void forget_questions(struct sync *s) {
         cu->window -= state_bytes(s, c);
     }
     cu->asked_ms = 0;
-    cu->early = false;
 }
 
 static uint32_t donor_now(const struct catchup *cu) {
@@ -107,8 +106,23 @@ static void next_donor(struct sync *s) {
 }
 
 void catchup_on_root(struct sync *s, const struct msg_root *msg) {
-    ledger_note_root(s, msg->index, &msg->root);
-    if (s->catchup.early) forget_questions(s); /* what came too early is asked for again */
+    ledger_note_root(s, msg->index, &msg->root); /* chunks that came too early are judged in the pump */
+}
+
+/* The state it goes back to: from what is here, the checkpoint, or members that have it by then. */
+int catchup_rewind(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    struct digest root;
+    if (cu->asked) forget_questions(s);
+    drop_ready(cu);
+    cu->no_origin = false;
+    cu->progress_ms = s->now;
+    s->state.told = false;
+    if (state_rewind(s)) return -1;
+    if (s->state.whole && ledger_root(s, s->state.index, &root) &&
+        !digest_equal(&root, &s->state.root))
+        catchup_forget_state(s);
+    return s->failure.code ? -1 : 0;
 }
 
 /* The referee knows which chunks are wrong, or that some are. */
@@ -142,6 +156,17 @@ static bool is_ready(const struct catchup *cu, uint32_t chunk) {
     return false;
 }
 
+/* A donor's state is of use from here on: what came later can be applied to it. */
+static uint64_t index_min(struct sync *s) {
+    const struct commit *c;
+    uint64_t min = s->ledger.rewind.index;
+    for (uint32_t i = 0; (c = ledger_recent(s, i)); i++) {
+        if (c->unavailable) return c->index;
+        min = c->index;
+    }
+    return min;
+}
+
 static void ask_donor(struct sync *s, struct peer *p) {
     struct catchup *cu = &s->catchup;
     size_t bytes = bitmap_bytes(s->chunk_count);
@@ -157,7 +182,7 @@ static void ask_donor(struct sync *s, struct peer *p) {
         cu->window += state_bytes(s, c);
         n++;
     }
-    struct msg_state_get get = {.index_min = ledger_head_version(s),
+    struct msg_state_get get = {.index_min = index_min(s),
                                 .chunks = {chunks, (uint32_t)bytes}};
     if (n) {
         peer_send(s, p, MSG_STATE_GET, s->term, 0, &get, bytes);
@@ -175,14 +200,67 @@ static void ask_donors(struct sync *s) {
         if (s->connected) sync_disconnect(s, "no donor has the state; asking for others");
         return;
     }
-    struct digest root;
-    if (cu->donor_count == 0 || !ledger_root(s, ledger_head_version(s), &root)) return;
+    if (cu->donor_count == 0) return;
     if (cu->asked_ms && s->now - cu->asked_ms >= 2 * s->outer->heartbeat_ms) next_donor(s);
     if (s->now < cu->rest_ms || (cu->outstanding && cu->window > SYNC_WINDOW_BYTES / 2)) return;
     struct peer *p = peer_link(s, donor_now(cu));
     if (p && p->open) ask_donor(s, p);
     else if (!peer_reachable(s, donor_now(cu))) cu->turn++;
     else if (!cu->asked_ms) cu->asked_ms = s->now; /* the link is being made */
+}
+
+/* ---- judging ---------------------------------------------------------------------------- */
+
+enum verdict { IS_RIGHT, IS_WRONG, IS_EARLY, IS_USELESS };
+
+static enum verdict judge(struct sync *s, const struct donor_chunk *d) {
+    struct digest root;
+    if (d->index > ledger_head_version(s)) return IS_EARLY;
+    uint64_t version = ledger_version(s, s->place[d->chunk].fragment, d->index);
+    if (version == SYNC_MISSING) return IS_USELESS; /* from before a rewind, or too long ago */
+    if (version != d->version) return IS_WRONG;
+    if (!ledger_root(s, d->index, &root)) return IS_EARLY;
+    size_t half = chunk_elements(s, d->chunk) * sizeof(float);
+    struct digest leaf = digest_leaf2(d->chunk, d->data, half, d->data + half, half);
+    bool right = digest_tree_verify(&root, &leaf, d->chunk, s->chunk_count, d->path, d->path_count);
+    return right ? IS_RIGHT : IS_WRONG;
+}
+
+static void forget_chunk(struct sync *s, uint32_t i) {
+    struct catchup *cu = &s->catchup;
+    cu->window -= state_bytes(s, cu->ready[i].chunk);
+    cu->verified_count -= cu->ready[i].verified;
+    free(cu->ready[i].data);
+    cu->ready[i] = cu->ready[--cu->ready_count];
+}
+
+/* Chunk i of what was received: keep it or not. */
+static void judge_chunk(struct sync *s, uint32_t i) {
+    struct catchup *cu = &s->catchup;
+    struct donor_chunk *d = &cu->ready[i];
+    struct peer *p = peer_find(s, d->peer);
+    switch (judge(s, d)) {
+    case IS_RIGHT:
+        d->verified = true;
+        cu->verified_count++;
+        cu->progress_ms = s->now;
+        return;
+    case IS_EARLY:
+        if (s->now - d->came_ms < SYNC_EARLY_HEARTBEATS * (uint64_t)s->outer->heartbeat_ms) return;
+        break; /* the donor has a newer one by now */
+    case IS_WRONG:
+        forget_chunk(s, i);
+        if (p && p->open) peer_close(s, p, "a chunk of its state is not the run's");
+        return;
+    case IS_USELESS: break;
+    }
+    forget_chunk(s, i);
+}
+
+static void judge_early(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    for (uint32_t i = cu->ready_count; i-- > 0;)
+        if (i < cu->ready_count && !cu->ready[i].verified) judge_chunk(s, i);
 }
 
 static void say_catching_up(struct sync *s, bool begins) {
@@ -197,6 +275,7 @@ static void say_catching_up(struct sync *s, bool begins) {
 void catchup_pump(struct sync *s) {
     struct catchup *cu = &s->catchup;
     bool busy = catchup_busy(s);
+    if (cu->ready_count > cu->verified_count) judge_early(s);
     if (busy != cu->busy && s->ledger.commit_count) say_catching_up(s, busy);
     cu->busy = busy;
     if (!s->synced || !busy) {
@@ -204,55 +283,47 @@ void catchup_pump(struct sync *s) {
         return;
     }
     if (!cu->asked && !(cu->asked = sync_alloc(s, bitmap_bytes(s->chunk_count), 1))) return;
-    cu->initialising = s->ledger.commit_count == 0 && s->state.missing > 0;
+    cu->initialising = s->ledger.head_version == s->ledger.rewind.index && s->state.missing > 0 &&
+                       !cu->no_origin;
     if (!cu->initialising) ask_donors(s);
 }
 
 /* ---- answers ---------------------------------------------------------------------------- */
 
-static bool state_is_right(struct sync *s, const struct msg_state *msg, const struct digest *root) {
-    size_t half = chunk_elements(s, msg->chunk) * sizeof(float);
-    if (msg->data.length != 2 * half ||
-        msg->version != ledger_version(s, s->place[msg->chunk].fragment, msg->index))
-        return false;
-    struct digest leaf = digest_leaf2(msg->chunk, msg->data.data, half, msg->data.data + half,
-                                      half);
-    return digest_tree_verify(root, &leaf, msg->chunk, s->chunk_count, msg->path, msg->path_count);
-}
-
-static void keep_chunk(struct sync *s, const struct msg_state *msg) {
+static bool keep_chunk(struct sync *s, const struct peer *p, const struct msg_state *msg) {
     struct catchup *cu = &s->catchup;
-    if (sync_grow(s, &cu->ready, cu->ready_count, &cu->ready_capacity, sizeof *cu->ready)) return;
-    struct donor_chunk d = {
-        .chunk = msg->chunk, .version = msg->version, .data = sync_alloc(s, msg->data.length, 1)};
-    if (!d.data) return;
-    memcpy(d.data, msg->data.data, msg->data.length);
-    cu->ready[cu->ready_count++] = d;
+    if (sync_grow(s, &cu->ready, cu->ready_count, &cu->ready_capacity, sizeof *cu->ready))
+        return false;
+    struct donor_chunk *d = &cu->ready[cu->ready_count];
+    *d = (struct donor_chunk){.chunk = msg->chunk,
+                              .peer = p->id,
+                              .version = msg->version,
+                              .index = msg->index,
+                              .came_ms = s->now,
+                              .path_count = msg->path_count,
+                              .data = sync_alloc(s, msg->data.length, 1)};
+    if (!d->data) return false;
+    memcpy(d->path, msg->path, msg->path_count * sizeof *msg->path);
+    memcpy(d->data, msg->data.data, msg->data.length);
     cu->window += msg->data.length;
-    cu->progress_ms = s->now;
+    cu->ready_count++;
+    return true;
 }
 
 void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *msg) {
     struct catchup *cu = &s->catchup;
-    struct digest root;
     if (!cu->asked || msg->chunk >= s->chunk_count || !proto_set_has(cu->asked, msg->chunk)) return;
-    if (msg->index > ledger_head_version(s) || !ledger_root(s, msg->index, &root)) {
-        /* the donor is ahead of what we were told */
-        cu->early = true;
-        return;
-    }
     proto_set_del(cu->asked, msg->chunk);
     cu->outstanding--;
     cu->window -= state_bytes(s, msg->chunk);
     cu->asked_ms = s->now;
-    bool newer = s->state.version[msg->chunk] == SYNC_MISSING ||
-                 msg->version > s->state.version[msg->chunk];
-    if (!newer) return;
-    if (!state_is_right(s, msg, &root)) {
-        peer_close(s, p, "a chunk of its state is not the run's");
+    uint64_t have = s->state.version[msg->chunk];
+    if (msg->data.length != state_bytes(s, msg->chunk) || msg->path_count > DIGEST_PATH_MAX) {
+        peer_close(s, p, "a chunk of its state has another size");
         return;
     }
-    keep_chunk(s, msg);
+    if (have != SYNC_MISSING && msg->version <= have) return;
+    if (keep_chunk(s, p, msg)) judge_chunk(s, cu->ready_count - 1);
 }
 
 void catchup_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
@@ -279,9 +350,9 @@ bool catchup_has_work(struct sync *s) {
     const struct catchup *cu = &s->catchup;
     if (!trainer_takes_changes(s)) return false;
     if (cu->initialising && s->state.missing) return true;
-    return cu->ready_count &&
+    return cu->verified_count &&
            (cu->outstanding == 0 ||
-            (uint64_t)cu->ready_count * s->chunk_elements >= SYNC_BATCH_ELEMENTS);
+            (uint64_t)cu->verified_count * s->chunk_elements >= SYNC_BATCH_ELEMENTS);
 }
 
 static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor,
@@ -297,33 +368,28 @@ static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor,
     apply_follow(s, chunk, summed);
 }
 
+/* Verified ones first, and they by chunk. */
 static int by_chunk(const void *a, const void *b) {
     const struct donor_chunk *x = a, *y = b;
+    if (x->verified != y->verified) return x->verified ? -1 : 1;
     return x->chunk < y->chunk ? -1 : x->chunk > y->chunk;
 }
 
 /* Results may have brought a chunk forward while a donor was sending it. */
-static uint32_t drop_outdated(struct sync *s) {
+static void drop_outdated(struct sync *s) {
     struct catchup *cu = &s->catchup;
-    uint32_t kept = 0;
-    for (uint32_t i = 0; i < cu->ready_count; i++) {
-        struct donor_chunk *d = &cu->ready[i];
-        uint64_t version = s->state.version[d->chunk];
-        if (version == SYNC_MISSING || d->version > version) {
-            cu->ready[kept++] = *d;
-        } else {
-            cu->window -= state_bytes(s, d->chunk);
-            free(d->data);
-        }
+    for (uint32_t i = cu->ready_count; i-- > 0;) {
+        uint64_t version = s->state.version[cu->ready[i].chunk];
+        if (version != SYNC_MISSING && cu->ready[i].version <= version) forget_chunk(s, i);
     }
-    return cu->ready_count = kept;
 }
 
 static int store_ready(struct sync *s) {
     struct catchup *cu = &s->catchup;
-    uint32_t chunks[SYNC_BATCH_CHUNKS], n = drop_outdated(s),
-                                        most = SYNC_BATCH_ELEMENTS / s->chunk_elements + 1;
+    uint32_t chunks[SYNC_BATCH_CHUNKS], n, most = SYNC_BATCH_ELEMENTS / s->chunk_elements + 1;
     uint64_t versions[SYNC_BATCH_CHUNKS];
+    drop_outdated(s);
+    n = cu->verified_count;
     if (most > SYNC_BATCH_CHUNKS) most = SYNC_BATCH_CHUNKS;
     if (n > most) n = most;
     if (n == 0) return 0;
@@ -343,29 +409,45 @@ static int store_ready(struct sync *s) {
     }
     memmove(cu->ready, cu->ready + n, (cu->ready_count - n) * sizeof *cu->ready);
     cu->ready_count -= n;
+    cu->verified_count -= n;
     return state_change_end(s, chunks, versions, n);
 }
 
-/* The initial anchor; its momentum is zero. */
+/* Of the first state, or that of the newest rewind; where it cannot be had here, no_origin says so. */
+static int load_chunk(struct sync *s, uint32_t chunk) {
+    const struct ledger *l = &s->ledger;
+    size_t first = chunk_first(s, chunk), count = chunk_elements(s, chunk);
+    struct err err = {0};
+    if (s->config.load(s->config.load_arg, l->rewind.index ? &l->rewind.to : NULL, first, count,
+                       s->state.anchor + first, s->state.momentum + first, &err) == 0)
+        return 0;
+    if (err.code == ERR_NOT_FOUND) {
+        sync_log(s, SYNC_INFO, "asking members for the state: %.200s", err.msg);
+        s->catchup.no_origin = true;
+        return 0;
+    }
+    s->failure = err;
+    return -1;
+}
+
 static int initialise(struct sync *s) {
     uint32_t chunks[SYNC_BATCH_CHUNKS] = {0}, n = 0;
-    uint64_t versions[SYNC_BATCH_CHUNKS] = {0};
+    uint64_t versions[SYNC_BATCH_CHUNKS];
     size_t elements = 0;
     for (uint32_t c = 0;
          c < s->chunk_count && n < SYNC_BATCH_CHUNKS && elements < SYNC_WORK_ELEMENTS; c++) {
         if (s->state.version[c] != SYNC_MISSING) continue;
+        versions[n] = s->ledger.rewind.index;
         chunks[n++] = c;
         elements += chunk_elements(s, c);
     }
     if (state_change_begin(s, chunks, n)) return -1;
-    for (uint32_t i = 0; i < n; i++) {
-        size_t first = chunk_first(s, chunks[i]), count = chunk_elements(s, chunks[i]);
-        if (s->config.load(s->config.load_arg, NULL, first, count, s->state.anchor + first,
-                           s->state.momentum + first, &s->failure))
-            return -1;
-    }
-    if (state_change_end(s, chunks, versions, n)) return -1;
-    if (s->state.missing == 0) s->catchup.initialising = false;
+    uint32_t loaded = 0;
+    while (loaded < n && !s->catchup.no_origin)
+        if (load_chunk(s, chunks[loaded])) return -1;
+        else loaded += !s->catchup.no_origin;
+    if (loaded && state_change_end(s, chunks, versions, loaded)) return -1;
+    if (s->state.missing == 0 || loaded < n) s->catchup.initialising = false;
     return 0;
 }
 

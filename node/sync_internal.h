@@ -45,6 +45,7 @@
 #define SYNC_LEDGER_SEGMENT    64u /* entries in one blob */
 #define SYNC_LEDGER_FRAME_BYTES (2u << 20) /* about, in one LEDGER that we send */
 #define SYNC_DONORS_MAX        16u
+#define SYNC_EARLY_HEARTBEATS  4u /* so long a chunk of state waits for its root */
 #define SYNC_MOMENTS_TRIES_MAX 3u
 
 #ifdef SIM_FAULTS
@@ -86,9 +87,15 @@ struct ledger {
     uint32_t count, capacity, saved;
     struct commit commits[SYNC_COMMITS_KEPT]; /* the i-th of the run at i % SYNC_COMMITS_KEPT */
     uint64_t commit_count;                    /* of all fragments so far */
+    uint32_t commits_kept;                    /* the newest so many; none from before a rewind */
     uint64_t rounds[PROTO_FRAGMENTS_MAX];     /* commits of each fragment so far */
-    uint64_t last[PROTO_FRAGMENTS_MAX];       /* ledger index of its last one; 0 = none */
+    uint64_t last[PROTO_FRAGMENTS_MAX];       /* index of its last one, or of the rewind; 0 = none */
     uint64_t head_version;                    /* the newest of these */
+    struct {
+        uint64_t index;                     /* of the newest rewind; 0 = none */
+        uint64_t base[PROTO_FRAGMENTS_MAX]; /* versions in the state it goes back to */
+        struct msg_checkpoint to;           /* owned */
+    } rewind;
     uint64_t roster_version;
     struct known_root root[SYNC_ROOTS_KEPT]; /* ring */
     uint32_t root_count;                     /* ever noted */
@@ -274,9 +281,14 @@ struct fetch {
     uint64_t progress_ms;
 };
 
+/* A chunk as a donor showed it. Its state may be newer than the ledger we have or the roots we know: then
+ * it waits to be judged. */
 struct donor_chunk {
-    uint32_t chunk;
-    uint64_t version;
+    uint32_t chunk, peer;
+    uint64_t version, index, came_ms;
+    bool verified;
+    struct msg_digest_item path[DIGEST_PATH_MAX];
+    uint32_t path_count;
     uint8_t *data; /* anchor, then momentum */
 };
 struct catchup {
@@ -284,12 +296,12 @@ struct catchup {
     uint8_t *asked; /* bitmap over the state: asked for, not received */
     uint32_t outstanding;
     uint64_t asked_ms, progress_ms, rest_ms; /* rest: no question before */
-    struct donor_chunk *ready;               /* verified, not stored */
-    uint32_t ready_count, ready_capacity;
+    struct donor_chunk *ready;               /* received, not stored */
+    uint32_t ready_count, ready_capacity, verified_count;
     size_t window;
-    bool early;        /* a chunk came whose root we do not know yet */
     bool busy;         /* as last seen */
-    bool initialising; /* the initial state is being derived from the genesis */
+    bool initialising; /* the first state, or the one of a rewind, is being read or derived here */
+    bool no_origin;    /* that cannot be done here */
 };
 
 /* What goes on with a member about one fragment. */
@@ -476,6 +488,9 @@ int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *ver
 /* Every chunk is missing from now on; or those in the bitmap. */
 int state_forget(struct sync *s);
 int state_forget_chunks(struct sync *s, const uint8_t *chunks);
+/* After a rewind, also one that this process finds in its ledger: chunks that are as the rewind says take its
+ * version, others from before it are missing. */
+int state_rewind(struct sync *s);
 bool state_current(struct sync *s); /* whole and at the head of the ledger we have */
 void state_survey(struct sync *s);
 
@@ -607,6 +622,8 @@ void apply_follow(struct sync *s, uint32_t chunk, bool summed);
 
 void catchup_set_donors(struct sync *s, const struct msg_address *list, uint32_t count,
                         bool replace);
+/* The run went back to a checkpoint. */
+int catchup_rewind(struct sync *s);
 /* The state proved wrong: everything comes from others. */
 void catchup_forget_state(struct sync *s);
 /* The agreed root of a state became known. */

@@ -11,7 +11,7 @@
 
 struct commit *ledger_recent(struct sync *s, uint32_t i) {
     struct ledger *l = &s->ledger;
-    if (i >= l->commit_count || i >= SYNC_COMMITS_KEPT) return NULL;
+    if (i >= l->commits_kept) return NULL;
     return &l->commits[(l->commit_count - 1 - i) % SYNC_COMMITS_KEPT];
 }
 
@@ -144,6 +144,7 @@ static int keep_commit(struct sync *s, const struct msg_entry *e, const struct m
     c->term = e->term;
     c->seen_ms = s->now;
     l->commit_count++;
+    if (l->commits_kept < SYNC_COMMITS_KEPT) l->commits_kept++;
     l->rounds[body->fragment]++;
     l->last[body->fragment] = l->head_version = e->index;
     ledger_note_root(s, body->state_index, &body->state_root);
@@ -158,6 +159,37 @@ static int take_commit(struct sync *s, const struct msg_entry *e, struct err *er
     int rc = check_commit(s, &body, err);
     if (rc == 0) rc = keep_commit(s, e, &body, err);
     proto_decoded_release(RECORD_commit, &body);
+    return rc;
+}
+
+/* The commits after the checkpoint never were. What the state of its index looked like is noted: chunks
+ * that still have that version need only a new label. */
+static int go_back(struct sync *s, uint64_t index, const struct msg_rewind *body, struct err *err) {
+    struct ledger *l = &s->ledger;
+    const struct msg_checkpoint *to = body->to_count == 1 ? body->to : NULL;
+    struct msg_checkpoint copy = {0};
+    if (!to || to->at_index > l->head_version)
+        return err_set(err, ERR_CORRUPT, "entry %llu goes back to no state of this run",
+                       (unsigned long long)index);
+    if (proto_copy(RECORD_checkpoint, to, &copy, err)) return -1;
+    proto_copy_release(RECORD_checkpoint, &l->rewind.to);
+    l->rewind.to = copy;
+    l->rewind.index = index;
+    for (uint32_t f = 0; f < s->fragment_count; f++)
+        l->rewind.base[f] = ledger_version(s, f, to->at_index);
+    for (uint32_t f = 0; f < s->fragment_count; f++) l->last[f] = index;
+    l->head_version = index;
+    l->commits_kept = 0;
+    s->tokens_committed = to->tokens_committed;
+    ledger_note_root(s, index, &to->state_root);
+    return 0;
+}
+
+static int take_rewind(struct sync *s, const struct msg_entry *e, struct err *err) {
+    struct msg_rewind body;
+    if (proto_decode(e->body.data, e->body.length, RECORD_rewind, &body, err)) return -1;
+    int rc = go_back(s, e->index, &body, err);
+    proto_decoded_release(RECORD_rewind, &body);
     return rc;
 }
 
@@ -178,6 +210,7 @@ static int take_entry(struct sync *s, const struct msg_signed_entry *e, struct e
     struct msg_entry entry = {0};
     int rc = ledger_chain_take(&s->ledger.chain, e, &entry, err);
     if (rc == 0 && entry.kind == LEDGER_COMMIT) rc = take_commit(s, &entry, err);
+    if (rc == 0 && entry.kind == LEDGER_REWIND) rc = take_rewind(s, &entry, err);
     if (rc == 0 && store_entry(s, e)) return -1; /* no memory: the machine stops */
     if (rc) s->ledger.chain = before;
     proto_decoded_release(RECORD_entry, &entry);
@@ -244,6 +277,7 @@ static int load_segment(struct sync *s, uint32_t segment, bool *full) {
 int ledger_load(struct sync *s) {
     bool full = true;
     ledger_chain_init(&s->ledger.chain, &s->config.run);
+    if (s->genesis.init_from_count) ledger_note_root(s, 0, &s->genesis.init_from->state_root);
     for (uint32_t segment = 0; full; segment++)
         if (load_segment(s, segment, &full)) return -1;
     s->ledger.saved = s->ledger.count;
@@ -256,10 +290,25 @@ void ledger_release(struct sync *s) {
     free(l->entries);
     for (uint32_t i = 0; i < SYNC_COMMITS_KEPT; i++)
         proto_copy_release(RECORD_commit, &l->commits[i].body);
+    proto_copy_release(RECORD_checkpoint, &l->rewind.to);
     *l = (struct ledger){0};
 }
 
 /* ---- messages --------------------------------------------------------------------------- */
+
+/* The run went back: work, contributions, leases and plans of what never was are void. */
+static int after_rewind(struct sync *s) {
+    sync_log(s, SYNC_WARNING, "the run goes back to the state at ledger index %llu",
+             (unsigned long long)s->ledger.rewind.to.at_index);
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        plan_release(s, f);
+        contribution_drop(s, f);
+    }
+    s->leases.count = 0;
+    trainer_lose_work(s, "the run went back to a checkpoint");
+    if (s->residual) memset(s->residual, 0, s->config.elements * sizeof *s->residual);
+    return catchup_rewind(s);
+}
 
 /* Commits came: what was meant for the rounds before them is void. */
 static void after_commits(struct sync *s) {
@@ -272,7 +321,7 @@ static void after_commits(struct sync *s) {
 }
 
 int ledger_on_entries(struct sync *s, const struct msg_ledger *msg) {
-    uint64_t commits = s->ledger.commit_count;
+    uint64_t commits = s->ledger.commit_count, rewind = s->ledger.rewind.index;
     struct err err = {0};
     for (uint32_t i = 0; i < msg->entries_count; i++) {
         if (take_entry(s, &msg->entries[i], &err) == 0 || err.code == ERR_STALE) continue;
@@ -282,6 +331,7 @@ int ledger_on_entries(struct sync *s, const struct msg_ledger *msg) {
         break;
     }
     if (ledger_save(s)) return -1;
+    if (s->ledger.rewind.index != rewind && after_rewind(s)) return -1;
     if (s->ledger.commit_count != commits) after_commits(s);
     return 0;
 }

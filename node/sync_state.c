@@ -74,6 +74,20 @@ static int flush_index(struct sync *s, uint32_t first, uint32_t count) {
                          count * sizeof(struct index_entry), &s->failure);
 }
 
+/* The leaves of many chunks as they are now, on several threads. */
+static void leaves_of(struct sync *s, const uint32_t *chunks, uint32_t count, struct digest_piece *piece) {
+    for (uint32_t i = 0; i < count; i++) {
+        size_t first = chunk_first(s, chunks[i]),
+               bytes = chunk_elements(s, chunks[i]) * sizeof(float);
+        piece[i] = (struct digest_piece){.index = chunks[i],
+                                         .a = s->state.anchor + first,
+                                         .a_length = bytes,
+                                         .b = s->state.momentum + first,
+                                         .b_length = bytes};
+    }
+    digest_leaves(piece, count, 0);
+}
+
 /* ---- flushing runs of neighbours -------------------------------------------------------- */
 
 static int flush_arrays(struct sync *s, uint32_t first, uint32_t count) {
@@ -146,11 +160,10 @@ int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count) {
 
 int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions,
                      uint32_t count) {
+    struct digest_piece piece[SYNC_BATCH_CHUNKS];
     if (for_runs(s, chunks, count, flush_arrays)) return -1;
-    for (uint32_t i = 0; i < count; i++) {
-        struct digest leaf = leaf_of(s, chunks[i]);
-        set_entry(s, chunks[i], versions[i], &leaf);
-    }
+    leaves_of(s, chunks, count, piece);
+    for (uint32_t i = 0; i < count; i++) set_entry(s, chunks[i], versions[i], &piece[i].leaf);
     if (for_runs(s, chunks, count, flush_index)) return -1;
     state_survey(s);
     s->progress++;
@@ -212,13 +225,29 @@ static int restore(struct sync *s) {
 }
 
 /* Believe the index only where the arrays say the same. */
+static bool is_there(struct sync *s, uint32_t chunk) {
+    struct index_entry e = *entry_of(s, chunk);
+    return e.check == entry_check(&e) && e.version != SYNC_MISSING;
+}
+
+static void check_batch(struct sync *s, uint32_t *chunks, uint32_t count) {
+    struct digest_piece piece[SYNC_BATCH_CHUNKS];
+    leaves_of(s, chunks, count, piece);
+    for (uint32_t i = 0; i < count; i++) {
+        struct index_entry e = *entry_of(s, chunks[i]);
+        if (digest_equal(&piece[i].leaf, &e.leaf)) set_entry(s, chunks[i], e.version, &e.leaf);
+        else set_missing(s, chunks[i]);
+    }
+}
+
 static void check_chunks(struct sync *s) {
+    uint32_t chunks[SYNC_BATCH_CHUNKS], n = 0;
     for (uint32_t c = 0; c < s->chunk_count; c++) {
-        struct index_entry e = *entry_of(s, c);
-        bool there = e.check == entry_check(&e) && e.version != SYNC_MISSING;
-        struct digest leaf = there ? leaf_of(s, c) : e.leaf;
-        if (there && digest_equal(&leaf, &e.leaf)) set_entry(s, c, e.version, &leaf);
+        if (is_there(s, c)) chunks[n++] = c;
         else set_missing(s, c);
+        if (n < SYNC_BATCH_CHUNKS && c + 1 < s->chunk_count) continue;
+        check_batch(s, chunks, n);
+        n = 0;
     }
 }
 
@@ -248,7 +277,7 @@ int state_open(struct sync *s) {
     state_survey(s);
     if (st->missing && restore(s)) return -1;
     state_survey(s);
-    return 0;
+    return state_rewind(s); /* it may have died before that was done */
 }
 
 void state_release(struct sync *s) {
@@ -289,6 +318,24 @@ bool state_current(struct sync *s) {
 int state_forget(struct sync *s) {
     for (uint32_t c = 0; c < s->chunk_count; c++) set_missing(s, c);
     s->disk.remove(s->disk.arg, "journal"); /* its copies are as doubtful */
+    s->state.known = false;
+    state_survey(s);
+    return flush_index(s, 0, s->chunk_count);
+}
+
+int state_rewind(struct sync *s) {
+    const struct ledger *l = &s->ledger;
+    bool changed = false;
+    for (uint32_t c = 0; c < s->chunk_count; c++) {
+        uint64_t version = s->state.version[c], base = l->rewind.base[s->place[c].fragment];
+        struct digest leaf = s->state.leaf[c].digest;
+        if (version == SYNC_MISSING || version >= l->rewind.index) continue;
+        if (version == base) set_entry(s, c, l->rewind.index, &leaf);
+        else set_missing(s, c);
+        changed = true;
+    }
+    if (!changed) return 0;
+    s->disk.remove(s->disk.arg, "journal");
     s->state.known = false;
     state_survey(s);
     return flush_index(s, 0, s->chunk_count);

@@ -258,7 +258,7 @@ static void emit_slot(struct sync *s, enum sync_action_type type) {
     struct commit *c = ledger_last(s);
     struct sync_action *a = sync_act(s, type);
     if (!a) return;
-    a->tokens = c ? c->body.tokens_committed : 0;
+    a->tokens = c ? c->body.tokens_committed : s->ledger.rewind.to.tokens_committed;
     a->contributors = c && c->body.contributors_count ? c->body.contributors_count : 1;
     s->trainer.slot_busy = true;
     s->trainer.standing = false;

@@ -176,6 +176,10 @@ struct node {
     char logged[512];
 };
 
+struct expectation {
+    float anchor[ELEMENTS], momentum[ELEMENTS];
+};
+
 struct rig {
     struct msg_genesis genesis;
     struct msg_model model;
@@ -195,6 +199,8 @@ struct rig {
     bool link[MEMBERS][MEMBERS], no_route[MEMBERS];
     struct sent sent[SENT_MAX];                   /* everything ever sent, in order */
     uint32_t sent_count, delivered;               /* to members: those before `delivered` arrived */
+    struct expectation checkpoint;                /* bytes of one, for config.load */
+    bool checkpoint_here;
     bool hold_peers;                              /* what members send each other waits */
     bool (*spoil)(struct rig *r, struct sent *m); /* may change or swallow (false) it */
 };
@@ -507,10 +513,16 @@ static inline void welcome(struct rig *r, uint32_t id, const uint32_t *donors, u
     settle(r);
 }
 
-static inline int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t count,
-                    float *anchor, float *momentum, struct err *err) {
-    (void)arg;
-    if (from) return err_set(err, ERR_NOT_FOUND, "no checkpoints here");
+/* The initial state by the seed; of a checkpoint what rig.checkpoint holds, where a test says so. */
+static inline int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first,
+                           size_t count, float *anchor, float *momentum, struct err *err) {
+    const struct rig *r = arg;
+    if (from || (r && r->genesis.init_from_count)) {
+        if (!r->checkpoint_here) return err_set(err, ERR_NOT_FOUND, "no checkpoint here");
+        memcpy(anchor, r->checkpoint.anchor + first, count * sizeof *anchor);
+        memcpy(momentum, r->checkpoint.momentum + first, count * sizeof *momentum);
+        return 0;
+    }
     outer_init_normal(anchor, 42, first, count, 0.02f);
     memset(momentum, 0, count * sizeof *momentum);
     return 0;
@@ -528,6 +540,7 @@ static inline void node_start(struct rig *r, uint32_t id) {
         .disk = {&n->disk, rig_map, rig_flush, rig_put, rig_get, rig_remove}};
     struct err err = {0};
     config.load = rig_load;
+    config.load_arg = r;
     identity_from_seed(&n->key, (const uint8_t[32]){(uint8_t)(10 + id)});
     config.identity = &n->key;
     config.instance = 7000 + id;
@@ -811,23 +824,25 @@ static inline void whole_round(struct rig *r, const struct plan_spec *spec) {
 }
 
 
-/* P fragments, frozen while training goes on; before any member is made. */
-static inline void set_fragments(struct rig *r, uint32_t fragments, uint32_t overlap, float alpha) {
-    assert_true(fragments <= FRAGMENTS && r->entries == 2);
-    r->outer.fragments = fragments;
-    r->outer.overlap = overlap;
-    r->outer.alpha = alpha;
+/* The settings were changed: another run. Before any member is made. */
+static inline void renew_genesis(struct rig *r) {
+    assert_int_equal(r->entries, 2);
     for (uint32_t i = 0; i < r->entries; i++) free((void *)(uintptr_t)r->ledger[i].bytes.data);
     r->entries = 0;
     r->head = (struct digest){{0}};
     begin_ledger(r);
 }
 
-/* ---- what it should come to ---------------------------------------------------------- */
+/* P fragments, frozen while training goes on; before any member is made. */
+static inline void set_fragments(struct rig *r, uint32_t fragments, uint32_t overlap, float alpha) {
+    assert_true(fragments <= FRAGMENTS);
+    r->outer.fragments = fragments;
+    r->outer.overlap = overlap;
+    r->outer.alpha = alpha;
+    renew_genesis(r);
+}
 
-struct expectation {
-    float anchor[ELEMENTS], momentum[ELEMENTS];
-};
+/* ---- what it should come to ---------------------------------------------------------- */
 
 /* Decoded chunk k of a fragment as a contributor sent it under the newest plan. */
 static inline void sent_values(const struct rig *r, uint32_t from, uint32_t fragment, uint32_t k,

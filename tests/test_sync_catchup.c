@@ -17,10 +17,10 @@ static void joiner_catches_up_while_a_commit_lands(void **state) {
     node_start(r, 4);
     dial_coordinator(r, 4);
     trainer_up(r, 4, 0);
-    welcome(r, 4, (uint32_t[]){1, 2}, 2);
-    struct digest root = root_of(r, 1);
     r->spoil = only_some_states;
     states_allowed = 2;
+    welcome(r, 4, (uint32_t[]){1, 2}, 2);
+    struct digest root = root_of(r, 1);
     say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
     settle(r);
     assert_int_equal(look(r, 4).chunks_missing, 4); /* stored as one batch */

@@ -411,8 +411,9 @@ static void restart_in_the_middle_of_a_commit(void **state) {
 
 /* ---- joining ---------------------------------------------------------------------------- */
 
-/* The donor is ahead in one fragment: what it shows is of a state whose root the joiner learns later, and
- * the other fragment's chunks have the version that the ledger says. */
+/* The donor is ahead in one fragment: what it shows is of a state that the joiner hears of later, entry and
+ * root. Then it is judged, without being asked for again, and the other fragment's chunks have the version
+ * that the ledger says. */
 static void joiner_whose_donor_is_ahead_in_one_fragment(void **state) {
     struct rig *r = *state;
     two_in_flight(r);
@@ -420,22 +421,50 @@ static void joiner_whose_donor_is_ahead_in_one_fragment(void **state) {
     announce_to_all(r, &BOTH[0]);
     struct digest first = root_of(r, 1);
     uint64_t first_index = r->base_index;
+    whole_round(r, &BOTH[1]);
+    announce_to_all(r, &BOTH[1]);
+    struct digest second = root_of(r, 1);
     r->node[4] = (struct node){.exists = true, .id = 4, .trains = false};
     node_start(r, 4);
     dial_coordinator(r, 4);
+    r->entries--;
     welcome(r, 4, (uint32_t[]){1, 2}, 2);
-    whole_round(r, &BOTH[1]);
-    announce_to_all(r, &BOTH[1]); /* to all but 4 */
+    r->entries++;
     say(r, 4, MSG_ROOT, 0, &(struct msg_root){first_index, first});
-    pass(r, 300);
+    pass(r, 50);
+    assert_int_equal(count_sent(r, 1, MSG_STATE), CHUNKS);
     assert_int_equal(look(r, 4).chunks_missing, CHUNKS);
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, second});
     say_ledger(r, 4, r->entries - 1);
-    struct digest root = root_of(r, 1);
-    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
-    pass(r, 900);
+    settle(r);
     assert_same_state(r, 1, 4);
+    assert_int_equal(count_sent(r, 1, MSG_STATE), CHUNKS);
     assert_int_equal(sync_chunk_version(r->node[4].sync, 0), first_index);
     assert_int_equal(sync_chunk_version(r->node[4].sync, 1), r->base_index);
+}
+
+/* A root that never comes is not waited for: the donor has a newer state by then. */
+static void early_chunk_is_not_kept_for_ever(void **state) {
+    struct rig *r = *state;
+    two_in_flight(r);
+    whole_round(r, &BOTH[0]);
+    announce_to_all(r, &BOTH[0]);
+    node_new(r, 4, false);
+    struct msg_address donor = {1, proto_str("10.0.0.1"), 7001};
+    say(r, 4, MSG_RESYNC, 0,
+        &(struct msg_resync){.index = 0, .donors = &donor, .donors_count = 1});
+    pass(r, 100);
+    uint32_t states = count_sent(r, 1, MSG_STATE);
+    assert_int_equal(states, CHUNKS);
+    for (int i = 0; i < 12; i++) {
+        pass(r, 100);
+        say(r, 4, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+    }
+    assert_int_equal(count_sent(r, 1, MSG_STATE), 2 * CHUNKS);
+    struct digest root = root_of(r, 1);
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    settle(r);
+    assert_same_state(r, 1, 4);
 }
 
 /* ---- members that break the rules ------------------------------------------------------- */
@@ -663,6 +692,7 @@ int main(int argc, char **argv) {
         T(plan_survives_the_commit_of_another_fragment),
         T(restart_in_the_middle_of_a_commit),
         T(joiner_whose_donor_is_ahead_in_one_fragment),
+        T(early_chunk_is_not_kept_for_ever),
         T(fragment_that_does_not_exist_closes_the_link),
         T(chunk_under_another_fragment_is_ignored),
         T(chunk_beyond_the_fragment_is_ignored),

@@ -29,12 +29,14 @@ static void init(void) {
     audit_release(&a);
 }
 
-static void check_taken(const struct ledger_chain *was, const struct ledger_chain *is,
-                        const struct msg_signed_entry *e, unsigned signer) {
+/* Taken in, so the right one signed it. */
+static void check_taken(const struct ledger_chain *was, const struct ledger_chain *is, const struct msg_entry *entry,
+                        const struct msg_signed_entry *e, const struct proto_key *signer) {
     struct digest head = LEDGER_DIGEST(e);
-    assert(signer < SIGNER_MEMBER1 && is->next_index == was->next_index + 1);
-    assert(digest_equal(&is->head, &head) && is->term >= was->term);
-    assert(is->online_count <= LEDGER_ONLINE_KEYS_MAX);
+    bool by_root = entry->kind == LEDGER_GENESIS || entry->kind == LEDGER_DELEGATION;
+    assert(is->next_index == was->next_index + 1 && is->term >= was->term);
+    assert(digest_equal(&is->head, &head) && is->online_count <= LEDGER_ONLINE_KEYS_MAX);
+    assert(by_root ? !memcmp(signer, &is->root_key, sizeof *signer) : ledger_chain_speaks(was, signer));
 }
 
 /* The audit takes what the chain takes, if it makes sense. */
@@ -69,7 +71,7 @@ static bool take(const uint8_t *bytes, size_t length) {
         assert(err.code && !memcmp(&chain, &was, sizeof chain) && !decoded.body.data);
         return false;
     }
-    check_taken(&was, &chain, &e, signer);
+    check_taken(&was, &chain, &decoded, &e, &ledger->signer[signer].key);
     proto_decoded_release(RECORD_entry, &decoded);
     return audited(at, &chain.run, &e);
 }

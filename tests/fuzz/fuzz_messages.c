@@ -63,10 +63,13 @@ static void put(const struct fuzz_sink *out, uint8_t first, enum proto_record wh
 }
 
 static void samples(const struct fuzz_sink *out) {
+    static const char *const words[] = {"\xdc\xff\xff", "\xdc\x10\x10", "\xc5\xff\xff", "\xda\xff\xff",
+                                        "\xcf\xff\xff\xff\xff\xff\xff\xff\xff", "\xcb\x7f\xf0", "\xc0", "\x80", "\xc1"};
     for (unsigned first = 0; first < INNER_FROM + INNER; first++)
         for (uint64_t seed = 0; seed < 3; seed++)
             if (first >= INNER_FROM || proto_record_of_type((uint8_t)first) >= 0)
                 put(out, (uint8_t)first, pick((uint8_t)first), seed);
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) out->word(out->arg, words[i]);
 }
 
 const struct fuzz_target fuzz_messages = {"messages", init, take, samples};

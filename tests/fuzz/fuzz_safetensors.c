@@ -24,7 +24,7 @@ static void check_tensor(const struct safetensors *s, uint32_t i, uint64_t data,
     assert(i == 0 || strcmp(s->tensor[i - 1].name, t->name) < 0);
     assert(t->offset >= data && t->offset <= file_bytes && t->bytes <= file_bytes - t->offset);
     assert(t->dims <= SAFETENSORS_DIMS_MAX);
-    for (uint32_t d = 0; d < t->dims; d++) elements *= t->shape[d];
+    for (uint32_t d = 0; d < t->dims; d++) assert(!__builtin_mul_overflow(elements, t->shape[d], &elements));
     if (t->dtype != SAFETENSORS_OTHER) assert(t->bytes == elements * dtype_bytes(t->dtype));
 }
 
@@ -81,6 +81,7 @@ static void samples(const struct fuzz_sink *out) {
     static const char *const words[] = {
         "\"dtype\":", "\"shape\":[", "\"data_offsets\":[0,", "\"__metadata__\":{", "\"F32\"", "\"F16\"", "\"BF16\"",
         "\"F64\"", "\"I64\"", "\"BOOL\"", "\"F8_E4M3\"", "9223372036854775807", "4294967296", "-1", "1.0", "]}",
+        "\"shape\":[4294967296,4294967296],\"data_offsets\":[0,0]}",
         "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}", "\\u0000"};
     struct ckpt_blob blob;
     struct err err;

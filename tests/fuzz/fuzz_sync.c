@@ -98,12 +98,14 @@ static void try_commit(struct rig *r) {
         if (alive(r, id) && r->node[id].connected) announce(r, id, &spec, 0);
 }
 
-static void restart(struct rig *r, uint32_t id) {
-    uint32_t donor = id == 1 ? 2 : 1;
+/* The member dies and comes back, with or without what it had; the liar is among the donors, or is not. */
+static void restart(struct rig *r, uint32_t id, bool wiped, bool liar_gives) {
+    uint32_t donors[2] = {id == 1 ? 2 : 1, HOSTILE};
     node_kill(r, id);
+    if (wiped) disk_wipe(&r->node[id].disk);
     node_start(r, id);
     dial_coordinator(r, id);
-    if (last_sent(r, id, MSG_HELLO)) welcome(r, id, &donor, r->rounds > 0);
+    welcome(r, id, donors, r->rounds ? 1 + liar_gives : 0);
     if (r->node[id].trains) trainer_up(r, id, r->node[id].steps);
 }
 
@@ -136,7 +138,7 @@ static void play(struct rig *r, uint8_t first) {
         if (r->link[HOSTILE][1 + who % 2]) hang_up(r, HOSTILE, 1 + who % 2);
         else dial(r, HOSTILE, 1 + who % 2);
         break;
-    case STEP_RESTART: restart(r, who); break;
+    case STEP_RESTART: restart(r, who, first & 64, first & 128); break;
     }
     settle(r);
     check_same_state(r);

@@ -117,6 +117,19 @@ static void append_rewind(void) {
     append(LEDGER_REWIND, 3, SIGNER_ONLINE2, RECORD_rewind, &m);
 }
 
+static void make_fork(void) {
+    for (uint32_t i = 0; i < FORK_ENTRIES; i++) {
+        struct msg_enrolment m = {.member = 3 + i, .key = {{(uint8_t)i}}, .name = proto_str("x")};
+        struct proto_buffer body = record_encoded(RECORD_enrolment, &m);
+        struct msg_entry e = {.index = FORK + i, .term = 1, .kind = LEDGER_ENROLMENT, .body = buffer_bytes(&body)};
+        e.previous = i ? LEDGER_DIGEST(&ledger.fork[i - 1]) : LEDGER_DIGEST(&ledger.entry[FORK - 1]);
+        ledger.fork_bytes[i] = record_encoded(RECORD_entry, &e);
+        ledger.fork[i].bytes = buffer_bytes(&ledger.fork_bytes[i]);
+        fuzz_sign(&ledger, SIGNER_ONLINE, 1, &ledger.fork[i]);
+        proto_buffer_release(&body);
+    }
+}
+
 const struct fuzz_ledger *fuzz_ledger(void) {
     if (count) return &ledger;
     for (uint8_t i = 0; i < SIGNERS; i++) {
@@ -136,5 +149,6 @@ const struct fuzz_ledger *fuzz_ledger(void) {
     append_rewind();
     append_delegation(3, 3, SIGNER_ONLINE, 1);
     assert(count == LEDGER_ENTRIES);
+    make_fork();
     return &ledger;
 }

@@ -5,6 +5,8 @@
 #include "proto/proto.h"
 
 #define LEDGER_ENTRIES 12
+#define FORK 4
+#define FORK_ENTRIES 3
 
 enum ledger_signer {
     SIGNER_ROOT,
@@ -23,6 +25,9 @@ struct fuzz_ledger {
     struct digest run;
     struct proto_buffer bytes[LEDGER_ENTRIES];
     struct msg_signed_entry entry[LEDGER_ENTRIES]; /* point into bytes */
+    /* Another history, signed as well: the same up to FORK, then enrolments. */
+    struct proto_buffer fork_bytes[FORK_ENTRIES];
+    struct msg_signed_entry fork[FORK_ENTRIES]; /* index FORK on */
 };
 const struct fuzz_ledger *fuzz_ledger(void);
 
