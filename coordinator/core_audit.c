@@ -40,7 +40,7 @@ static struct member *pick_auditor(const struct core *c, const struct round *r,
 }
 
 /* To the auditor, and to those who must send it their chunk. An auditor that contributes has it. */
-static void send_audit(const struct core *c, const struct round *r, const struct audit *a,
+static void send_audit(struct core *c, const struct round *r, const struct audit *a,
                        struct core_actions *out) {
     struct member *auditor = core_member(c, a->auditor);
     struct msg_address address;
@@ -50,6 +50,7 @@ static void send_audit(const struct core *c, const struct round *r, const struct
                             .auditor = a->auditor,
                             .set = {a->set, (r->plan.contributor_count + 7) / 8},
                             .address = &address};
+    if (!core_in_plan(&r->plan, auditor)) core_send_plan(c, &r->plan, auditor, out); /* weights, grid */
     core_send(out, auditor, MSG_AUDIT, r->plan.number, &msg);
     for (uint32_t i = 0; i < r->plan.contributor_count; i++) {
         const struct member *m = core_member(c, r->plan.contributors[i].member);

@@ -385,6 +385,7 @@ static int on_message(struct sync *s, const struct frame *f, const void *msg) {
     case MSG_LEASES: leases_on_list(s, msg); return 0;
     case MSG_PLAN: return plan_on_plan(s, f, msg);
     case MSG_DROP: return plan_on_drop(s, f, msg);
+    case MSG_AUDIT: return audit_on_audit(s, f, msg);
     case MSG_HOLDERS: apply_on_holders(s, msg); return 0;
     case MSG_ROOT: catchup_on_root(s, msg); return 0;
     case MSG_RESET: return contribution_on_reset(s, msg);
@@ -582,6 +583,7 @@ void sync_destroy(struct sync *s) {
     apply_release(s);
     for (uint32_t f = 0; s->plan && f < s->fragment_count; f++) plan_release(s, f);
     results_release(s);
+    reduce_release(s);
     contribution_release(s);
     state_release(s);
     ledger_release(s);

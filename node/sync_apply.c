@@ -60,6 +60,7 @@ static void fetch_end(struct sync *s) {
     for (uint32_t k = 0; f->data && k < f->chunks; k++) free(f->data[k]);
     free(f->data);
     free(f->leaves);
+    free(f->leaf_have);
     free(f->shard);
     free(f->asked);
     *f = (struct fetch){0};
@@ -67,32 +68,54 @@ static void fetch_end(struct sync *s) {
 
 void apply_release(struct sync *s) { fetch_end(s); }
 
-static struct held *held_of(struct sync *s, const struct commit *c, uint32_t shard) {
-    const struct msg_shard *m = &c->body.shards[shard];
-    if (m->aggregator != s->config.member && m->holder != s->config.member) return NULL;
-    struct held *h = results_find(s, c->body.fragment, c->term, c->body.plan, c->body.round, shard);
-    return h && h->leaves.first == m->first && h->leaves.leaves_count == m->count &&
-                   h->codec == c->body.codec
-               ? h
-               : NULL;
+/* Under a leaf that is the ledger's, so what another shard's aggregator told us is not taken for it. */
+static struct held *held_with(struct sync *s, const struct commit *c, uint32_t k) {
+    struct held *h = results_with(s, c, k);
+    bool right = h && h->codec == c->body.codec &&
+                 digest_equal(&h->leaves.leaves[k - h->leaves.first].digest, &s->fetch.leaves[k].digest);
+    return right ? h : NULL;
 }
 
+static bool has_data(struct sync *s, const struct commit *c, uint32_t k) {
+    return s->fetch.data[k] || held_with(s, c, k);
+}
+
+/* NULL: the disk has lost it. */
 static const uint8_t *data_of(struct sync *s, const struct commit *c, uint32_t k) {
     if (s->fetch.data[k]) return s->fetch.data[k];
-    for (uint32_t i = 0; i < c->body.shards_count; i++) {
-        const struct msg_shard *m = &c->body.shards[i];
-        if (k < m->first || k - m->first >= m->count) continue;
-        const struct held *h = s->fetch.shard[i].held ? held_of(s, c, i) : NULL;
-        return h ? results_chunk(s, h, k) : NULL;
-    }
-    return NULL;
+    struct held *h = held_with(s, c, k);
+    return h ? results_chunk(s, h, k) : NULL;
 }
 
 /* How many chunks could be applied now. */
 static void count_ready(struct sync *s, const struct commit *c) {
     s->fetch.ready = 0;
     for (uint32_t k = 0; s->fetch.verified && k < s->fetch.chunks; k++)
-        if (needs(s, c, k) && data_of(s, c, k)) s->fetch.ready++;
+        if (needs(s, c, k) && has_data(s, c, k)) s->fetch.ready++;
+}
+
+static uint32_t shard_of(const struct commit *c, uint32_t k) {
+    uint32_t i = 0;
+    while (i + 1 < c->body.shards_count && k - c->body.shards[i].first >= c->body.shards[i].count)
+        i++;
+    return i;
+}
+
+/* What was asked for in this shard is not coming from there. */
+static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
+    struct fetch *f = &s->fetch;
+    const struct msg_shard *m = &c->body.shards[shard];
+    for (uint32_t k = m->first; k < m->first + m->count; k++) {
+        if (!proto_set_has(f->asked, k)) continue;
+        proto_set_del(f->asked, k);
+        f->outstanding--;
+        f->window -= encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
+    }
+    struct fetch_shard *fs = &f->shard[shard];
+    fs->asking = fs->dialling = false;
+    fs->asked_ms = s->now;
+    fs->turn++;
+    fs->refusals++;
 }
 
 /* Have the leaves of all shards come, and are they the ledger's? */
@@ -109,23 +132,39 @@ static void check_leaves(struct sync *s, const struct commit *c) {
     sync_log(s, SYNC_WARNING,
              "the results of fragment %u round %llu are not those that were committed; asking others",
              c->body.fragment, (unsigned long long)c->body.round);
+    memset(f->leaf_have, 0, bitmap_bytes(f->chunks));
     for (uint32_t i = 0; i < c->body.shards_count; i++) {
-        f->shard[i].leaves_have = f->shard[i].asking = f->shard[i].held = false;
-        f->shard[i].turn ^= 1;
-        f->shard[i].refusals++;
+        f->shard[i].leaves_have = false;
+        turn_away(s, c, i);
     }
 }
 
+/* Leaves of chunks [first, first + n) came, of which only those in the shard count. */
+static void take_leaves(struct sync *s, const struct commit *c, uint32_t shard, uint32_t first,
+                        const struct msg_digest_item *leaves, uint32_t n) {
+    struct fetch *f = &s->fetch;
+    const struct msg_shard *m = &c->body.shards[shard];
+    bool all = true;
+    for (uint32_t k = m->first; k < m->first + m->count; k++) {
+        if (!proto_set_has(f->leaf_have, k) && k >= first && k - first < n) {
+            f->leaves[k] = leaves[k - first];
+            proto_set_add(f->leaf_have, k);
+        }
+        all = all && proto_set_has(f->leaf_have, k);
+    }
+    f->shard[shard].leaves_have = all;
+}
+
+/* What we hold ourselves, by now. */
 static void take_held(struct sync *s, const struct commit *c) {
     struct fetch *f = &s->fetch;
-    for (uint32_t i = 0; i < c->body.shards_count; i++) {
-        const struct held *h = held_of(s, c, i);
-        if (!h) continue;
-        memcpy(f->leaves + h->leaves.first, h->leaves.leaves,
-               h->leaves.leaves_count * sizeof *f->leaves);
-        f->shard[i].leaves_have = f->shard[i].held = true;
+    f->held_change = s->held_change;
+    for (uint32_t k = 0; !f->verified && k < f->chunks; k++) {
+        const struct held *h = results_with(s, c, k);
+        if (h) take_leaves(s, c, shard_of(c, k), k, &h->leaves.leaves[k - h->leaves.first], 1);
     }
-    check_leaves(s, c);
+    if (f->verified) count_ready(s, c);
+    else check_leaves(s, c);
 }
 
 /* Is our state the one that the run agreed on? Nothing is built on another. */
@@ -139,43 +178,36 @@ static bool base_is_right(struct sync *s) {
     return false;
 }
 
-static void fetch_begin(struct sync *s, const struct commit *c) {
+static void fetch_begin(struct sync *s, struct commit *c) {
     struct fetch *f = &s->fetch;
     if (!base_is_right(s)) return;
     uint32_t n = s->fragment[c->body.fragment].count;
     *f = (struct fetch){
         .active = true, .index = c->index, .chunks = n, .progress_ms = s->now};
     f->leaves = sync_alloc(s, n, sizeof *f->leaves);
+    f->leaf_have = sync_alloc(s, bitmap_bytes(n), 1);
     f->shard = sync_alloc(s, c->body.shards_count, sizeof *f->shard);
     f->data = sync_alloc(s, n, sizeof *f->data);
     f->asked = sync_alloc(s, bitmap_bytes(n), 1);
+    results_look(s, c);
     if (s->failure.code) return; /* out of memory: the machine stops */
-    for (uint32_t i = 0; i < c->body.shards_count; i++)
-        f->shard[i].turn = (s->config.member + i) % 2; /* half of the members ask each of the two */
     take_held(s, c);
 }
 
 /* ---- asking holders --------------------------------------------------------------------- */
 
-static uint32_t candidate(const struct sync *s, const struct commit *c, uint32_t shard) {
-    const struct msg_shard *m = &c->body.shards[shard];
-    return s->fetch.shard[shard].turn ? m->holder : m->aggregator;
+static uint32_t relays(const struct sync *s) {
+    return s->peer_count < SYNC_RELAYS_MAX ? s->peer_count : SYNC_RELAYS_MAX;
 }
 
-/* What was asked for in this shard is not coming from there. */
-static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
-    struct fetch *f = &s->fetch;
+/* Who is asked for the shard at this turn: half of the members begin with its aggregator and half with
+ * its holder; then other members, who may have kept what they fetched, each member others of them. */
+static uint32_t candidate(const struct sync *s, const struct commit *c, uint32_t shard) {
     const struct msg_shard *m = &c->body.shards[shard];
-    for (uint32_t k = m->first; k < m->first + m->count; k++) {
-        if (!proto_set_has(f->asked, k)) continue;
-        proto_set_del(f->asked, k);
-        f->outstanding--;
-        f->window -= encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
-    }
-    f->shard[shard].asking = f->shard[shard].dialling = false;
-    f->shard[shard].turn ^= 1;
-    f->shard[shard].asked_ms = s->now;
-    if (f->shard[shard].refusals < UINT8_MAX) f->shard[shard].refusals++;
+    uint32_t turn = s->fetch.shard[shard].turn % (2 + relays(s));
+    if (turn >= 2)
+        return s->peers[(s->config.member + s->fetch.shard[shard].turn) % s->peer_count]->id;
+    return (turn + s->config.member + shard) % 2 ? m->holder : m->aggregator;
 }
 
 /* Chunks of the shard that are neither here nor on their way, as many as the window takes. */
@@ -184,7 +216,7 @@ static uint32_t choose(struct sync *s, const struct commit *c, uint32_t shard, u
     const struct msg_shard *m = &c->body.shards[shard];
     uint32_t n = 0;
     for (uint32_t k = m->first; k < m->first + m->count && f->window < SYNC_WINDOW_BYTES; k++) {
-        if (!needs(s, c, k) || f->data[k] || proto_set_has(f->asked, k)) continue;
+        if (!needs(s, c, k) || has_data(s, c, k) || proto_set_has(f->asked, k)) continue;
         proto_set_add(f->asked, k);
         proto_set_add(chunks, k);
         f->outstanding++;
@@ -215,23 +247,29 @@ static void ask(struct sync *s, const struct commit *c, uint32_t shard, struct p
     free(chunks);
 }
 
-static bool shard_is_complete(const struct sync *s, const struct commit *c, uint32_t shard) {
+static bool shard_is_complete(struct sync *s, const struct commit *c, uint32_t shard) {
     const struct msg_shard *m = &c->body.shards[shard];
     for (uint32_t k = m->first; k < m->first + m->count; k++)
-        if (needs(s, c, k) && !s->fetch.data[k]) return false;
+        if (needs(s, c, k) && !has_data(s, c, k)) return false;
     return true;
+}
+
+/* Everybody said no, or nothing came: not at once again. */
+static bool rests(const struct sync *s, const struct fetch_shard *fs) {
+    return !fs->asking && fs->refusals && fs->turn % (2 + relays(s)) == 0 &&
+           s->now - fs->asked_ms < s->outer->heartbeat_ms;
 }
 
 static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     struct fetch *f = &s->fetch;
     struct fetch_shard *fs = &f->shard[shard];
-    if (fs->held || (fs->leaves_have && shard_is_complete(s, c, shard))) return;
+    if (fs->leaves_have && shard_is_complete(s, c, shard)) return;
     if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms)
         turn_away(s, c, shard);
     if (fs->asking && (!fs->leaves_have || f->window > SYNC_WINDOW_BYTES / 2)) return;
-    /* Both said no: not at once again. */
-    if (!fs->asking && fs->refusals >= 2 && s->now - fs->asked_ms < s->outer->heartbeat_ms) return;
-    uint32_t from = candidate(s, c, shard);
+    if (rests(s, fs)) return;
+    if (!fs->asking && !fs->dialling) fs->from = candidate(s, c, shard);
+    uint32_t from = fs->from;
     struct peer *p = from == s->config.member ? NULL : peer_link(s, from);
     if (p && p->open) {
         ask(s, c, shard, p);
@@ -243,14 +281,15 @@ static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     }
 }
 
-/* Both holders of a shard said no, or nothing came for long: members who have the state are
+/* Nobody who was asked for a shard has it, or nothing came for long: members who have the state are
  * asked. */
 static bool is_hopeless(const struct sync *s, const struct commit *c) {
     const struct fetch *f = &s->fetch;
     uint64_t silent = s->now - f->progress_ms;
     if (f->ready) return false;
     for (uint32_t i = 0; i < c->body.shards_count; i++)
-        if (f->shard[i].refusals >= 2 && silent >= s->outer->heartbeat_ms) return true;
+        if (f->shard[i].refusals >= 2 + relays(s) && silent >= s->outer->heartbeat_ms)
+            return true;
     return silent >= s->outer->silence_ms_max;
 }
 
@@ -267,6 +306,7 @@ void apply_pump(struct sync *s) {
         apply_arrived(s); /* donors may have brought the last of it */
         return;
     }
+    if (s->fetch.held_change != s->held_change) take_held(s, c);
     for (uint32_t i = 0; i < c->body.shards_count; i++) ask_shard(s, c, i);
     if (!is_hopeless(s, c)) return;
     sync_log(s, SYNC_INFO,
@@ -303,7 +343,7 @@ bool apply_owes(const struct sync *s, uint32_t member) {
     const struct fetch *f = &s->fetch;
     struct commit *c = fetch_commit((struct sync *)(uintptr_t)s);
     for (uint32_t i = 0; c && f->outstanding && i < c->body.shards_count; i++)
-        if (f->shard[i].asking && candidate(s, c, i) == member) return true;
+        if (f->shard[i].asking && f->shard[i].from == member) return true;
     return false;
 }
 
@@ -316,21 +356,18 @@ static void note_answer(struct sync *s, uint32_t shard) {
 void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
                             const struct msg_result_leaves *msg) {
     struct commit *c = fetched(s, f, msg->fragment, msg->round);
+    bool news = false;
     for (uint32_t i = 0; c && i < c->body.shards_count; i++) {
         const struct msg_shard *m = &c->body.shards[i];
-        if (m->first != msg->first || candidate(s, c, i) != p->id || !s->fetch.shard[i].asking)
-            continue;
-        if (msg->leaves_count != m->count) {
-            peer_close(s, p, "its results have another number of chunks");
-            return;
-        }
+        bool overlap = msg->first < m->first + m->count &&
+                       msg->leaves_count > (m->first > msg->first ? m->first - msg->first : 0);
+        if (!overlap || s->fetch.shard[i].from != p->id || !s->fetch.shard[i].asking) continue;
         note_answer(s, i);
-        if (s->fetch.shard[i].leaves_have) return;
-        memcpy(s->fetch.leaves + m->first, msg->leaves, m->count * sizeof *msg->leaves);
-        s->fetch.shard[i].leaves_have = true;
-        check_leaves(s, c);
-        return;
+        if (s->fetch.shard[i].leaves_have) continue;
+        take_leaves(s, c, i, msg->first, msg->leaves, msg->leaves_count);
+        news = true;
     }
+    if (news && !s->fetch.verified) check_leaves(s, c);
 }
 
 static bool result_is_right(struct sync *s, const struct commit *c, const struct msg_result *msg) {
@@ -344,13 +381,6 @@ static bool result_is_right(struct sync *s, const struct commit *c, const struct
     if (!digest_equal(&leaf, &s->fetch.leaves[k].digest)) return false;
     return outer_check(msg->data.data, msg->data.length, n, (enum outer_codec)msg->codec, NULL) ==
            0;
-}
-
-static uint32_t shard_of(const struct commit *c, uint32_t k) {
-    uint32_t i = 0;
-    while (i + 1 < c->body.shards_count && k - c->body.shards[i].first >= c->body.shards[i].count)
-        i++;
-    return i;
 }
 
 void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
@@ -376,13 +406,14 @@ void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
     struct commit *c = fetch_commit(s);
     if (!c || msg->fragment != c->body.fragment || msg->round != c->body.round) return;
     for (uint32_t i = 0; i < c->body.shards_count; i++)
-        if (candidate(s, c, i) == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
+        if (s->fetch.shard[i].from == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
 }
 
 void apply_on_peer_closed(struct sync *s, const struct peer *p) {
     struct commit *c = fetch_commit(s);
     for (uint32_t i = 0; c && i < c->body.shards_count; i++)
-        if (candidate(s, c, i) == p->id && (s->fetch.shard[i].asking || s->fetch.shard[i].dialling))
+        if (s->fetch.shard[i].from == p->id &&
+            (s->fetch.shard[i].asking || s->fetch.shard[i].dialling))
             turn_away(s, c, i);
 }
 
@@ -412,8 +443,9 @@ static int step_chunk(struct sync *s, const struct commit *c, uint32_t k) {
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     enum outer_codec codec = (enum outer_codec)c->body.codec;
     float *anchor = s->state.anchor + first;
-    if (outer_decode(s->scratch, data_of(s, c, k), encoded_bytes(s, f, codec, k), n, codec,
-                     &s->failure))
+    const uint8_t *data = data_of(s, c, k);
+    if (!data) return err_set(&s->failure, ERR_CORRUPT, "a result was lost while it was applied");
+    if (outer_decode(s->scratch, data, encoded_bytes(s, f, codec, k), n, codec, &s->failure))
         return -1;
     memcpy(s->scratch2, anchor, n * sizeof *anchor);
     outer_nesterov(anchor, s->state.momentum + first, s->scratch, n, c->body.lr, c->body.momentum);
@@ -468,7 +500,7 @@ static void choose_batch(struct sync *s, const struct commit *c, struct batch *b
 static void forget_data(struct sync *s, const struct commit *c, uint32_t k) {
     struct fetch *f = &s->fetch;
     if (!f->data[k]) return;
-    free(f->data[k]);
+    results_relay(s, c, f->leaves, k, f->data[k]);
     f->data[k] = NULL;
     f->window -= encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
 }

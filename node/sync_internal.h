@@ -7,8 +7,10 @@
  *   sync_trainer.c  the trainer: what it holds, when it freezes, resets and takes over
  *   sync_leases.c   which samples it may train on, which it has used
  *   sync_round.c    this member's contribution: encoded, announced, sent
+ *   sync_plan.c     the plan in work: is it for now, what of it is this member's
  *   sync_reduce.c   a plan's shards: summed by the aggregator, copied by the holder
- *   sync_results.c  finished shards: kept on disk, served, settled
+ *   sync_audit.c    single chunks summed once more, by this member or from its bytes
+ *   sync_results.c  finished shards and fetched results: kept, served, settled
  *   sync_apply.c    from commit to commit: results fetched, chunks brought forward
  *   sync_catchup.c  chunks of state from other members, second moments for a joiner
  *   sync_peer.c     links to other members: dialling, flow control
@@ -42,6 +44,11 @@
 #define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
 #define SYNC_ROOTS_KEPT        64u /* agreed roots of states */
 #define SYNC_RESULTS_KEPT      8u  /* rounds of a fragment whose results are held: names on disk */
+#define SYNC_RESULTS_BYTES     (256u << 20) /* of results in memory; own shards beyond are read again */
+#define SYNC_RESUMS_MAX        64u /* shards of a resumed commit that are looked for on disk */
+#define SYNC_RELAYS_MAX        6u  /* members asked for results beside aggregator and holder */
+#define SYNC_SPARE_SUMS        16u /* int64 sums of a chunk kept for the next one */
+#define SYNC_DRIP_SILENCES     3u  /* a contributor that would take longer is not waited for */
 #define SYNC_LEDGER_SEGMENT    64u /* entries in one blob */
 #define SYNC_LEDGER_FRAME_BYTES (2u << 20) /* about, in one LEDGER that we send */
 #define SYNC_DONORS_MAX        16u
@@ -74,6 +81,7 @@ struct commit {
     uint64_t seen_ms;
     struct msg_commit body; /* owned */
     bool unavailable;       /* its results cannot be had: donors are asked */
+    bool looked;            /* our own of its results are in s->held, if we have some */
 };
 
 struct known_root {
@@ -84,7 +92,7 @@ struct known_root {
 struct ledger {
     struct ledger_chain chain;
     struct msg_signed_entry *entries; /* bytes owned */
-    uint32_t count, capacity, saved;
+    uint32_t count, capacity, saved, loaded; /* loaded: found on disk at the start */
     struct commit commits[SYNC_COMMITS_KEPT]; /* the i-th of the run at i % SYNC_COMMITS_KEPT */
     uint64_t commit_count;                    /* of all fragments so far */
     uint32_t commits_kept;                    /* the newest so many; none from before a rewind */
@@ -210,17 +218,24 @@ struct contribution {
 struct inbound {
     struct msg_digest_item *leaves; /* [fragment.count] once they gave the announced root */
     bool dropped;
-    uint64_t heard_ms;
-    uint32_t owed; /* chunks it was asked for that did not come */
-    double norm2; /* of the chunks that were added */
+    uint64_t heard_ms; /* a chunk that was still missing came */
+    uint32_t owed;     /* chunks it was asked for that did not come */
+    double norm2;      /* of the chunks that were added */
+    bool accused;
+    /* its pace: since it was first asked, and since the last mark; asked_ms 0 = not yet */
+    uint64_t asked_ms, mark_ms;
+    uint32_t mark_owed;
 };
 
-enum shard_role { SHARD_AGGREGATE, SHARD_HOLD };
+/* An auditor sums one chunk for its leaf alone. */
+enum shard_role { SHARD_AGGREGATE, SHARD_HOLD, SHARD_AUDIT };
 
-/* A shard of a plan in work that this member aggregates or copies. k counts within the shard. */
+/* A shard of a plan in work that this member aggregates, copies or audits. k counts within the shard. */
 struct shard_work {
     uint32_t shard, first, count;
     enum shard_role role;
+    uint8_t *forced; /* [count][set_bytes]: summed from exactly these; NULL = from all not dropped */
+    uint64_t begun_ms;
     uint8_t *data;                  /* encoded result chunks, [shard_bytes] */
     struct msg_digest_item *leaves; /* [count], zero = weight 0 */
     uint8_t *sets;                  /* [count][set_bytes] */
@@ -228,12 +243,16 @@ struct shard_work {
     bool *finished;                 /* [count] */
     uint32_t finished_count;
     int64_t **sums;    /* aggregator: [count], only for chunks in work */
-    bool recheck;      /* aggregator: a contributor was dropped */
-    uint32_t own_next; /* aggregator: next chunk of its own contribution */
+    bool recheck;      /* some chunk may wait for nobody else */
     bool leaves_known; /* holder: RESULT_LEAVES came */
     uint64_t asked_ms; /* holder: of the last question or answer; 0 = none yet */
     bool done, reported;
     uint64_t reported_ms;
+};
+
+/* A chunk of ours that an auditor sums again. */
+struct audit {
+    uint32_t auditor, chunk;
 };
 
 /* The newest plan of a fragment. */
@@ -241,29 +260,39 @@ struct plan {
     bool active;
     uint32_t fragment;
     uint64_t term, number;
+    uint64_t result_term, result_plan; /* what its results are kept under: a resumed commit's, else its own */
+    uint32_t attempt;                  /* plans of this round that we saw before */
     struct msg_plan msg; /* owned */
     uint64_t weight;     /* of all contributors */
     uint32_t set_bytes;
     int own;                 /* index among the contributors with our frozen root, or -1 */
     struct inbound *inbound; /* [contributors] */
-    struct shard_work *work;
+    struct shard_work *work; /* [shards + PROTO_AUDITS_MAX] */
     uint32_t work_count;
+    struct audit audits[PROTO_AUDITS_MAX]; /* the newest; auditor 0 = none */
+    uint32_t audit_next;
 };
 
-/* A finished shard, on disk and in memory until it is settled. */
+/* Results that this member can give to others until the round is settled: a shard that it summed or
+ * copied, which is on disk and may be in memory too, or what it fetched, in memory alone. */
 struct held {
     uint64_t term, plan, round;
-    uint32_t fragment, shard;
+    uint32_t fragment, shard;        /* shard: see results_shard(); SYNC_RELAYED = fetched */
     enum outer_codec codec;
     struct msg_result_leaves leaves; /* owned: first, leaves, summed */
-    uint8_t *data;                   /* owned */
+    uint8_t *data;   /* a shard's encoded chunks, one after the other; NULL = on disk only */
+    uint8_t **chunk; /* of fetched ones: [leaves_count], NULL = not kept */
+    size_t bytes;    /* in memory */
+    uint64_t used;   /* larger = later */
 };
+#define SYNC_RELAYED UINT32_MAX
 
 /* The results of one commit, on their way here. */
 struct fetch_shard {
-    bool leaves_have, held; /* held: by ourselves */
-    uint8_t turn;           /* 0 aggregator, 1 holder */
-    uint8_t refusals;       /* in a row */
+    bool leaves_have;
+    uint32_t turn;     /* 0, 1: aggregator and holder; later ones: other members */
+    uint32_t from;     /* who is asked or dialled */
+    uint32_t refusals; /* in a row */
     uint64_t asked_ms;      /* of the last question or answer */
     bool asking, dialling;
 };
@@ -272,7 +301,9 @@ struct fetch {
     uint64_t index; /* of the commit */
     uint32_t chunks; /* of its fragment */
     struct msg_digest_item *leaves; /* [chunks] */
+    uint8_t *leaf_have;             /* bitmap */
     bool verified;                  /* leaves give the commit's result_root */
+    uint64_t held_change;           /* as of s->held_change when our own results were looked at */
     struct fetch_shard *shard;      /* [commit.shards] */
     uint8_t **data;                 /* [chunks]: received, not applied */
     uint8_t *asked;                 /* bitmap: asked for, not received */
@@ -314,6 +345,7 @@ struct talk {
     /* what it asked for */
     uint8_t *results;    /* bitmap over the fragment; NULL = nothing */
     bool results_leaves; /* leaves are due first */
+    bool results_lack;   /* something it asked for is not here */
     uint64_t results_term, results_plan, results_round;
 };
 
@@ -347,6 +379,8 @@ struct sync {
     struct place *place;       /* [chunk_count] */
     enum outer_codec codec;    /* of contributions */
     float *scratch, *scratch2; /* [chunk_elements] each */
+    int64_t *spare_sum[SYNC_SPARE_SUMS]; /* [chunk_elements] each */
+    uint32_t spare_sum_count;
 
     /* for the length of one step */
     uint64_t now;
@@ -372,6 +406,8 @@ struct sync {
     struct plan *plan;                 /* [fragment_count] */
     struct held *held;
     uint32_t held_count;
+    size_t held_bytes;              /* in memory */
+    uint64_t held_used, held_change; /* count up */
     struct fetch fetch;
     struct catchup catchup;
     struct peer **peers;
@@ -556,36 +592,83 @@ void contribution_pump(struct sync *s);
 /* Send the next chunk p wants of the fragment. False: nothing to send. */
 bool contribution_send_chunk(struct sync *s, struct peer *p, uint32_t fragment);
 
-/* ---- sync_reduce.c ---------------------------------------------------------------------- */
+/* ---- sync_plan.c ------------------------------------------------------------------------ */
 
 int plan_on_plan(struct sync *s, const struct frame *f, const struct msg_plan *msg);
 int plan_on_drop(struct sync *s, const struct frame *f, const struct msg_drop *msg);
 void plan_release(struct sync *s, uint32_t fragment);
+/* Entries of the ledger came: was the plan for a round that is over? */
+bool plan_is_over(const struct sync *s, uint32_t fragment);
+/* Is the frame about the fragment's plan in work? Another plan's chunks and results are void. */
 bool plan_is_current(const struct sync *s, uint32_t fragment, const struct frame *f);
 bool plan_is_newer(const struct sync *s, uint32_t fragment, uint64_t term, uint64_t number);
 bool plan_owes(const struct sync *s, uint32_t member); /* chunks to this aggregator */
+/* Number of a member among the contributors, or -1. */
+int plan_contributor(const struct plan *p, uint32_t member);
+/* Nothing more of contributor i goes into chunks that are not finished. */
+void plan_drop_contributor(struct plan *p, int i);
+/* Room for a shard's sums or copy. forced: [count] sets of set_bytes, taken over; may be NULL. */
+int plan_work_begin(struct sync *s, const struct plan *p, struct shard_work *w, uint32_t first,
+                    uint32_t count, enum shard_role role);
+void plan_work_release(struct shard_work *w);
+/* Those that came with LEAVES when we wanted none are asked for them again. */
+void plan_invite_early(struct sync *s, const struct plan *p);
+static inline uint8_t *plan_set(const struct plan *p, const struct shard_work *w, uint32_t k) {
+    return w->sets + (size_t)k * p->set_bytes;
+}
+
+/* ---- sync_reduce.c ---------------------------------------------------------------------- */
+
 void reduce_on_leaves(struct sync *s, struct peer *p, const struct frame *f,
                       const struct msg_leaves *msg);
 int reduce_on_chunk(struct sync *s, struct peer *p, const struct frame *f,
                     const struct msg_chunk *msg);
+/* The second holder's copy: does the plan in work wait for it? */
+bool reduce_waits_for(struct sync *s, const struct peer *p, const struct frame *f,
+                      uint32_t fragment, uint32_t chunk);
 void reduce_on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
                              const struct msg_result_leaves *msg);
 int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f,
                      const struct msg_result *msg);
-void reduce_judge(struct sync *s); /* silent contributors are dropped */
+void reduce_judge(struct sync *s); /* silent and slow contributors are dropped */
 int reduce_pump(struct sync *s);
 bool reduce_has_work(const struct sync *s);
 int reduce_work(struct sync *s);
+void reduce_release(struct sync *s);
+
+/* ---- sync_audit.c ----------------------------------------------------------------------- */
+
+int audit_on_audit(struct sync *s, const struct frame *f, const struct msg_audit *msg);
+/* Is this our auditor, and of which chunk? The wanted bitmap loses all others' bits. */
+bool audit_is_by(const struct plan *p, uint32_t member);
+bool audit_is_of(const struct plan *p, uint32_t member, uint32_t chunk);
+/* The chunk is summed; or contributor `culprit`'s bytes cannot be. */
+void audit_finish(struct sync *s, const struct plan *p, struct shard_work *w, uint32_t culprit);
+/* Those whose bytes do not come are given up. */
+void audit_judge(struct sync *s);
+void audit_accuse(struct sync *s, struct plan *p, uint32_t contributor, uint32_t chunk,
+                  const char *reason);
 
 /* ---- sync_results.c --------------------------------------------------------------------- */
 
+/* Under which number a shard of the plan is kept: a resumed commit's own shards keep theirs. */
+uint32_t results_shard(const struct plan *p, uint32_t shard);
 /* Write the finished shard to disk and take its memory over. */
 int results_keep(struct sync *s, const struct plan *p, struct shard_work *w);
 /* Also looks on the disk. NULL: not held. */
 struct held *results_find(struct sync *s, uint32_t fragment, uint64_t term, uint64_t plan,
                           uint64_t round, uint32_t shard);
-const uint8_t *results_chunk(const struct sync *s, const struct held *h, uint32_t k);
-void results_report(struct sync *s, const struct held *h);
+/* What we have of a commit's results, own shards on disk too, is in s->held afterwards. */
+void results_look(struct sync *s, struct commit *c);
+/* Who holds chunk k (of the fragment) of the commit; NULL: we do not. The bytes: until the next call of a
+ * results_ function; NULL: the disk lost them. */
+struct held *results_with(struct sync *s, const struct commit *c, uint32_t k);
+const uint8_t *results_chunk(struct sync *s, struct held *h, uint32_t k);
+/* Chunk k of a commit was fetched and applied: kept for others as far as memory goes. `data` is taken
+ * over; leaves: of the whole fragment. */
+void results_relay(struct sync *s, const struct commit *c, const struct msg_digest_item *leaves,
+                   uint32_t k, uint8_t *data);
+void results_report(struct sync *s, const struct plan *p, uint32_t shard, const struct held *h);
 void results_settle(struct sync *s);
 void results_on_get(struct sync *s, struct peer *p, const struct frame *f,
                     const struct msg_result_get *msg);

@@ -280,7 +280,7 @@ int ledger_load(struct sync *s) {
     if (s->genesis.init_from_count) ledger_note_root(s, 0, &s->genesis.init_from->state_root);
     for (uint32_t segment = 0; full; segment++)
         if (load_segment(s, segment, &full)) return -1;
-    s->ledger.saved = s->ledger.count;
+    s->ledger.saved = s->ledger.loaded = s->ledger.count;
     return 0;
 }
 
@@ -313,7 +313,7 @@ static int after_rewind(struct sync *s) {
 /* Commits came: what was meant for the rounds before them is void. */
 static void after_commits(struct sync *s) {
     for (uint32_t f = 0; f < s->fragment_count; f++) {
-        if (s->plan[f].active && s->plan[f].msg.round < s->ledger.rounds[f]) plan_release(s, f);
+        if (plan_is_over(s, f)) plan_release(s, f);
         if (s->contribution[f].encoding && s->contribution[f].base_index != s->ledger.last[f])
             contribution_abort(s, f);
     }

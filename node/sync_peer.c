@@ -176,11 +176,6 @@ static void on_none(struct sync *s, struct peer *p, const struct msg_none *msg) 
     }
 }
 
-/* Is this about the plan in work, or about a round that was committed? */
-static bool is_of_plan(const struct sync *s, uint32_t fragment, uint64_t round) {
-    return s->plan[fragment].active && round == s->plan[fragment].msg.round;
-}
-
 /* The fragment that a message names; 0 for those that name none. */
 static uint32_t fragment_of(uint8_t type, const void *msg) {
     switch (type) {
@@ -199,22 +194,28 @@ static bool is_bulk(uint8_t type) {
     return type == MSG_CHUNK || type == MSG_RESULT || type == MSG_STATE || type == MSG_MOMENTS;
 }
 
+/* Results are for the second holder's copy, or for the state. */
+static void on_result_leaves(struct sync *s, struct peer *p, const struct frame *f,
+                             const struct msg_result_leaves *msg) {
+    if (reduce_waits_for(s, p, f, msg->fragment, msg->first)) reduce_on_result_leaves(s, p, f, msg);
+    else apply_on_result_leaves(s, p, f, msg);
+}
+
+static int on_result(struct sync *s, struct peer *p, const struct frame *f,
+                     const struct msg_result *msg) {
+    if (reduce_waits_for(s, p, f, msg->fragment, msg->chunk)) return reduce_on_result(s, p, f, msg);
+    apply_on_result(s, p, f, msg);
+    return 0;
+}
+
 static int dispatch(struct sync *s, struct peer *p, const struct frame *f, const void *msg) {
     switch (f->type) {
     case MSG_LEAVES: reduce_on_leaves(s, p, f, msg); return 0;
     case MSG_WANT: contribution_on_want(s, p, f, msg); return 0;
     case MSG_CHUNK: return reduce_on_chunk(s, p, f, msg);
     case MSG_RESULT_GET: results_on_get(s, p, f, msg); return 0;
-    case MSG_RESULT_LEAVES:
-        if (is_of_plan(s, fragment_of(f->type, msg), ((const struct msg_result_leaves *)msg)->round))
-            reduce_on_result_leaves(s, p, f, msg);
-        else apply_on_result_leaves(s, p, f, msg);
-        return 0;
-    case MSG_RESULT:
-        if (is_of_plan(s, fragment_of(f->type, msg), ((const struct msg_result *)msg)->round))
-            return reduce_on_result(s, p, f, msg);
-        apply_on_result(s, p, f, msg);
-        return 0;
+    case MSG_RESULT_LEAVES: on_result_leaves(s, p, f, msg); return 0;
+    case MSG_RESULT: return on_result(s, p, f, msg);
     case MSG_STATE_GET: catchup_on_state_get(s, p, msg); return 0;
     case MSG_STATE: catchup_on_state(s, p, msg); return 0;
     case MSG_MOMENTS_GET: moments_on_get(s, p); return 0;

@@ -1,7 +1,7 @@
-/* sync_reduce.c - a plan and this member's part in summing: as aggregator it checks every chunk
+/* sync_reduce.c - this member's part in summing a plan's shards: as aggregator it checks every chunk
  * against the root its contributor announced, adds exactly, divides by the weight that really
  * arrived and quantises once; as second holder it copies the finished shard. Both report only
- * what is on disk. */
+ * what is on disk. An auditor sums in the same way, see sync_audit.c. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,287 +10,110 @@
 
 #define NORM_SLACK 1e-6 /* sums of squares in another order differ in their last digits */
 
-/* ---- which plan ------------------------------------------------------------------------- */
+/* ---- who is waited for ------------------------------------------------------------------ */
 
-/* Is this frame about the fragment's plan in work? Another plan's chunks and results are void. */
-bool plan_is_current(const struct sync *s, uint32_t fragment, const struct frame *f) {
-    const struct plan *p = &s->plan[fragment];
-    if (!p->active) return false;
-    if (SYNC_HAS_FAULT(PLAN_NUMBER_IGNORED)) return true;
-    return f->term == p->term && f->plan == p->number;
+static bool is_forced(const struct plan *p, const struct shard_work *w, uint32_t k, uint32_t i) {
+    return proto_set_has(w->forced + (size_t)k * p->set_bytes, i);
 }
 
-bool plan_is_newer(const struct sync *s, uint32_t fragment, uint64_t term, uint64_t number) {
-    const struct plan *p = &s->plan[fragment];
-    if (!p->active) return true;
-    return term > p->term || (term == p->term && number > p->number);
+/* Does chunk k still wait for contributor i? */
+static bool takes(const struct plan *p, const struct shard_work *w, uint32_t k, uint32_t i) {
+    if (w->finished[k] || proto_set_has(plan_set(p, w, k), i)) return false;
+    return w->forced ? is_forced(p, w, k, i) : !p->inbound[i].dropped;
 }
 
-static void work_release(struct shard_work *w) {
-    for (uint32_t k = 0; w->sums && k < w->count; k++) free(w->sums[k]);
-    free(w->sums);
-    free(w->data);
-    free(w->leaves);
-    free(w->sets);
-    free(w->weights);
-    free(w->finished);
-    *w = (struct shard_work){0};
-}
-
-void plan_release(struct sync *s, uint32_t fragment) {
-    struct plan *p = &s->plan[fragment];
-    if (!p->active) return;
-    for (uint32_t i = 0; i < p->work_count; i++) work_release(&p->work[i]);
-    for (uint32_t i = 0; p->inbound && i < p->msg.contributors_count; i++)
-        free(p->inbound[i].leaves);
-    free(p->work);
-    free(p->inbound);
-    proto_copy_release(RECORD_plan, &p->msg);
-    *p = (struct plan){0};
-    for (uint32_t i = 0; i < s->peer_count; i++) {
-        struct talk *t = &s->peers[i]->talk[fragment];
-        free(t->wanted);
-        t->wanted = NULL;
-        t->leaves_sent = false;
-    }
-}
-
-/* The coordinator is trusted, but arithmetic must not be set up on numbers that do not fit it. */
-static const char *plan_fault(const struct sync *s, const struct msg_plan *msg) {
-    uint64_t weight = 0, covered = 0;
-    if (msg->contributors_count == 0) return "it has no contributors";
-    for (uint32_t i = 0; i < msg->contributors_count; i++) {
-        if (msg->contributors[i].weight == 0) return "a weight is zero";
-        if (!(msg->contributors[i].clip >= 0 && msg->contributors[i].clip <= 1))
-            return "a clip factor is not in [0,1]";
-        weight += msg->contributors[i].weight;
-    }
-    if (weight >= OUTER_WEIGHT_LIMIT) return "the weights are too large";
-    for (uint32_t i = 0; i < msg->shards_count; i++) {
-        if (msg->shards[i].first != covered || msg->shards[i].count == 0)
-            return "its shards do not cover the fragment";
-        if (msg->shards[i].aggregator == msg->shards[i].holder)
-            return "aggregator and holder are one member";
-        covered += msg->shards[i].count;
-    }
-    if (covered != s->fragment[msg->fragment].count) return "its shards do not cover the fragment";
-    if (outer_encoded_bytes((enum outer_codec)msg->codec, 1) == 0)
-        return "its codec does not exist";
-    if (msg->grid_exponent > OUTER_GRID_EXPONENT_MAX ||
-        msg->grid_exponent < -OUTER_GRID_EXPONENT_MAX)
-        return "its grid exponent is out of range";
-    return NULL;
-}
-
-/* ---- setting up ------------------------------------------------------------------------- */
-
-static int work_begin(struct sync *s, const struct plan *p, struct shard_work *w, uint32_t shard,
-                      enum shard_role role) {
-    const struct msg_shard *m = &p->msg.shards[shard];
-    *w = (struct shard_work){.shard = shard, .first = m->first, .count = m->count, .role = role};
-    w->data = sync_alloc(
-        s, shard_bytes(s, p->fragment, (enum outer_codec)p->msg.codec, m->first, m->count), 1);
-    w->leaves = sync_alloc(s, m->count, sizeof *w->leaves);
-    w->sets = sync_alloc(s, m->count, p->set_bytes);
-    w->weights = sync_alloc(s, m->count, sizeof *w->weights);
-    w->finished = sync_alloc(s, m->count, sizeof *w->finished);
-    if (role == SHARD_AGGREGATE) w->sums = sync_alloc(s, m->count, sizeof *w->sums);
-    return s->failure.code ? -1 : 0;
-}
-
-/* A shard finished before this process started again needs no work. */
-static int add_work(struct sync *s, struct plan *p, uint32_t shard, enum shard_role role) {
-    struct shard_work *w = &p->work[p->work_count];
-    struct held *h = results_find(s, p->fragment, p->term, p->number, p->msg.round, shard);
-    if (h) *w = (struct shard_work){.shard = shard, .role = role, .done = true};
-    else if (work_begin(s, p, w, shard, role)) return -1;
-    p->work_count++;
-    return 0;
-}
-
-static int own_number(const struct sync *s, const struct msg_plan *msg) {
-    const struct contribution *c = &s->contribution[msg->fragment];
-    if (!c->frozen || c->ready.base_index != msg->base_index) return -1;
-    for (uint32_t i = 0; i < msg->contributors_count; i++)
-        if (msg->contributors[i].member == s->config.member)
-            return digest_equal(&msg->contributors[i].root, &c->ready.root) ? (int)i : -1;
-    return -1;
-}
-
-/* Those that came with LEAVES before the plan did are asked for them again. */
-static void invite_early(struct sync *s, const struct plan *p) {
-    for (uint32_t i = 0; i < s->peer_count; i++) {
-        struct peer *peer = s->peers[i];
-        struct talk *t = &peer->talk[p->fragment];
-        if (peer->open && t->early_leaves)
-            peer_none(s, peer, MSG_LEAVES, p->term, p->number, p->fragment, p->msg.round, "now");
-        t->early_leaves = false;
-    }
-}
-
-static int plan_begin(struct sync *s, const struct frame *f, const struct msg_plan *msg) {
-    struct plan *p = &s->plan[msg->fragment];
-    plan_release(s, msg->fragment);
-    if (proto_copy(RECORD_plan, msg, &p->msg, &s->failure)) return -1;
-    p->active = true;
-    p->fragment = msg->fragment;
-    p->term = f->term;
-    p->number = f->plan;
-    p->set_bytes = (uint32_t)bitmap_bytes(msg->contributors_count);
-    p->own = own_number(s, msg);
-    p->inbound = sync_alloc(s, msg->contributors_count, sizeof *p->inbound);
-    p->work = sync_alloc(s, msg->shards_count, sizeof *p->work);
-    if (s->failure.code) return -1;
-    for (uint32_t i = 0; i < msg->contributors_count; i++) {
-        p->weight += msg->contributors[i].weight;
-        p->inbound[i].heard_ms = s->now;
-    }
-    for (uint32_t i = 0; i < msg->shards_count; i++) {
-        if (msg->shards[i].aggregator == s->config.member &&
-            add_work(s, p, i, SHARD_AGGREGATE))
-            return -1;
-        if (msg->shards[i].holder == s->config.member && add_work(s, p, i, SHARD_HOLD)) return -1;
-    }
-    invite_early(s, p);
-    return 0;
-}
-
-#ifdef SIM_FAULTS
-/* The fault: sums of the older plan are taken as if they were of this one. */
-static bool plan_keeps_sums(struct sync *s, const struct frame *f, const struct msg_plan *msg) {
-    struct plan *p = &s->plan[msg->fragment];
-    if (sync_fault != SYNC_FAULT_PLAN_NUMBER_IGNORED || !p->active || p->msg.round != msg->round)
-        return false;
-    for (uint32_t i = 0; i < s->held_count; i++) {
-        struct held *h = &s->held[i];
-        if (h->fragment != msg->fragment || h->round != msg->round) continue;
-        h->term = f->term;
-        h->plan = h->leaves.plan = f->plan;
-    }
-    p->term = f->term;
-    p->number = f->plan;
-    for (uint32_t i = 0; i < p->work_count; i++) p->work[i].reported = false;
+static bool is_complete(const struct plan *p, const struct shard_work *w, uint32_t k) {
+    for (uint32_t i = 0; i < p->msg.contributors_count; i++)
+        if (takes(p, w, k, i)) return false;
     return true;
 }
-#endif
 
-/* Of a round that can be summed now? */
-static bool is_for_now(const struct sync *s, const struct frame *f, const struct msg_plan *msg) {
-    return msg->round == s->ledger.rounds[msg->fragment] &&
-           msg->base_index == s->ledger.last[msg->fragment] &&
-           (plan_is_newer(s, msg->fragment, f->term, f->plan) ||
-            plan_is_current(s, msg->fragment, f));
-}
-
-int plan_on_plan(struct sync *s, const struct frame *f, const struct msg_plan *msg) {
-    if (msg->fragment >= s->fragment_count || !is_for_now(s, f, msg)) {
-        sync_log(s, SYNC_DEBUG, "plan %llu of fragment %u round %llu ignored",
-                 (unsigned long long)f->plan, msg->fragment, (unsigned long long)msg->round);
-        return 0;
-    }
-    const char *fault = plan_fault(s, msg);
-    if (fault) {
-        sync_log(s, SYNC_ERROR, "plan %llu of fragment %u round %llu is ignored: %s",
-                 (unsigned long long)f->plan, msg->fragment, (unsigned long long)msg->round,
-                 fault);
-        return 0;
-    }
-    peer_set_addresses(s, msg->addresses, msg->addresses_count);
-#ifdef SIM_FAULTS
-    if (plan_keeps_sums(s, f, msg)) return 0;
-#endif
-    struct plan *p = &s->plan[msg->fragment];
-    if (plan_is_newer(s, msg->fragment, f->term, f->plan)) return plan_begin(s, f, msg);
-    for (uint32_t i = 0; i < p->work_count; i++) p->work[i].reported = false; /* it asks again */
-    return 0;
-}
-
-/* ---- contributors ----------------------------------------------------------------------- */
-
-static int contributor_of(const struct plan *p, uint32_t member) {
+/* Does it wait for our own contribution alone? That is added last, so that sums are open only while
+ * others' chunks come. */
+static bool waits_for_own(const struct sync *s, const struct plan *p, const struct shard_work *w,
+                          uint32_t k) {
+    if (p->own < 0 || !s->contribution[p->fragment].frozen) return false;
     for (uint32_t i = 0; i < p->msg.contributors_count; i++)
-        if (p->msg.contributors[i].member == member) return (int)i;
-    return -1;
+        if ((int)i != p->own && takes(p, w, k, i)) return false;
+    return takes(p, w, k, (uint32_t)p->own);
 }
 
-static void drop_contributor(struct plan *p, int i) {
-    if (p->inbound[i].dropped) return;
-    p->inbound[i].dropped = true;
-    for (uint32_t w = 0; w < p->work_count; w++) p->work[w].recheck = true;
-}
+static bool sums(const struct shard_work *w) { return w->role != SHARD_HOLD && !w->done; }
 
-int plan_on_drop(struct sync *s, const struct frame *f, const struct msg_drop *msg) {
-    if (msg->fragment >= s->fragment_count || !plan_is_current(s, msg->fragment, f)) return 0;
-    struct plan *p = &s->plan[msg->fragment];
-    int i = msg->round == p->msg.round ? contributor_of(p, msg->member) : -1;
-    if (i >= 0) drop_contributor(p, i);
-    return 0;
-}
-
-bool plan_owes(const struct sync *s, uint32_t member) {
-    for (uint32_t f = 0; f < s->fragment_count; f++) {
-        int i = s->plan[f].active ? contributor_of(&s->plan[f], member) : -1;
-        if (i >= 0 && !s->plan[f].inbound[i].dropped && s->plan[f].inbound[i].owed) return true;
+static uint32_t count_owed(const struct plan *p, uint32_t i) {
+    uint32_t owed = 0;
+    for (uint32_t j = 0; j < p->work_count; j++) {
+        const struct shard_work *w = &p->work[j];
+        for (uint32_t k = 0; sums(w) && k < w->count; k++) owed += takes(p, w, k, i);
     }
-    return false;
+    return owed;
 }
 
-/* Does an unfinished chunk still wait for contributor i? */
-static bool is_waited_for(const struct plan *p, const struct shard_work *w, uint32_t i) {
-    for (uint32_t k = 0; k < w->count; k++)
-        if (!w->finished[k] && !proto_set_has(w->sets + (size_t)k * p->set_bytes, i)) return true;
-    return false;
+/* At its pace since the last mark, would the rest come in time? All it may take grows with every plan of the
+ * round that came to nothing, as the coordinator's patience does: where all links are slow, none is
+ * dropped for ever. One that sends fast first and then drips is seen by its last pace. */
+static bool is_too_slow(const struct sync *s, const struct plan *p, struct inbound *in) {
+    if (!in->asked_ms || !in->owed) return false;
+    uint64_t silence = s->outer->silence_ms_max, passed = s->now - in->mark_ms;
+    uint64_t limit = SYNC_DRIP_SILENCES * silence << (p->attempt < 8 ? p->attempt : 8);
+    if (passed < silence / 2) return false;
+    uint64_t got = in->mark_owed > in->owed ? in->mark_owed - in->owed : 0;
+    bool slow = got ? s->now - in->asked_ms + in->owed * passed / got > limit : false;
+    in->mark_ms = s->now;
+    in->mark_owed = in->owed;
+    return slow;
 }
 
-static void judge_work(struct sync *s, struct plan *p, const struct shard_work *w) {
-    for (uint32_t i = 0; i < p->msg.contributors_count; i++) {
-        struct inbound *in = &p->inbound[i];
-        if (in->dropped || (int)i == p->own || s->now - in->heard_ms <= s->outer->silence_ms_max)
-            continue;
-        if (!is_waited_for(p, w, i)) continue;
-        sync_log(s, SYNC_WARNING,
-                 "member %u sends nothing for fragment %u round %llu: going on without it",
-                 p->msg.contributors[i].member, p->fragment, (unsigned long long)p->msg.round);
-        drop_contributor(p, (int)i);
-    }
+static void judge_contributor(struct sync *s, struct plan *p, uint32_t i) {
+    struct inbound *in = &p->inbound[i];
+    const char *why = s->now - in->heard_ms > s->outer->silence_ms_max ? "sends nothing" : NULL;
+    if (in->dropped || (int)i == p->own) return;
+    if (!why && is_too_slow(s, p, in)) why = "sends too slowly";
+    if (!why || count_owed(p, i) == 0) return;
+    sync_log(s, SYNC_WARNING, "member %u %s for fragment %u round %llu: going on without it",
+             p->msg.contributors[i].member, why, p->fragment, (unsigned long long)p->msg.round);
+    plan_drop_contributor(p, (int)i);
 }
 
+/* A commit that is summed again waits for all it names: without them it cannot be had. */
 void reduce_judge(struct sync *s) {
     for (uint32_t f = 0; f < s->fragment_count; f++) {
         struct plan *p = &s->plan[f];
-        for (uint32_t w = 0; p->active && w < p->work_count; w++)
-            if (p->work[w].role == SHARD_AGGREGATE && !p->work[w].done)
-                judge_work(s, p, &p->work[w]);
+        for (uint32_t i = 0; p->active && !p->msg.resum && i < p->msg.contributors_count; i++)
+            judge_contributor(s, p, i);
     }
+    audit_judge(s);
 }
 
-/* What of our shards contributor i has not given yet. */
+/* ---- asking contributors ---------------------------------------------------------------- */
+
+static bool has_sums(const struct plan *p) {
+    for (uint32_t i = 0; i < p->work_count; i++)
+        if (p->work[i].role != SHARD_HOLD) return true;
+    return false;
+}
+
+/* What of our shards contributor i has not given yet: all of it, also after its link broke. */
 static void say_wanted(struct sync *s, struct plan *p, struct peer *peer, uint32_t i) {
     size_t bytes = bitmap_bytes(s->fragment[p->fragment].count);
+    struct inbound *in = &p->inbound[i];
     uint8_t *want = sync_alloc(s, bytes, 1);
     if (!want) return;
-    p->inbound[i].owed = 0;
-    for (uint32_t w = 0; w < p->work_count; w++) {
-        const struct shard_work *work = &p->work[w];
-        if (work->role != SHARD_AGGREGATE || work->done) continue;
-        for (uint32_t k = 0; k < work->count; k++) {
-            if (work->finished[k] || proto_set_has(work->sets + (size_t)k * p->set_bytes, i))
-                continue;
-            proto_set_add(want, work->first + k);
-            p->inbound[i].owed++;
-        }
+    for (uint32_t j = 0; j < p->work_count; j++) {
+        const struct shard_work *w = &p->work[j];
+        for (uint32_t k = 0; sums(w) && k < w->count; k++)
+            if (takes(p, w, k, i)) proto_set_add(want, w->first + k);
+    }
+    in->owed = count_owed(p, i);
+    if (!in->asked_ms) {
+        in->asked_ms = in->mark_ms = s->now;
+        in->mark_owed = in->owed;
     }
     struct msg_want msg = {.fragment = p->fragment,
                            .round = p->msg.round,
                            .chunks = {want, (uint32_t)bytes}};
     peer_send(s, peer, MSG_WANT, p->term, p->number, &msg, bytes);
     free(want);
-}
-
-static bool has_aggregate_work(const struct plan *p) {
-    for (uint32_t i = 0; i < p->work_count; i++)
-        if (p->work[i].role == SHARD_AGGREGATE) return true;
-    return false;
 }
 
 static bool take_leaves(struct sync *s, struct plan *p, uint32_t i, const struct msg_leaves *msg) {
@@ -307,12 +130,17 @@ static bool take_leaves(struct sync *s, struct plan *p, uint32_t i, const struct
 void reduce_on_leaves(struct sync *s, struct peer *peer, const struct frame *f,
                       const struct msg_leaves *msg) {
     struct plan *p = &s->plan[msg->fragment];
+    struct talk *t = &peer->talk[msg->fragment];
     if (!plan_is_current(s, msg->fragment, f) || msg->round != p->msg.round) {
-        peer->talk[msg->fragment].early_leaves = plan_is_newer(s, msg->fragment, f->term, f->plan);
+        t->early_leaves = plan_is_newer(s, msg->fragment, f->term, f->plan);
         return;
     }
-    int i = contributor_of(p, peer->id);
-    if (i < 0 || p->inbound[i].dropped || !has_aggregate_work(p)) return;
+    int i = plan_contributor(p, peer->id);
+    if (i < 0) return;
+    if (!has_sums(p)) {
+        t->early_leaves = true; /* an audit may be on its way */
+        return;
+    }
     if (!take_leaves(s, p, (uint32_t)i, msg)) {
         peer_close(s, peer, "its leaves do not give the root it announced");
         return;
@@ -322,18 +150,25 @@ void reduce_on_leaves(struct sync *s, struct peer *peer, const struct frame *f,
 
 /* ---- summing ---------------------------------------------------------------------------- */
 
-static uint8_t *set_of(const struct plan *p, const struct shard_work *w, uint32_t k) {
-    return w->sets + (size_t)k * p->set_bytes;
-}
-
 static uint64_t divisor(const struct plan *p, const struct shard_work *w, uint32_t k) {
     return SYNC_HAS_FAULT(DIVISOR_NOT_CORRECTED) ? p->weight : w->weights[k];
 }
 
-static bool is_complete(const struct plan *p, const struct shard_work *w, uint32_t k) {
-    for (uint32_t i = 0; i < p->msg.contributors_count; i++)
-        if (!p->inbound[i].dropped && !proto_set_has(set_of(p, w, k), i)) return false;
-    return true;
+/* Zeroed. Sums come and go with every chunk: some are kept, since fresh memory costs more than the sum. */
+static int64_t *sum_take(struct sync *s, size_t n) {
+    if (!s->spare_sum_count) return sync_alloc(s, s->chunk_elements, sizeof(int64_t));
+    int64_t *sum = s->spare_sum[--s->spare_sum_count];
+    memset(sum, 0, n * sizeof *sum);
+    return sum;
+}
+
+static void sum_give(struct sync *s, int64_t *sum) {
+    if (sum && s->spare_sum_count < SYNC_SPARE_SUMS) s->spare_sum[s->spare_sum_count++] = sum;
+    else free(sum);
+}
+
+void reduce_release(struct sync *s) {
+    while (s->spare_sum_count) free(s->spare_sum[--s->spare_sum_count]);
 }
 
 /* Mean and encoding of chunk k; false where there is nothing in it that could be encoded. */
@@ -358,10 +193,10 @@ static void finish_chunk(struct sync *s, const struct plan *p, struct shard_work
         if (err.code)
             sync_log(s, SYNC_ERROR, "the mean of chunk %u of fragment %u: %.200s", w->first + k,
                      p->fragment, err.msg);
-        memset(set_of(p, w, k), 0, p->set_bytes);
+        memset(plan_set(p, w, k), 0, p->set_bytes);
         w->weights[k] = 0;
     }
-    free(w->sums[k]);
+    sum_give(s, w->sums[k]);
     w->sums[k] = NULL;
     w->finished[k] = true;
     w->finished_count++;
@@ -369,36 +204,89 @@ static void finish_chunk(struct sync *s, const struct plan *p, struct shard_work
 }
 
 /* The clip factor stands on the norm that was announced, before anybody saw the bytes: more than that
- * is not taken. In shards of several aggregators each sees a part, which has no more than the whole. */
-static int hold_to_norm(struct sync *s, struct plan *p, uint32_t i, const uint8_t *bytes,
-                        size_t length, size_t n, struct err *err) {
-    double *norm2 = &p->inbound[i].norm2, limit = p->msg.contributors[i].norm;
-    if (outer_decode(s->scratch2, bytes, length, n, s->codec, err)) return -1;
-    *norm2 += outer_norm2(s->scratch2, n);
-    if (*norm2 <= limit * limit * (1 + NORM_SLACK)) return 0;
+ * is not taken. In shards of several aggregators each sees a part, which has no more than the whole.
+ * *proven: this one chunk shows it to whoever looks. */
+static int hold_to_norm(struct plan *p, enum outer_codec codec, uint32_t i, const uint8_t *bytes,
+                        size_t length, size_t n, bool *proven, struct err *err) {
+    struct inbound *in = &p->inbound[i];
+    double norm2, limit = p->msg.contributors[i].norm,
+           limit2 = limit * limit * (1 + NORM_SLACK);
+    float absmax;
+    *proven = true;
+    if (outer_measure(bytes, length, n, codec, &absmax, &norm2, err)) return -1;
+    *proven = norm2 > limit2;
+    if (!*proven && in->norm2 + norm2 <= limit2) {
+        in->norm2 += norm2;
+        return 0;
+    }
     return err_set(err, ERR_REFUSED, "its values have norm %g so far, announced was %g",
-                   sqrt(*norm2), limit);
+                   sqrt(in->norm2 + norm2), limit);
+}
+
+/* An audit looks at one chunk, which has no more than the whole. */
+static int check_chunk(struct sync *s, struct plan *p, const struct shard_work *w, uint32_t i,
+                       const uint8_t *bytes, size_t length, size_t n, bool *proven,
+                       struct err *err) {
+    double before = p->inbound[i].norm2;
+    if ((int)i == p->own || p->msg.resum) return 0;
+    if (w->role == SHARD_AUDIT) p->inbound[i].norm2 = 0;
+    int rc = hold_to_norm(p, s->codec, i, bytes, length, n, proven, err);
+    if (w->role == SHARD_AUDIT) p->inbound[i].norm2 = before;
+    return rc;
+}
+
+static void refuse_chunk(struct sync *s, struct plan *p, struct shard_work *w, uint32_t k,
+                         uint32_t i, bool proven, const char *why) {
+    sync_log(s, SYNC_WARNING, "member %u is left out of fragment %u round %llu, chunk %u: %.120s",
+             p->msg.contributors[i].member, p->fragment, (unsigned long long)p->msg.round,
+             w->first + k, why);
+    if (w->role == SHARD_AUDIT) {
+        audit_finish(s, p, w, p->msg.contributors[i].member);
+        return;
+    }
+    plan_drop_contributor(p, (int)i);
+    if (proven && (int)i != p->own) audit_accuse(s, p, i, w->first + k, why);
 }
 
 /* One contributor's chunk k of the shard; it was checked against the announced digest. */
-static void add_chunk(struct sync *s, struct plan *p, struct shard_work *w, uint32_t k, uint32_t i,
-                      const uint8_t *bytes, size_t length) {
+static void add_values(struct sync *s, struct plan *p, struct shard_work *w, uint32_t k,
+                       uint32_t i, const uint8_t *bytes, size_t length) {
     const struct msg_contributor *c = &p->msg.contributors[i];
     size_t n = chunk_elements(s, s->fragment[p->fragment].chunk[w->first + k]);
     struct err err = {0};
-    if (!w->sums[k] && !(w->sums[k] = sync_alloc(s, n, sizeof **w->sums))) return;
-    if (hold_to_norm(s, p, i, bytes, length, n, &err) ||
-        outer_accumulate(w->sums[k], bytes, length, n, s->codec, c->weight, c->clip,
-                         p->msg.grid_exponent, &err)) {
-        sync_log(s, SYNC_WARNING, "member %u is left out of fragment %u round %llu, chunk %u: %.120s",
-                 c->member, p->fragment, (unsigned long long)p->msg.round, w->first + k, err.msg);
-        drop_contributor(p, (int)i);
+    bool proven = true;
+    if (!w->sums[k] && !(w->sums[k] = sum_take(s, n))) return;
+    if (check_chunk(s, p, w, i, bytes, length, n, &proven, &err)) {
+        refuse_chunk(s, p, w, k, i, proven, err.msg);
         return;
     }
-    proto_set_add(set_of(p, w, k), i);
+    if (outer_accumulate(w->sums[k], bytes, length, n, s->codec, c->weight, c->clip,
+                         p->msg.grid_exponent, &err)) {
+        refuse_chunk(s, p, w, k, i, true, err.msg);
+        return;
+    }
+    proto_set_add(plan_set(p, w, k), i);
     w->weights[k] += c->weight;
     s->progress++;
-    if (is_complete(p, w, k)) finish_chunk(s, p, w, k);
+}
+
+/* Our own values, if nobody else's are missing; then it is finished. False: it waits for others. */
+static bool complete_chunk(struct sync *s, struct plan *p, struct shard_work *w, uint32_t k) {
+    if (waits_for_own(s, p, w, k))
+        add_values(s, p, w, k, (uint32_t)p->own, encoded_chunk(s, p->fragment, w->first + k),
+                   encoded_bytes(s, p->fragment, s->codec, w->first + k));
+    if (w->done || w->finished[k] || s->failure.code || !is_complete(p, w, k)) return false;
+    finish_chunk(s, p, w, k);
+    return true;
+}
+
+static int finish_shard(struct sync *s, struct plan *p, struct shard_work *w);
+
+static int finish_work(struct sync *s, struct plan *p, struct shard_work *w) {
+    if (w->done || w->finished_count < w->count) return 0;
+    if (w->role != SHARD_AUDIT) return finish_shard(s, p, w);
+    audit_finish(s, p, w, 0);
+    return 0;
 }
 
 /* The set must name just its contributor: partial sums of others come with shards of many
@@ -407,15 +295,6 @@ static bool set_is_just(const struct plan *p, struct proto_bytes set, uint32_t i
     uint8_t want[PROTO_SET_BYTES_MAX] = {0};
     proto_set_add(want, i);
     return set.length == p->set_bytes && !memcmp(set.data, want, set.length);
-}
-
-static struct shard_work *work_with(struct plan *p, uint32_t chunk, enum shard_role role) {
-    for (uint32_t i = 0; i < p->work_count; i++) {
-        struct shard_work *w = &p->work[i];
-        if (w->role == role && !w->done && chunk >= w->first && chunk - w->first < w->count)
-            return w;
-    }
-    return NULL;
 }
 
 static bool chunk_is_right(const struct sync *s, const struct plan *p, const struct msg_chunk *msg,
@@ -428,34 +307,43 @@ static bool chunk_is_right(const struct sync *s, const struct plan *p, const str
     return digest_equal(&leaf, &p->inbound[i].leaves[msg->chunk].digest);
 }
 
-static int finish_shard(struct sync *s, struct plan *p, struct shard_work *w);
+/* The sum that waits for this chunk of contributor i. */
+static struct shard_work *sum_of(struct plan *p, uint32_t chunk, uint32_t i) {
+    for (uint32_t j = 0; j < p->work_count; j++) {
+        struct shard_work *w = &p->work[j];
+        if (!sums(w) || chunk < w->first || chunk - w->first >= w->count) continue;
+        if (takes(p, w, chunk - w->first, i)) return w;
+        if (SYNC_HAS_FAULT(CHUNK_SUMMED_TWICE) && !w->finished[chunk - w->first]) return w;
+    }
+    return NULL;
+}
 
+/* A chunk that is not waited for any more is no sign of life. */
 int reduce_on_chunk(struct sync *s, struct peer *peer, const struct frame *f,
                     const struct msg_chunk *msg) {
     struct plan *p = &s->plan[msg->fragment];
     if (!plan_is_current(s, msg->fragment, f) || msg->round != p->msg.round) return 0;
-    int i = contributor_of(p, peer->id);
-    struct shard_work *w = work_with(p, msg->chunk, SHARD_AGGREGATE);
-    if (i < 0 || !w || !p->inbound[i].leaves || p->inbound[i].dropped) return 0;
-    uint32_t k = msg->chunk - w->first;
-    p->inbound[i].heard_ms = s->now;
-    if (w->finished[k]) return 0;
-    if (proto_set_has(set_of(p, w, k), (uint32_t)i) && !SYNC_HAS_FAULT(CHUNK_SUMMED_TWICE)) return 0;
+    int i = plan_contributor(p, peer->id);
+    struct shard_work *w = i < 0 ? NULL : sum_of(p, msg->chunk, (uint32_t)i);
+    if (!w || !p->inbound[i].leaves) return 0;
     if (!chunk_is_right(s, p, msg, (uint32_t)i)) {
         peer_close(s, peer, "a chunk is not what it announced");
         return 0;
     }
+    p->inbound[i].heard_ms = s->now;
     if (p->inbound[i].owed) p->inbound[i].owed--;
-    add_chunk(s, p, w, k, (uint32_t)i, msg->data.data, msg->data.length);
-    return w->finished_count == w->count ? finish_shard(s, p, w) : 0;
+    add_values(s, p, w, msg->chunk - w->first, (uint32_t)i, msg->data.data, msg->data.length);
+    if (!w->done) complete_chunk(s, p, w, msg->chunk - w->first);
+    return finish_work(s, p, w);
 }
 
 /* ---- finished --------------------------------------------------------------------------- */
 
 static void report(struct sync *s, const struct plan *p, struct shard_work *w) {
-    struct held *h = results_find(s, p->fragment, p->term, p->number, p->msg.round, w->shard);
+    struct held *h = results_find(s, p->fragment, p->result_term, p->result_plan, p->msg.round,
+                                  results_shard(p, w->shard));
     if (!h || !s->synced || p->term != s->term) return;
-    results_report(s, h);
+    results_report(s, p, w->shard, h);
     w->reported = true;
     w->reported_ms = s->now;
 }
@@ -485,18 +373,34 @@ static bool take_summed(const struct plan *p, struct shard_work *w,
         if (run->set.length != p->set_bytes || run->weight != weight_of(p, run->set)) return false;
         if (run->chunks > w->count - k) return false;
         for (uint32_t end = k + run->chunks; k < end; k++) {
-            memcpy(set_of(p, w, k), run->set.data, p->set_bytes);
+            memcpy(plan_set(p, w, k), run->set.data, p->set_bytes);
             w->weights[k] = run->weight;
         }
     }
     return k == w->count;
 }
 
+/* Results of a commit that is summed again stand under that commit's own numbers. */
+static bool are_results_of(const struct sync *s, const struct plan *p, const struct frame *f) {
+    if (p->active && p->msg.resum) return f->term == p->result_term && f->plan == p->result_plan;
+    return plan_is_current(s, (uint32_t)(p - s->plan), f);
+}
+
 static struct shard_work *held_work(struct sync *s, const struct peer *peer, const struct frame *f,
-                                    uint32_t fragment, uint32_t first) {
+                                    uint32_t fragment, uint32_t chunk) {
     struct plan *p = &s->plan[fragment];
-    struct shard_work *w = plan_is_current(s, fragment, f) ? work_with(p, first, SHARD_HOLD) : NULL;
-    return w && p->msg.shards[w->shard].aggregator == peer->id ? w : NULL;
+    for (uint32_t i = 0; are_results_of(s, p, f) && i < p->work_count; i++) {
+        struct shard_work *w = &p->work[i];
+        if (w->role == SHARD_HOLD && !w->done && chunk >= w->first && chunk - w->first < w->count &&
+            p->msg.shards[w->shard].aggregator == peer->id)
+            return w;
+    }
+    return NULL;
+}
+
+bool reduce_waits_for(struct sync *s, const struct peer *p, const struct frame *f,
+                      uint32_t fragment, uint32_t chunk) {
+    return held_work(s, p, f, fragment, chunk) != NULL;
 }
 
 void reduce_on_result_leaves(struct sync *s, struct peer *peer, const struct frame *f,
@@ -552,9 +456,9 @@ static void ask_results(struct sync *s, const struct plan *p, struct shard_work 
         if (!w->finished[k]) proto_set_add(chunks, w->first + k);
     struct msg_result_get get = {.fragment = p->fragment,
                                  .round = p->msg.round,
-                                 .plan = p->number,
+                                 .plan = p->result_plan,
                                  .chunks = {chunks, (uint32_t)bytes}};
-    peer_send(s, peer, MSG_RESULT_GET, p->term, p->number, &get, bytes);
+    peer_send(s, peer, MSG_RESULT_GET, p->result_term, p->result_plan, &get, bytes);
     free(chunks);
     w->asked_ms = s->now;
 }
@@ -567,6 +471,7 @@ int reduce_pump(struct sync *s) {
         for (uint32_t i = 0; p->active && i < p->work_count; i++) {
             struct shard_work *w = &p->work[i];
             if (!w->done && w->role == SHARD_HOLD) ask_results(s, p, w);
+            if (w->role == SHARD_AUDIT) continue;
             if (w->done && (!w->reported || s->now - w->reported_ms >= s->outer->silence_ms_max))
                 report(s, p, w);
         }
@@ -574,22 +479,14 @@ int reduce_pump(struct sync *s) {
     return s->failure.code ? -1 : 0;
 }
 
-static bool has_own_chunks(const struct sync *s, const struct plan *p,
-                           const struct shard_work *w) {
-    return w->role == SHARD_AGGREGATE && !w->done && p->own >= 0 &&
-           s->contribution[p->fragment].frozen && !p->inbound[p->own].dropped &&
-           w->own_next < w->count;
-}
-
 /* A shard with something to compute, and its plan. NULL: none. */
 static struct shard_work *work_now(const struct sync *s, struct plan **plan) {
     for (uint32_t f = 0; f < s->fragment_count; f++) {
         struct plan *p = &s->plan[f];
         for (uint32_t i = 0; p->active && i < p->work_count; i++) {
-            struct shard_work *w = &p->work[i];
-            if (w->done || !(w->recheck || has_own_chunks(s, p, w))) continue;
+            if (p->work[i].done || !p->work[i].recheck) continue;
             *plan = p;
-            return w;
+            return &p->work[i];
         }
     }
     return NULL;
@@ -600,34 +497,18 @@ bool reduce_has_work(const struct sync *s) {
     return work_now(s, &p) != NULL;
 }
 
-/* Somebody was dropped: chunks that waited for nobody else are finished. */
-static void recheck(struct sync *s, const struct plan *p, struct shard_work *w) {
-    size_t done = 0;
-    w->recheck = false;
-    for (uint32_t k = 0; w->role == SHARD_AGGREGATE && k < w->count; k++) {
-        if (w->finished[k] || !is_complete(p, w, k)) continue;
-        finish_chunk(s, p, w, k);
-        done += s->chunk_elements;
-        if (done < SYNC_WORK_ELEMENTS) continue;
-        w->recheck = true; /* the rest in the next turn */
-        return;
-    }
-}
-
-static void add_own_chunks(struct sync *s, struct plan *p, struct shard_work *w) {
-    for (size_t done = 0; has_own_chunks(s, p, w) && done < SYNC_WORK_ELEMENTS;
-         done += s->chunk_elements) {
-        uint32_t k = w->own_next++, chunk = w->first + k;
-        if (w->finished[k]) continue;
-        add_chunk(s, p, w, k, (uint32_t)p->own, encoded_chunk(s, p->fragment, chunk),
-                  encoded_bytes(s, p->fragment, s->codec, chunk));
-    }
-}
-
+/* The plan is new, or somebody was dropped: chunks that wait for nobody else are finished. */
 int reduce_work(struct sync *s) {
     struct plan *p;
     struct shard_work *w = work_now(s, &p);
-    if (w->recheck) recheck(s, p, w);
-    else add_own_chunks(s, p, w);
-    return w->finished_count == w->count ? finish_shard(s, p, w) : 0;
+    size_t done = 0;
+    w->recheck = false;
+    for (uint32_t k = 0; w->role != SHARD_HOLD && !w->done && k < w->count; k++) {
+        if (w->finished[k] || !complete_chunk(s, p, w, k)) continue;
+        done += s->chunk_elements;
+        if (done < SYNC_WORK_ELEMENTS) continue;
+        w->recheck = true; /* the rest in the next turn */
+        break;
+    }
+    return finish_work(s, p, w);
 }

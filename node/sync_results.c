@@ -1,6 +1,7 @@
-/* sync_results.c - finished shards that this member holds, as aggregator or second holder: one
- * blob per shard and round on disk, kept until every live member has applied the round, served
- * to whoever asks.
+/* sync_results.c - results that this member can give to others: the shards that it summed or copied, one
+ * blob per shard and round on disk, and what it fetched of others' shards, in memory. Kept until every
+ * live member has applied the round, served to whoever asks. Memory is bounded: own shards beyond that are
+ * read from disk when they are needed, fetched results are forgotten, the oldest first.
  *
  * A blob: the encoded chunks one after the other, then an encoded msg_result_leaves, then a
  * trailer. Names go round SYNC_RESULTS_KEPT, so what was forgotten is overwritten. */
@@ -22,8 +23,10 @@ static void blob_name(uint32_t fragment, uint64_t round, uint32_t shard, char ou
     snprintf(out, 48, "result-%u-%u-%u", fragment, (uint32_t)(round % SYNC_RESULTS_KEPT), shard);
 }
 
-const uint8_t *results_chunk(const struct sync *s, const struct held *h, uint32_t k) {
-    return h->data + encoded_offset(s, h->codec, k - h->leaves.first);
+/* A plan that resumes a commit numbers its shards from 0 again, and this member may hold one of the
+ * commit's own. */
+uint32_t results_shard(const struct plan *p, uint32_t shard) {
+    return p->msg.resum ? PROTO_SHARDS_MAX + shard : shard;
 }
 
 static struct digest trailer_digest(const struct trailer *t, const uint8_t *meta) {
@@ -36,14 +39,44 @@ static struct digest trailer_digest(const struct trailer *t, const uint8_t *meta
 
 /* ---- the list --------------------------------------------------------------------------- */
 
-static void held_release(struct held *h) {
-    proto_copy_release(RECORD_result_leaves, &h->leaves);
+static void forget_bytes(struct sync *s, struct held *h) {
+    for (uint32_t k = 0; h->chunk && k < h->leaves.leaves_count; k++) {
+        free(h->chunk[k]);
+        h->chunk[k] = NULL;
+    }
     free(h->data);
+    h->data = NULL;
+    s->held_bytes -= h->bytes;
+    h->bytes = 0;
 }
 
 static void forget(struct sync *s, uint32_t i) {
-    held_release(&s->held[i]);
+    forget_bytes(s, &s->held[i]);
+    free(s->held[i].chunk);
+    proto_copy_release(RECORD_result_leaves, &s->held[i].leaves);
     s->held[i] = s->held[--s->held_count];
+}
+
+static void note_use(struct sync *s, struct held *h) { h->used = ++s->held_used; }
+
+/* What was used last stays, however large it is. */
+static void make_room(struct sync *s, const struct held *keep) {
+    while (s->held_bytes > SYNC_RESULTS_BYTES) {
+        struct held *oldest = NULL;
+        for (uint32_t i = 0; i < s->held_count; i++) {
+            struct held *h = &s->held[i];
+            if (h != keep && h->bytes && (!oldest || h->used < oldest->used)) oldest = h;
+        }
+        if (!oldest) return;
+        forget_bytes(s, oldest);
+    }
+}
+
+static void count_bytes(struct sync *s, struct held *h, size_t bytes) {
+    h->bytes += bytes;
+    s->held_bytes += bytes;
+    note_use(s, h);
+    make_room(s, h);
 }
 
 /* Do they have the same name on disk? */
@@ -59,12 +92,18 @@ static struct held *add(struct sync *s, struct held *h) {
     struct held *list = realloc(s->held, (s->held_count + 1) * sizeof *list);
     if (!list) {
         err_set(&s->failure, ERR_MEMORY, "no memory for a result");
-        held_release(h);
+        proto_copy_release(RECORD_result_leaves, &h->leaves);
+        free(h->data);
+        free(h->chunk);
         return NULL;
     }
     s->held = list;
-    s->held[s->held_count] = *h;
-    return &s->held[s->held_count++];
+    h = memcpy(&s->held[s->held_count++], h, sizeof *h);
+    s->held_change++;
+    size_t bytes = h->bytes;
+    h->bytes = 0;
+    count_bytes(s, h, bytes);
+    return h;
 }
 
 void results_release(struct sync *s) {
@@ -83,7 +122,7 @@ void results_settle(struct sync *s) {
         if (!is_void && !(applied && c->index <= s->settled)) continue;
         char name[48];
         blob_name(h->fragment, h->round, h->shard, name);
-        s->disk.remove(s->disk.arg, name);
+        if (h->shard != SYNC_RELAYED) s->disk.remove(s->disk.arg, name);
         forget(s, i);
     }
 }
@@ -110,8 +149,8 @@ static int write_blob(struct sync *s, const struct plan *p, struct shard_work *w
                       const struct msg_result_leaves *leaves) {
     enum outer_codec codec = (enum outer_codec)p->msg.codec;
     struct trailer t = {.magic = "ITLRSLT",
-                        .term = p->term,
-                        .shard = w->shard,
+                        .term = p->result_term,
+                        .shard = results_shard(p, w->shard),
                         .codec = codec,
                         .data_bytes = shard_bytes(s, p->fragment, codec, w->first, w->count)};
     struct proto_buffer meta;
@@ -125,7 +164,7 @@ static int write_blob(struct sync *s, const struct plan *p, struct shard_work *w
         t.digest = trailer_digest(&t, meta.data);
         memcpy(blob + t.data_bytes, meta.data, meta.length);
         memcpy(blob + t.data_bytes + meta.length, &t, sizeof t);
-        blob_name(p->fragment, p->msg.round, w->shard, name);
+        blob_name(p->fragment, p->msg.round, t.shard, name);
         if (!SYNC_HAS_FAULT(REPORT_BEFORE_DISK))
             rc = s->disk.put(s->disk.arg, name, blob, t.data_bytes + meta.length + sizeof t,
                              &s->failure);
@@ -137,17 +176,17 @@ static int write_blob(struct sync *s, const struct plan *p, struct shard_work *w
 }
 
 int results_keep(struct sync *s, const struct plan *p, struct shard_work *w) {
-    struct held h = {.term = p->term,
-                     .plan = p->number,
+    struct held h = {.term = p->result_term,
+                     .plan = p->result_plan,
                      .fragment = p->fragment,
                      .round = p->msg.round,
-                     .shard = w->shard,
+                     .shard = results_shard(p, w->shard),
                      .codec = (enum outer_codec)p->msg.codec};
     struct msg_summed *runs = sync_alloc(s, w->count, sizeof *runs);
     if (!runs) return -1;
     struct msg_result_leaves leaves = {.fragment = p->fragment,
                                        .round = p->msg.round,
-                                       .plan = p->number,
+                                       .plan = p->result_plan,
                                        .first = w->first,
                                        .leaves = w->leaves,
                                        .leaves_count = w->count,
@@ -158,6 +197,7 @@ int results_keep(struct sync *s, const struct plan *p, struct shard_work *w) {
     free(runs);
     if (rc) return -1;
     h.data = w->data;
+    h.bytes = shard_bytes(s, p->fragment, h.codec, w->first, w->count);
     w->data = NULL;
     return add(s, &h) ? 0 : -1;
 }
@@ -165,6 +205,10 @@ int results_keep(struct sync *s, const struct plan *p, struct shard_work *w) {
 /* ---- reading ---------------------------------------------------------------------------- */
 
 /* Does every chunk of the blob have the leaf it should? */
+static const uint8_t *data_at(const struct sync *s, const struct held *h, uint32_t k) {
+    return h->data + encoded_offset(s, h->codec, k - h->leaves.first);
+}
+
 static bool data_is_intact(const struct sync *s, const struct held *h, size_t bytes) {
     const struct msg_result_leaves *l = &h->leaves;
     uint32_t count = h->fragment < s->fragment_count ? s->fragment[h->fragment].count : 0;
@@ -173,7 +217,7 @@ static bool data_is_intact(const struct sync *s, const struct held *h, size_t by
     if (bytes != shard_bytes(s, h->fragment, h->codec, l->first, l->leaves_count)) return false;
     for (uint32_t k = 0; k < l->leaves_count; k++) {
         if (digest_is_zero(&l->leaves[k].digest)) continue;
-        struct digest d = digest_leaf(l->first + k, results_chunk(s, h, l->first + k),
+        struct digest d = digest_leaf(l->first + k, data_at(s, h, l->first + k),
                                       encoded_bytes(s, h->fragment, h->codec, l->first + k));
         if (!digest_equal(&d, &l->leaves[k].digest)) return false;
     }
@@ -208,7 +252,8 @@ static bool read_blob(struct sync *s, uint8_t *blob, size_t length, struct held 
                            .shard = t.shard,
                            .codec = (enum outer_codec)t.codec,
                            .leaves = leaves,
-                           .data = blob};
+                           .data = blob,
+                           .bytes = t.data_bytes};
         ok = data_is_intact(s, h, t.data_bytes) &&
              proto_copy(RECORD_result_leaves, &leaves, &h->leaves, &s->failure) == 0;
     }
@@ -216,40 +261,139 @@ static bool read_blob(struct sync *s, uint8_t *blob, size_t length, struct held 
     return ok;
 }
 
-static struct held *load(struct sync *s, uint32_t fragment, uint64_t round, uint32_t shard) {
+/* -1: the disk failed, or has nothing right under this name. */
+static int read_held(struct sync *s, uint32_t fragment, uint64_t round, uint32_t shard,
+                     struct held *out) {
     char name[48];
     uint8_t *blob;
     size_t length;
-    struct held h;
     struct err err = {0};
     blob_name(fragment, round, shard, name);
     if (s->disk.get(s->disk.arg, name, &blob, &length, &err)) {
         if (err.code != ERR_NOT_FOUND) s->failure = err;
-        return NULL;
+        return -1;
     }
-    if (read_blob(s, blob, length, &h)) return add(s, &h);
+    if (read_blob(s, blob, length, out)) return 0;
     free(blob);
-    return NULL;
+    return -1;
 }
 
 struct held *results_find(struct sync *s, uint32_t fragment, uint64_t term, uint64_t plan,
                           uint64_t round, uint32_t shard) {
-    struct held *h = NULL;
+    struct held *h = NULL, found;
     for (uint32_t i = 0; i < s->held_count && !h; i++)
         if (has_name(&s->held[i], fragment, round, shard)) h = &s->held[i];
-    if (!h) h = load(s, fragment, round, shard);
+    if (!h && !read_held(s, fragment, round, shard, &found)) h = add(s, &found);
     bool right = h && has_name(h, fragment, round, shard) && h->term == term && h->plan == plan &&
                  h->round == round;
     return right ? h : NULL;
 }
 
+static bool is_of_commit(const struct held *h, const struct commit *c) {
+    return h->fragment == c->body.fragment && h->term == c->term && h->plan == c->body.plan &&
+           h->round == c->body.round;
+}
+
+/* After a restart own shards are on disk only. */
+void results_look(struct sync *s, struct commit *c) {
+    uint32_t f = c->body.fragment;
+    if (c->looked) return;
+    c->looked = true;
+    for (uint32_t i = 0; i < c->body.shards_count; i++)
+        if (c->body.shards[i].aggregator == s->config.member ||
+            c->body.shards[i].holder == s->config.member)
+            results_find(s, f, c->term, c->body.plan, c->body.round, i);
+    /* Later ones were resumed, if at all, in the life of this process. */
+    for (uint32_t i = 0; c->index < s->ledger.loaded && i < SYNC_RESUMS_MAX; i++)
+        results_find(s, f, c->term, c->body.plan, c->body.round, PROTO_SHARDS_MAX + i);
+}
+
+static bool covers(const struct held *h, uint32_t k) {
+    return k >= h->leaves.first && k - h->leaves.first < h->leaves.leaves_count &&
+           (!h->chunk || h->chunk[k - h->leaves.first]);
+}
+
+struct held *results_with(struct sync *s, const struct commit *c, uint32_t k) {
+    for (uint32_t i = 0; i < s->held_count; i++)
+        if (is_of_commit(&s->held[i], c) && covers(&s->held[i], k)) return &s->held[i];
+    return NULL;
+}
+
+/* Into memory again. -1: the disk lost it; then nobody is told any more that we hold it. */
+static int load(struct sync *s, struct held *h) {
+    struct held found;
+    int rc = read_held(s, h->fragment, h->round, h->shard, &found);
+    if (rc == 0 && found.term == h->term && found.leaves.plan == h->plan && found.round == h->round) {
+        h->data = found.data;
+        proto_copy_release(RECORD_result_leaves, &found.leaves);
+        count_bytes(s, h, found.bytes);
+        return 0;
+    }
+    if (rc == 0) {
+        free(found.data);
+        proto_copy_release(RECORD_result_leaves, &found.leaves);
+    }
+    sync_log(s, SYNC_ERROR, "results of fragment %u round %llu are gone from the disk", h->fragment,
+             (unsigned long long)h->round);
+    forget(s, (uint32_t)(h - s->held));
+    return -1;
+}
+
+const uint8_t *results_chunk(struct sync *s, struct held *h, uint32_t k) {
+    note_use(s, h);
+    if (h->chunk) return h->chunk[k - h->leaves.first];
+    if (!h->data && load(s, h)) return NULL;
+    return data_at(s, h, k);
+}
+
+/* ---- what was fetched ------------------------------------------------------------------- */
+
+static struct held *relay_of(struct sync *s, const struct commit *c,
+                             const struct msg_digest_item *leaves) {
+    uint32_t count = s->fragment[c->body.fragment].count;
+    for (uint32_t i = 0; i < s->held_count; i++)
+        if (s->held[i].shard == SYNC_RELAYED && is_of_commit(&s->held[i], c)) return &s->held[i];
+    struct held h = {.term = c->term,
+                     .plan = c->body.plan,
+                     .fragment = c->body.fragment,
+                     .round = c->body.round,
+                     .shard = SYNC_RELAYED,
+                     .codec = (enum outer_codec)c->body.codec};
+    struct msg_result_leaves all = {.fragment = c->body.fragment,
+                                    .round = c->body.round,
+                                    .plan = c->body.plan,
+                                    .leaves = (struct msg_digest_item *)(uintptr_t)leaves,
+                                    .leaves_count = count,
+                                    .summed = c->body.summed,
+                                    .summed_count = c->body.summed_count};
+    h.chunk = sync_alloc(s, count, sizeof *h.chunk);
+    if (!h.chunk || proto_copy(RECORD_result_leaves, &all, &h.leaves, &s->failure)) {
+        free(h.chunk);
+        return NULL;
+    }
+    return add(s, &h);
+}
+
+void results_relay(struct sync *s, const struct commit *c, const struct msg_digest_item *leaves,
+                   uint32_t k, uint8_t *data) {
+    size_t bytes = encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
+    struct held *h = c->index > s->settled ? relay_of(s, c, leaves) : NULL;
+    if (!h || h->chunk[k] || h->bytes + bytes > SYNC_RESULTS_BYTES) {
+        free(data);
+        return;
+    }
+    h->chunk[k] = data;
+    count_bytes(s, h, bytes);
+}
+
 /* ---- reporting -------------------------------------------------------------------------- */
 
-void results_report(struct sync *s, const struct held *h) {
+/* Of shard `shard` of the plan, whatever it is kept under. */
+void results_report(struct sync *s, const struct plan *p, uint32_t shard, const struct held *h) {
     struct msg_shard_report report = {.fragment = h->fragment,
                                       .round = h->round,
-                                      .plan = h->plan,
-                                      .shard = h->shard,
+                                      .plan = p->number,
+                                      .shard = shard,
                                       .results = h->leaves.leaves,
                                       .results_count = h->leaves.leaves_count,
                                       .summed = h->leaves.summed,
@@ -257,21 +401,10 @@ void results_report(struct sync *s, const struct held *h) {
     if (proto_record_sign(s->config.identity, "shard_report", &s->config.run, s->term,
                           RECORD_shard_report, &report, &report.signature, &s->failure))
         return;
-    sync_send(s, MSG_SHARD_REPORT, h->plan, &report);
+    sync_send(s, MSG_SHARD_REPORT, p->number, &report);
 }
 
 /* ---- serving ---------------------------------------------------------------------------- */
-
-/* After a restart what we hold of a commit is still on disk only. */
-static void load_of_commit(struct sync *s, uint32_t fragment, uint64_t term, uint64_t plan,
-                           uint64_t round) {
-    struct commit *c = ledger_commit(s, fragment, round);
-    if (!c || c->term != term || c->body.plan != plan) return;
-    for (uint32_t i = 0; i < c->body.shards_count; i++)
-        if (c->body.shards[i].aggregator == s->config.member ||
-            c->body.shards[i].holder == s->config.member)
-            results_find(s, fragment, term, plan, round, i);
-}
 
 void results_on_get(struct sync *s, struct peer *p, const struct frame *f,
                     const struct msg_result_get *msg) {
@@ -292,13 +425,14 @@ void results_on_get(struct sync *s, struct peer *p, const struct frame *f,
     }
     for (size_t i = 0; i < bytes; i++) t->results[i] |= msg->chunks.data[i];
     t->results_leaves = true;
-    load_of_commit(s, msg->fragment, f->term, f->plan, msg->round);
+    struct commit *c = ledger_commit(s, msg->fragment, msg->round);
+    if (c && c->term == f->term && c->body.plan == f->plan) results_look(s, c);
 }
 
 static void end_results(struct talk *t) {
     free(t->results);
     t->results = NULL;
-    t->results_leaves = false;
+    t->results_leaves = t->results_lack = false;
 }
 
 static bool is_asked(const struct talk *t, uint32_t fragment, const struct held *h) {
@@ -318,35 +452,58 @@ static bool send_leaves(struct sync *s, struct peer *p, uint32_t fragment) {
     return any;
 }
 
-static const struct held *held_with(const struct sync *s, const struct talk *t, uint32_t fragment,
-                                    uint32_t k) {
+/* Who has chunk k in memory, else on disk. */
+static struct held *held_with(struct sync *s, const struct talk *t, uint32_t fragment, uint32_t k) {
+    struct held *best = NULL;
     for (uint32_t i = 0; i < s->held_count; i++) {
-        const struct held *h = &s->held[i];
-        if (is_asked(t, fragment, h) && k >= h->leaves.first &&
-            k - h->leaves.first < h->leaves.leaves_count)
-            return h;
+        struct held *h = &s->held[i];
+        if (is_asked(t, fragment, h) && covers(h, k) && (!best || h->bytes)) best = h;
     }
-    return NULL;
+    return best;
 }
 
-static void send_result(struct sync *s, struct peer *p, const struct held *h, uint32_t k) {
+static bool send_result(struct sync *s, struct peer *p, struct held *h, uint32_t k) {
     size_t length = encoded_bytes(s, h->fragment, h->codec, k);
     struct msg_result result = {.fragment = h->fragment,
                                 .round = h->round,
                                 .plan = h->plan,
                                 .chunk = k,
-                                .codec = (uint8_t)h->codec,
-                                .data = {results_chunk(s, h, k), (uint32_t)length}};
-    peer_send(s, p, MSG_RESULT, h->term, h->plan, &result, length);
+                                .codec = (uint8_t)h->codec};
+    uint64_t term = h->term; /* h is gone where the disk lost it */
+    result.data = (struct proto_bytes){results_chunk(s, h, k), (uint32_t)length};
+    if (!result.data.data) return false;
+    peer_send(s, p, MSG_RESULT, term, result.plan, &result, length);
     s->progress++;
+    return true;
 }
 
 /* Is the plan somebody asked for still in work here, or not even known yet? */
 static bool may_come(const struct sync *s, const struct talk *t, uint32_t fragment) {
     const struct plan *p = &s->plan[fragment];
-    if (t->results_round < s->ledger.rounds[fragment]) return false;
-    return plan_is_newer(s, fragment, t->results_term, t->results_plan) ||
-           (t->results_term == p->term && t->results_plan == p->number && p->work_count > 0);
+    if (p->active && p->work_count && t->results_term == p->result_term &&
+        t->results_plan == p->result_plan)
+        return true;
+    return t->results_round >= s->ledger.rounds[fragment] &&
+           plan_is_newer(s, fragment, t->results_term, t->results_plan);
+}
+
+static void say_none(struct sync *s, struct peer *p, uint32_t fragment, const char *why) {
+    struct talk *t = &p->talk[fragment];
+    peer_none(s, p, MSG_RESULT_GET, t->results_term, t->results_plan, fragment, t->results_round,
+              why);
+}
+
+/* The next of the chunks that were asked for, if we have it. */
+static bool send_some(struct sync *s, struct peer *p, uint32_t fragment) {
+    struct talk *t = &p->talk[fragment];
+    for (int64_t k; (k = bitmap_next(t->results, s->fragment[fragment].count)) >= 0;) {
+        proto_set_del(t->results, (uint32_t)k);
+        struct held *h = held_with(s, t, fragment, (uint32_t)k);
+        if (h && digest_is_zero(&h->leaves.leaves[k - h->leaves.first].digest)) continue;
+        if (h && send_result(s, p, h, (uint32_t)k)) return true;
+        t->results_lack = true;
+    }
+    return false;
 }
 
 bool results_send_next(struct sync *s, struct peer *p, uint32_t fragment) {
@@ -355,21 +512,15 @@ bool results_send_next(struct sync *s, struct peer *p, uint32_t fragment) {
     if (t->results_leaves) {
         if (!send_leaves(s, p, fragment)) {
             if (may_come(s, t, fragment)) return false;
-            peer_none(s, p, MSG_RESULT_GET, t->results_term, t->results_plan, fragment,
-                      t->results_round, "not held");
+            say_none(s, p, fragment, "not held");
             end_results(t);
             return false;
         }
         t->results_leaves = false;
         return true;
     }
-    for (int64_t k; (k = bitmap_next(t->results, s->fragment[fragment].count)) >= 0;) {
-        proto_set_del(t->results, (uint32_t)k);
-        const struct held *h = held_with(s, t, fragment, (uint32_t)k);
-        if (!h || digest_is_zero(&h->leaves.leaves[k - h->leaves.first].digest)) continue;
-        send_result(s, p, h, (uint32_t)k);
-        return true;
-    }
+    if (send_some(s, p, fragment)) return true;
+    if (t->results_lack) say_none(s, p, fragment, "not all of it is held");
     end_results(t);
     return false;
 }

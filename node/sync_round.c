@@ -57,13 +57,14 @@ static int encode_chunk(struct sync *s, uint32_t fragment, uint32_t k, struct er
     outer_pseudo_gradient(s->scratch, s->state.anchor + first,
                           s->trainer.turn[fragment].local + first, part(s->residual, first), n);
     if (outer_encode(bytes, s->scratch, n, s->codec, err)) return -1;
-    if (outer_decode(s->scratch2, bytes, length, n, s->codec, err)) return -1;
     if (s->residual &&
         outer_residual(s->residual_next + first, s->scratch, bytes, length, n, s->codec, err))
         return -1;
-    float absmax = outer_absmax(s->scratch2, n);
+    float absmax;
+    double norm2;
+    if (outer_measure(bytes, length, n, s->codec, &absmax, &norm2, err)) return -1;
     if (absmax > c->absmax) c->absmax = absmax;
-    c->norm2 += outer_norm2(s->scratch2, n);
+    c->norm2 += norm2;
     if (SYNC_HAS_FAULT(LIES_NAN)) memset(bytes, 0xff, length);
     c->leaves[k].digest = digest_leaf(k, bytes, length);
     return 0;
@@ -345,20 +346,31 @@ static void pump_fragment(struct sync *s, uint32_t fragment) {
         struct peer *p = aggregator == s->config.member ? NULL : peer_link(s, aggregator);
         if (p) show_leaves(s, p, plan);
     }
+    for (uint32_t i = 0; planned && i < PROTO_AUDITS_MAX; i++) {
+        struct peer *p = plan->audits[i].auditor ? peer_link(s, plan->audits[i].auditor) : NULL;
+        if (p) show_leaves(s, p, plan);
+    }
 }
 
 void contribution_pump(struct sync *s) {
     for (uint32_t f = 0; f < s->fragment_count; f++) pump_fragment(s, f);
 }
 
-/* Chunks of shards that p does not aggregate are none of its business. */
-static void keep_own_shards(const struct plan *plan, const struct peer *p) {
+static bool aggregates_chunk(const struct plan *plan, uint32_t member, uint32_t k) {
     for (uint32_t i = 0; i < plan->msg.shards_count; i++) {
-        const struct msg_shard *shard = &plan->msg.shards[i];
-        for (uint32_t k = shard->first;
-             shard->aggregator != p->id && k < shard->first + shard->count; k++)
-            proto_set_del(p->talk[plan->fragment].wanted, k);
+        const struct msg_shard *m = &plan->msg.shards[i];
+        if (m->aggregator == member && k >= m->first && k - m->first < m->count) return true;
     }
+    return false;
+}
+
+/* Chunks that p neither aggregates nor audits are none of its business. */
+static void keep_own_shards(const struct sync *s, const struct plan *plan, const struct peer *p) {
+    uint8_t *wanted = p->talk[plan->fragment].wanted;
+    for (uint32_t k = 0; k < s->fragment[plan->fragment].count; k++)
+        if (proto_set_has(wanted, k) && !aggregates_chunk(plan, p->id, k) &&
+            !audit_is_of(plan, p->id, k))
+            proto_set_del(wanted, k);
 }
 
 void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,
@@ -366,7 +378,8 @@ void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,
     const struct plan *plan = &s->plan[msg->fragment];
     struct talk *t = &p->talk[msg->fragment];
     if (!plan->active || plan->own < 0 || f->term != plan->term || f->plan != plan->number ||
-        msg->round != plan->msg.round || !aggregates(plan, p->id)) {
+        msg->round != plan->msg.round ||
+        !(aggregates(plan, p->id) || audit_is_by(plan, p->id))) {
         sync_log(s, SYNC_DEBUG, "WANT of member %u for another plan ignored", p->id);
         return;
     }
@@ -380,7 +393,7 @@ void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,
     t->wanted_term = f->term;
     t->wanted_plan = f->plan;
     t->leaves_ms = s->now;
-    keep_own_shards(plan, p);
+    keep_own_shards(s, plan, p);
 }
 
 bool contribution_send_chunk(struct sync *s, struct peer *p, uint32_t fragment) {
