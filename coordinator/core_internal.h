@@ -161,6 +161,7 @@ struct state {
     bool root_fixed;     /* named by a commit or checkpoint: past discussion */
     bool disputed;       /* the referee is on it */
     bool undone;         /* by a rewind */
+    bool forsaken;       /* those who reported its results have lost them, it seems */
     struct digest root;
     uint32_t reference; /* who said so first; 0 = the ledger */
     uint64_t tokens_committed;
@@ -230,6 +231,7 @@ struct round {
 /* Lost results that are summed again, one commit at a time. */
 struct resum {
     struct plan plan; /* plan.resum = 0: none */
+    uint64_t unapplied_index, unapplied_ms; /* the oldest commit that no live member has, since when */
     uint32_t attempts;
     uint64_t told_ms; /* when the operator was last told that it cannot be done */
 };

@@ -32,7 +32,7 @@ static bool find_unheld(const struct core *c, const struct state *s, uint32_t *f
     const struct msg_commit *k = s->commit;
     *count = 0;
     for (; i < chunks; i++) {
-        bool held = covers(k->shards, k->shards_count, c, i) ||
+        bool held = (!s->forsaken && covers(k->shards, k->shards_count, c, i)) ||
                     covers(s->resummed, s->resummed_count, c, i);
         if (!held && !(*count)++) *first = i;
         if (held && *count) break;
@@ -40,25 +40,50 @@ static bool find_unheld(const struct core *c, const struct state *s, uint32_t *f
     return *count > 0;
 }
 
-/* Does a live member have the state, or the results of every chunk? */
-static bool is_reachable(const struct core *c, const struct state *s) {
-    uint32_t first = 0, count;
+static bool is_applied(const struct core *c, const struct state *s) {
     for (uint32_t i = 0; i < c->member_count; i++) {
         const struct member *m = &c->members[i];
         if (m->here && core_in_good_standing(m) && m->has_root && m->root_index >= s->index)
             return true;
     }
-    return !find_unheld(c, s, &first, &count);
+    return false;
+}
+
+/* Does a live member have the state, or the results of every chunk? */
+static bool is_reachable(const struct core *c, const struct state *s) {
+    uint32_t first = 0, count;
+    return is_applied(c, s) || !find_unheld(c, s, &first, &count);
+}
+
+static struct state *find_oldest(const struct core *c,
+                                 bool (*has)(const struct core *, const struct state *)) {
+    for (uint32_t i = 0; i < c->state_count; i++) {
+        struct state *s = &c->states[i];
+        if (s->commit && s->index > c->settled_index && !s->undone && !has(c, s)) return s;
+    }
+    return NULL;
 }
 
 /* The oldest commit that nobody can apply any more; those after it hang on it. */
-static struct state *find_lost(const struct core *c) {
-    for (uint32_t i = 0; i < c->state_count; i++) {
-        struct state *s = &c->states[i];
-        if (s->commit && s->index > c->settled_index && !s->undone && !is_reachable(c, s))
-            return s;
+static struct state *find_lost(const struct core *c) { return find_oldest(c, is_reachable); }
+
+/* Where nobody can apply a commit although its holders are here, these have lost what they reported:
+ * with an older disk, say. */
+static void forsake_holders(struct core *c, uint64_t now_ms, struct core_actions *out) {
+    struct state *s = core_live_count(c) ? find_oldest(c, is_applied) : NULL;
+    uint64_t index = s ? s->index : 0;
+    if (index != c->resum.unapplied_index) {
+        c->resum.unapplied_index = index;
+        c->resum.unapplied_ms = now_ms;
     }
-    return NULL;
+    if (!s || (s->forsaken && !s->resummed_count) ||
+        now_ms - c->resum.unapplied_ms < CORE_REPORT_SILENCES * (uint64_t)c->outer->silence_ms_max)
+        return;
+    c->resum.unapplied_ms = now_ms;
+    s->forsaken = true;
+    s->resummed_count = 0;
+    core_log(out, CORE_WARNING,
+             "nobody has applied the commit at ledger %llu, although its holders are here", LLU(index));
 }
 
 /* Contributors of lost shards that are away: who, in words. True if there are none. */
@@ -137,6 +162,7 @@ void core_check_resum(struct core *c, uint64_t now_ms, struct core_actions *out)
     }
     /* After a start of ours members need their time to come back. */
     if (c->complete || now_ms - c->start_ms < c->outer->silence_ms_max || c->takeover) return;
+    forsake_holders(c, now_ms, out);
     struct state *s = core_live_count(c) ? find_lost(c) : NULL;
     if (!s) {
         c->resum.attempts = 0;

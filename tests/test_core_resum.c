@@ -100,6 +100,19 @@ static void a_resum_of_other_contributors_is_done_once_more(void **state) {
     assert_true(a->plan > plan);
 }
 
+/* They came back with older disks: as far as anybody can see they are here, and have nothing. */
+static void results_that_nobody_gets_are_summed_again(void **state) {
+    struct rig *r = *state;
+    uint64_t index;
+    start_with_lost_pair(r, &index);
+    r->fake[7].muted = r->fake[8].muted = false;
+    assert_null(wait_for_resum(r, &r->fake[2]));
+    const struct core_action *a = NULL;
+    for (int i = 0; i < 10 && !a; i++) a = wait_for_resum(r, &r->fake[2]);
+    assert_non_null(a);
+    assert_int_equal(((const struct msg_plan *)a->msg)->resum, index);
+}
+
 /* One live member that has applied the commit can give the whole state: nothing is lost. */
 static void nothing_is_summed_again_where_a_member_has_the_state(void **state) {
     struct rig *r = *state;
@@ -141,6 +154,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         T(the_lost_shards_go_to_others_under_a_plan_of_their_own),
         T(a_resum_of_other_contributors_is_done_once_more),
+        T(results_that_nobody_gets_are_summed_again),
         T(nothing_is_summed_again_where_a_member_has_the_state),
         T(a_contributor_that_is_missed_is_named_each_minute),
     };
