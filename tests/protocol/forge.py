@@ -80,7 +80,8 @@ def damages(f):
         yield f"entry {i} left out", f.entries[:i] + f.entries[i + 1:], "came when" if i + 1 < len(f.entries) else None
     yield "two entries exchanged", f.entries[:2] + [f.entries[3], f.entries[2]] + f.entries[4:], "came when 2 was next"
     yield "an entry twice", f.entries + [f.entries[-1]], "an index twice"
-    yield "bytes after the end", f.entries[:-1] + [Record(f.entries[-1], bytes=f.entries[-1].bytes + b"\0")], "not msgpack"
+    yield "bytes after the end", f.entries[:-1] + [Record(f.entries[-1], bytes=f.entries[-1].bytes + b"\0")], \
+        "not msgpack"
 
 
 def put(record, path, value):
@@ -93,8 +94,10 @@ def put(record, path, value):
 
 def forgeries(f):
     """What the coordinator itself, or who stole its key, could do."""
-    commits = f.of_kind("COMMIT")
+    commits = [i for i in f.of_kind("COMMIT") if f.opened(i)[1].spent]  # another fragment may have spent it all
     first, last = commits[0], commits[-1]
+    if first == last:
+        raise Refused("this ledger is too short to forge")
     change = lambda i, path, value: f.altered(i, lambda entry, body: put(body, path, value))
     both = lambda i, *pairs: f.altered(i, lambda entry, body: [put(body, p, v) for p, v in pairs])
     spent = f.opened(first)[1].spent[0]
@@ -102,7 +105,8 @@ def forgeries(f):
     yield "a round left out", change(last, "round", lambda r: r + 1), "is next"
     yield "on another base", change(last, "base_index", 1), "is next"
     yield "a fragment that is not there", change(last, "fragment", 63), "there is no fragment 63"
-    yield "a sample spent again", both(last, ("spent.0.start", spent.start), ("spent.0.count", spent.count)), "second time"
+    again = ("spent.0.start", spent.start), ("spent.0.count", spent.count)
+    yield "a sample spent again", both(last, *again), "second time"
     yield "a sample twice in one commit", change(last, "spent", lambda s: s + [s[-1]]), "second time"
     yield "a sample beyond the corpus", change(last, "spent.0.start", 2**40), "spends samples"
     yield "samples of who was not summed", change(last, "spent.0.member", 99), "was not summed"
@@ -119,36 +123,61 @@ def forgeries(f):
     yield "a gap between shards", change(last, "shards.0.first", 1), "gap"
     yield "shards of more chunks", change(last, "shards.0.count", lambda n: n + 1), ""
     yield "another root of a state", both(
-        last, ("state_index", f.opened(commits[-2])[1].state_index), ("state_root", bytes(range(32)))), "two roots"
+        last, ("state_index", f.opened(first)[1].state_index), ("state_root", bytes(range(32)))), "two roots"
     yield "the root of no state", change(last, "state_index", 1), "no state"
     yield "a lower term", f.altered(last, lambda entry, body: entry.update(term=0)), "after term"
     yield "signed by a stranger", f.altered(last, lambda e, b: None, Ed25519PrivateKey.generate()), "not signed"
     end = len(f.entries)
     genesis, delegation, enrolment = (f.opened(f.of_kind(k)[0])[1] for k in ("GENESIS", "DELEGATION", "ENROLMENT"))
     yield "a second genesis", f.inserted(end, "GENESIS", genesis), "entry 0, and no other"
-    yield "a delegation of its own", f.inserted(end, "DELEGATION", dict(delegation, number=9, key=public_bytes(f.private))), \
-        "not signed by the run's root key"
+    own = dict(delegation, number=9, key=public_bytes(f.private))
+    yield "a delegation of its own", f.inserted(end, "DELEGATION", own), "not signed by the run's root key"
     yield "a kind that is none", f.inserted(end, 77, None), "unknown kind 77"
-    yield "a member's key again", f.inserted(end, "ENROLMENT", dict(enrolment, member=len(f.of_kind("ENROLMENT")) + 1)), \
-        "second time"
+    enrolment["member"] = len(f.of_kind("ENROLMENT")) + 1
+    yield "a member's key again", f.inserted(end, "ENROLMENT", enrolment), "second time"
     yield "a member out of order", f.inserted(end, "ENROLMENT", dict(enrolment, member=50, key=bytes(32))), "is next"
-    yield "a new member", f.inserted(
-        end, "ENROLMENT", dict(enrolment, member=len(f.of_kind("ENROLMENT")) + 1, key=bytes(range(32)))), None
+    yield "a new member", f.inserted(end, "ENROLMENT", dict(enrolment, key=bytes(range(32)))), None
     yield "a revoked stranger", f.inserted(end, "REVOCATION", dict(member=99, reason="")), "is not enrolled"
     quarantine = dict(member=1, lifted=0, reason="", kind=f.document.numbers["READY"], proof_term=1, proof=bytes(200))
     yield "a quarantine with a wrong proof", f.inserted(end, "QUARANTINE", quarantine), "proves it"
     yield "a quarantine with a proof that nobody signs", f.inserted(
         end, "QUARANTINE", dict(quarantine, kind=f.document.numbers["ROOT"])), "proves it"
-    yield "a quarantine on the coordinator's word", f.inserted(end, "QUARANTINE", dict(quarantine, kind=0, proof=b"")), None
+    word = dict(quarantine, kind=0, proof=b"")
+    yield "a quarantine on the coordinator's word", f.inserted(end, "QUARANTINE", word), None
+    yield "a contributor in quarantine", f.inserted(last, "QUARANTINE", dict(
+        word, member=f.opened(last)[1].contributors[0].member)), "is in quarantine"
     checkpoint = dict(at_index=last, state_root=bytes(32), url="file:///", manifest=bytes(32), tokens_committed=1)
     yield "a checkpoint with other tokens", f.inserted(end, "CHECKPOINT", checkpoint), "no such state"
     yield "a rewind to nothing", f.inserted(end, "REWIND", dict(to=[checkpoint], reason="")), "does not have"
+    yield from rewinds(f, first, last)
+
+
+def rewinds(f, first, last):
+    """To the state at `first`; then the samples of `last` are free, those of `first` are not."""
+    end, body = len(f.entries), f.opened(last)[1]
+    tokens = f.opened(first)[1].tokens_committed
+    checkpoint = dict(at_index=first, state_root=bytes(32), url="file:///", manifest=bytes(32), tokens_committed=tokens)
+    roots = {f.opened(i)[1].state_index: f.opened(i)[1].state_root for i in f.of_kind("COMMIT")}
+    checkpoint["state_root"] = roots.get(first, bytes(32))
+    at = Forger(f.document, f.inserted(end, "CHECKPOINT", checkpoint), f.run, f.private)
+    yield "a checkpoint", at.entries, None
+    back = Forger(f.document, at.inserted(end + 1, "REWIND", dict(to=[checkpoint], reason="")), f.run, f.private)
+    yield "a rewind to it", back.entries, None
+    rounds = sum(f.opened(i)[1].fragment == body.fragment for i in f.of_kind("COMMIT"))
+    after = Record(body, round=rounds, base_index=end + 1, state_index=end + 1, state_root=checkpoint["state_root"],
+                   tokens_committed=tokens + body.tokens)
+    yield "the same samples after it", back.inserted(end + 2, "COMMIT", after), None
+    yield "on the state before it", back.inserted(end + 2, "COMMIT", Record(after, base_index=last)), "is next"
+    yield "samples that it did not free", back.inserted(end + 2, "COMMIT", Record(
+        after, spent=[dict(s, member=after.spent[0].member) for s in f.opened(first)[1].spent])), "second time"
 
 
 def main():
     path, run, key = sys.argv[1:]
     document = Document(PAGE)
     f = Forger(document, load(path, Codec(document)), bytes.fromhex(run), identity_load(key))
+    if f.why_refused(f.entries) is not None:
+        sys.exit("the ledger itself is refused")
     accepted = tried = 0
     for make in (damages, forgeries):
         for name, entries, want in make(f):
@@ -157,8 +186,6 @@ def main():
             if (why is None) != (want is None) or (want and want not in why):
                 accepted += 1
                 print(f"NOT OK  {name}: {'accepted' if why is None else why}; expected: {want}")
-    if f.why_refused(f.entries) is not None:
-        sys.exit("the ledger itself is refused")
     print(f"{tried} damaged and forged ledgers, {accepted} not judged as they must be")
     sys.exit(accepted > 0)
 

@@ -30,6 +30,7 @@ class Ledger:
         self.members = {}
         self.rounds, self.base = [], []
         self.commits = {}        # index: (term of the entry, body)
+        self.changes = []        # (index, fragment; None: a rewind, of all)
         self.states = {0: State()}
         self.checkpoints = []
         self.spent = None        # a byte for each sample
@@ -44,6 +45,14 @@ class Ledger:
     def newest(self):
         """Index of the newest state."""
         return max(self.states)
+
+    def versions_at(self, index):
+        """Of each fragment's chunks, in the state at this index."""
+        out = [0] * len(self.rounds)
+        for i, fragment in self.changes:
+            if i <= index:
+                out = [i] * len(out) if fragment is None else out[:fragment] + [i] + out[fragment + 1:]
+        return out
 
     def note_root(self, index, root):
         """Whoever names the root of a state must name the same one."""
@@ -129,7 +138,8 @@ class Ledger:
         member = self._member(body.member)
         purpose = {self.numbers["READY"]: "ready", self.numbers["SHARD_REPORT"]: "shard_report"}.get(body.kind)
         shown = body.kind or body.proof
-        if not body.lifted and shown and not (purpose and record_is_signed(member.key, purpose, self.run, body.proof_term, body.proof)):
+        if not body.lifted and shown and not (
+                purpose and record_is_signed(member.key, purpose, self.run, body.proof_term, body.proof)):
             raise Refused(f"nothing that member {body.member} signed proves it")
         if body.lifted and shown:
             raise Refused("lifts a quarantine with a proof")
@@ -154,6 +164,7 @@ class Ledger:
         self.tokens = to.tokens_committed
         self.base = [entry.index] * len(self.base)
         self.states[entry.index] = State(self.tokens, to.state_root)
+        self.changes.append((entry.index, None))
 
     # ---- commits ----
 
@@ -184,6 +195,7 @@ class Ledger:
         self.tokens = body.tokens_committed
         self.commits[entry.index] = (entry.term, body)
         self.states[entry.index] = State(self.tokens)
+        self.changes.append((entry.index, body.fragment))
 
     def _check_contributors(self, body):
         numbers = [c.member for c in body.contributors]

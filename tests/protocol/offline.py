@@ -93,7 +93,8 @@ def main():
     check_vectors(document)
     check_decoder(document)
     check_tree()
-    print(f"{len(document.records)} records, {len(document.types)} messages, {len(document.vectors)} vectors: as the page says")
+    print(f"{len(document.records)} records, {len(document.types)} messages, {len(document.vectors)} vectors: "
+          "as the page says")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class State:
             if self.version[chunk] >= index:
                 continue  # the donor gave it later
             if self.version[chunk] != body.base_index:
-                raise Refused(f"chunk {chunk} is of {self.version[chunk]}, commit {index} is based on {body.base_index}")
+                raise Refused(f"chunk {chunk} is of {self.version[chunk]}, commit {index} stands on {body.base_index}")
             d = outer.decode(body.codec, data[k], self.layout.count(chunk))
             self.put(chunk, index, *outer.apply(self.anchor[chunk], self.momentum[chunk], d, body.lr, body.momentum))
 
@@ -121,7 +121,8 @@ class Reader:
         self.beat_at = 0.0
         self.heard = time.monotonic()
         self.goodbye = None
-        self.counts = dict(frames=0, connections=0, entries_again=0, result_chunks=0, state_chunks=0, roots_by_ledger=0, roots_by_word=0)
+        self.counts = dict(frames=0, connections=0, entries_again=0, result_chunks=0, state_chunks=0,
+                           roots_by_ledger=0, roots_by_word=0)
 
     # ---- the coordinator ----
 
@@ -134,8 +135,9 @@ class Reader:
             self.link.send("ENROL", Record(secret=self.invite.secret, name="reader", aggregate_only=1), self.term)
             self.member = self._next("ENROLLED").message.member
         self.link.send("HELLO", Record(
-            software="reader.py", instance=self.instance, trains=0, port=0, head_index=max(self.ledger.next_index, 1) - 1,
-            head_digest=self.ledger.head, term_max=self.term, has_state=0, state_index=0, state_root=ZERO), self.term)
+            software="reader.py", instance=self.instance, trains=0, port=0,
+            head_index=max(self.ledger.next_index, 1) - 1, head_digest=self.ledger.head, term_max=self.term,
+            has_state=0, state_index=0, state_root=ZERO), self.term)
         ack = self._next("HELLO_ACK")
         if ack.message.session != ack.session or ack.session == self.session:
             raise Refused("HELLO_ACK gives no new session, or is not of it")
@@ -193,8 +195,9 @@ class Reader:
 
     def _beat(self):
         self.link.send("HEARTBEAT", Record(
-            progress=self.counts["frames"], step=0, loss=0.0, tokens_per_s=0.0, phase=self.document.phases["CATCHING_UP"],
-            trainer_restarts=0, state_index=0, rates=[]), self.term, self.session)
+            progress=self.counts["frames"], step=0, loss=0.0, tokens_per_s=0.0,
+            phase=self.document.phases["CATCHING_UP"], trainer_restarts=0, state_index=0, rates=[]),
+            self.term, self.session)
         self.beat_at = time.monotonic() + self.heartbeat
 
     def _on_coordinator(self, frame):
@@ -410,8 +413,7 @@ class Reader:
         if not path_leads(root, leaf(m.chunk, m.data), m.chunk, layout.chunks, [p.digest for p in m.path]):
             raise Refused(f"member {member}: chunk {m.chunk} is not in the state at ledger {m.index}")
         fragment = next(f for f, chunks in enumerate(layout.fragments) if m.chunk in chunks)
-        version = max([i for i, (_, body) in self.ledger.commits.items() if body.fragment == fragment and i <= m.index],
-                      default=0)
+        version = self.ledger.versions_at(m.index)[fragment]
         if m.version != version:
             raise Refused(f"member {member}: chunk {m.chunk} of version {m.version}, at {m.index} it is {version}")
         if self.state.version[m.chunk] is None:
@@ -445,10 +447,9 @@ class Reader:
 
     def _versions_at(self, index):
         out = [0] * self.ledger.layout.chunks
-        for i in sorted(self.ledger.commits):
-            if i <= index:
-                for c in self.ledger.layout.fragments[self.ledger.commits[i][1].fragment]:
-                    out[c] = i
+        for fragment, version in zip(self.ledger.layout.fragments, self.ledger.versions_at(index)):
+            for c in fragment:
+                out[c] = version
         return out
 
     def _compare_roots(self):
@@ -577,7 +578,8 @@ def run_live(document, args):
         if args.save:
             save(args.save, reader.codec, reader.ledger.entries)
     reader.leave()
-    return dict(verdict(reader.ledger), member=reader.member, followed=confirmed, initial_state=initial, **reader.counts)
+    return dict(verdict(reader.ledger), member=reader.member, followed=confirmed, initial_state=initial,
+                **reader.counts)
 
 
 def main():

@@ -187,7 +187,8 @@ def identity_load(path):
 
 class Invite:
     def __init__(self, line):
-        m = re.fullmatch(r"\s*intellect://(\[[0-9a-fA-F:.]+\]|[^\[\]/:#\s]+):([0-9]+)/([0-9a-f]{64})#([0-9a-f]{64})\s*", line)
+        host, hexadecimal = r"(\[[0-9a-fA-F:.]+\]|[^\[\]/:#\s]+)", "([0-9a-fA-F]{64})"
+        m = re.fullmatch(rf"\s*intellect://{host}:([0-9]+)/{hexadecimal}#{hexadecimal}\s*", line)
         if not m or not 1 <= int(m[2]) <= 65535:
             raise Refused("that is no invite")
         self.host, self.port = m[1].strip("[]"), int(m[2])
