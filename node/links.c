@@ -167,8 +167,8 @@ static void dial_bulk_lanes(struct link *l) {
     uint16_t port;
     channel_peer_address(l->lane[0]->channel, host, &port);
     uint32_t lanes = is_local(host) ? l->peers->bulk_lanes_local : l->peers->bulk_lanes;
-    for (uint8_t i = 1; i <= lanes; i++) {
-        struct lane *lane = l->lane[i] ? NULL : lane_create(l, i);
+    for (uint32_t i = 1; i <= lanes; i++) {
+        struct lane *lane = l->lane[i] ? NULL : lane_create(l, (uint8_t)i);
         if (!lane || !dial_lane(lane, host, port, NULL)) continue;
         lane_free(lane);
         plan_redial(l);

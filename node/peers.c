@@ -275,9 +275,8 @@ void peers_set_bulk_lanes(struct peers *p, uint32_t lanes) {
 void peers_destroy(struct peers *p) {
     if (!p) return;
     while (p->links) links_close(p->links, false);
-    while (p->guests) {
-        struct lane *l = p->guests;
-        forget_guest(l);
+    for (struct lane *l = p->guests, *next; l; l = next) {
+        next = l->next;
         channel_close(l->channel, false);
         free(l);
     }

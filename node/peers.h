@@ -44,8 +44,8 @@ struct peers_ops {
 #define PEERS_BULK_LANES 3
 #define PEERS_BULK_LANES_LOCAL 0 /* to an address of this machine */
 #define PEERS_LANES_MAX 8
-#define PEERS_STRANGERS_MAX 256
-#define PEERS_CONNECTS_PER_MINUTE 600 /* of one address */
+#define PEERS_STRANGERS_MAX 256u
+#define PEERS_CONNECTS_PER_MINUTE 600u /* of one address */
 
 /* own: this member's id. No callback is called from within the functions below. */
 struct peers *peers_create(struct event_base *base, struct channel_context *ctx, uint32_t own,

@@ -130,7 +130,7 @@ static int keep(struct stream *s, const uint8_t *bytes, size_t length) {
         s->write_errno = ENOBUFS;
         return -1;
     }
-    if (waits) memcpy(rest, s->rest + s->rest_sent, waits);
+    if (s->rest) memcpy(rest, s->rest + s->rest_sent, waits);
     memcpy(rest + waits, bytes, length);
     free(s->rest);
     s->rest = rest;

@@ -1,10 +1,11 @@
-/* strangers.c - attacks of those who are no members: what is not TLS, or not our TLS, silence, and
- * very many connections. */
+/* strangers.c - attacks of those who are no members: what is not TLS, or not our TLS, silence,
+ * very many connections, and all of this for as long as one likes. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 
 #include "proto/tls.h"
 #include "tests/hostile/hostile.h"
@@ -153,6 +154,111 @@ static int crowd(const struct target *t, const struct attack *a) {
     return verdict(a, made == count && closed > 0, "%u connections at once, %u of them refused", made, closed);
 }
 
+/* ---- an hour of it --------------------------------------------------------------------------------------------- */
+
+#define HELD_MAX 128 /* connections that are left open until as many others were */
+#define DRIP_MS 1000
+
+struct held {
+    struct link link;
+    bool drips;
+};
+
+static struct {
+    struct held held[HELD_MAX];
+    uint32_t next, made, failed;
+    uint64_t drip_ms;
+} siege;
+
+static void hold(struct link *l, bool drips) {
+    struct held *h = &siege.held[siege.next++ % HELD_MAX];
+    if (h->link.fd > 0) link_close(&h->link);
+    *h = (struct held){*l, drips};
+}
+
+/* A byte a second each, of what could still become something. */
+static void drip_all(void) {
+    if (now_ms() - siege.drip_ms < DRIP_MS) return;
+    siege.drip_ms = now_ms();
+    for (uint32_t i = 0; i < HELD_MAX; i++) {
+        struct held *h = &siege.held[i];
+        if (h->link.fd > 0 && h->drips && !h->link.over) link_write(&h->link, "\x01", 1);
+    }
+}
+
+enum {
+    SAY_NOTHING, SAY_GARBAGE, SAY_HTTP, DRIP_TLS, RESET, TLS_NO_CERTIFICATE, TLS_NO_ALPN, TLS_OLD, TLS_SILENT,
+    TLS_GARBAGE, TLS_OVERSIZED, TLS_DRIP_FRAME, TLS_HELLO, TLS_LINK, WAYS
+};
+
+static void before_tls(struct link *l, int way) {
+    static const char http[] = "GET /admin HTTP/1.1\r\nHost: x\r\n\r\n";
+    struct linger reset = {.l_onoff = 1};
+    if (way == SAY_GARBAGE) link_write(l, "\x16\x03\x01garbage that is no TLS at all\r\n", 32);
+    if (way == SAY_HTTP) link_write(l, http, sizeof http - 1);
+    if (way == DRIP_TLS) link_write(l, "\x16\x03\x01\x02\x00", 5);
+    if (way == RESET) setsockopt(l->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+}
+
+/* Like the wrong contexts above; otherwise a new key, which is all a stranger needs for TLS. */
+static int siege_tls(struct link *l, const struct target *t, int way, struct err *err) {
+    SSL_CTX *ctx = NULL;
+    if (way == TLS_NO_CERTIFICATE) ctx = wrong_context(t, NO_CERTIFICATE, err);
+    if (way == TLS_NO_ALPN) ctx = wrong_context(t, NO_ALPN, err);
+    if (way == TLS_OLD) ctx = wrong_context(t, OLD_TLS, err);
+    return link_start_tls(l, t, ctx, err);
+}
+
+static void after_tls(struct link *l, int way) {
+    struct msg_hello hello = {.software = proto_str("siege"), .trains = 1};
+    struct msg_link link = {.process = 1, .number = 1};
+    uint8_t header[PROTO_FRAME_HEADER_BYTES];
+    frame_write(&(struct frame){.type = MSG_HELLO, .length = way == TLS_OVERSIZED ? UINT32_MAX : 200}, header);
+    if (way == TLS_GARBAGE) link_write(l, "what is this to be, a frame of what kind?", 40);
+    if (way == TLS_OVERSIZED || way == TLS_DRIP_FRAME) link_write(l, header, sizeof header);
+    if (way == TLS_HELLO) link_send(l, MSG_HELLO, 0, &hello);
+    if (way == TLS_LINK) link_send(l, MSG_LINK, 0, &link);
+}
+
+/* Half of them from one address, the others from all over. */
+static void besiege(const struct target *t, uint32_t i) {
+    char from[32];
+    struct link l;
+    struct err err;
+    int way = (int)(i / 2 % WAYS);
+    snprintf(from, sizeof from, "127.%u.%u.%u", 2 + i / 60000 % 100, i / 250 % 240, i % 250 + 1);
+    if (link_open(&l, t, i % 2 ? from : t->from, &err)) {
+        siege.failed++;
+        link_close(&l);
+        return;
+    }
+    siege.made++;
+    before_tls(&l, way);
+    if (way >= TLS_NO_CERTIFICATE && !siege_tls(&l, t, way, &err)) after_tls(&l, way);
+    if (way == RESET || l.over) link_close(&l);
+    else hold(&l, way == DRIP_TLS || way == TLS_DRIP_FRAME);
+}
+
+/* "RATE:SECONDS", RATE in connections a minute. */
+static int run_siege(const struct target *t, const struct attack *a) {
+    double rate = 1000, seconds = 60;
+    if (t->argument && sscanf(t->argument, "%lf:%lf", &rate, &seconds) != 2)
+        return verdict(a, false, "%s is not RATE:SECONDS", t->argument);
+    uint64_t start = now_ms();
+    for (uint32_t i = 0; now_ms() - start < (uint64_t)(seconds * 1000); i++) {
+        besiege(t, i);
+        drip_all();
+        while ((double)(now_ms() - start) < i * 60000.0 / rate) {
+            nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+            drip_all();
+        }
+    }
+    for (uint32_t i = 0; i < HELD_MAX; i++)
+        if (siege.held[i].link.fd > 0) link_close(&siege.held[i].link);
+    return verdict(a, siege.failed == 0, "%u connections in %.0f s, %u that could not be made", siege.made,
+                   (double)(now_ms() - start) / 1000, siege.failed);
+}
+
 const struct attack stranger_attacks[] = {
     {"garbage", plain, GARBAGE},
     {"http", http, 0},
@@ -166,5 +272,6 @@ const struct attack stranger_attacks[] = {
     {"half-frame", stall, HALF_FRAME},
     {"storm", storm, 0},
     {"crowd", crowd, 0},
+    {"siege", run_siege, 0},
     {NULL, NULL, 0},
 };
