@@ -31,7 +31,8 @@ static bool needs_any(const struct sync *s, const struct commit *c) {
 static struct commit *next_commit(struct sync *s) {
     for (uint32_t i = SYNC_COMMITS_KEPT; i-- > 0;) {
         struct commit *c = ledger_recent(s, i);
-        if (c && needs_any(s, c)) return c->unavailable ? NULL : c;
+        if (!c || (s->state.known && c->index <= s->state.index)) continue;
+        if (needs_any(s, c)) return c->unavailable ? NULL : c;
     }
     return NULL;
 }

@@ -125,12 +125,13 @@ int catchup_rewind(struct sync *s) {
     return s->failure.code ? -1 : 0;
 }
 
-/* The referee knows which chunks are wrong, or that some are. */
+/* The referee knows which chunks are wrong, or that some are; they are wrong in what we made of them since,
+ * too. */
 int catchup_on_resync(struct sync *s, const struct msg_resync *msg) {
+    const struct past_state *ours = state_past(s, msg->index);
     catchup_set_donors(s, msg->donors, msg->donors_count, true);
     ledger_note_root(s, msg->index, &msg->root);
-    if (!s->state.whole || s->state.index != msg->index || digest_equal(&s->state.root, &msg->root))
-        return 0;
+    if (!ours || digest_equal(&ours->root, &msg->root)) return 0;
     bool some = msg->wrong.length == bitmap_bytes(s->chunk_count) &&
                 bitmap_next(msg->wrong.data, s->chunk_count) >= 0;
     sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching %s anew",
@@ -141,10 +142,10 @@ int catchup_on_resync(struct sync *s, const struct msg_resync *msg) {
 }
 
 void catchup_on_leaves_get(struct sync *s, const struct msg_state_leaves_get *msg) {
-    bool here = s->state.whole && s->state.index == msg->index;
+    const struct past_state *then = state_past(s, msg->index);
     struct msg_state_leaves leaves = {.index = msg->index,
-                                      .leaves = s->state.leaf,
-                                      .leaves_count = here ? s->chunk_count : 0};
+                                      .leaves = then ? then->leaf : NULL,
+                                      .leaves_count = then ? s->chunk_count : 0};
     sync_send(s, MSG_STATE_LEAVES, 0, &leaves);
 }
 

@@ -43,6 +43,7 @@
 #endif
 #define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
 #define SYNC_ROOTS_KEPT        64u /* agreed roots of states */
+#define SYNC_STATES_KEPT       8u  /* whose leaves are kept */
 #define SYNC_RESULTS_KEPT      8u  /* rounds of a fragment whose results are held: names on disk */
 #define SYNC_RESULTS_BYTES     (256u << 20) /* of results in memory; own shards beyond are read again */
 #define SYNC_RESUMS_MAX        64u /* shards of a resumed commit that are looked for on disk */
@@ -109,6 +110,13 @@ struct ledger {
     uint32_t root_count;                     /* ever noted */
 };
 
+/* A state we were at, for questions about it that come when we have moved on. */
+struct past_state {
+    uint64_t index;
+    struct digest root;
+    struct msg_digest_item *leaf; /* [chunk_count]; NULL = none */
+};
+
 struct state {
     float *anchor, *momentum;     /* mapped, [elements] */
     uint8_t *index_map;           /* mapped: header, then one entry per chunk */
@@ -119,6 +127,8 @@ struct state {
     uint64_t index;
     struct digest root;
     uint32_t missing;
+    struct past_state past[SYNC_STATES_KEPT]; /* of index i, if any, somewhere */
+    uint32_t past_next;
     uint64_t told_index; /* newest index whose ROOT was sent on this connection */
     bool told;
 };
@@ -529,6 +539,8 @@ int state_forget_chunks(struct sync *s, const uint8_t *chunks);
 int state_rewind(struct sync *s);
 bool state_current(struct sync *s); /* whole and at the head of the ledger we have */
 void state_survey(struct sync *s);
+/* Root and leaves of the state at `index` as it was here; NULL: not (any more) known. */
+const struct past_state *state_past(const struct sync *s, uint64_t index);
 
 /* ---- sync_trainer.c --------------------------------------------------------------------- */
 

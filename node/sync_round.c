@@ -54,20 +54,34 @@ static int encode_chunk(struct sync *s, uint32_t fragment, uint32_t k, struct er
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk),
            length = encoded_bytes(s, fragment, s->codec, k);
     uint8_t *bytes = encoded_chunk(s, fragment, k);
+    float absmax;
+    double norm2;
     outer_pseudo_gradient(s->scratch, s->state.anchor + first,
                           s->trainer.turn[fragment].local + first, part(s->residual, first), n);
     if (outer_encode(bytes, s->scratch, n, s->codec, err)) return -1;
+    if (outer_measure(bytes, length, n, s->codec, &absmax, &norm2, err)) return -1;
     if (s->residual &&
         outer_residual(s->residual_next + first, s->scratch, bytes, length, n, s->codec, err))
         return -1;
-    float absmax;
-    double norm2;
-    if (outer_measure(bytes, length, n, s->codec, &absmax, &norm2, err)) return -1;
     if (absmax > c->absmax) c->absmax = absmax;
     c->norm2 += norm2;
     if (SYNC_HAS_FAULT(LIES_NAN)) memset(bytes, 0xff, length);
-    c->leaves[k].digest = digest_leaf(k, bytes, length);
     return 0;
+}
+
+/* Leaves of chunks [first, end), on several threads. */
+static void hash_chunks(struct sync *s, uint32_t fragment, uint32_t first, uint32_t end) {
+    struct digest_piece piece[SYNC_BATCH_CHUNKS];
+    for (uint32_t k = first, n; k < end; k += n) {
+        n = end - k < SYNC_BATCH_CHUNKS ? end - k : SYNC_BATCH_CHUNKS;
+        for (uint32_t i = 0; i < n; i++)
+            piece[i] = (struct digest_piece){.index = k + i,
+                                             .a = encoded_chunk(s, fragment, k + i),
+                                             .a_length = encoded_bytes(s, fragment, s->codec, k + i)};
+        digest_leaves(piece, n, 0);
+        for (uint32_t i = 0; i < n; i++)
+            s->contribution[fragment].leaves[k + i].digest = piece[i].leaf;
+    }
 }
 
 /* As the values give them, but never apart by a rounding error: absmax <= norm <= absmax *
@@ -163,6 +177,7 @@ bool contribution_has_work(const struct sync *s) { return encoding_now(s) >= 0; 
 int contribution_work(struct sync *s) {
     uint32_t f = (uint32_t)encoding_now(s), count = s->fragment[f].count;
     struct contribution *c = &s->contribution[f];
+    uint32_t first = c->next;
     struct err err = {0};
     for (size_t done = 0; c->next < count && done < SYNC_WORK_ELEMENTS; c->next++) {
         if (encode_chunk(s, f, c->next, &err)) {
@@ -174,6 +189,7 @@ int contribution_work(struct sync *s) {
         }
         done += chunk_elements(s, s->fragment[f].chunk[c->next]);
     }
+    hash_chunks(s, f, first, c->next);
     s->progress++;
     return c->next == count && !waits_for_root(s, c) ? freeze(s, f) : 0;
 }
@@ -198,9 +214,7 @@ static bool bytes_are_intact(struct sync *s, uint32_t fragment, const struct msg
     uint32_t count = s->fragment[fragment].count;
     if (ready->fragment != fragment || ready->chunks != count || ready->codec != s->codec)
         return false;
-    for (uint32_t k = 0; k < count; k++)
-        c->leaves[k].digest = digest_leaf(k, encoded_chunk(s, fragment, k),
-                                          encoded_bytes(s, fragment, s->codec, k));
+    hash_chunks(s, fragment, 0, count);
     struct digest root = digest_tree_root(c->leaves, count);
     return digest_equal(&root, &ready->root);
 }

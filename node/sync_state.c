@@ -281,6 +281,7 @@ int state_open(struct sync *s) {
 }
 
 void state_release(struct sync *s) {
+    for (uint32_t i = 0; i < SYNC_STATES_KEPT; i++) free(s->state.past[i].leaf);
     free(s->state.version);
     free(s->state.leaf);
 }
@@ -289,11 +290,37 @@ void state_release(struct sync *s) {
 
 /* The newest version says what all the others should be. */
 static bool is_whole(struct sync *s, uint64_t newest) {
-    uint64_t want[PROTO_FRAGMENTS_MAX];
+    uint64_t want[PROTO_FRAGMENTS_MAX] = {0};
     for (uint32_t f = 0; f < s->fragment_count; f++) want[f] = ledger_version(s, f, newest);
     for (uint32_t c = 0; c < s->chunk_count; c++)
         if (s->state.version[c] != want[s->place[c].fragment]) return false;
     return true;
+}
+
+const struct past_state *state_past(const struct sync *s, uint64_t index) {
+    for (uint32_t i = 0; i < SYNC_STATES_KEPT; i++)
+        if (s->state.past[i].leaf && s->state.past[i].index == index) return &s->state.past[i];
+    return NULL;
+}
+
+static void keep_past(struct sync *s) {
+    struct state *st = &s->state;
+    const struct past_state *newest = state_past(s, st->index);
+    if (newest && digest_equal(&newest->root, &st->root)) return;
+    struct past_state *p = &st->past[st->past_next++ % SYNC_STATES_KEPT];
+    if (!p->leaf && !(p->leaf = sync_alloc(s, s->chunk_count, sizeof *p->leaf))) return;
+    memcpy(p->leaf, st->leaf, s->chunk_count * sizeof *p->leaf);
+    p->index = st->index;
+    p->root = st->root;
+}
+
+/* What was true of the states before is not true of what comes now. */
+static void forget_past(struct sync *s) {
+    for (uint32_t i = 0; i < SYNC_STATES_KEPT; i++) {
+        free(s->state.past[i].leaf);
+        s->state.past[i] = (struct past_state){0};
+    }
+    s->state.known = false;
 }
 
 void state_survey(struct sync *s) {
@@ -309,6 +336,7 @@ void state_survey(struct sync *s) {
     st->known = true;
     st->index = newest;
     st->root = digest_tree_root(st->leaf, s->chunk_count);
+    keep_past(s);
 }
 
 bool state_current(struct sync *s) {
@@ -318,7 +346,7 @@ bool state_current(struct sync *s) {
 int state_forget(struct sync *s) {
     for (uint32_t c = 0; c < s->chunk_count; c++) set_missing(s, c);
     s->disk.remove(s->disk.arg, "journal"); /* its copies are as doubtful */
-    s->state.known = false;
+    forget_past(s);
     state_survey(s);
     return flush_index(s, 0, s->chunk_count);
 }
@@ -336,14 +364,14 @@ int state_rewind(struct sync *s) {
     }
     if (!changed) return 0;
     s->disk.remove(s->disk.arg, "journal");
-    s->state.known = false;
+    forget_past(s);
     state_survey(s);
     return flush_index(s, 0, s->chunk_count);
 }
 
 int state_forget_chunks(struct sync *s, const uint8_t *chunks) {
     s->disk.remove(s->disk.arg, "journal");
-    s->state.known = false;
+    forget_past(s);
     for (uint32_t c = 0; c < s->chunk_count; c++) {
         if (!proto_set_has(chunks, c)) continue;
         set_missing(s, c);
