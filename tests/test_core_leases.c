@@ -139,6 +139,21 @@ static void a_later_contribution_spends_only_the_rest(void **state) {
     assert_int_equal(r->fake[2].leases[0].count, 4);
 }
 
+/* All that it claims lies before what is left of the lease: nothing of the rest may go with it. */
+static void a_shorter_claim_that_is_all_spent_takes_nothing_of_the_rest(void **state) {
+    struct rig *r = *state;
+    start_fragments(r, 2, 2);
+    ask(r, &r->fake[2], 16);
+    be_ready_in(r, &r->fake[2], 0, 12);
+    be_ready_in(r, &r->fake[2], 1, 8);
+    for (uint32_t f = 0; f < 2; f++) be_ready_in(r, &r->fake[3], f, 8);
+    commit_in(r, 0);
+    commit_in(r, 1);
+    assert_int_equal(last_commit(r).tokens, 0);
+    assert_int_equal(r->fake[2].leases[0].count, 4);
+    assert_int_equal(look(r).samples_spent, 20);
+}
+
 /* It froze before it heard of the other fragment's commit: no fault of its own. */
 static void a_claim_that_crossed_another_fragments_commit_is_good(void **state) {
     struct rig *r = *state;
@@ -339,6 +354,7 @@ int main(void) {
         T(a_claim_must_be_a_prefix_of_a_held_lease),
         T(a_sample_in_two_contributions_is_spent_by_the_first_commit),
         T(a_later_contribution_spends_only_the_rest),
+        T(a_shorter_claim_that_is_all_spent_takes_nothing_of_the_rest),
         T(a_claim_that_crossed_another_fragments_commit_is_good),
         T(a_contribution_whose_claims_are_all_spent_counts),
         T(spent_samples_of_others_cannot_be_claimed),
