@@ -160,6 +160,7 @@ static void take_leaves(struct sync *s, const struct commit *c, uint32_t shard, 
 static void take_held(struct sync *s, const struct commit *c) {
     struct fetch *f = &s->fetch;
     f->held_change = s->held_change;
+    for (uint32_t i = 0; i < c->body.shards_count; i++) f->shard[i].complete = false;
     for (uint32_t k = 0; !f->verified && k < f->chunks; k++) {
         const struct held *h = results_with(s, c, k);
         if (h) take_leaves(s, c, shard_of(c, k), k, &h->leaves.leaves[k - h->leaves.first], 1);
@@ -264,7 +265,8 @@ static bool rests(const struct sync *s, const struct fetch_shard *fs) {
 static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     struct fetch *f = &s->fetch;
     struct fetch_shard *fs = &f->shard[shard];
-    if (fs->leaves_have && shard_is_complete(s, c, shard)) return;
+    if (!fs->complete) fs->complete = s->fetch.verified && shard_is_complete(s, c, shard);
+    if (fs->complete) return;
     if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms)
         turn_away(s, c, shard);
     if (fs->asking && (!fs->leaves_have || f->window > SYNC_WINDOW_BYTES / 2)) return;

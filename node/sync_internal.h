@@ -34,18 +34,20 @@
 #define SYNC_BATCH_ELEMENTS \
     (4u << 20) /* of state changed under one journal, 32 MiB with momentum */
 #define SYNC_BATCH_CHUNKS      1024u
+#define SYNC_RESULTS_BYTES \
+    (256u << 20) /* of results in memory; own shards beyond are read from disk again */
 #else /* so small that the models of the simulator reach them */
 #define SYNC_PEER_UNSENT_MAX 1500u
 #define SYNC_WINDOW_BYTES    4000u
 #define SYNC_WORK_ELEMENTS   200u
 #define SYNC_BATCH_ELEMENTS  200u
+#define SYNC_RESULTS_BYTES   700u
 #define SYNC_BATCH_CHUNKS    4u
 #endif
 #define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
 #define SYNC_ROOTS_KEPT        64u /* agreed roots of states */
 #define SYNC_STATES_KEPT       8u  /* whose leaves are kept */
 #define SYNC_RESULTS_KEPT      8u  /* rounds of a fragment whose results are held: names on disk */
-#define SYNC_RESULTS_BYTES     (256u << 20) /* of results in memory; own shards beyond are read again */
 #define SYNC_RESUMS_MAX        64u /* shards of a resumed commit that are looked for on disk */
 #define SYNC_RELAYS_MAX        6u  /* members asked for results beside aggregator and holder */
 #define SYNC_SPARE_SUMS        16u /* int64 sums of a chunk kept for the next one */
@@ -300,6 +302,7 @@ struct held {
 /* The results of one commit, on their way here. */
 struct fetch_shard {
     bool leaves_have;
+    bool complete;     /* every chunk is here or applied */
     uint32_t turn;     /* 0, 1: aggregator and holder; later ones: other members */
     uint32_t from;     /* who is asked or dialled */
     uint32_t refusals; /* in a row */

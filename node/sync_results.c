@@ -336,6 +336,7 @@ static int load(struct sync *s, struct held *h) {
     sync_log(s, SYNC_ERROR, "results of fragment %u round %llu are gone from the disk", h->fragment,
              (unsigned long long)h->round);
     forget(s, (uint32_t)(h - s->held));
+    s->held_change++;
     return -1;
 }
 
@@ -493,16 +494,27 @@ static void say_none(struct sync *s, struct peer *p, uint32_t fragment, const ch
               why);
 }
 
-/* The next of the chunks that were asked for, if we have it. */
-static bool send_some(struct sync *s, struct peer *p, uint32_t fragment) {
+/* Chunk k, if we have it; what may still come keeps waiting. */
+static bool send_one(struct sync *s, struct peer *p, uint32_t fragment, uint32_t k, bool more) {
     struct talk *t = &p->talk[fragment];
-    for (int64_t k; (k = bitmap_next(t->results, s->fragment[fragment].count)) >= 0;) {
-        proto_set_del(t->results, (uint32_t)k);
-        struct held *h = held_with(s, t, fragment, (uint32_t)k);
-        if (h && digest_is_zero(&h->leaves.leaves[k - h->leaves.first].digest)) continue;
-        if (h && send_result(s, p, h, (uint32_t)k)) return true;
-        t->results_lack = true;
+    struct held *h = held_with(s, t, fragment, k);
+    if (!h && more) return false;
+    proto_set_del(t->results, k);
+    if (h && digest_is_zero(&h->leaves.leaves[k - h->leaves.first].digest)) return false;
+    if (h && send_result(s, p, h, k)) return true;
+    t->results_lack = true;
+    return false;
+}
+
+/* The next of the chunks that were asked for. *more: nothing now, but some may come. */
+static bool send_some(struct sync *s, struct peer *p, uint32_t fragment, bool *more) {
+    struct talk *t = &p->talk[fragment];
+    bool may = may_come(s, t, fragment);
+    for (uint32_t k = 0; k < s->fragment[fragment].count; k++) {
+        if (k % 8 == 0 && !t->results[k / 8]) k += 7; /* none of these eight */
+        else if (proto_set_has(t->results, k) && send_one(s, p, fragment, k, may)) return true;
     }
+    *more = may && bitmap_next(t->results, s->fragment[fragment].count) >= 0;
     return false;
 }
 
@@ -519,7 +531,9 @@ bool results_send_next(struct sync *s, struct peer *p, uint32_t fragment) {
         t->results_leaves = false;
         return true;
     }
-    if (send_some(s, p, fragment)) return true;
+    bool more;
+    if (send_some(s, p, fragment, &more)) return true;
+    if (more) return false;
     if (t->results_lack) say_none(s, p, fragment, "not all of it is held");
     end_results(t);
     return false;

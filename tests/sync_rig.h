@@ -19,8 +19,10 @@
 #include "proto/model.h"
 
 #define ELEMENTS  1000
+#ifndef CHUNK
 #define CHUNK     256
-#define CHUNKS    4
+#endif
+#define CHUNKS    ((ELEMENTS + CHUNK - 1) / CHUNK)
 #define BATCH     4
 #define STEPS     3 /* inner steps of a round */
 #define SEQUENCE  8
@@ -197,6 +199,7 @@ struct rig {
     uint64_t spent_to[MEMBERS];              /* of the lease of the same number */
     struct node node[MEMBERS];
     bool link[MEMBERS][MEMBERS], no_route[MEMBERS];
+    bool nat[MEMBERS];                            /* listens on no port; set before it starts */
     struct sent sent[SENT_MAX];                   /* everything ever sent, in order */
     uint32_t sent_count, delivered;               /* to members: those before `delivered` arrived */
     struct expectation checkpoint;                /* bytes of one, for config.load */
@@ -263,7 +266,8 @@ static inline void keep(struct rig *r, bool peer, uint32_t from, const struct sy
 }
 
 static inline void dial(struct rig *r, uint32_t from, uint32_t to) {
-    bool ok = to < MEMBERS && r->node[to].sync && !r->no_route[from] && !r->no_route[to];
+    bool ok = to < MEMBERS && r->node[to].sync && !r->no_route[from] && !r->no_route[to] &&
+              !r->nat[to];
     if (r->link[from][to]) return;
     if (ok) r->link[from][to] = r->link[to][from] = true;
     step(r, from,
@@ -535,7 +539,7 @@ static inline void node_start(struct rig *r, uint32_t id) {
         .run = r->run,
         .member = id,
         .trains = n->trains,
-        .port = 7000 + id,
+        .port = r->nat[id] ? 0 : 7000 + id,
         .elements = ELEMENTS,
         .disk = {&n->disk, rig_map, rig_flush, rig_put, rig_get, rig_remove}};
     struct err err = {0};
