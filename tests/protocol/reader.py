@@ -29,7 +29,7 @@ from wire import (VERSION, ZERO, Closed, Codec, Invite, Link, Record, Refused, d
 
 PAGE = os.path.join(os.path.dirname(__file__), "../../docs/protocol.md")
 STARTED = time.monotonic()
-WITH_C, WITH_MEMBERS = "with the coordinator", "between members"
+STRANGERS, WITH_C, WITH_MEMBERS = "before the peer is known", "with the coordinator", "between members"
 
 
 def bitmap(n, bits):
@@ -43,12 +43,68 @@ def show(text):
     print(f"{time.monotonic() - STARTED:6.2f} {text}", file=sys.stderr, flush=True)
 
 
+class Peer:
+    """A link to a member: lane 0 and bulk lanes, all dialled by us. Frames come in the order that AFTER asks for."""
+    TENSORS = ("CHUNK", "RESULT", "STATE", "MOMENTS")
+    BULK_LANES = 2
+
+    def __init__(self, reader, host, port, key, process, number):
+        self.lanes, self.taken, self.bulk = [], 0, 0  # taken: messages of lane 0 that AFTER counts
+        document = reader.document
+        strangers, members = (document.payload_max[k] for k in (STRANGERS, WITH_MEMBERS))
+        try:
+            for lane in range(1 + self.BULK_LANES):
+                link = Link(document, reader.codec, reader.context, host, port, strangers, seconds=2)
+                self.lanes.append(link)
+                if link.key != key:
+                    raise Refused(f"another key than the member's answers at {host} port {port}")
+                link.send("LINK", Record(process=process, number=number, lane=lane), reader.term)
+                answer = link.wait(2)
+                if answer.name != "LINK" or (answer.message.number, answer.message.lane) != (number, lane):
+                    raise Refused(f"{answer.name} came where the LINK of lane {lane} must")
+                link.payload_max = members
+        except Exception:
+            self.close()
+            raise
+        self.queues = [[] for _ in self.lanes]  # of bulk lanes: frames that wait
+        self.after = [0] * len(self.lanes)
+
+    def close(self):
+        for lane in self.lanes:
+            lane.close()
+
+    def send(self, *message):
+        self.lanes[0].send(*message)
+
+    def frames(self):
+        for frame in self.lanes[0].frames():
+            if frame.name in ("LINK", "AFTER"):
+                raise Refused(f"{frame.name} on lane 0 of an open link")
+            self.taken += frame.name not in self.TENSORS
+            yield frame
+        for i in range(1, len(self.lanes)):
+            self.queues[i].extend(self.lanes[i].frames())
+            yield from self._released(i)
+
+    def _released(self, i):
+        queue = self.queues[i]
+        while queue and (queue[0].name == "AFTER" or self.taken >= self.after[i]):
+            frame = queue.pop(0)
+            if frame.name == "AFTER":
+                self.after[i] = frame.message.control
+            elif frame.name in self.TENSORS[:3]:
+                self.bulk += 1
+                yield frame
+            else:
+                raise Refused(f"{frame.name} on a bulk lane")
+
+
 class Results:
     """The encoded mean of one commit's fragment, shard by shard from whoever holds it."""
 
     def __init__(self, term, body):
         self.term, self.body = term, body
-        self.leaves = [{} for _ in body.shards]  # of a shard: chunk: leaf
+        self.leaves = {}                         # chunk: leaf
         self.unchecked = {}                      # chunk: (member, bytes)
         self.data = {}                           # chunk: bytes under result_root
         self.verified = self.done = False
@@ -59,11 +115,6 @@ class Results:
         s = self.body.shards[shard]
         return range(s.first, s.first + s.count)
 
-    def shard_at(self, first):
-        for i, s in enumerate(self.body.shards):
-            if s.first == first:
-                return i
-        return None
 
 
 class State:
@@ -105,7 +156,9 @@ class Reader:
         self.context = tls_context(private)
         self.ledger = Ledger(document, self.codec, invite.run)
         self.term = self.session = self.member = 0
-        self.peers = {}          # member: Link
+        self.peers = {}          # member: Peer
+        self.links_made = 0
+        self.process = random.getrandbits(64)
         self.addresses = {}      # member: (host, port)
         self.dialled = {}        # member: when last
         self.roster = {}         # member: key
@@ -121,7 +174,7 @@ class Reader:
         self.beat_at = 0.0
         self.heard = time.monotonic()
         self.goodbye = None
-        self.counts = dict(frames=0, connections=0, entries_again=0, result_chunks=0, state_chunks=0,
+        self.counts = dict(frames=0, bulk_frames=0, connections=0, entries_again=0, result_chunks=0, state_chunks=0,
                            roots_by_ledger=0, roots_by_word=0)
 
     # ---- the coordinator ----
@@ -150,25 +203,14 @@ class Reader:
 
     def _next(self, name):
         """The one message that must come now."""
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            select.select([self.link], [], [], 0.1)
-            for frame in self._some_frames(self.link, 1):
-                if frame.name == "BYE":
-                    self._bye(frame)
-                    raise Refused(self.goodbye)
-                if frame.name != name:
-                    raise Refused(f"{frame.name} came where {name} must")
-                return frame
-        raise Refused(f"no {name} within 10 s")
-
-    def _some_frames(self, link, most):
-        for frame in link.frames():
-            self.counts["frames"] += 1
-            yield frame
-            most -= 1
-            if most == 0:
-                return
+        frame = self.link.wait(10)
+        self.counts["frames"] += 1
+        if frame.name == "BYE":
+            self._bye(frame)
+            raise Refused(self.goodbye)
+        if frame.name != name:
+            raise Refused(f"{frame.name} came where {name} must")
+        return frame
 
     def _welcome(self, frame):
         m = frame.message
@@ -268,31 +310,28 @@ class Reader:
         if time.monotonic() < self.dialled.get(member, 0) + self.heartbeat:
             return None
         self.dialled[member] = time.monotonic()
+        self.links_made += 1
         try:
-            link = Link(self.document, self.codec, self.context, *self.addresses[member],
-                        self.document.payload_max[WITH_MEMBERS], seconds=2)
-        except OSError as why:
+            self.peers[member] = Peer(self, *self.addresses[member], self.roster[member], self.process, self.links_made)
+        except (OSError, Closed) as why:  # it may not have the roster yet that we are in
             show(f"member {member} at {self.addresses[member]}: {why}")
-            return None
-        if link.key != self.roster[member]:
-            link.close()
-            raise Refused(f"another key than member {member}'s answers at its address")
-        self.peers[member] = link
-        return link
+        return self.peers.get(member)
 
     def _send_peer(self, member, name, message, term, plan=0):
-        link = self._peer(member)
-        if not link:
+        peer = self._peer(member)
+        if not peer:
             return False
         try:
-            link.send(name, message, term, self.session, plan)
+            peer.send(name, message, term, self.session, plan)
         except OSError:
             self._lose_peer(member)
             return False
         return True
 
     def _lose_peer(self, member):
-        self.peers.pop(member).close()
+        peer = self.peers.pop(member)
+        self.counts["bulk_frames"] += peer.bulk
+        peer.close()
 
     def _on_member(self, member, frame):
         handler = getattr(self, "_m_" + frame.name.lower(), None)
@@ -302,12 +341,18 @@ class Reader:
     # ---- results ----
 
     def _ask_results(self):
-        now = time.monotonic()
-        for r in self.results.values():
+        """One round of a fragment at a time: a question about another one takes the place of the first."""
+        now, busy = time.monotonic(), set()
+        for index in sorted(self.results):
+            r = self.results[index]
+            if r.done or r.body.fragment in busy:
+                continue
+            busy.add(r.body.fragment)
             fragment = self.ledger.layout.fragments[r.body.fragment]
             for i, shard in enumerate(r.body.shards):
                 wanted = [k for k in r.chunks(i) if k not in r.data and k not in r.unchecked]
-                if (not wanted and r.leaves[i]) or r.done or now < r.asked[i] + 2 * self.heartbeat:
+                known = all(k in r.leaves for k in r.chunks(i))
+                if (not wanted and known) or now < r.asked[i] + 2 * self.heartbeat:
                     continue
                 if r.asked[i]:
                     r.turns[i] += 1
@@ -327,12 +372,12 @@ class Reader:
 
     def _m_result_leaves(self, member, frame):
         r, m = self._results_of(frame), frame.message
-        shard = r.shard_at(m.first) if r else None
-        if shard is None:
+        if not r or r.verified:
             return
-        if len(m.leaves) != len(r.chunks(shard)):
-            raise Refused(f"member {member} shows {len(m.leaves)} leaves of a shard of {len(r.chunks(shard))}")
-        r.leaves[shard] = {k: item.digest for k, item in zip(r.chunks(shard), m.leaves)}
+        if m.first + len(m.leaves) > sum(s.count for s in r.body.shards):
+            raise Refused(f"member {member} shows leaves of more chunks than there are")
+        for k, item in enumerate(m.leaves, m.first):
+            r.leaves.setdefault(k, item.digest)
         self._check_results(r)
 
     def _m_result(self, member, frame):
@@ -349,12 +394,12 @@ class Reader:
 
     def _check_results(self, r):
         """All leaves must stand under what the ledger says, all bytes under the leaves."""
-        if not all(r.leaves):
+        leaves = r.leaves
+        if len(leaves) < sum(s.count for s in r.body.shards):
             return
-        leaves = {k: d for part in r.leaves for k, d in part.items()}
         if not r.verified and tree_root(leaves[k] for k in range(len(leaves))) != r.body.result_root:
             show(f"round {r.body.round}: these leaves are not the ledger's")
-            r.leaves = [{} for _ in r.leaves]
+            r.leaves, r.unchecked = {}, {}
             return
         r.verified = True
         for k, (member, data) in r.unchecked.items():
@@ -481,13 +526,13 @@ class Reader:
             self._beat()
         if time.monotonic() - self.heard > self.silence:
             raise Refused("no word from the coordinator for silence_ms_max")
-        select.select([self.link, *self.peers.values()], [], [], 0.05)
+        select.select([self.link, *(lane for peer in self.peers.values() for lane in peer.lanes)], [], [], 0.05)
         for frame in self.link.frames():
             self.counts["frames"] += 1
             self._on_coordinator(frame)
-        for member, link in list(self.peers.items()):
+        for member, peer in list(self.peers.items()):
             try:
-                for frame in link.frames():
+                for frame in peer.frames():
                     self.counts["frames"] += 1
                     self._on_member(member, frame)
             except Closed:
@@ -528,8 +573,9 @@ class Reader:
         except (Closed, OSError):
             pass
         finally:
-            for link in [self.link, *self.peers.values()]:
-                link.close()
+            self.link.close()
+            for member in list(self.peers):
+                self._lose_peer(member)
 
 
 # ---- a saved ledger ----------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import hashlib
 import math
 import os
 import re
+import select
 import socket
 import ssl
 import struct
 import tempfile
+import time
 
 import msgpack
 from cryptography import x509
@@ -297,6 +299,15 @@ class Link:
             yield frame
         if self.ended:
             raise Closed("closed by the peer" + (" in the middle of a frame" if self.input else ""))
+
+    def wait(self, seconds):
+        """The next one. TimeoutError where none comes."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            select.select([self], [], [], 0.1)
+            for frame in self.frames():
+                return frame
+        raise TimeoutError(f"no message within {seconds} s")
 
     def _take(self):
         if len(self.input) < HEADER.size:
