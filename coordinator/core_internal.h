@@ -46,6 +46,7 @@
 #define CORE_UPLINK_CAP        8.0    /* times the median; more nobody is taken for */
 #define CORE_LR_ROUNDS         8u     /* whose weights are the measure of the next one */
 #define CORE_MISSED_ROUNDS_MAX 3u     /* summed nowhere so often running: not waited for any more */
+#define CORE_UNHEARD_PLANS_MAX 3u     /* so many, and a contribution that never arrives is given up */
 #define CORE_UNFOUNDED_MAX     4u     /* accusations; more, and the accuser is avoided */
 #define CORE_ACCUSATIONS_MAX   4u     /* of one member in one round: each may hold it up */
 #define CORE_INQUIRIES_MAX     8u     /* differing roots that are looked into at once */
@@ -89,6 +90,7 @@ struct part {
     bool planned; /* a contributor of the current plan, or of the one that failed a moment ago */
     bool dropped; /* lost since: the aggregators were told to go on without it */
     bool lost;    /* its member has announced another one since: these bytes are gone */
+    uint32_t unheard; /* plans running that had an empty chunk and nothing of it */
     bool due_told;
     bool avoid; /* as aggregator or holder, until the round commits */
     uint32_t accusations; /* of others, until the round commits */
@@ -465,6 +467,9 @@ bool core_data_exhausted(const struct core *c); /* every sample is spent */
 void core_on_ready(struct core *c, struct member *m, const struct msg_ready *msg, uint64_t now_ms,
                    struct core_actions *out);
 void core_forget_ready(struct part *p);
+/* The member goes back to the anchor and works on what the LEASES that follow say. */
+void core_reset_member(struct core *c, const struct round *r, struct member *m, const char *why,
+                       struct core_actions *out);
 static inline struct part *core_part(const struct round *r, const struct member *m) {
     return &m->parts[r->fragment];
 }

@@ -13,6 +13,7 @@ void core_forget_ready(struct part *p) {
     if (p->present) proto_copy_release(RECORD_ready, &p->msg);
     memset(&p->msg, 0, sizeof p->msg);
     p->present = p->planned = p->dropped = p->lost = false;
+    p->unheard = 0;
 }
 
 /* The signature may differ: it is of a newer term where the announcement is. */
@@ -76,9 +77,8 @@ static int check_ready(struct core *c, const struct round *r, const struct membe
     return 0;
 }
 
-/* The member goes back to the anchor and works on what the LEASES that follow say. */
-static void reset_member(struct core *c, const struct round *r, struct member *m, const char *why,
-                         struct core_actions *out) {
+void core_reset_member(struct core *c, const struct round *r, struct member *m, const char *why,
+                       struct core_actions *out) {
     struct msg_reset msg = {.fragment = r->fragment, .reason = proto_str(why)};
     if (msg.reason.length > PROTO_TEXT_BYTES_MAX) msg.reason.length = PROTO_TEXT_BYTES_MAX;
     core_complain(c, out, CORE_WARNING,
@@ -140,12 +140,12 @@ void core_on_ready(struct core *c, struct member *m, const struct msg_ready *msg
     if (p->planned) { /* a member has one: that of the plan is lost, with its disk perhaps */
         if (!p->dropped) core_drop_contributor(c, r, m, out);
         p->lost = true;
-        reset_member(c, r, m, "another contribution of yours is in the plan", out);
+        core_reset_member(c, r, m, "another contribution of yours is in the plan", out);
         return;
     }
     core_forget_ready(p);
     if (check_ready(c, r, m, msg, &err)) {
-        reset_member(c, r, m, err.msg, out);
+        core_reset_member(c, r, m, err.msg, out);
         return;
     }
     int failed = proto_copy(RECORD_ready, msg, &p->msg, NULL);

@@ -232,6 +232,24 @@ static bool settle_unequal(struct core *c, struct round *r, uint64_t now_ms,
     return false;
 }
 
+/* Where a chunk stays empty, those of whom nothing came plan after plan have lost their bytes, however
+ * lively they are: they begin anew. */
+static void give_up_unheard(struct core *c, struct round *r, struct core_actions *out) {
+    uint8_t heard[PROTO_SET_BYTES_MAX] = {0}, set[PROTO_SET_BYTES_MAX];
+    for (uint32_t i = 0; i < r->plan.shard_count; i++) {
+        const struct msg_shard_report *report = &r->plan.shards[i].reports[BY_AGGREGATOR];
+        core_summed_union(report->summed, report->summed_count, set);
+        for (uint32_t j = 0; j < sizeof set; j++) heard[j] |= set[j];
+    }
+    for (uint32_t i = 0; i < r->plan.contributor_count; i++) {
+        struct member *m = core_member(c, r->plan.contributors[i].member);
+        struct part *p = core_part(r, m);
+        if (!p->planned || proto_set_has(heard, i) || ++p->unheard < CORE_UNHEARD_PLANS_MAX) continue;
+        core_forget_ready(p);
+        core_reset_member(c, r, m, "it never arrived", out);
+    }
+}
+
 static void reports_are_complete(struct core *c, struct round *r, uint64_t now_ms,
                                  struct core_actions *out) {
     if (settle_unequal(c, r, now_ms, out)) return;
@@ -240,6 +258,7 @@ static void reports_are_complete(struct core *c, struct round *r, uint64_t now_m
                  "plan %llu: a chunk was summed from nobody; planned again with who is still here",
                  LLU(r->plan.number));
         core_avoid(r, core_member(c, r->plan.shards[0].where.aggregator));
+        give_up_unheard(c, r, out);
         core_replan(c, r, now_ms, out);
     } else if (!core_draw_audits(c, r, now_ms, out) && !core_audits_open(r)) {
         core_commit(c, r, now_ms, out);

@@ -100,6 +100,28 @@ static void a_chunk_summed_from_nobody_makes_a_new_plan(void **state) {
     assert_string_equal(look(r).phase, "reduce");
 }
 
+/* It lives, and its contribution is nowhere: planned for ever, the round would never end. */
+static void a_contribution_that_never_arrives_is_given_up(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    for (int plans = 1; plans <= 3; plans++) {
+        assert_int_equal(look(r).plan, plans);
+        assert_false(r->fake[2].reset);
+        struct fake *by[] = {fake_by_id(r, r->fake[2].shard.aggregator), holder(r)};
+        for (int i = 0; i < 2; i++) {
+            struct report rep;
+            report_of(by[i], &rep);
+            rep.summed[0].set.length = rep.summed[0].weight = 0;
+            say(r, by[i], MSG_SHARD_REPORT, by[i]->plan, &rep.msg);
+        }
+    }
+    assert_true(r->fake[2].reset && r->fake[3].reset);
+    assert_string_equal(look(r).phase, "train");
+    assert_int_equal(fragment(r, 0).ready, 0);
+    for (int i = 2; i <= 3; i++) be_ready(r, &r->fake[i], 8);
+    commit_in(r, 0);
+}
+
 /* A member whose disk went back to an older day announces other bytes: those of the plan are gone, and
  * must not be waited for plan after plan. */
 static void a_contribution_that_its_member_replaced_is_in_no_further_plan(void **state) {
@@ -375,6 +397,7 @@ int main(void) {
         T(a_lost_contributor_is_dropped_and_the_round_goes_on),
         T(a_contributor_summed_nowhere_gets_its_samples_back_to_the_run),
         T(a_chunk_summed_from_nobody_makes_a_new_plan),
+        T(a_contribution_that_never_arrives_is_given_up),
         T(a_contribution_that_its_member_replaced_is_in_no_further_plan),
         T(a_broken_report_costs_its_sender_the_shard),
         T(overdue_reports_move_the_shard_with_more_time_each_time),
