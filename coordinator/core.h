@@ -190,8 +190,7 @@ enum core_fault {
     CORE_FAULT_LEASE_RETURNED_TWICE,       /* a lost member's lease goes back under two ids */
     CORE_FAULT_TIMERS_BEFORE_INPUT,        /* after a stop of its own it judges silence at once */
     CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN,/* a claim that another fragment's commit spent is spent again */
-    CORE_FAULT_WEIGHT_ZERO_COMMITS,        /* a chunk summed from nobody is committed */
-    CORE_FAULT_REPORT_OF_OLD_PLAN          /* a report counts for the present plan, whichever it names */
+    CORE_FAULT_WEIGHT_ZERO_COMMITS         /* a chunk summed from nobody is committed */
 };
 extern enum core_fault core_fault;
 #endif

@@ -190,7 +190,8 @@ struct shard *core_shard_of(const struct plan *p, uint32_t chunk) {
 bool core_held_twice(const struct plan *p) {
     for (uint32_t i = 0; i < p->shard_count; i++) {
 #ifdef SIM_FAULTS
-        if (core_fault == CORE_FAULT_ONE_REPORT_SUFFICES && p->shards[i].reported[BY_AGGREGATOR])
+        if (core_fault == CORE_FAULT_ONE_REPORT_SUFFICES && !p->resum &&
+            p->shards[i].reported[BY_AGGREGATOR])
             continue;
 #endif
         if (!p->shards[i].reported[BY_AGGREGATOR] || !p->shards[i].reported[BY_HOLDER])
@@ -288,11 +289,6 @@ static struct plan *plan_of(struct core *c, const struct frame *f,
     struct round *r = msg->fragment < c->fragments ? &c->rounds[msg->fragment] : NULL;
     *round = r;
     if (!r) return NULL;
-#ifdef SIM_FAULTS
-    if (core_fault == CORE_FAULT_REPORT_OF_OLD_PLAN && r->phase == ROUND_REDUCE &&
-        msg->round == r->number && msg->shard < r->plan.shard_count)
-        return &r->plan;
-#endif
     if (r->phase != ROUND_COLLECT && r->plan.number == f->plan && msg->plan == f->plan &&
         msg->round == r->number && msg->shard < r->plan.shard_count)
         return &r->plan;

@@ -45,7 +45,6 @@ static const struct deliberate faults[] = {
     IN_CORE("timers-before-input", CORE_FAULT_TIMERS_BEFORE_INPUT),
     IN_CORE("spent-again-by-other-fragment", CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN),
     IN_CORE("weight-zero-commits", CORE_FAULT_WEIGHT_ZERO_COMMITS),
-    IN_CORE("report-of-old-plan-counts", CORE_FAULT_REPORT_OF_OLD_PLAN),
     IN_SYNC("divisor-not-corrected", SYNC_FAULT_DIVISOR_NOT_CORRECTED),
     IN_SYNC("plan-number-ignored", SYNC_FAULT_PLAN_NUMBER_IGNORED),
     IN_SYNC("chunk-summed-twice", SYNC_FAULT_CHUNK_SUMMED_TWICE),
