@@ -192,7 +192,9 @@ static void count_plan(struct sim_world *w, uint64_t number, const struct msg_pl
     bool other = number != last[0], same_round = p->round == last[1];
     last[0] = number;
     last[1] = p->round;
-    if (other) w->injected[p->resum ? SIM_RESUM : SIM_HANDOVER] += p->resum || same_round;
+    if (!other) return;
+    w->injected[p->resum ? SIM_RESUM : SIM_HANDOVER] += p->resum || same_round;
+    sim_fault_at_plan(w, p);
 }
 
 static void send(struct sim_world *w, const struct sim_core *core, struct sim_conn *c,

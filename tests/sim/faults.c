@@ -27,11 +27,17 @@ static bool has_head(const struct sim_world *w, const struct sim_member *m) {
     return true;
 }
 
-/* Somebody else has the newest state, and every fragment went on since the last loss. */
-static bool may_lose(const struct sim_world *w, const struct sim_member *m) {
-    bool others = false;
+/* Every fragment went on since the last loss. */
+static bool is_recovered(const struct sim_world *w) {
     for (uint32_t f = 0; f < w->fragments; f++)
         if (w->next_round[f] <= w->destroyed_rounds[f]) return false;
+    return true;
+}
+
+/* ... and somebody else has the newest state. */
+static bool may_lose(const struct sim_world *w, const struct sim_member *m) {
+    bool others = false;
+    if (!is_recovered(w)) return false;
     for (uint32_t i = 0; i < w->members; i++)
         others |= &w->member[i] != m && has_head(w, &w->member[i]);
     return others;
@@ -65,7 +71,7 @@ void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c) {
     if (!sim_has(w, SIM_HOLDERS) || w->now >= w->faults_until || w->now < w->calm_until) return;
     if (!c->shards_count || !sim_chance(w, 150)) return;
     const struct msg_shard *s = &c->shards[sim_random(w, c->shards_count)];
-    bool lose = sim_chance(w, 400) && may_lose(w, NULL);
+    bool lose = sim_chance(w, 400) && is_recovered(w) && !w->member[w->copy_slot].alive; /* contributors still have their bytes */
     if (lose) note_loss(w);
     for (uint32_t i = 0; i < w->members; i++) {
         struct sim_member *m = &w->member[i];
@@ -78,6 +84,20 @@ void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c) {
 }
 
 /* ---- the coordinator --------------------------------------------------------------------------- */
+
+/* One of the contributors or aggregators dies while a plan is carried out, for longer than the others wait. */
+void sim_fault_at_plan(struct sim_world *w, const struct msg_plan *p) {
+    if (!sim_has(w, SIM_IN_PLAN) || w->now >= w->faults_until || w->now < w->calm_until) return;
+    if (!sim_chance(w, 120)) return;
+    bool sums = sim_chance(w, 400) && p->shards_count;
+    uint32_t id = sums ? p->shards[sim_random(w, p->shards_count)].aggregator
+                       : p->contributors[sim_random(w, p->contributors_count)].member;
+    for (uint32_t i = 0; i < w->members; i++)
+        if (w->member[i].id == id && w->member[i].alive)
+            sim_schedule(w, 1 + sim_random(w, 2ull * w->delay_ms_max + 200), SIM_MEMBER_KILL, i)
+                ->value = 3500 + sim_random(w, 5000);
+    w->injected[SIM_IN_PLAN]++;
+}
 
 static void successor(struct sim_world *w) {
     struct sim_core *old = sim_core_active(w);
@@ -301,11 +321,11 @@ static void heal(struct sim_world *w) {
     sim_trace(w, "no more faults");
     w->healed = true;
     memset(w->cut_until, 0, sizeof w->cut_until);
-    for (int i = 0; i < SIM_CORES; i++) w->cores[i].paused_until = w->cores[i].dies_after = 0;
+    for (int i = 0; i < SIM_CORES; i++) w->cores[i].dies_after = 0;
     if (sim_core_active(w) && w->cores[w->active ^ 1].core)
         sim_core_kill(w, &w->cores[w->active ^ 1], false);
     for (uint32_t i = 0; i <= w->copy_slot; i++)
-        w->member[i].paused_until = w->member[i].disk.dies_after = 0;
+        w->member[i].disk.dies_after = 0;
     for (uint32_t i = 0; i < SIM_MEMBERS_MAX; i++)
         for (uint32_t k = 0; k < SIM_MEMBERS_MAX; k++) w->links[i][k].slow = 0;
 }

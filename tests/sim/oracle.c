@@ -184,6 +184,14 @@ static void take_commit(struct sim_world *w, uint64_t index, uint64_t term,
               c->spent_count);
 }
 
+static void trace_commit(struct sim_world *w, const struct msg_commit *c) {
+    for (uint32_t i = 0; i < c->shards_count && w->trace; i++)
+        sim_trace(w, "    chunks %u+%u: member %u, second holder %u", c->shards[i].first,
+                  c->shards[i].count, c->shards[i].aggregator, c->shards[i].holder);
+    for (uint32_t i = 0; i < c->contributors_count && w->trace; i++)
+        sim_trace(w, "    contributor %u", c->contributors[i].member);
+}
+
 /* ---- the ledger -------------------------------------------------------------------------------- */
 
 static void take_entry(struct sim_world *w, uint64_t index, const uint8_t *bytes, uint32_t length) {
@@ -200,6 +208,7 @@ static void take_entry(struct sim_world *w, uint64_t index, const uint8_t *bytes
     w->truth_count = index + 1;
     if (oracle_commit(w, index, &e, &c)) {
         take_commit(w, index, e.term, &c);
+        trace_commit(w, &c);
         proto_decoded_release(RECORD_commit, &c);
     } else if (e.kind == LEDGER_QUARANTINE) {
         if (proto_decode(e.body.data, e.body.length, RECORD_quarantine, &q, &err))
@@ -341,11 +350,14 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     struct sync_view v;
     sync_look(m->sync, &v);
     z->valid = true;
+    z->number = ++w->freezes;
     z->known_head = v.head_index;
     for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++)
         memcpy(z->effect[k], m->trainer.effect[w->chunk_at[fragment][k]], sizeof z->effect[k]);
     memcpy(z->all, m->trainer.fragment_effect[fragment], sizeof z->all);
     z->samples = samples_count(z->all);
+    sim_trace(w, "    %u: trainer freezes fragment %u with %llu samples", m->slot, fragment,
+              LLU(z->samples));
     encode(w, m, fragment);
 }
 
@@ -371,6 +383,8 @@ void oracle_mix(struct sim_world *w, struct sim_member *m, uint32_t chunk) {
                       "not hold",
                       m->slot, chunk);
     samples_remove(m->trainer.effect[chunk], x->effect[k]);
+    if (w->outer.alpha == 0) /* what was done since is not kept either */
+        memset(m->trainer.effect[chunk], 0, sizeof m->trainer.effect[chunk]);
     samples_remove(m->trainer.fragment_effect[f], x->all);
 }
 
@@ -394,7 +408,7 @@ static void check_claims(struct sim_world *w, struct sim_member *m, const struct
     for (uint32_t s = 0; s < w->corpus.samples; s++) {
         bool effect = proto_set_has(z->all, s);
         if (proto_set_has(claimed, s)
-                ? effect && !was_spent(w, s, z->known_head)
+                ? effect && !(was_spent(w, s, z->known_head) && w->owner[s] == m->id)
                 : !effect || was_spent(w, s, v.head_index))
             continue;
         sim_violation(w, "slot %u, fragment %u round %llu: sample %u is %s", m->slot, r->fragment,
@@ -456,11 +470,14 @@ static void keep_contribution(struct sim_world *w, struct sim_member *m, const s
             realloc(w->contributions, w->contribution_capacity * sizeof *w->contributions);
     }
     struct sim_contribution *x = &w->contributions[w->contribution_count++];
+    sim_trace(w, "    %u announces fragment %u round %llu: %u samples, %llu of them counted", m->slot, r->fragment, LLU(r->round),
+              samples_count(z->all), LLU(r->samples));
     *x = (struct sim_contribution){.member = m->id,
                                    .slot = m->slot,
                                    .fragment = r->fragment,
                                    .round = r->round,
-                                   .root = r->root};
+                                   .root = r->root,
+                                   .freeze = z->number};
     x->lies = !digest_equal(&r->root, &z->root);
     x->bytes = malloc(offset + length);
     memcpy(x->bytes, z->bytes, offset + length);
@@ -473,7 +490,10 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
     struct sim_freeze *z = &m->freeze[r->fragment < w->fragments ? r->fragment : 0];
     if (r->fragment >= w->fragments)
         sim_violation(w, "slot %u is ready with fragment %u", m->slot, r->fragment);
-    if (oracle_contribution(w, m->id, r->fragment, r->round, &r->root)) return; /* the same one, announced again */
+    const struct sim_contribution *old =
+        oracle_contribution(w, m->id, r->fragment, r->round, &r->root);
+    /* The same one is announced again; or another one that happens to have the same bytes. */
+    if (old && (old->freeze == z->number || !digest_equal(&r->root, &z->root))) return;
     if (!z->valid || r->chunks != w->fragment_chunks[r->fragment])
         sim_violation(w, "slot %u announces fragment %u, which its trainer never froze", m->slot,
                       r->fragment);

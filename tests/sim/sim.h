@@ -95,7 +95,7 @@ struct sim_trainer {
 struct sim_freeze { /* what the newest freeze of a fragment must lead to */
     bool valid;
     sim_samples effect[SIM_CHUNKS_MAX], all; /* by chunk of the fragment; by fragment */
-    uint64_t samples, known_head;
+    uint64_t samples, known_head, number;
     bool encodes;
     uint8_t bytes[8 * SIM_ELEMENTS_MAX]; /* all chunks, one after the other */
     struct digest root;                  /* over them; and of the READY that came of it */
@@ -148,6 +148,7 @@ enum sim_kind {
     SIM_CHECKPOINT,
     SIM_CORE_START,
     SIM_MEMBER_START,
+    SIM_MEMBER_KILL, /* value: how long it stays away */
     SIM_COPY_ENDS,
     SIM_FAULT
 };
@@ -198,7 +199,7 @@ struct sim_core { /* a coordinator's process */
 };
 struct sim_contribution { /* as its member froze it */
     uint32_t member, slot, fragment;
-    uint64_t round;
+    uint64_t round, freeze;
     bool lies;
     struct digest root;
     uint8_t *bytes; /* all chunks of the fragment, one after the other */
@@ -233,6 +234,7 @@ struct sim_report {
     X(IMAGE, "older disk image") X(WIPED, "empty disk") X(STORE_IMAGE, "older store")              \
     X(TAKE_OVER, "ledger taken over from members") X(BLACKOUT, "everything killed")                \
     X(HOLDERS, "both holders of a commit killed") X(RESULTS, "both results lost")                  \
+    X(IN_PLAN, "contributor or aggregator killed in a plan")                                       \
     X(RESUM, "plan that sums a commit again") X(COPY, "home directory copied")                     \
     X(COPY_IN, "copy took the place of its original") X(REVOKE, "member revoked")                  \
     X(LEAVE, "member left") X(OPERATOR_PAUSE, "run paused") X(LIAR_SUM, "aggregator that lies")    \
@@ -309,7 +311,7 @@ struct sim_world {
     uint64_t audit_count, report_count;
     uint64_t checked_sums, unchecked_sums, checkpoints, twice;
     uint64_t planned[SIM_FRAGMENTS_MAX][2]; /* number and round of the newest plan */
-    uint64_t events, injected[SIM_INJECTED];
+    uint64_t freezes, events, injected[SIM_INJECTED];
     uint8_t *current_payload; /* of the event being delivered */
     char violation[512];
     jmp_buf stop;
@@ -380,6 +382,7 @@ void sim_trainer_go(struct sim_world *w, struct sim_member *m);
 
 bool sim_has(const struct sim_world *w, enum sim_injected fault);
 void sim_fault(struct sim_world *w);
+void sim_fault_at_plan(struct sim_world *w, const struct msg_plan *p);
 void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c);
 
 void oracle_persist(struct sim_world *w, const struct core_action *a);

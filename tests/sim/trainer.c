@@ -92,6 +92,8 @@ static bool obey(struct sim_world *w, struct sim_member *m) {
         reply(w, m, SYNC_EV_TRAINER_APPLIED, 0);
         break;
     case SYNC_ACT_TRAINER_RESET:
+        sim_trace(w, "    %u: trainer is reset, it had %u samples", m->slot,
+                  samples_count(m->trainer.trained));
         reset(w, m);
         t->waits = false;
         reply(w, m, SYNC_EV_TRAINER_APPLIED, 0);
@@ -112,6 +114,14 @@ void sim_trainer_go(struct sim_world *w, struct sim_member *m) {
     sim_schedule(w, 1 + sim_random(w, 2 * m->step_ms), SIM_TRAINER_STEP, m->slot);
 }
 
+static void trace_command(struct sim_world *w, const struct sim_member *m,
+                          const struct sync_action *a) {
+    static const char *const names[] = {"SAMPLES", "FREEZE",         "APPLY",         "RESET",
+                                        "CONTINUE", "MOMENTS_EXPORT", "MOMENTS_IMPORT"};
+    sim_trace(w, "    %u > trainer %s %llu+%llu, fragment %u", m->slot,
+              names[a->type - SYNC_ACT_TRAINER_SAMPLES], LLU(a->start), LLU(a->count), a->fragment);
+}
+
 void sim_trainer_action(struct sim_world *w, struct sim_member *m, const struct sync_action *a) {
     struct sim_trainer *t = &m->trainer;
     if (!t->alive)
@@ -121,6 +131,7 @@ void sim_trainer_action(struct sim_world *w, struct sim_member *m, const struct 
                       SIM_COMMANDS_MAX);
     if (a->type == SYNC_ACT_TRAINER_FREEZE && a->fragment >= w->fragments)
         sim_violation(w, "slot %u: FREEZE of fragment %u", m->slot, a->fragment);
+    trace_command(w, m, a);
     t->commands[t->command_count++] =
         (struct sim_command){a->type, a->fragment, a->wait, {a->start, a->count}};
 }

@@ -168,7 +168,7 @@ static void choose_weird(struct sim_world *w) {
         uint32_t per_mille;
     } rare[] = {{SIM_SUCCESSOR, 300}, {SIM_DRIP, 250},   {SIM_IMAGE, 200},  {SIM_STORE_IMAGE, 100},
                 {SIM_COPY, 150},      {SIM_REVOKE, 80},  {SIM_LEAVE, 80},   {SIM_OPERATOR_PAUSE, 80},
-                {SIM_HOLDERS, 200},   {SIM_BLACKOUT, 150}};
+                {SIM_HOLDERS, 200},   {SIM_BLACKOUT, 150}, {SIM_IN_PLAN, 250}};
     for (size_t i = 0; i < sizeof rare / sizeof *rare; i++)
         if (sim_chance(w, rare[i].per_mille)) w->weird |= 1ull << rare[i].fault;
 }
@@ -305,7 +305,8 @@ static bool defer(struct sim_world *w, struct sim_event *e) {
                                                          : sim_core_of(w, e->life);
     uint64_t until = 0;
     if (sim_at_core(e->kind)) until = core ? core->paused_until : 0;
-    else if (e->member < SIM_MEMBERS_MAX && e->kind != SIM_MEMBER_START && e->kind != SIM_COPY_ENDS)
+    else if (e->member < SIM_MEMBERS_MAX && e->kind != SIM_MEMBER_START && e->kind != SIM_COPY_ENDS &&
+             e->kind != SIM_MEMBER_KILL)
         until = w->member[e->member].paused_until;
     if (until <= w->now) return false;
     bool late = e->kind == SIM_CORE_TICK || e->kind == SIM_MEMBER_TICK;
@@ -325,6 +326,9 @@ static void deliver(struct sim_world *w, struct sim_event *e) {
     case SIM_MEMBER_START:
         if (!m->alive && !m->gone) sim_member_start(w, m);
         break;
+    case SIM_MEMBER_KILL:
+        if (m->alive && e->life == m->life) sim_member_kill(w, m, false, e->value);
+        break;
     case SIM_COPY_ENDS:
         sim_member_kill(w, m, false, UINT64_MAX);
         m->id = 0;
@@ -339,11 +343,30 @@ static void deliver(struct sim_world *w, struct sim_event *e) {
 
 #define GRACE_MS 400000 /* the longest a run may take after the last fault */
 
+static void trace_members(struct sim_world *w) {
+    for (uint32_t i = 0; i <= w->copy_slot && w->trace; i++) {
+        struct sim_member *m = &w->member[i];
+        struct sync_view v = {0};
+        if (m->sync) sync_look(m->sync, &v);
+        sim_trace(w,
+                  "slot %u: member %u%s%s%s, ledger %llu, state %llu, %u chunks missing, %s, plan %llu, "
+                  "%llu samples uncommitted%s; trainer%s%s%s%s, %u ranges, %u commands",
+                  i, m->id, m->alive ? "" : ", dead", m->complete ? ", complete" : "",
+                  m->conn ? "" : ", not connected", LLU(v.head_index), LLU(v.state_index),
+                  v.chunks_missing, v.phase ? v.phase : "", LLU(v.plan), LLU(v.samples_uncommitted),
+                  m->sync && sync_has_work(m->sync) ? ", has work" : "",
+                  m->trainer.alive ? " alive" : "", m->trainer.has_parameters ? "" : " blank",
+                  m->trainer.waits ? " waits" : "", m->trainer.stepping ? " steps" : "",
+                  m->trainer.queued, m->trainer.command_count);
+    }
+}
+
 _Noreturn static void never_ends(struct sim_world *w) {
     struct core_view v = {0};
     uint64_t rounds = 0;
     if (sim_core_active(w)) core_look(sim_core_active(w)->core, w->now, &v);
     for (uint32_t f = 0; f < w->fragments; f++) rounds += w->next_round[f];
+    trace_members(w);
     sim_violation(w,
                   "the run does not end: %d s after the last fault it has %llu commits, phase %s, "
                   "%u live, %llu samples free, %llu spent of %llu",
