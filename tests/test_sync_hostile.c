@@ -149,19 +149,12 @@ static uint32_t xorshift(uint32_t *x) {
     return *x ^= *x << 5;
 }
 
-/* Well-formed messages with senseless numbers, from members and (after a bug) from the coordinator:
- * no crash, no state touched. The sanitizers watch. */
-static void senseless_messages_do_no_harm(void **state) {
-    struct rig *r = *state;
+/* Well-formed messages with senseless numbers: no crash, no state touched. The sanitizers watch. */
+static void babble(struct rig *r) {
     uint8_t junk[CHUNK * 8];
     struct msg_digest_item leaves[8];
     struct msg_summed runs[2] = {{3, {junk, 1}, 5}, {UINT32_MAX, {junk, 128}, UINT64_MAX}};
     uint32_t x = 7;
-    two_rounds(r);
-    train_round(r, 2);
-    train_round(r, 3);
-    r->spoil = member_3_chunks_wait;
-    say_plan(r, &THREE);
     struct expectation before, after;
     state_now(r, 1, &before);
     for (size_t i = 0; i < sizeof junk; i++) junk[i] = (uint8_t)xorshift(&x);
@@ -169,6 +162,7 @@ static void senseless_messages_do_no_harm(void **state) {
     for (int i = 0; i < 20000; i++) {
         uint32_t to = 1 + xorshift(&x) % 3, from = 1 + xorshift(&x) % 4, small = xorshift(&x) % 6;
         uint64_t round = xorshift(&x) % 3 ? r->rounds - xorshift(&x) % 2 : xorshift(&x);
+        uint32_t fragment = r->outer.fragments == 1 ? 0 : xorshift(&x) % 16 % 3;
         uint32_t chunk = xorshift(&x) % 4 ? small : xorshift(&x) % PROTO_CHUNKS_MAX;
         struct proto_bytes bytes = {junk, xorshift(&x) % 3 ? 1 : xorshift(&x) % sizeof junk};
         struct frame f = {.term = xorshift(&x) % 4 ? r->term : xorshift(&x),
@@ -189,11 +183,11 @@ static void senseless_messages_do_no_harm(void **state) {
         f.type = (uint8_t)(MSG_LEAVES + xorshift(&x) % 11);
         switch (f.type) {
         case MSG_LEAVES:
-            m.l = (struct msg_leaves){.round = round, .all = leaves, .all_count = small};
+            m.l = (struct msg_leaves){.fragment = fragment, .round = round, .all = leaves, .all_count = small};
             break;
-        case MSG_WANT: m.w = (struct msg_want){.round = round, .chunks = bytes}; break;
+        case MSG_WANT: m.w = (struct msg_want){.fragment = fragment, .round = round, .chunks = bytes}; break;
         case MSG_CHUNK:
-            m.c = (struct msg_chunk){.round = round,
+            m.c = (struct msg_chunk){.fragment = fragment, .round = round,
                                      .chunk = chunk,
                                      .codec = (uint8_t)(small % 3),
                                      .set = {junk, 1},
@@ -202,10 +196,10 @@ static void senseless_messages_do_no_harm(void **state) {
             break;
         case MSG_RESULT_GET:
             m.g = (struct msg_result_get){
-                .round = round, .plan = small % 2 ? f.plan : small, .chunks = bytes};
+                .fragment = fragment, .round = round, .plan = small % 2 ? f.plan : small, .chunks = bytes};
             break;
         case MSG_RESULT_LEAVES:
-            m.rl = (struct msg_result_leaves){.round = round,
+            m.rl = (struct msg_result_leaves){.fragment = fragment, .round = round,
                                               .plan = f.plan,
                                               .first = chunk,
                                               .leaves = leaves,
@@ -215,7 +209,7 @@ static void senseless_messages_do_no_harm(void **state) {
             break;
         case MSG_RESULT:
             m.re = (struct msg_result){
-                .round = round, .plan = f.plan, .chunk = chunk, .codec = 1, .data = bytes};
+                .fragment = fragment, .round = round, .plan = f.plan, .chunk = chunk, .codec = 1, .data = bytes};
             break;
         case MSG_STATE_GET:
             m.sg = (struct msg_state_get){.index_min = small, .chunks = bytes};
@@ -232,7 +226,8 @@ static void senseless_messages_do_no_harm(void **state) {
             m.mo = (struct msg_moments){.chunk = chunk, .steps = small, .data = bytes};
             break;
         case MSG_NONE:
-            m.no = (struct msg_none){.what = (uint8_t)(MSG_LEAVES + small), .round = round};
+            m.no = (struct msg_none){
+                .what = (uint8_t)(MSG_LEAVES + small), .fragment = fragment, .round = round};
             break;
         default: break;
         }
@@ -253,6 +248,28 @@ static void senseless_messages_do_no_harm(void **state) {
     assert_same_state(r, 1, 3);
 }
 
+static void senseless_messages_do_no_harm(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    train_round(r, 2);
+    train_round(r, 3);
+    r->spoil = member_3_chunks_wait;
+    say_plan(r, &THREE);
+    babble(r);
+}
+
+/* The same with two fragments, a plan in work for one and contributions to both. */
+static void senseless_messages_about_fragments_do_no_harm(void **state) {
+    struct rig *r = *state;
+    set_fragments(r, 2, 1, 0.5f);
+    three_members(r);
+    for (int i = 0; i < STEPS; i++)
+        for (uint32_t id = 2; id <= 3; id++) train(r, id);
+    r->spoil = member_3_chunks_wait;
+    say_plan(r, &THREE);
+    babble(r);
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
 int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
@@ -265,6 +282,7 @@ int main(int argc, char **argv) {
         T(lying_holder_is_passed_over),
         T(lying_donor_is_passed_over),
         T(senseless_messages_do_no_harm),
+        T(senseless_messages_about_fragments_do_no_harm),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
