@@ -158,6 +158,10 @@ static void overlapping_claims_are_spent_once(void **state) {
     assert_int_equal(next->ranges_count, 1);
     assert_int_equal(next->ranges[0].start, 3000 + SECOND); /* what is spent is not claimed again */
     assert_int_equal(next->ranges[0].count, 3 * BATCH);
+    struct digest root = root_of(r, 3); /* of the whole state, which is newer than the base */
+    assert_int_equal(next->base_index, r->base_of[1]);
+    assert_int_equal(next->state_index, r->base_index);
+    assert_true(digest_equal(&next->state_root, &root));
 }
 
 /* One is committed, the other refused: what the first spent is spent, the rest is trained again. */
@@ -215,6 +219,63 @@ static void lost_lease_voids_what_claims_it(void **state) {
     assert_int_equal(look(r, 3).contributions_summed, 1);
     assert_int_equal(r->node[3].resets, 2);
     assert_int_equal(r->node[3].queue[0].start, 9000);
+}
+
+/* The coordinator refuses what a plan in work names, and the member has frozen another by then: the old plan
+ * gets none of its bytes. */
+static void refused_contribution_is_in_no_plan(void **state) {
+    struct rig *r = *state;
+    two_in_flight(r);
+    r->hold_peers = true;
+    say_plan(r, &BOTH[0]);
+    say(r, 3, MSG_RESET, 0, &(struct msg_reset){.fragment = 0, .reason = proto_str("no")});
+    struct msg_lease other = {77, 1, 9000, 40};
+    struct digest root = ready_in(r, 3, 0)->root;
+    say_leases(r, 3, &other, 1);
+    for (int i = 0; i < 2; i++) train(r, 3);
+    assert_false(digest_equal(&ready_in(r, 3, 0)->root, &root));
+    assert_int_equal(ready_in(r, 3, 0)->round, 0);
+    r->hold_peers = false;
+    settle(r);
+    pass(r, 300);
+    assert_int_equal(count_sent(r, 3, MSG_CHUNK), 0);
+    assert_int_equal(r->node[1].closes, 0);
+}
+
+/* ---- what the trainer takes over -------------------------------------------------------- */
+
+/* Two commits of one fragment reach the trainer as one change: the first summed its work, the second did
+ * not. It ends where it would have with two changes. */
+static void mixing_and_adding_meet(void **state) {
+    struct rig *r = *state;
+    struct expectation first;
+    float before[ELEMENTS];
+    two_in_flight(r);
+    struct node *n = &r->node[3];
+    whole_round(r, &BOTH[1]);
+    announce_to_all(r, &BOTH[1]);
+    n->trainer_up = false; /* the rig answers no FREEZE now, and until it does nothing is handed over */
+    for (int i = 0; i < STEPS; i++) train(r, 3);
+    assert_true(n->freeze_asked);
+    memcpy(before, n->local, sizeof before);
+    whole_round(r, &BOTH[0]);
+    announce_to_all(r, &BOTH[0]);
+    state_now(r, 1, &first);
+    for (int i = 0; i < STEPS; i++) train(r, 2);
+    whole_round(r, &ONLY_2[0]);
+    announce_to_all(r, &ONLY_2[0]);
+    assert_int_equal(n->applies, 1);
+    n->trainer_up = true;
+    settle(r);
+    assert_int_equal(n->applies, 2);
+    assert_same_state(r, 1, 3);
+    for (uint32_t k = 0; k < 2; k++) {
+        size_t count, at = chunk_at(r, 0, k, &count);
+        for (size_t i = at; i < at + count; i++) {
+            float mixed = 0.5f * before[i] + 0.5f * first.anchor[i];
+            assert_float_equal(n->local[i], mixed + sync_anchor(n->sync)[i] - first.anchor[i], 1e-6);
+        }
+    }
 }
 
 /* ---- trainers and processes that die ---------------------------------------------------- */
@@ -314,6 +375,34 @@ static void restart_after_a_commit_agrees_with_the_list(void **state) {
     assert_int_equal(r->node[3].queue[0].start, 3000 + SECOND);
 }
 
+/* The commit of the other fragment spent the lease to its end, which the ledger on disk says and the list can
+ * say no more: the contribution that claims it stands. */
+static void restart_after_its_lease_was_spent(void **state) {
+    struct rig *r = *state;
+    set_fragments(r, 2, 1, 0.5f);
+    three_members(r);
+    struct msg_lease leases[] = {{3, 1, 3000, SECOND}, {33, 1, 9000, 40}};
+    say_leases(r, 3, leases, 2);
+    for (int i = 0; i < STEPS; i++)
+        for (uint32_t id = 2; id <= 3; id++) train(r, id);
+    assert_int_equal(ready_in(r, 3, 0)->ranges_count, 1);
+    whole_round(r, &BOTH[1]);
+    assert_int_equal(r->spent_to[3], 3000 + SECOND);
+    for (uint32_t id = 1; id <= 3; id++) say_ledger(r, id, r->entries - 1);
+    say_leases(r, 3, leases + 1, 1);
+    node_kill(r, 3);
+    disk_crash(&r->node[3].disk, 0);
+    node_start(r, 3);
+    dial_coordinator(r, 3);
+    welcome(r, 3, NULL, 0);
+    say_leases(r, 3, leases + 1, 1);
+    assert_non_null(file_find(&r->node[3].disk, "ready-0"));
+    assert_int_equal(look(r, 3).contributions_refused, 0);
+    trainer_up(r, 3, 1);
+    settle(r);
+    assert_int_equal(r->node[3].queue[0].start, 9000);
+}
+
 /* ... and where the lease went to somebody else meanwhile, they are void. */
 static void restart_without_the_lease_drops_them(void **state) {
     struct rig *r = *state;
@@ -332,40 +421,35 @@ static void restart_without_the_lease_drops_them(void **state) {
 
 /* ---- commits that cross ----------------------------------------------------------------- */
 
-static bool no_results(struct rig *r, struct sent *m) {
-    (void)r;
-    return m->to != 3 || (m->frame.type != MSG_RESULT && m->frame.type != MSG_RESULT_LEAVES);
-}
-
-/* Two commits come before the results of either: they are applied in the ledger's order, and the state of
- * each is shown. */
+/* Two commits come at once: they are applied in the ledger's order, and the state of each is shown. */
 static void crossing_commits_are_applied_in_order(void **state) {
     struct rig *r = *state;
     struct expectation e;
+    struct digest shown[2];
+    uint64_t index[2];
     two_in_flight(r);
     state_now(r, 1, &e);
-    uint64_t index[2];
-    uint32_t roots = count_sent(r, 3, MSG_ROOT);
-    r->spoil = no_results;
+    uint32_t roots = count_sent(r, 3, MSG_ROOT), first = r->entries;
     for (int i = 1; i >= 0; i--) {
         whole_round(r, &BOTH[i]);
         expect_step(r, &BOTH[i], report_of(r, 1), &e);
-        announce_to_all(r, &BOTH[i]);
+        for (uint32_t id = 1; id <= 2; id++)
+            announce(r, id, &BOTH[i], id > 1 ? r->spent_to[id] - id * 1000 : 0);
         index[i] = r->base_index;
+        shown[i] = root_of(r, 1);
     }
-    assert_int_equal(count_sent(r, 3, MSG_ROOT), roots);
-    r->spoil = NULL;
-    pass(r, 600);
-    assert_int_equal(count_sent(r, 3, MSG_ROOT), roots + 2);
-    uint64_t shown = 0;
-    for (uint32_t i = 0; i < r->sent_count; i++) {
-        const struct msg_root *root = r->sent[i].msg;
-        if (r->sent[i].from != 3 || r->sent[i].frame.type != MSG_ROOT) continue;
-        assert_true(root->index >= shown);
-        shown = root->index;
-        assert_true(shown == 0 || shown == index[0] || shown == index[1]);
-    }
+    say_ledger(r, 3, first);
+    say_holders(r, 3, &BOTH[0]);
+    pass(r, 200);
     assert_state(r, 3, &e);
+    assert_int_equal(count_sent(r, 3, MSG_ROOT), roots + 2);
+    for (uint32_t i = 0, n = 0; i < r->sent_count; i++) {
+        const struct msg_root *root = r->sent[i].msg;
+        if (r->sent[i].from != 3 || r->sent[i].frame.type != MSG_ROOT || n++ < roots) continue;
+        int which = n == roots + 1; /* that of fragment 1 came first */
+        assert_int_equal(root->index, index[which]);
+        assert_true(digest_equal(&root->root, &shown[which]));
+    }
     for (uint32_t c = 0; c < CHUNKS; c++)
         assert_int_equal(sync_chunk_version(r->node[3].sync, c), index[c % 2]);
 }
@@ -696,10 +780,13 @@ int main(int argc, char **argv) {
         T(one_commits_and_the_other_is_refused),
         T(refusal_leaves_the_other_in_force),
         T(lost_lease_voids_what_claims_it),
+        T(refused_contribution_is_in_no_plan),
+        T(mixing_and_adding_meet),
         T(contributions_outlive_their_trainer),
         T(orphan_that_is_not_summed_is_trained_again),
         T(both_contributions_survive_a_restart),
         T(restart_after_a_commit_agrees_with_the_list),
+        T(restart_after_its_lease_was_spent),
         T(restart_without_the_lease_drops_them),
         T(crossing_commits_are_applied_in_order),
         T(plan_survives_the_commit_of_another_fragment),

@@ -143,6 +143,36 @@ static void lying_donor_is_passed_over(void **state) {
     assert_same_state(r, 2, 4);
 }
 
+static bool claim_newer_states(struct rig *r, struct sent *m) {
+    struct msg_state *chunk = m->msg;
+    if (m->from == liar && m->frame.type == MSG_STATE) chunk->version = r->base_index;
+    return true;
+}
+
+/* A leaf does not hold its version: what is said of it must be what the ledger says. Here an old chunk is
+ * shown, with the path of its own state, as if it were of the newest version. */
+static void donor_that_lies_about_versions_is_passed_over(void **state) {
+    struct rig *r = *state;
+    set_fragments(r, 2, 1, 0.5f);
+    three_members(r);
+    for (int i = 0; i < STEPS; i++)
+        for (uint32_t id = 2; id <= 3; id++) train(r, id);
+    whole_round(r, &THREE); /* fragment 0 */
+    for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? 2 * BATCH : 0);
+    r->spoil = claim_newer_states;
+    liar = 1;
+    node_new(r, 4, false);
+    struct msg_address list[] = {{1, proto_str("10.0.0.1"), 7001},
+                                 {2, proto_str("10.0.0.1"), 7002}};
+    struct msg_resync msg = {
+        .index = r->base_index, .root = root_of(r, 1), .donors = list, .donors_count = 2};
+    say(r, 4, MSG_RESYNC, 0, &msg);
+    pass(r, 900);
+    assert_true(r->node[4].closes > 0);
+    assert_same_state(r, 2, 4);
+    assert_int_equal(sync_chunk_version(r->node[4].sync, 1), 0);
+}
+
 static uint32_t xorshift(uint32_t *x) {
     *x ^= *x << 13;
     *x ^= *x >> 17;
@@ -281,6 +311,7 @@ int main(int argc, char **argv) {
         T(larger_norm_than_announced_drops_its_contributor),
         T(lying_holder_is_passed_over),
         T(lying_donor_is_passed_over),
+        T(donor_that_lies_about_versions_is_passed_over),
         T(senseless_messages_do_no_harm),
         T(senseless_messages_about_fragments_do_no_harm),
     };

@@ -169,7 +169,22 @@ static void state_from_before_is_of_no_use(void **state) {
     come_again(r, 3, (uint32_t[]){1, 2}, 2);
     pass(r, 900);
     assert_int_equal(look(r, 3).chunks_missing, 2);
+    struct msg_state old = {.chunk = 1,
+                            .version = at,
+                            .index = at,
+                            .data = {(const uint8_t *)r->checkpoint.anchor, 2 * CHUNK * sizeof(float)}};
+    struct frame f = {.type = MSG_STATE, .term = r->term};
+    for (uint32_t asked = count_sent(r, 3, MSG_STATE_GET); count_sent(r, 3, MSG_STATE_GET) == asked;) {
+        say(r, 3, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+        pass(r, 50);
+    }
+    for (uint32_t from = 1; from <= 2; from++)
+        step(r, 3,
+             &(struct sync_event){
+                 .type = SYNC_EV_PEER_MESSAGE, .peer = from, .frame = f, .msg = &old});
+    assert_int_equal(look(r, 3).chunks_missing, 2);
     assert_int_equal(r->node[3].closes, 0);
+    say(r, 3, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
     r->checkpoint_here = true;
     come_again(r, 1, NULL, 0);
     r->checkpoint_here = false;
