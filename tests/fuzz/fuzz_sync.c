@@ -31,21 +31,36 @@ static void init(void) {
 
 /* ---- the liar ----------------------------------------------------------------------------------- */
 
-static void inject(struct rig *r, uint32_t to, uint8_t type, uint64_t plan) {
+static void deliver(struct rig *r, uint32_t to, uint8_t type, uint64_t plan, const struct proto_buffer *b) {
     enum proto_record which = (enum proto_record)proto_record_of_type(type);
-    union any_record filled, msg;
-    form_fill(&memory, &input, which, &filled);
-    struct proto_buffer b = record_encoded(which, &filled);
-    int failed = proto_decode(b.data, b.length, which, &msg, NULL);
-    assert(!failed);
-    struct frame f = {.type = type, .length = (uint32_t)b.length, .term = r->term, .session = 1, .plan = plan};
+    union any_record msg;
+    if (proto_decode(b->data, b->length, which, &msg, NULL)) return; /* the channel would have closed */
+    struct frame f = {.type = type, .length = (uint32_t)b->length, .term = r->term, .session = 1, .plan = plan};
     step(r, to, &(struct sync_event){.type = SYNC_EV_PEER_MESSAGE, .peer = HOSTILE, .frame = f, .msg = &msg});
     proto_decoded_release(which, &msg);
+}
+
+static void inject(struct rig *r, uint32_t to, uint8_t type, uint64_t plan) {
+    enum proto_record which = (enum proto_record)proto_record_of_type(type);
+    union any_record filled;
+    form_fill(&memory, &input, which, &filled);
+    struct proto_buffer b = record_encoded(which, &filled);
+    deliver(r, to, type, plan, &b);
     proto_decoded_release(which, &filled);
     proto_buffer_release(&b);
 }
 
-enum { PASS, CHANGE, SWALLOW, TWICE, OTHER_PLAN, OTHER_TYPE };
+/* One byte of it is another; mostly one of the data. */
+static void flip(struct rig *r, const struct sent *m) {
+    struct proto_buffer b = record_encoded((enum proto_record)proto_record_of_type(m->frame.type), m->msg);
+    size_t where = fuzz_le(&input, 2) % b.length;
+    uint8_t by = fuzz_u8(&input);
+    b.data[where] ^= by ? by : 1;
+    deliver(r, m->to, m->frame.type, m->frame.plan, &b);
+    proto_buffer_release(&b);
+}
+
+enum { PASS, CHANGE, SWALLOW, TWICE, OTHER_PLAN, OTHER_TYPE, FLIP };
 
 static bool lie(struct rig *r, struct sent *m) {
     enum proto_record which = (enum proto_record)proto_record_of_type(m->frame.type);
@@ -59,11 +74,14 @@ static bool lie(struct rig *r, struct sent *m) {
     case TWICE: inject(r, m->to, m->frame.type, m->frame.plan); return true;
     case OTHER_PLAN: m->frame.plan += fuzz_u8(&input) - 128u; return true;
     case OTHER_TYPE: inject(r, m->to, types[fuzz_u8(&input) % sizeof types], m->frame.plan); return true;
+    case FLIP: flip(r, m); return false;
     default: return true;
     }
 }
 
 /* ---- the honest rest ---------------------------------------------------------------------------- */
+
+static uint64_t used(const struct rig *r) { return r->rounds * STEPS * BATCH; }
 
 static bool alive(const struct rig *r, uint32_t id) { return r->node[id].sync != NULL; }
 
@@ -95,18 +113,55 @@ static void try_commit(struct rig *r) {
     struct digest root = look(r, 1).state_root;
     commit(r, &spec, &root);
     for (uint32_t id = 1; id < MEMBERS; id++)
-        if (alive(r, id) && r->node[id].connected) announce(r, id, &spec, 0);
+        if (alive(r, id) && r->node[id].connected) announce(r, id, &spec, r->node[id].trains ? used(r) : 0);
 }
 
-/* The member dies and comes back, with or without what it had; the liar is among the donors, or is not. */
+/* Let it fetch the newest state: the coordinator knows the root from an honest member that has it. */
+static void resync(struct rig *r, uint32_t id, bool liar_gives) {
+    uint32_t other = id == 1 ? 2 : 1;
+    struct msg_address donors[2] = {{HOSTILE, proto_str("10.0.0.1"), 7000 + HOSTILE},
+                                    {other, proto_str("10.0.0.1"), 7000 + other}};
+    struct msg_resync m = {
+        .index = r->base_index, .donors = donors + !liar_gives, .donors_count = 1u + liar_gives};
+    if (!r->rounds || !alive(r, other)) return;
+    struct sync_view v = look(r, other);
+    if (v.state_index != r->base_index || v.chunks_missing) return;
+    m.root = v.state_root;
+    say(r, id, MSG_RESYNC, 0, &m);
+}
+
+/* What a member still holds when all its rounds were summed. */
+static void say_lease(struct rig *r, uint32_t id) {
+    struct msg_lease lease = lease_of(id, used(r));
+    say(r, id, MSG_LEASES, 0, &(struct msg_leases){.leases = &lease, .leases_count = 1});
+}
+
+/* The member dies and comes back, with or without what it had; the liar is among its donors, or is not. */
 static void restart(struct rig *r, uint32_t id, bool wiped, bool liar_gives) {
-    uint32_t donors[2] = {id == 1 ? 2 : 1, HOSTILE};
     node_kill(r, id);
     if (wiped) disk_wipe(&r->node[id].disk);
     node_start(r, id);
     dial_coordinator(r, id);
-    welcome(r, id, donors, r->rounds ? 1 + liar_gives : 0);
-    if (r->node[id].trains) trainer_up(r, id, r->node[id].steps);
+    welcome(r, id, NULL, 0);
+    resync(r, id, liar_gives);
+    if (!r->node[id].trains) return;
+    say_lease(r, id);
+    trainer_up(r, id, r->node[id].steps);
+}
+
+/* Time passes with a coordinator that answers. */
+static void pass_tended(struct rig *r, uint32_t ms) {
+    for (uint32_t id = 1; id <= HOSTILE; id++) {
+        if (!alive(r, id)) continue;
+        if (r->node[id].connected) {
+            say(r, id, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){.tokens_committed = 1000 * r->rounds});
+        } else {
+            dial_coordinator(r, id);
+            welcome(r, id, NULL, 0);
+            resync(r, id, false);
+        }
+    }
+    pass(r, ms);
 }
 
 static void try_train(struct rig *r, uint32_t id) {
@@ -130,7 +185,7 @@ static void play(struct rig *r, uint8_t first) {
     case STEP_TRAIN_3: try_train(r, HOSTILE); break;
     case STEP_PLAN: try_plan(r); break;
     case STEP_COMMIT: try_commit(r); break;
-    case STEP_PASS: pass(r, 50u << (first >> 3) % 6); break;
+    case STEP_PASS: pass_tended(r, 50u << (first >> 3) % 5); break;
     case STEP_INJECT:
         inject(r, 1 + (first >> 3) % 2, types[fuzz_u8(&input) % sizeof types], r->plan);
         break;
@@ -172,22 +227,34 @@ static bool take(const uint8_t *bytes, size_t length) {
     return committed;
 }
 
-static void samples(const struct fuzz_sink *out) {
-    static const uint8_t round[] = {STEP_TRAIN_2, STEP_TRAIN_2, STEP_TRAIN_2, STEP_TRAIN_3, STEP_TRAIN_3, STEP_TRAIN_3,
-                                    STEP_PASS, STEP_PLAN, STEP_PASS | 2 << 3, STEP_COMMIT, STEP_PASS | 2 << 3};
+static void sample(const struct fuzz_sink *out, const char *name, const uint8_t *step, size_t steps) {
     struct proto_buffer script;
     proto_buffer_init(&script, 1u << 16);
     recording = &script;
     struct rig *r = begin();
-    for (size_t i = 0; i < 2 * sizeof round; i++) {
-        uint8_t step = round[i % sizeof round];
-        proto_buffer_append(&script, &step, 1);
-        play(r, step);
+    for (size_t i = 0; i < steps; i++) {
+        proto_buffer_append(&script, &step[i], 1);
+        play(r, step[i]);
     }
     end(r);
     recording = NULL;
-    out->sample(out->arg, "two-rounds", script.data, script.length);
+    out->sample(out->arg, name, script.data, script.length);
     proto_buffer_release(&script);
+}
+
+#define LONG_PASS (STEP_PASS | 2 << 3)
+#define ROUND                                                                                      \
+    STEP_TRAIN_2, STEP_TRAIN_2, STEP_TRAIN_2, STEP_TRAIN_3, STEP_TRAIN_3, STEP_TRAIN_3, STEP_PASS, \
+        STEP_PLAN, LONG_PASS, STEP_COMMIT, LONG_PASS
+#define RESTART_WIPED(id) (STEP_RESTART | ((id) - 1) << 3 | 64 | 128)
+
+static void samples(const struct fuzz_sink *out) {
+    static const uint8_t rounds[] = {ROUND, ROUND};
+    static const uint8_t catch_up[] = {ROUND, RESTART_WIPED(2), LONG_PASS, ROUND, RESTART_WIPED(1), LONG_PASS};
+    static const uint8_t lost_link[] = {ROUND, STEP_LINK, STEP_LINK | 1 << 3, ROUND, STEP_LINK, LONG_PASS};
+    sample(out, "rounds", rounds, sizeof rounds);
+    sample(out, "catch-up", catch_up, sizeof catch_up);
+    sample(out, "lost-link", lost_link, sizeof lost_link);
 }
 
 const struct fuzz_target fuzz_sync = {"sync", init, take, samples};
