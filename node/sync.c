@@ -170,11 +170,9 @@ static int on_connected(struct sync *s, const struct sync_event *ev) {
     forget_connection(s);
     s->connected = true;
     s->heard_ms = s->beat_ms = s->now;
-    if (term < s->term_max) {
-        sync_disconnect(s, "its term is older than one we have seen");
-        return 0;
-    }
-    if (raise_term(s, term)) return -1;
+    /* Of an older term it may be a coordinator with an older store, which learns of it from our HELLO. It
+     * gets no further: its HELLO_ACK ends the connection. */
+    if (term >= s->term_max && raise_term(s, term)) return -1;
     struct msg_hello hello = {
         .software = proto_str("intellect-node"),
         .instance = s->config.instance,
@@ -365,6 +363,7 @@ static bool frame_is_current(struct sync *s, const struct frame *f) {
     if (!s->connected) return false;
     s->heard_ms = s->now;
     if (f->term < s->term_max) {
+        if (f->type == MSG_LEDGER_GET || f->type == MSG_BYE) return true;
         if (f->type == MSG_HELLO_ACK) sync_disconnect(s, "its term is older than one we have seen");
         sync_log(s, SYNC_DEBUG, "%s of term %llu ignored", proto_type_name(f->type),
                  (unsigned long long)f->term);
