@@ -89,6 +89,7 @@ struct part {
     bool present; /* its READY */
     bool planned; /* a contributor of the current plan, or of the one that failed a moment ago */
     bool dropped; /* lost since: the aggregators were told to go on without it */
+    uint64_t since_ms; /* when it came */
     bool lost;    /* its member has announced another one since: these bytes are gone */
     uint32_t unheard; /* plans running that had an empty chunk and nothing of it */
     bool due_told;

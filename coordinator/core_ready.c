@@ -151,6 +151,7 @@ void core_on_ready(struct core *c, struct member *m, const struct msg_ready *msg
     int failed = proto_copy(RECORD_ready, msg, &p->msg, NULL);
     assert(!failed);
     p->present = true;
+    p->since_ms = now_ms;
     core_log(out, CORE_INFO,
              WHO " is ready for round %llu of fragment %u: %llu samples, norm %.4g, loss %.4f",
              WHO_OF(m), LLU(r->number), r->fragment, LLU(msg->samples), msg->norm, msg->loss);
@@ -166,12 +167,40 @@ static bool is_frozen_elsewhere(const struct core *c, const struct round *r,
     return false;
 }
 
+static bool is_claimed(const struct core *c, const struct member *m, const struct lease *l) {
+    for (uint32_t f = 0; f < c->fragments; f++) {
+        const struct part *p = &m->parts[f];
+        for (uint32_t i = 0; p->present && i < p->msg.ranges_count; i++) {
+            const struct msg_lease *k = &p->msg.ranges[i];
+            if (k->lease == l->id && k->generation == l->generation &&
+                k->start + k->count >= l->start + l->count)
+                return true;
+        }
+    }
+    return false;
+}
+
+/* All it has is in contributions that it announced a while ago: if its trainer died since, nothing is left to
+ * contribute to the other fragments with, and each would wait for another one's quorum. */
+static bool is_spent_out(const struct core *c, const struct member *m) {
+    uint64_t newest = 0;
+    for (uint32_t f = 0; f < c->fragments; f++)
+        if (m->parts[f].present && m->parts[f].since_ms > newest) newest = m->parts[f].since_ms;
+    if (c->tick_ms < newest + c->outer->silence_ms_max) return false;
+    for (uint32_t i = 0; i < c->lease_count; i++)
+        if (c->leases[i].member == m->id && !is_claimed(c, m, &c->leases[i])) return false;
+    return true;
+}
+
+static bool has_data(const struct core *c, const struct member *m) {
+    if (core_samples_free(c) && !core_tokens_reached(c) && !c->closing) return true;
+    return m->lease_count && !is_spent_out(c, m);
+}
+
 /* A trainer that works on the current state, or could. */
 static bool is_awaited(const struct core *c, const struct round *r, const struct member *m) {
-    bool has_data =
-        m->lease_count || (core_samples_free(c) && !core_tokens_reached(c) && !c->closing);
     return m->here && m->trains && core_in_good_standing(m) && !m->catching_up &&
-           !core_part(r, m)->present && has_data && !is_frozen_elsewhere(c, r, m);
+           !core_part(r, m)->present && has_data(c, m) && !is_frozen_elsewhere(c, r, m);
 }
 
 /* Who was summed nowhere three rounds running counts for the grace window, not for the quorum. */

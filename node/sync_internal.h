@@ -141,6 +141,8 @@ struct state {
 struct grant {
     uint64_t lease, start, floor, used, sent, end;
     uint32_t generation;
+    bool blocked; /* a contribution of an earlier life claims [start, floor): claims are prefixes, so what follows
+                   * is not used before it is known whether that is spent */
 };
 
 struct leases {
@@ -578,10 +580,9 @@ void leases_spend(struct sync *s, const struct commit *c);
 void leases_restore(struct sync *s, const struct msg_ready *ready);
 /* The trainer's work is void: it gets everything that no frozen contribution claims. */
 void leases_restart(struct sync *s);
-/* A contribution of an earlier life of the trainer was decided; were the others, too, then samples that are
- * not spent go to the trainer again. */
+/* A contribution of an earlier life of the trainer was decided: what it claimed and is not spent goes to the
+ * trainer again. */
 void leases_orphan_decided(struct sync *s);
-bool leases_has_orphans(const struct sync *s);
 void leases_consume(struct sync *s, uint64_t more); /* the trainer did */
 uint64_t leases_used(const struct sync *s);
 uint64_t leases_queued(const struct sync *s);

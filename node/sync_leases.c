@@ -36,7 +36,7 @@ static const struct msg_lease *find_in(const struct msg_lease *list, uint32_t co
 static uint64_t unused(const struct sync *s) {
     uint64_t n = 0;
     for (uint32_t i = 0; i < s->leases.count; i++)
-        n += s->leases.grant[i].end - s->leases.grant[i].used;
+        if (!s->leases.grant[i].blocked) n += s->leases.grant[i].end - s->leases.grant[i].used;
     return n;
 }
 
@@ -195,7 +195,7 @@ void leases_restore(struct sync *s, const struct msg_ready *ready) {
         else if (g->start > r->start) g->start = r->start;
         g = find_grant(l, r->lease, r->generation);
         if (g && g->end < r->start + r->count) g->end = r->start + r->count;
-        if (g) g->floor = g->used = g->sent = g->end;
+        if (g) g->floor = g->used = g->sent = g->end, g->blocked = true;
     }
     struct commit *c;
     for (uint32_t i = SYNC_COMMITS_KEPT; i-- > 0;)
@@ -209,24 +209,17 @@ void leases_restart(struct sync *s) {
         g->floor = claimed > g->start ? claimed : g->start;
         if (g->floor > g->end) g->floor = g->end;
         g->used = g->sent = g->floor;
+        g->blocked = g->start < g->floor;
     }
-}
-
-bool leases_has_orphans(const struct sync *s) {
-    for (uint32_t f = 0; f < s->fragment_count; f++)
-        if (s->contribution[f].frozen && !trainer_holds(s, &s->contribution[f])) return true;
-    return false;
 }
 
 void leases_orphan_decided(struct sync *s) {
-    bool again = false, begun = false;
-    if (leases_has_orphans(s)) return;
     for (uint32_t i = 0; i < s->leases.count; i++) {
-        again |= s->leases.grant[i].start < s->leases.grant[i].floor;
-        begun |= touched(&s->leases.grant[i]);
+        struct grant *g = &s->leases.grant[i];
+        uint64_t claimed = claimed_end(s, g->lease, g->generation);
+        if (!g->blocked || claimed >= g->floor) continue;
+        g->floor = g->used = g->sent = claimed > g->start ? claimed : g->start;
     }
-    if (again && begun) trainer_lose_work(s, "what an earlier life of it did was not summed");
-    else if (again) leases_restart(s);
 }
 
 void leases_consume(struct sync *s, uint64_t samples) {
@@ -246,6 +239,7 @@ uint32_t leases_claims(const struct sync *s, struct msg_lease *out) {
     uint32_t n = 0;
     for (uint32_t i = 0; i < s->leases.count; i++) {
         const struct grant *g = &s->leases.grant[i];
+        if (g->blocked) continue;
         uint64_t end = SYNC_HAS_FAULT(CLAIMS_TOO_MUCH) ? g->sent : g->used;
         if (end > g->start)
             out[n++] = (struct msg_lease){g->lease, g->generation, g->start, end - g->start};
@@ -253,13 +247,30 @@ uint32_t leases_claims(const struct sync *s, struct msg_lease *out) {
     return n;
 }
 
+/* What is blocked no more goes to the end: the trainer has samples of the others already, and consumes them
+ * in the order of the list. */
+static void unblock(struct leases *l) {
+    for (uint32_t i = 0, left = l->count; left--;) {
+        struct grant g = l->grant[i];
+        if (!g.blocked || g.start < g.floor) {
+            i++;
+            continue;
+        }
+        memmove(l->grant + i, l->grant + i + 1, (l->count - i - 1) * sizeof g);
+        g.blocked = false;
+        l->grant[l->count - 1] = g;
+    }
+}
+
 /* Whole batches, so that no step is smaller than the others; the rest only when no more will
  * come. */
 void leases_feed(struct sync *s) {
+    unblock(&s->leases);
     uint64_t have = unused(s), queued = leases_queued(s);
     uint64_t target = s->leases.dry ? have : have - have % s->inner->batch;
     for (uint32_t i = 0; i < s->leases.count && queued < target; i++) {
         struct grant *g = &s->leases.grant[i];
+        if (g->blocked) continue;
         uint64_t n = g->end - g->sent < target - queued ? g->end - g->sent : target - queued;
         struct sync_action *a = n ? sync_act(s, SYNC_ACT_TRAINER_SAMPLES) : NULL;
         if (!a) continue;

@@ -120,7 +120,7 @@ static bool may_freeze(const struct sync *s, uint32_t fragment) {
         return false;
     for (uint32_t k = 0; k < f->count; k++)
         if (s->trainer.ops[f->chunk[k]] != SYNC_OP_KEEP) return false;
-    return apply_fragment_is_current(s, fragment) && !leases_has_orphans(s);
+    return apply_fragment_is_current(s, fragment);
 }
 
 static bool is_due(const struct sync *s, uint32_t fragment) {

@@ -26,7 +26,6 @@ static void contribution_without_trainer_and_commit_is_trained_again(void **stat
     three_ready(r);
     trainer_down(r, 3);
     trainer_up(r, 3, 1);
-    train(r, 3);
     whole_round(r, &two);
     for (uint32_t id = 1; id <= 3; id++) announce(r, id, &two, id == 2 ? STEPS * BATCH : 0);
     assert_local_is_anchor(r, 3);
