@@ -2,6 +2,7 @@
  * happens in between is in agent_events.c; see agent.h. */
 #include "node/agent_internal.h"
 
+#include <malloc.h>
 #include <signal.h>
 #include <sodium.h>
 #include <stdio.h>
@@ -389,8 +390,16 @@ static void tear_down(struct agent *a) {
     console_destroy(a->console);
 }
 
+void agent_keep_memory(void) {
+#ifdef M_MMAP_THRESHOLD
+    mallopt(M_MMAP_THRESHOLD, AGENT_SPARE_BYTES);
+    mallopt(M_TRIM_THRESHOLD, AGENT_SPARE_BYTES);
+#endif
+}
+
 int agent_run(const struct agent_options *options, struct err *err) {
     char path[HOME_PATH_BYTES];
+    agent_keep_memory();
     struct agent *a = calloc(1, sizeof *a);
     if (!a) return err_set(err, ERR_MEMORY, "no memory for an agent");
     a->options = options;

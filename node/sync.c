@@ -21,9 +21,18 @@ static int action_record(const struct sync_action *a) {
     return a->type == SYNC_ACT_ROSTER ? RECORD_roster_body : proto_record_of_type(a->message);
 }
 
+/* The bytes that a message is all about, where they lie in memory that stays: they are not copied. */
+static struct proto_bytes *bulk_of(uint8_t message, void *msg) {
+    if (message == MSG_CHUNK) return &((struct msg_chunk *)msg)->data;
+    if (message == MSG_RESULT) return &((struct msg_result *)msg)->data;
+    return NULL;
+}
+
 void sync_actions_clear(struct sync_actions *a) {
     for (uint32_t i = 0; i < a->count; i++) {
         if (!a->list[i].msg) continue;
+        struct proto_bytes *bulk = bulk_of(a->list[i].message, a->list[i].msg);
+        if (bulk) *bulk = (struct proto_bytes){0};
         proto_copy_release((enum proto_record)action_record(&a->list[i]), a->list[i].msg);
         free(a->list[i].msg);
     }
@@ -38,6 +47,17 @@ void sync_actions_release(struct sync_actions *a) {
 
 static void out_of_memory(struct sync *s, size_t bytes) {
     if (!s->failure.code) err_set(&s->failure, ERR_MEMORY, "no memory (%zu bytes)", bytes);
+}
+
+/* Actions of this step may still point to it; a tick comes after all of them were carried out. */
+void sync_free_later(struct sync *s, void *p) {
+    if (!p) return;
+    if (sync_grow(s, &s->grave, s->grave_count, &s->grave_capacity, sizeof *s->grave)) free(p);
+    else s->grave[s->grave_count++] = p;
+}
+
+static void empty_grave(struct sync *s) {
+    while (s->grave_count) free(s->grave[--s->grave_count]);
 }
 
 void *sync_alloc(struct sync *s, size_t count, size_t size) {
@@ -80,14 +100,21 @@ void sync_log(struct sync *s, enum sync_level level, const char *format, ...) {
     va_end(args);
 }
 
-/* The action owns a deep copy of msg. */
-static void attach(struct sync *s, struct sync_action *a, enum proto_record which,
-                   const void *msg) {
+/* The action owns a copy of msg, but for the bulk of it. */
+static void attach(struct sync *s, struct sync_action *a, enum proto_record which, void *msg) {
+    struct proto_bytes *bulk = a->type == SYNC_ACT_ROSTER ? NULL : bulk_of(a->message, msg), data;
+    if (bulk) {
+        data = *bulk;
+        *bulk = (struct proto_bytes){0};
+    }
     a->msg = sync_alloc(s, 1, proto_record_size(which));
     if (a->msg && proto_copy(which, msg, a->msg, &s->failure)) {
         free(a->msg);
         a->msg = NULL;
     }
+    if (!bulk) return;
+    *bulk = data;
+    if (a->msg) *bulk_of(a->message, a->msg) = data;
 }
 
 static void act_message(struct sync *s, enum sync_action_type type, enum proto_type message,
@@ -96,7 +123,8 @@ static void act_message(struct sync *s, enum sync_action_type type, enum proto_t
     if (!a) return;
     a->message = (uint8_t)message;
     a->plan = plan;
-    attach(s, a, (enum proto_record)proto_record_of_type((uint8_t)message), msg);
+    /* Not written to in the end: only its bulk is away for as long as it is copied. */
+    attach(s, a, (enum proto_record)proto_record_of_type((uint8_t)message), (void *)(uintptr_t)msg);
 }
 
 void sync_send(struct sync *s, enum proto_type type, uint64_t plan, const void *msg) {
@@ -115,7 +143,7 @@ void sync_send_peer(struct sync *s, uint32_t peer, enum proto_type type, uint64_
 
 void sync_act_roster(struct sync *s, const struct msg_roster_body *roster) {
     struct sync_action *a = sync_act(s, SYNC_ACT_ROSTER);
-    if (a) attach(s, a, RECORD_roster_body, roster);
+    if (a) attach(s, a, RECORD_roster_body, (void *)(uintptr_t)roster);
 }
 
 /* ---- the connection --------------------------------------------------------------------- */
@@ -458,6 +486,7 @@ int sync_step(struct sync *s, const struct sync_event *ev, uint64_t now_ms,
     if (s->left) return 0;
     s->now = now_ms;
     s->out = out;
+    if (ev->type == SYNC_EV_TICK) empty_grave(s);
     if (!s->failure.code && dispatch(s, ev) == 0 && !s->left) pump(s);
     s->out = NULL;
     if (!s->failure.code) return 0;
@@ -583,6 +612,8 @@ void sync_destroy(struct sync *s) {
     for (uint32_t f = 0; s->plan && f < s->fragment_count; f++) plan_release(s, f);
     results_release(s);
     reduce_release(s);
+    empty_grave(s);
+    free(s->grave);
     contribution_release(s);
     state_release(s);
     ledger_release(s);

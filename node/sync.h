@@ -126,7 +126,8 @@ struct sync_action {
     uint32_t peer;
     uint8_t message;
     uint64_t term, session, plan;   /* for the frame header */
-    void *msg;                      /* owned deep copy */
+    void *msg;                      /* owned copy; but the data of a CHUNK or RESULT is sync's, and there until
+                                     * the next event */
     char host[PROTO_ADDRESS_BYTES_MAX + 1];
     uint16_t port;
     uint64_t start, count;          /* TRAINER_SAMPLES */

@@ -394,6 +394,8 @@ struct sync {
     struct place *place;       /* [chunk_count] */
     enum outer_codec codec;    /* of contributions */
     float *scratch, *scratch2; /* [chunk_elements] each */
+    void **grave; /* to be freed at the next tick */
+    uint32_t grave_count, grave_capacity;
     int64_t *spare_sum[SYNC_SPARE_SUMS]; /* [chunk_elements] each */
     uint32_t spare_sum_count;
 
@@ -446,6 +448,8 @@ struct sync {
 
 /* Zeroed memory; when there is none s->failure is set and NULL returned. */
 void *sync_alloc(struct sync *s, size_t count, size_t size);
+/* free() what a message in this step's actions may be made of: CHUNK and RESULT do not own their data. */
+void sync_free_later(struct sync *s, void *p);
 /* *list has room for one more element of `size` bytes afterwards. -1: no memory. */
 int sync_grow(struct sync *s, void *list, uint32_t count, uint32_t *capacity, size_t size);
 void sync_log(struct sync *s, enum sync_level level, const char *format, ...)

@@ -41,10 +41,10 @@ static struct digest trailer_digest(const struct trailer *t, const uint8_t *meta
 
 static void forget_bytes(struct sync *s, struct held *h) {
     for (uint32_t k = 0; h->chunk && k < h->leaves.leaves_count; k++) {
-        free(h->chunk[k]);
+        sync_free_later(s, h->chunk[k]);
         h->chunk[k] = NULL;
     }
-    free(h->data);
+    sync_free_later(s, h->data);
     h->data = NULL;
     s->held_bytes -= h->bytes;
     h->bytes = 0;

@@ -10,6 +10,7 @@
 
 #include "coordinator/commands.h"
 #include "kernels/kernels.h"
+#include "node/agent.h"
 #include "node/trainer.h"
 #include "proto/proto.h"
 #include "tests/bench/bench.h"
@@ -239,6 +240,7 @@ int main(int argc, char **argv) {
     struct options o = {.dir = tmp && *tmp ? tmp : "/tmp"};
     struct err err = {0};
     FILE *json = NULL;
+    agent_keep_memory(); /* as agents do; here and in members that are played */
     int status = play_role(argc, argv);
     if (status >= 0) return status;
     status = take_options(argc, argv, &o);
