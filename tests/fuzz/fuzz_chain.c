@@ -18,8 +18,9 @@ static const struct fuzz_ledger *ledger;
 
 struct tampered {
     struct msg_signed_entry entry[ENTRIES_MAX];
-    uint8_t *own[ENTRIES_MAX]; /* a changed copy of the entry's bytes */
     uint32_t count;
+    uint8_t *changed[STEPS_MAX]; /* copies of entries' bytes, freed in the end */
+    uint32_t changed_count;
 };
 
 static void init(void) {
@@ -29,43 +30,26 @@ static void init(void) {
     ledger = fuzz_ledger();
 }
 
-static uint8_t *own_bytes(struct tampered *t, uint32_t i) {
-    struct proto_bytes *b = &t->entry[i].bytes;
-    if (!t->own[i]) {
-        t->own[i] = malloc(b->length + 1u);
-        assert(t->own[i]);
-        memcpy(t->own[i], b->data, b->length);
-        b->data = t->own[i];
-    }
-    return t->own[i];
-}
-
 static void drop(struct tampered *t, uint32_t i) {
-    size_t after = t->count - i - 1;
-    free(t->own[i]);
-    memmove(&t->entry[i], &t->entry[i + 1], after * sizeof *t->entry);
-    memmove(&t->own[i], &t->own[i + 1], after * sizeof *t->own);
-    t->own[--t->count] = NULL;
+    memmove(&t->entry[i], &t->entry[i + 1], (t->count - i - 1) * sizeof *t->entry);
+    t->count--;
 }
 
 /* Put the original entry `from` behind entry i. */
 static void repeat(struct tampered *t, uint32_t i, uint32_t from) {
     if (t->count == ENTRIES_MAX) return;
-    t->entry[t->count] = ledger->entry[from];
-    t->own[t->count] = NULL;
-    for (uint32_t k = t->count++; k > i + 1; k--) {
-        struct msg_signed_entry e = t->entry[k];
-        uint8_t *own = t->own[k];
-        t->entry[k] = t->entry[k - 1];
-        t->own[k] = t->own[k - 1];
-        t->entry[k - 1] = e;
-        t->own[k - 1] = own;
-    }
+    memmove(&t->entry[i + 2], &t->entry[i + 1], (t->count - i - 1) * sizeof *t->entry);
+    t->entry[i + 1] = ledger->entry[from];
+    t->count++;
 }
 
 static void flip(struct tampered *t, uint32_t i, uint16_t where) {
-    uint32_t length = t->entry[i].bytes.length;
-    if (where / 8u < length) own_bytes(t, i)[where / 8] ^= (uint8_t)(1u << (where % 8));
+    struct proto_bytes *b = &t->entry[i].bytes;
+    uint8_t *copy = where / 8u < b->length ? malloc(b->length) : NULL;
+    if (!copy) return;
+    memcpy(copy, b->data, b->length);
+    copy[where / 8] ^= (uint8_t)(1u << (where % 8));
+    b->data = t->changed[t->changed_count++] = copy;
 }
 
 static void step(struct tampered *t, uint8_t what, uint32_t i, uint16_t where) {
@@ -78,11 +62,7 @@ static void step(struct tampered *t, uint8_t what, uint32_t i, uint16_t where) {
     case 4: e->bytes.length = where % (e->bytes.length + 1); break;
     case 5: fuzz_sign(ledger, SIGNER_MEMBER1, where % 4, e); break;
     case 6: e->signature = ledger->entry[where % LEDGER_ENTRIES].signature; break;
-    case 7:
-        free(t->own[i]);
-        t->own[i] = NULL;
-        *e = ledger->fork[where % FORK_ENTRIES];
-        break;
+    case 7: *e = ledger->fork[where % FORK_ENTRIES]; break;
     }
 }
 
@@ -151,7 +131,7 @@ static bool take(const uint8_t *bytes, size_t length) {
         step(&t, what, i, (uint16_t)fuzz_le(&in, 2));
     }
     bool whole = through_file(&t, &in);
-    for (uint32_t i = 0; i < t.count; i++) free(t.own[i]);
+    while (t.changed_count) free(t.changed[--t.changed_count]);
     return whole;
 }
 

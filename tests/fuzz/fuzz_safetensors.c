@@ -70,9 +70,11 @@ static void put(const struct fuzz_sink *out, const char *name, uint32_t data, co
 }
 
 static void put_header(const struct fuzz_sink *out, const char *name, uint32_t data, const char *json) {
-    uint8_t file[512] = {(uint8_t)strlen(json)};
-    memcpy(file + 8, json, strlen(json));
-    put(out, name, data, file, 8 + strlen(json));
+    size_t length = strlen(json);
+    uint8_t file[512] = {(uint8_t)length};
+    assert(length < 256);
+    memcpy(file + 8, json, length + 1);
+    put(out, name, data, file, 8 + length);
 }
 
 static void samples(const struct fuzz_sink *out) {

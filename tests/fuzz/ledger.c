@@ -132,8 +132,8 @@ static void make_fork(void) {
 
 const struct fuzz_ledger *fuzz_ledger(void) {
     if (count) return &ledger;
-    for (uint8_t i = 0; i < SIGNERS; i++) {
-        uint8_t seed[32] = {i};
+    for (unsigned i = 0; i < SIGNERS; i++) {
+        uint8_t seed[32] = {(uint8_t)i};
         identity_from_seed(&ledger.signer[i], seed);
     }
     append_genesis();
