@@ -16,7 +16,8 @@
 
 #define FLEET_MEMBERS_MAX 8
 #define FLEET_ROUNDS_MAX 32
-#define FLEET_NAMES_MAX 400 /* functions that samples were taken in */
+#define FLEET_NAMES_MAX 200 /* functions that samples were taken in */
+#define FLEET_PHASES 2      /* PLAN to commit, commit to applied */
 #define FLEET_PATH_BYTES 256
 #define FLEET_INNER_STEPS_MAX 8192
 
@@ -29,6 +30,7 @@ enum fleet_step {
     FLEET_REPLAN,    /* a later PLAN of the same round; absent as a rule */
     FLEET_REPORTED,  /* last SHARD_REPORT of ours */
     FLEET_COMMITTED, /* the LEDGER with the commit */
+    FLEET_FETCHED,   /* last RESULT; absent where all came before the commit */
     FLEET_APPLIED,   /* first ROOT of the state after it */
     FLEET_STEPS
 };
@@ -45,7 +47,7 @@ struct fleet_round {
     uint32_t shards, contributors; /* of the newest PLAN */
 };
 
-/* Where the processor's time went between PLAN and APPLIED, by samples. */
+/* Where the processor's time went, by samples. */
 enum fleet_place { FLEET_HASHING, FLEET_TLS, FLEET_CODEC, FLEET_KERNEL, FLEET_COPYING, FLEET_OTHER,
                    FLEET_PLACES };
 struct fleet_function {
@@ -82,7 +84,7 @@ struct fleet_member {
     double checkpoint_begin_s, checkpoint_end_s;   /* of the newest */
     double late_s;                                 /* the longest the loop was held up, since ... */
     _Atomic bool forget_late;                      /* ... this was last true */
-    struct fleet_profile profile_of;
+    struct fleet_profile profile_of[FLEET_PHASES];
     struct fleet_memory memory;
     char trouble[256];        /* why it ended */
 };
@@ -149,10 +151,10 @@ int fleet_member_main(int argc, char **argv);
 
 /* ---- profile.c ------------------------------------------------------------------------------- */
 
-/* Of this process, about every millisecond of processor time while it is on. stop: keep what there
- * is, go on later. */
-void profile_begin(void);
+/* Of this process, a sample every millisecond or few of processor time while it is on. begin: what
+ * comes from now on is of this phase, in [0, FLEET_PHASES). */
+void profile_begin(int phase);
 void profile_stop(void);
-void profile_write(struct fleet_profile *out);
+void profile_write(struct fleet_profile out[FLEET_PHASES]);
 
 #endif

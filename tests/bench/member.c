@@ -40,7 +40,7 @@ static void note_plan(struct member *m, const struct msg_plan *plan) {
     member_note(m, plan->round, r->step[FLEET_PLAN].at_s > 0 ? FLEET_REPLAN : FLEET_PLAN, false);
     r->shards = plan->shards_count;
     r->contributors = plan->contributors_count;
-    if (m->me->profile) profile_begin();
+    if (m->me->profile) profile_begin(0);
     if (plan->round && plan->round == m->all->die_in_round && plan->shards_count &&
         plan->shards[0].aggregator == m->me->member) {
         m->all->die_in_round = 0;
@@ -111,7 +111,10 @@ void member_feed(struct member *m, const struct sync_event *ev) {
     if (!m->sync) return;
     uint64_t before = member_rounds(m);
     step(m, ev);
-    if (member_rounds(m) > before) member_note(m, member_rounds(m) - 1, FLEET_COMMITTED, false);
+    if (member_rounds(m) > before) {
+        member_note(m, member_rounds(m) - 1, FLEET_COMMITTED, false);
+        if (m->me->profile) profile_begin(1);
+    }
     if (m->cut) {
         m->cut = false;
         step(m, &(struct sync_event){.type = SYNC_EV_DISCONNECTED});
@@ -136,6 +139,9 @@ static void on_peer_open(void *arg, uint32_t peer) {
 }
 
 static void on_peer_message(void *arg, uint32_t peer, const struct frame *f, const void *msg) {
+    struct member *m = arg;
+    if (f->type == MSG_RESULT && ((const struct msg_result *)msg)->round < member_rounds(m))
+        member_note(m, ((const struct msg_result *)msg)->round, FLEET_FETCHED, true);
     member_feed(arg, &(struct sync_event){.type = SYNC_EV_PEER_MESSAGE, .peer = peer, .frame = *f,
                                    .msg = msg});
 }
@@ -302,7 +308,7 @@ static int start(struct member *m, struct err *err) {
 static void report(struct member *m) {
     m->me->memory = (struct fleet_memory){fleet_status_bytes(getpid(), "VmHWM"),
                                           fleet_status_bytes(getpid(), "RssAnon")};
-    if (m->me->profile) profile_write(&m->me->profile_of);
+    if (m->me->profile) profile_write(m->me->profile_of);
 }
 
 int fleet_member_main(int argc, char **argv) {

@@ -21,6 +21,8 @@
 #define PROFILE_SAMPLES_MAX 65536
 
 static uintptr_t sample[PROFILE_SAMPLES_MAX];
+static uint8_t sample_phase[PROFILE_SAMPLES_MAX];
+static atomic_int phase_now;
 static atomic_uint sample_count;
 static atomic_bool on;
 
@@ -38,12 +40,15 @@ static void on_signal(int number, siginfo_t *info, void *context) {
     (void)number, (void)info;
     if (!atomic_load_explicit(&on, memory_order_relaxed)) return;
     unsigned i = atomic_fetch_add(&sample_count, 1);
-    if (i < PROFILE_SAMPLES_MAX) sample[i] = interrupted(context);
+    if (i >= PROFILE_SAMPLES_MAX) return;
+    sample[i] = interrupted(context);
+    sample_phase[i] = (uint8_t)atomic_load_explicit(&phase_now, memory_order_relaxed);
 }
 
-void profile_begin(void) {
+void profile_begin(int phase) {
     struct sigaction a = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
     struct itimerval each = {{.tv_usec = 1000}, {.tv_usec = 1000}};
+    atomic_store(&phase_now, phase);
     if (!atomic_exchange(&on, true)) {
         sigaction(SIGPROF, &a, NULL);
         setitimer(ITIMER_PROF, &each, NULL);
@@ -170,17 +175,20 @@ static int more_samples_first(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-void profile_write(struct fleet_profile *out) {
+void profile_write(struct fleet_profile out[FLEET_PHASES]) {
     struct symbols s;
     const char *name;
     unsigned n = atomic_load(&sample_count);
+    if (n > PROFILE_SAMPLES_MAX) n = PROFILE_SAMPLES_MAX;
     symbols_open(&s);
-    memset(out, 0, sizeof *out);
-    out->samples = n < PROFILE_SAMPLES_MAX ? n : PROFILE_SAMPLES_MAX;
-    for (uint32_t i = 0; i < out->samples; i++) {
-        out->place[place_of(&s, sample[i], &name)]++;
-        count(out, name);
+    memset(out, 0, FLEET_PHASES * sizeof *out);
+    for (uint32_t i = 0; i < n; i++) {
+        struct fleet_profile *p = &out[sample_phase[i]];
+        p->samples++;
+        p->place[place_of(&s, sample[i], &name)]++;
+        count(p, name);
     }
-    qsort(out->function, out->functions, sizeof *out->function, more_samples_first);
+    for (int i = 0; i < FLEET_PHASES; i++)
+        qsort(out[i].function, out[i].functions, sizeof *out->function, more_samples_first);
     if (s.file) munmap((void *)(uintptr_t)s.file, s.bytes);
 }
