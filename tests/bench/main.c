@@ -240,9 +240,9 @@ int main(int argc, char **argv) {
     struct options o = {.dir = tmp && *tmp ? tmp : "/tmp"};
     struct err err = {0};
     FILE *json = NULL;
-    agent_keep_memory(); /* as agents do; here and in members that are played */
     int status = play_role(argc, argv);
     if (status >= 0) return status;
+    agent_keep_memory(); /* as agents do */
     status = take_options(argc, argv, &o);
     if (status) return status - 1;
     wait_passively(argv);

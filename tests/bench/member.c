@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "node/agent.h"
 #include "proto/model.h"
 #include "tests/bench/member.h"
 
@@ -319,6 +320,7 @@ int fleet_member_main(int argc, char **argv) {
     int place = atoi(argv[2]);
     if (m.all == MAP_FAILED || place < 0 || place >= FLEET_MEMBERS_MAX) return 2;
     m.me = &m.all->member[place];
+    agent_keep_memory();
     if (proto_init(&err) || start(&m, &err)) member_die(&m, "start", &err);
     event_base_dispatch(m.base);
     report(&m);
