@@ -102,8 +102,8 @@ static uint32_t shard_of(const struct commit *c, uint32_t k) {
     return i;
 }
 
-/* What was asked for in this shard is not coming from there. */
-static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
+/* What was asked for in this shard is not waited for. */
+static void stop_asking(struct sync *s, const struct commit *c, uint32_t shard) {
     struct fetch *f = &s->fetch;
     const struct msg_shard *m = &c->body.shards[shard];
     for (uint32_t k = m->first; k < m->first + m->count; k++) {
@@ -112,8 +112,12 @@ static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
         f->outstanding--;
         f->window -= encoded_bytes(s, c->body.fragment, (enum outer_codec)c->body.codec, k);
     }
-    struct fetch_shard *fs = &f->shard[shard];
-    fs->asking = fs->dialling = false;
+    f->shard[shard].asking = f->shard[shard].dialling = false;
+}
+
+static void turn_away(struct sync *s, const struct commit *c, uint32_t shard) {
+    struct fetch_shard *fs = &s->fetch.shard[shard];
+    stop_asking(s, c, shard);
     fs->asked_ms = s->now;
     fs->turn++;
     fs->refusals++;
@@ -140,20 +144,22 @@ static void check_leaves(struct sync *s, const struct commit *c) {
     }
 }
 
-/* Leaves of chunks [first, first + n) came, of which only those in the shard count. */
-static void take_leaves(struct sync *s, const struct commit *c, uint32_t shard, uint32_t first,
+/* Leaves of chunks [first, first + n) came, of which only those in the shard count. False: no new ones. */
+static bool take_leaves(struct sync *s, const struct commit *c, uint32_t shard, uint32_t first,
                         const struct msg_digest_item *leaves, uint32_t n) {
     struct fetch *f = &s->fetch;
     const struct msg_shard *m = &c->body.shards[shard];
-    bool all = true;
+    bool all = true, news = false;
     for (uint32_t k = m->first; k < m->first + m->count; k++) {
         if (!proto_set_has(f->leaf_have, k) && k >= first && k - first < n) {
             f->leaves[k] = leaves[k - first];
             proto_set_add(f->leaf_have, k);
+            news = true;
         }
         all = all && proto_set_has(f->leaf_have, k);
     }
     f->shard[shard].leaves_have = all;
+    return news;
 }
 
 /* What we hold ourselves, by now. */
@@ -265,7 +271,10 @@ static bool rests(const struct sync *s, const struct fetch_shard *fs) {
 static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     struct fetch *f = &s->fetch;
     struct fetch_shard *fs = &f->shard[shard];
-    if (!fs->complete) fs->complete = s->fetch.verified && shard_is_complete(s, c, shard);
+    if (!fs->complete && f->verified && shard_is_complete(s, c, shard)) {
+        stop_asking(s, c, shard); /* the rest of it we hold ourselves by now */
+        fs->complete = true;
+    }
     if (fs->complete) return;
     if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms)
         turn_away(s, c, shard);
@@ -365,9 +374,10 @@ void apply_on_result_leaves(struct sync *s, struct peer *p, const struct frame *
         bool overlap = msg->first < m->first + m->count &&
                        msg->leaves_count > (m->first > msg->first ? m->first - msg->first : 0);
         if (!overlap || s->fetch.shard[i].from != p->id || !s->fetch.shard[i].asking) continue;
+        /* Who shows what we know may have no more than that: it is no progress. */
+        s->fetch.shard[i].asked_ms = s->now;
+        if (!take_leaves(s, c, i, msg->first, msg->leaves, msg->leaves_count)) continue;
         note_answer(s, i);
-        if (s->fetch.shard[i].leaves_have) continue;
-        take_leaves(s, c, i, msg->first, msg->leaves, msg->leaves_count);
         news = true;
     }
     if (news && !s->fetch.verified) check_leaves(s, c);

@@ -277,6 +277,10 @@ int state_open(struct sync *s) {
     state_survey(s);
     if (st->missing && restore(s)) return -1;
     state_survey(s);
+    /* What the process before us wrote and did not flush is durable before anybody hears that we have it. */
+    if (st->missing < s->chunk_count &&
+        (flush_arrays(s, 0, s->chunk_count) || flush_index(s, 0, s->chunk_count)))
+        return -1;
     return state_rewind(s); /* it may have died before that was done */
 }
 

@@ -80,6 +80,7 @@ static void disk_copy(struct memory_disk *to, const struct memory_disk *from) {
 
 static void come_back(struct rig *r, uint32_t id) {
     node_start(r, id);
+    if (!r->node[id].sync) return;
     dial_coordinator(r, id);
     welcome(r, id, NULL, 0);
     say_holders(r, id, &THREE);
