@@ -20,8 +20,9 @@ static uint64_t a_while(struct sim_world *w) {
 
 /* ---- what may be lost for good ----------------------------------------------------------------- */
 
+/* ... where others can get it: nobody can dial a member behind NAT for what only it has. */
 static bool has_head(const struct sim_world *w, const struct sim_member *m) {
-    if (!m->alive || !m->sync) return false;
+    if (!m->alive || !m->sync || !m->reachable) return false;
     for (uint32_t c = 0; c < w->chunks; c++)
         if (sync_chunk_version(m->sync, c) != w->base_index[w->fragment_of[c]]) return false;
     return true;
@@ -54,6 +55,7 @@ static void older_image(struct sim_world *w, struct sim_member *m) {
     if (!m->image.count || !may_lose(w, m)) return;
     note_loss(w);
     sim_member_kill(w, m, false, 0);
+    m->restored = true;
     if (sim_chance(w, 250)) {
         sim_trace(w, "slot %u: its disk is empty", m->slot);
         w->injected[SIM_WIPED]++;

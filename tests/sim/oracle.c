@@ -358,6 +358,8 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     z->samples = samples_count(z->all);
     sim_trace(w, "    %u: trainer freezes fragment %u with %llu samples", m->slot, fragment,
               LLU(z->samples));
+    /* Which contributions an older disk has, and takes its residuals from, only its member knows. */
+    if (m->restored) read_residual(w, &m->disk, "residual", m->residual);
     encode(w, m, fragment);
 }
 

@@ -104,7 +104,7 @@ struct sim_member {
     uint32_t slot, id; /* id 0: not enrolled yet */
     struct identity identity;
     bool alive, trains, reachable, gone; /* gone: left, or the run is complete */
-    bool complete, behind, revoked, left, copy;
+    bool complete, behind, restored, revoked, left, copy;
     enum sync_fault lie; /* a fault that only this member has */
     bool work_queued;
     uint64_t paused_until;

@@ -343,7 +343,7 @@ static void deliver(struct sim_world *w, struct sim_event *e) {
 
 #define GRACE_MS 400000 /* the longest a run may take after the last fault */
 
-static void trace_members(struct sim_world *w) {
+__attribute__((noinline)) static void trace_members(struct sim_world *w) {
     for (uint32_t i = 0; i <= w->copy_slot && w->trace; i++) {
         struct sim_member *m = &w->member[i];
         struct sync_view v = {0};
