@@ -19,11 +19,15 @@ enum fault {
     HONEST,
     /* READY */
     NOT_FINITE, WRONG_CHUNKS, WRONG_CODEC, NORM_TOO_SMALL, NORM_TOO_LARGE, ABSMAX_TOO_LARGE, NO_ROOT, NO_CLAIMS,
-    FOREIGN_LEASE, OLD_GENERATION, MORE_THAN_LEASED, CLAIMED_TWICE, ROUND_AHEAD, OTHER_BASE,
+    FOREIGN_LEASE, STOLEN_LEASE, OLD_GENERATION, MORE_THAN_LEASED, CLAIMED_TWICE, ROUND_AHEAD, OTHER_BASE,
+    WRONG_SIGNATURE, INFLATED_SAMPLES,
+    /* to the coordinator while the plan is in work */
+    FOREIGN_REPORT, UNFOUNDED_ACCUSE,
     /* to the aggregator */
-    WRONG_LEAVES, FLIPPED_BYTE, NAN_SCALE, SHORT_CHUNK, HUGE_VALUES, LARGER_NORM, FOREIGN_SET, WRONG_WEIGHT, SILENT,
+    WRONG_LEAVES, FLIPPED_BYTE, NAN_SCALE, SHORT_CHUNK, NAN_SHOWN, HUGE_VALUES, LARGER_NORM, FOREIGN_SET,
+    WRONG_WEIGHT, SILENT,
     /* as second holder */
-    LYING_HOLDER, BROKEN_HOLDER
+    LYING_HOLDER, BROKEN_HOLDER, UNSIGNED_HOLDER
 };
 
 struct contribution {
@@ -64,7 +68,7 @@ static void encode_chunk(struct contribution *c, uint32_t k, enum fault fault, f
         for (size_t i = 0; i < n; i++) x[i] *= 10;
         if (outer_encode(bytes, x, n, c->codec, NULL)) abort();
     }
-    if (fault == NAN_SCALE) memcpy(bytes, nan_scale, sizeof nan_scale);
+    if (fault == NAN_SCALE || fault == NAN_SHOWN) memcpy(bytes, nan_scale, sizeof nan_scale);
     c->leaves[k].digest = digest_leaf(k, bytes, bytes_of(c, k) - (fault == SHORT_CHUNK ? 1 : 0));
 }
 
@@ -84,10 +88,12 @@ static void make_contribution(struct contribution *c, const struct member *m, en
     free(x);
     memcpy(c->claims, m->leases, m->lease_count * sizeof *m->leases);
     double absmax = c->ready.absmax;
-    c->ready = (struct msg_ready){.round = m->round, .base_index = m->base_index, .state_root = m->root,
+    c->ready = (struct msg_ready){.round = m->round, .base_index = m->base_index,
+                                  .state_index = m->root_index, .state_root = m->root,
                                   .codec = (uint8_t)c->codec, .chunks = c->chunks, .norm = sqrt(norm2),
                                   .absmax = absmax, .loss = 3, .root = digest_tree_root(c->leaves, c->chunks),
                                   .ranges = c->claims, .ranges_count = m->lease_count};
+    for (uint32_t i = 0; i < m->lease_count; i++) c->ready.samples += c->claims[i].count;
 }
 
 static void release(struct contribution *c) {
@@ -97,7 +103,7 @@ static void release(struct contribution *c) {
 
 /* ---- READY ------------------------------------------------------------------------------------------------- */
 
-static void spoil_ready(struct contribution *c, enum fault fault) {
+static void spoil_ready(struct contribution *c, const struct member *m, enum fault fault) {
     struct msg_ready *r = &c->ready;
     switch (fault) {
     case WRONG_CHUNKS: r->chunks++; break;
@@ -108,6 +114,8 @@ static void spoil_ready(struct contribution *c, enum fault fault) {
     case NO_ROOT: memset(&r->root, 0, sizeof r->root); break;
     case NO_CLAIMS: r->ranges_count = 0; break;
     case FOREIGN_LEASE: c->claims[0].lease += 1000000; break;
+    case STOLEN_LEASE: c->claims[0] = m->foreign; break;
+    case INFLATED_SAMPLES: r->samples = 1u << 20; break;
     case OLD_GENERATION: c->claims[0].generation--; break;
     case MORE_THAN_LEASED: c->claims[0].count++; break;
     case CLAIMED_TWICE: c->claims[1] = c->claims[0]; r->ranges_count = 2; break;
@@ -115,6 +123,15 @@ static void spoil_ready(struct contribution *c, enum fault fault) {
     case OTHER_BASE: memset(&r->state_root, 7, sizeof r->state_root); break;
     default: break;
     }
+}
+
+static bool send_ready(struct contribution *c, struct member *m, enum fault fault) {
+    spoil_ready(c, m, fault);
+    struct msg_ready *r = &c->ready;
+    if (proto_record_sign(&m->target->id, "ready", &m->run, m->link.term, RECORD_ready, r, &r->signature, NULL))
+        return false;
+    if (fault == WRONG_SIGNATURE) r->signature.b[0] ^= 1;
+    return link_send(&m->link, MSG_READY, 0, r);
 }
 
 /* The encoder refuses to write what is not finite, so the bytes are changed behind it. */
@@ -134,7 +151,7 @@ static bool send_not_finite(struct link *l, struct msg_ready *ready) {
     return ok;
 }
 
-static bool leases_came(const struct member *m) { return m->lease_count > 0; }
+static bool leases_came(const struct member *m) { return m->lease_count || (m->leases_came && m->quarantined); }
 
 /* Connect and stand where the others stand, with samples. */
 static bool take_part(struct member *m, const struct target *t, uint32_t port) {
@@ -165,8 +182,7 @@ static int announce(const struct target *t, const struct attack *a) {
         if (!take_part(&m, t, 0)) break;
         uint64_t base = m.base_index;
         make_contribution(&c, &m, (enum fault)a->kind);
-        spoil_ready(&c, (enum fault)a->kind);
-        bool sent = a->kind == NOT_FINITE ? send_not_finite(&m.link, &c.ready) : link_send(&m.link, MSG_READY, 0, &c.ready);
+        bool sent = a->kind == NOT_FINITE ? send_not_finite(&m.link, &c.ready) : send_ready(&c, &m, (enum fault)a->kind);
         m.phase = PHASE_WAITING;
         if (a->kind == OTHER_BASE) { /* the verdict is that everything must be checked */
             bool ok = sent && link_expect(&m.link, MSG_RESYNC);
@@ -203,7 +219,7 @@ static bool get_into_a_plan(struct member *m, struct contribution *c, const stru
     for (int i = 0; i < TRIES; i++) {
         if (!take_part(m, t, 0)) return false;
         make_contribution(c, m, fault);
-        if (!link_send(&m->link, MSG_READY, 0, &c->ready)) return false;
+        if (!send_ready(c, m, fault)) return false;
         m->phase = PHASE_WAITING;
         member_follow(m, plan_or_gone, PATIENCE_MS);
         if (member_has_plan(m) && own_place(m) >= 0) return true;
@@ -214,14 +230,14 @@ static bool get_into_a_plan(struct member *m, struct contribution *c, const stru
     return false;
 }
 
-static bool dial_aggregator(const struct member *m, struct link *l) {
+/* An aggregator or an auditor. */
+static bool dial_member(const struct member *m, const struct msg_address *to, struct link *l) {
     char host[PROTO_ADDRESS_BYTES_MAX + 1];
     struct target there = *m->target;
     struct err err;
-    if (m->plan.addresses_count == 0) return false;
-    proto_str_copy(m->plan.addresses[0].host, host, sizeof host);
+    proto_str_copy(to->host, host, sizeof host);
     if (host[0]) there.host = host;
-    there.port = (uint16_t)m->plan.addresses[0].port;
+    there.port = (uint16_t)to->port;
     if (link_dial(l, &there, &err) || link_greet(l, &err)) return false;
     l->term = m->link.term;
     l->session = m->link.session;
@@ -259,7 +275,57 @@ static bool send_chunk(const struct member *m, const struct contribution *c, str
     return link_send(l, MSG_CHUNK, m->plan_number, &chunk);
 }
 
-static bool round_is_over(const struct member *m) { return m->round > m->plan.round; }
+static bool needs_us(const struct member *m) { return m->has_audit || m->round > m->plan.round; }
+
+/* Whoever sums one of our chunks once more gets it as the aggregator did. */
+static void serve_audit(struct member *m, struct contribution *c) {
+    struct link l = {.fd = -1, .record = -1};
+    struct msg_address to = {.host = proto_str(m->audit_host), .port = m->audit_port};
+    if (to.port && dial_member(m, &to, &l) && show_leaves(m, c, &l, HONEST) &&
+        send_chunk(m, c, &l, m->audit_chunk, HONEST))
+        link_receive(&l, 5 * IDLE_MS);
+    link_close(&l);
+    m->has_audit = false;
+}
+
+/* False: no commit came. */
+static bool see_it_through(struct member *m, struct contribution *c, bool serves) {
+    uint64_t end = now_ms() + PATIENCE_MS;
+    while (m->round <= m->plan.round && !m->link.over && now_ms() < end) {
+        member_follow(m, needs_us, IDLE_MS);
+        if (m->has_audit && serves) serve_audit(m, c);
+        m->has_audit = false;
+    }
+    return m->round > m->plan.round;
+}
+
+static bool report(struct member *m, const struct contribution *c, enum fault fault);
+
+/* A sum that nobody asked us for, and a word against all others that only who sums may say. */
+static bool disturb(struct member *m, const struct contribution *c, enum fault fault) {
+    bool sent = fault != FOREIGN_REPORT || report(m, c, fault);
+    for (uint32_t i = 0; fault == UNFOUNDED_ACCUSE && sent && i < m->plan.contributors_count; i++) {
+        struct msg_accuse msg = {.round = m->plan.round, .member = m->plan.contributors[i].member,
+                                 .reason = proto_str("its values are not finite")};
+        sent = msg.member == m->id || link_send(&m->link, MSG_ACCUSE, m->plan_number, &msg);
+    }
+    return sent;
+}
+
+/* What a contributor weighs is what it was leased, whatever it says. */
+static bool weighs_what_it_claims(const struct member *m, const struct contribution *c) {
+    uint64_t claimed = 0;
+    for (uint32_t i = 0; i < c->ready.ranges_count; i++) claimed += c->claims[i].count;
+    return m->plan.contributors[own_place(m)].tokens == claimed * m->genesis.model->sequence;
+}
+
+static bool is_summed(enum fault f) {
+    return f == HONEST || f == INFLATED_SAMPLES || f == FOREIGN_REPORT || f == UNFOUNDED_ACCUSE;
+}
+
+static bool is_left_out(enum fault f) {
+    return f == NAN_SCALE || f == NAN_SHOWN || f == HUGE_VALUES || f == LARGER_NORM || f == SILENT;
+}
 
 /* Those that are left out at once, or stay to see that they are, wait for the commit; the others leave,
  * which spares the round the time until they would be missed. */
@@ -270,18 +336,20 @@ static int contribute(const struct target *t, const struct attack *a) {
     enum fault fault = (enum fault)a->kind;
     if (!get_into_a_plan(&m, &c, t, fault)) return verdict(a, false, "in no plan: %s", m.link.heard);
     uint64_t round = m.plan.round;
-    bool dialled = fault == SILENT || dial_aggregator(&m, &l);
+    bool due = weighs_what_it_claims(&m, &c);
+    bool dialled = disturb(&m, &c, fault) &&
+                   (fault == SILENT || (m.plan.addresses_count && dial_member(&m, &m.plan.addresses[0], &l)));
     bool wanted = dialled && fault != SILENT && show_leaves(&m, &c, &l, fault);
     for (uint32_t k = 0; wanted && k < c.chunks; k++)
         if (!send_chunk(&m, &c, &l, k, k ? HONEST : fault)) break;
-    bool stays = fault == HONEST || fault == NAN_SCALE || fault == HUGE_VALUES || fault == LARGER_NORM ||
-                 fault == FLIPPED_BYTE || fault == SILENT;
+    bool stays = is_summed(fault) || is_left_out(fault) || fault == FLIPPED_BYTE;
     bool cut = !stays || fault == FLIPPED_BYTE ? link_hear_out(&l) : false;
-    bool over = stays && member_follow(&m, round_is_over, PATIENCE_MS);
+    bool over = stays && see_it_through(&m, &c, is_summed(fault) || fault == NAN_SHOWN);
     bool summed = m.summed_round == round + 1;
-    bool ok = dialled && (stays ? over && summed == (fault == HONEST) : cut);
-    verdict(a, ok, "%s%s%s", cut ? "the aggregator ended the link" : "the link stays",
-            over ? ", the round is committed" : "", !over ? "" : summed ? " with it" : " without it");
+    bool ok = dialled && due && (stays ? over && summed == is_summed(fault) : cut);
+    verdict(a, ok, "%s%s%s%s%s", cut ? "the aggregator ended the link" : "the link stays",
+            over ? ", the round is committed" : "", !over ? "" : summed ? " with it" : " without it",
+            due ? "" : ", it weighs what it said", m.quarantined ? ", and it is in quarantine" : "");
     link_close(&l);
     if (!m.link.over) leave(&m);
     member_close(&m);
@@ -295,15 +363,20 @@ static bool holds(const struct member *m) { return member_has_plan(m) && m->plan
 static bool planned_again(const struct member *m) { return !holds(m) || !member_is_current(m); }
 
 /* A report that is equal to nobody's, or that cannot be. */
-static bool report(struct member *m, const struct contribution *c, bool broken) {
+static bool report(struct member *m, const struct contribution *c, enum fault fault) {
     uint8_t set[PROTO_SET_BYTES_MAX] = {0};
     struct msg_summed run = {.chunks = c->chunks, .set = {set, (m->plan.contributors_count + 7) / 8}};
     for (uint32_t i = 0; i < m->plan.contributors_count; i++) {
         proto_set_add(set, i);
         run.weight += m->plan.contributors[i].weight;
     }
-    struct msg_shard_report msg = {.round = m->plan.round, .results = c->leaves, .results_count = c->chunks - broken,
+    struct msg_shard_report msg = {.round = m->plan.round, .plan = m->plan_number, .results = c->leaves,
+                                   .results_count = c->chunks - (fault == BROKEN_HOLDER),
                                    .summed = &run, .summed_count = 1};
+    if (proto_record_sign(&m->target->id, "shard_report", &m->run, m->link.term, RECORD_shard_report, &msg,
+                          &msg.signature, NULL))
+        return false;
+    if (fault == UNSIGNED_HOLDER) memset(&msg.signature, 0, sizeof msg.signature);
     return link_send(&m->link, MSG_SHARD_REPORT, m->plan_number, &msg);
 }
 
@@ -312,8 +385,8 @@ static int hold(const struct target *t, const struct attack *a) {
     struct contribution c = {0};
     bool ok = take_part(&m, t, FAR_PORT) && member_follow(&m, holds, PATIENCE_MS);
     if (ok) make_contribution(&c, &m, HONEST);
-    ok = ok && report(&m, &c, a->kind == BROKEN_HOLDER);
-    ok = ok && (a->kind == BROKEN_HOLDER ? link_hear_out(&m.link) : member_follow(&m, planned_again, PATIENCE_MS));
+    ok = ok && report(&m, &c, (enum fault)a->kind);
+    ok = ok && (a->kind == LYING_HOLDER ? member_follow(&m, planned_again, PATIENCE_MS) : link_hear_out(&m.link));
     verdict(a, ok, "%s", m.link.heard[0] ? m.link.heard : ok ? "the round was given to others" : "never asked to hold");
     if (!m.link.over) leave(&m);
     member_close(&m);
@@ -332,6 +405,12 @@ const struct attack contribution_attacks[] = {
     {"ready-no-root", announce, NO_ROOT},
     {"ready-no-claims", announce, NO_CLAIMS},
     {"ready-foreign-lease", announce, FOREIGN_LEASE},
+    {"ready-stolen-lease", announce, STOLEN_LEASE},
+    {"ready-signature", announce, WRONG_SIGNATURE},
+    {"ready-quarantined", announce, HONEST},
+    {"inflated-samples", contribute, INFLATED_SAMPLES},
+    {"foreign-report", contribute, FOREIGN_REPORT},
+    {"unfounded-accuse", contribute, UNFOUNDED_ACCUSE},
     {"ready-old-generation", announce, OLD_GENERATION},
     {"ready-more-than-leased", announce, MORE_THAN_LEASED},
     {"ready-claimed-twice", announce, CLAIMED_TWICE},
@@ -340,6 +419,7 @@ const struct attack contribution_attacks[] = {
     {"wrong-leaves", contribute, WRONG_LEAVES},
     {"flipped-byte", contribute, FLIPPED_BYTE},
     {"nan-scale", contribute, NAN_SCALE},
+    {"nan-shown", contribute, NAN_SHOWN},
     {"short-chunk", contribute, SHORT_CHUNK},
     {"huge-values", contribute, HUGE_VALUES},
     {"larger-norm", contribute, LARGER_NORM},
@@ -348,5 +428,6 @@ const struct attack contribution_attacks[] = {
     {"silent-contributor", contribute, SILENT},
     {"lying-holder", hold, LYING_HOLDER},
     {"broken-holder", hold, BROKEN_HOLDER},
+    {"unsigned-holder", hold, UNSIGNED_HOLDER},
     {NULL, NULL, 0},
 };

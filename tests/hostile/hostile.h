@@ -95,6 +95,9 @@ struct member {
     uint8_t *genesis_bytes;
     struct msg_genesis genesis;
     struct digest run;
+    uint64_t instance; /* of HELLO; the same each time unless an attack says otherwise */
+    struct msg_rate *rates; /* of the heartbeats; NULL */
+    uint32_t rate_count;
     uint8_t phase; /* of the heartbeats; PHASE_CATCHING_UP until the root is known */
     uint64_t head, round, base_index, root_index, beat_ms;
     struct digest root;
@@ -103,6 +106,12 @@ struct member {
     bool has_plan, leases_came;
     struct msg_plan plan;
     uint64_t plan_number;
+    bool quarantined;
+    bool has_audit; /* whom to show audit_chunk, since this was last cleared */
+    uint32_t audit_chunk;
+    char audit_host[PROTO_ADDRESS_BYTES_MAX + 1];
+    uint32_t audit_port; /* 0: we were told of none */
+    struct msg_lease foreign; /* what somebody else's lease must have left: the newest commit says so */
     uint64_t summed_round; /* 1 + the last round a commit summed this member in */
     uint32_t id;           /* from the ledger */
 };

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "tests/hostile/hostile.h"
 
@@ -29,12 +30,14 @@ void member_close(struct member *m) {
 
 static void beat(void *arg) {
     struct member *m = arg;
-    struct msg_heartbeat msg = {.phase = m->phase, .state_index = m->base_index};
+    struct msg_heartbeat msg = {.phase = m->phase, .state_index = m->base_index,
+                                .rates = m->rates, .rates_count = m->rate_count};
     link_send(&m->link, MSG_HEARTBEAT, 0, &msg);
 }
 
 bool member_hello(struct member *m, uint32_t port) {
-    struct msg_hello hello = {.software = proto_str("hostile"), .trains = 1, .port = port, .term_max = m->link.term};
+    struct msg_hello hello = {.software = proto_str("hostile"), .instance = m->instance, .trains = 1, .port = port,
+                              .term_max = m->link.term};
     if (!link_send(&m->link, MSG_HELLO, 0, &hello) || !link_expect(&m->link, MSG_HELLO_ACK)) return false;
     m->link.session = m->link.msg.hello_ack.session;
     m->link.on_idle = beat;
@@ -51,15 +54,22 @@ static void take_commit(struct member *m, uint64_t index, const struct msg_commi
         for (uint32_t r = 0; c->contributors[i].member == m->id && r < c->summed_count; r++)
             if (c->summed[r].set.length > i / 8 && proto_set_has(c->summed[r].set.data, i))
                 m->summed_round = c->round + 1;
+    for (uint32_t i = 0; i < c->spent_count; i++)
+        if (c->spent[i].member != m->id)
+            m->foreign = (struct msg_lease){c->spent[i].lease, c->spent[i].generation,
+                                            c->spent[i].start + c->spent[i].count, 1};
 }
 
 static void take_entry(struct member *m, const struct msg_entry *e) {
     struct msg_commit commit;
     struct msg_enrolment enrolment;
+    struct msg_quarantine quarantine;
     if (e->index < m->head) return;
     m->head = e->index;
     if (e->kind == LEDGER_ENROLMENT && !proto_decode(e->body.data, e->body.length, RECORD_enrolment, &enrolment, NULL))
         if (!memcmp(&enrolment.key, &m->target->id.key, sizeof enrolment.key)) m->id = enrolment.member;
+    if (e->kind == LEDGER_QUARANTINE && !proto_decode(e->body.data, e->body.length, RECORD_quarantine, &quarantine, NULL))
+        if (quarantine.member == m->id) m->quarantined = !quarantine.lifted;
     if (e->kind == LEDGER_COMMIT && !proto_decode(e->body.data, e->body.length, RECORD_commit, &commit, NULL)) {
         take_commit(m, e->index, &commit);
         proto_decoded_release(RECORD_commit, &commit);
@@ -97,6 +107,13 @@ static void take_leases(struct member *m, const struct msg_leases *msg) {
     m->leases_came = true;
 }
 
+static void take_audit(struct member *m, const struct msg_audit *msg) {
+    m->has_audit = true;
+    m->audit_chunk = msg->chunk;
+    m->audit_port = msg->address_count ? msg->address[0].port : 0;
+    if (msg->address_count) proto_str_copy(msg->address[0].host, m->audit_host, sizeof m->audit_host);
+}
+
 static void take(struct member *m, int type) {
     const union any_message *msg = &m->link.msg;
     if (type == MSG_LEDGER) take_ledger(m, &msg->ledger);
@@ -104,6 +121,7 @@ static void take(struct member *m, int type) {
     if (type == MSG_RESYNC) take_root(m, msg->resync.index, &msg->resync.root);
     if (type == MSG_LEASES) take_leases(m, &msg->leases);
     if (type == MSG_PLAN) take_plan(m);
+    if (type == MSG_AUDIT) take_audit(m, &msg->audit);
 }
 
 bool member_follow(struct member *m, bool (*done)(const struct member *m), int ms) {
@@ -272,6 +290,57 @@ static int wrong_root(const struct target *t, const struct attack *a) {
     return !ok;
 }
 
+static bool aggregates(const struct member *m) {
+    for (uint32_t i = 0; m->has_plan && i < m->plan.shards_count; i++)
+        if (m->plan.shards[i].aggregator == m->id) return true;
+    return false;
+}
+
+/* It says that it sends faster than all others, so that what is summed goes through its hands. */
+static int inflate_rates(const struct target *t, const struct attack *a) {
+    struct member m;
+    struct err err;
+    if (member_dial(&m, t, &err) || !member_hello(&m, 9)) return verdict(a, false, "no session: %s", m.link.heard);
+    bool ok = member_follow(&m, member_is_current, PATIENCE_MS);
+    struct msg_rate rates[2] = {{.member = m.id, .bytes = 1ull << 50, .busy_ms = 1},
+                                {.member = UINT32_MAX, .bytes = 1ull << 50, .busy_ms = 1}};
+    m.rates = rates;
+    m.rate_count = 2;
+    ok = ok && !member_follow(&m, aggregates, 5000) && !m.link.over;
+    verdict(a, ok, ok ? "nothing is summed by it" : "it was made an aggregator, or: %s", m.link.heard);
+    member_close(&m);
+    return !ok;
+}
+
+/* ---- a copied home directory ------------------------------------------------------------------------------- */
+
+/* HELLO under our key from another process, as a copied home would say it. */
+static bool hello_as(struct member *m, const struct target *t, uint64_t instance) {
+    struct err err;
+    if (member_dial(m, t, &err)) return false;
+    m->instance = instance;
+    return member_hello(m, 0);
+}
+
+/* The second process is refused, and may come back, while the first lives; it is the first's heir. */
+static int copied_home(const struct target *t, const struct attack *a) {
+    struct member first, second, heir;
+    bool answered = false;
+    bool ok = hello_as(&first, t, 1);
+    bool refused = !hello_as(&second, t, 2) && !strncmp(second.link.heard, "BYE: ", 5);
+    leases_until_answered(&first, &answered);
+    struct timespec wait = {.tv_sec = 1 + 2 * first.genesis.outer->heartbeat_ms / 1000};
+    nanosleep(&wait, NULL);
+    bool inherits = hello_as(&heir, t, 2);
+    ok = ok && refused && answered && inherits;
+    verdict(a, ok, "%s; the first %s; after its silence the second %s", second.link.heard,
+            answered ? "lives on" : "is cut off", inherits ? "is let in" : "is not let in");
+    member_close(&first);
+    member_close(&second);
+    member_close(&heir);
+    return !ok;
+}
+
 /* ---- to a node --------------------------------------------------------------------------------------------------- */
 
 enum { HELLO_TO_NODE, LEDGER_TO_NODE, RESULTS_THAT_CANNOT_BE, STATE_THAT_CANNOT_BE };
@@ -311,6 +380,8 @@ const struct attack member_attacks[] = {
     {"other-session", stale, OTHER_SESSION},
     {"lease-flood", flood, 0},
     {"wrong-root", wrong_root, 0},
+    {"inflated-rates", inflate_rates, 0},
+    {"copied-home", copied_home, 0},
     {"node-hello", to_node, HELLO_TO_NODE},
     {"node-ledger", to_node, LEDGER_TO_NODE},
     {"node-results", to_node, RESULTS_THAT_CANNOT_BE},

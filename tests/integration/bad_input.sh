@@ -122,7 +122,7 @@ head_before=$(status "$R" head_index)
 kill -TERM "${PID[coordinator]}"
 wait "${PID[coordinator]}" || bad "the coordinator ended with $?"
 unset "PID[coordinator]"
-says 2 "run.yaml line $line: unknown key outer.quorums; allowed in outer: inner_steps, round_seconds, quorum" "$COORDINATOR" serve "$R"
+says 2 "run.yaml line $line: unknown key outer.quorums; allowed in outer: mode, inner_steps, round_seconds, quorum" "$COORDINATOR" serve "$R"
 sed 's/^  # quorum: .*/  quorum: "2"/' "$W/run.yaml" >"$R/run.yaml"
 says 2 "run.yaml line $line: outer.quorum is \"2\"; allowed are whole numbers from 1 to 1024" "$COORDINATOR" serve "$R"
 sed 's/^  # quorum: .*/  quorum: [2]/' "$W/run.yaml" >"$R/run.yaml"

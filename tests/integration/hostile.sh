@@ -15,7 +15,7 @@ corpus "$W/corpus" --sequence 64 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 
 "$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set model.sequence=64 \
     --set outer.chunk_elements=65536 --set inner.batch=4 --set outer.inner_steps=30 --set outer.round_seconds=1 \
     --set outer.grace_seconds=0.5 --set outer.heartbeat_seconds=0.3 --set outer.silence_seconds=3 \
-    --set outer.checkpoint_rounds=20 --set serve.stranger_seconds=3 >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
+    --set outer.fragments=1 --set outer.shard_chunks=65536 --set outer.checkpoint_rounds=20 --set serve.stranger_seconds=3 >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 start_coordinator "$R" "$P"
 start_node alice "$R"
 start_node bob "$R"
@@ -25,13 +25,17 @@ ALICE=$(sed -n 's/.*other members may connect to port \([0-9]*\).*/\1/p' "$W/ali
 COORDINATOR_PID=${PID[coordinator]} ALICE_PID=${PID[alice]}
 
 # ---- tools -------------------------------------------------------------------------------------------
-mark=0
+# Whoever sums the round says what was wrong with a contribution: "sums" means any of these logs.
+declare -A mark
+logs() { [ "$1" = sums ] && echo coordinator alice bob || echo "$1"; }
+mark_logs() { local l; for l in coordinator alice bob; do mark[$l]=$(wc -l <"$W/$l.log"); done; }
+new_lines() { local l; for l in $(logs "$1"); do tail -n +$((${mark[$l]:-0} + 1)) "$W/$l.log"; done; }
 # said LOG PATTERN [SECONDS]: a line that came since the last mark; shows it
 said() {
     local line end=$((SECONDS + ${3:-5}))
     while :; do
-        line=$(tail -n +$((mark + 1)) "$W/$1.log" | grep -E -m 1 -- "$2") && break
-        [ $SECONDS -lt $end ] || { bad "$1 does not say \"$2\""; tail -n +$((mark + 1)) "$W/$1.log" | tail -n 5; return 1; }
+        line=$(new_lines "$1" | grep -E -m 1 -- "$2") && break
+        [ $SECONDS -lt $end ] || { bad "$1 does not say \"$2\""; new_lines "$1" | tail -n 5; return 1; }
         sleep 0.1
     done
     printf '      %-11s %s\n' "$1:" "$(cut -c1-170 <<<"$line")"
@@ -40,7 +44,7 @@ said() {
 attack() {
     local log=$1 pattern=$2 port=$3 out
     shift 3
-    mark=$(wc -l <"$W/$log.log")
+    mark_logs
     out=$("$HOSTILE" "${WHO[@]}" 127.0.0.1 "$port" "$@" 2>&1) || bad "$* (port $port)"
     printf '    %s\n' "$out"
     said "$log" "$pattern"
@@ -99,7 +103,7 @@ attack coordinator 'frame starts with 47 47 47 47: ' "$P" frame-magic
 attack coordinator 'HEARTBEAT frame: reserved bytes are not zero' "$P" frame-reserved
 attack coordinator 'HEARTBEAT frame of 0 bytes, allowed are 1 to [0-9]+' "$P" frame-empty
 attack coordinator 'HEARTBEAT: 1 bytes follow its end' "$P" frame-trailing
-attack coordinator 'HEARTBEAT: 3 fields, not 7' "$P" frame-fields
+attack coordinator 'HEARTBEAT: 3 fields, not 8' "$P" frame-fields
 goes_on "broken frames of a stranger"
 
 WHO=(--identity "$W/mallory.key")
@@ -131,50 +135,78 @@ goes_on "out of order"
 echo "floods and lies"
 attack coordinator 'mallory.* asks for leases more than 16 times a tick; not answered' "$P" lease-flood 5000
 attack coordinator 'mallory.* has root 0707070707070707, member [0-9]+ said .*; it must check every chunk' "$P" wrong-root
+uplink() { status "$R" '[m["uplink"] for m in members if m["name"] == "mallory"]'; }
+before=$(uplink)
+attack coordinator 'mallory.* connected' "$P" inflated-rates
+[ "$(uplink)" = "$before" ] || bad "mallory's uplink is $(uplink) because it said so, before $before"
+attack coordinator 'mallory.* says HELLO from .* while it lives at .*: its home directory runs twice' "$P" copied-home
 goes_on "floods and lies"
 
 echo "contributions that cannot be, announced to the coordinator"
-attack coordinator 'contribution of .*mallory.* refused: [0-9]+ chunks, the model has [0-9]+' "$P" ready-chunks
-attack coordinator 'contribution of .*mallory.* refused: codec 0, this run.s is 1' "$P" ready-codec
+attack coordinator 'contribution of .*mallory.* refused: [0-9]+ chunks, the fragment has [0-9]+' "$P" ready-chunks
+attack coordinator 'contribution of .*mallory.* refused: codec [01], this run.s is [01]' "$P" ready-codec
 attack coordinator 'contribution of .*mallory.* refused: norm .* of [0-9]+ elements are impossible' "$P" ready-norm-small
 attack coordinator 'contribution of .*mallory.* refused: norm .* of [0-9]+ elements are impossible' "$P" ready-norm-large
 attack coordinator 'contribution of .*mallory.* refused: norm .* are impossible' "$P" ready-absmax
 attack coordinator 'contribution of .*mallory.* refused: the root of its chunks is missing' "$P" ready-no-root
-attack coordinator 'contribution of .*mallory.* refused: it claims no samples' "$P" ready-no-claims
+attack coordinator 'contribution of .*mallory.* refused: it says [0-9]+ samples and claims none that count' "$P" ready-no-claims
 attack coordinator 'contribution of .*mallory.* refused: lease [0-9]+ generation [0-9]+ is not yours' "$P" ready-foreign-lease
+attack coordinator 'contribution of .*mallory.* refused: lease [0-9]+ generation [0-9]+ is not yours' "$P" ready-stolen-lease
 attack coordinator 'contribution of .*mallory.* refused: lease [0-9]+ generation [0-9]+ is not yours' "$P" ready-old-generation
 attack coordinator 'contribution of .*mallory.* refused: lease [0-9]+ has samples .*, claimed were' "$P" ready-more-than-leased
 attack coordinator 'contribution of .*mallory.* refused: lease [0-9]+ is claimed twice' "$P" ready-claimed-twice
+attack coordinator 'mallory.*: READY without its sender.s signature; closed' "$P" ready-signature
 attack coordinator 'READY.norm: not a finite number' "$P" ready-not-finite
-attack coordinator 'mallory.*: READY of round [0-9]+ on ledger [0-9]+; the newest is [0-9]+ on [0-9]+; closed' "$P" ready-round-ahead
+attack coordinator 'mallory.*: READY of round [0-9]+ on ledger [0-9]+, state [0-9]+; the newest is [0-9]+ on [0-9]+; closed' "$P" ready-round-ahead
 attack coordinator 'mallory.* has root 0707070707070707' "$P" ready-other-base
 goes_on "impossible contributions"
 
+echo "as second holder"
+attack coordinator 'the reports of member [0-9]+ .aggregator. and member [0-9]+ .holder. differ from chunk 0 on' "$P" lying-holder
+said coordinator 'sums chunk 0 of fragment 0 once more .reports differ.'
+attack coordinator 'report of shard 0 from .*mallory.* is broken: [0-9]+ digests for [0-9]+ chunks' "$P" broken-holder
+attack coordinator 'report of shard 0 from .*mallory.* is broken: it lacks its sender.s signature' "$P" unsigned-holder
+goes_on "false reports"
+
 echo "contributions that are not what was announced, sent to the aggregator"
-attack coordinator 'closing the link to member [0-9]+: its leaves do not give the root it announced' "$P" wrong-leaves
-attack coordinator 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" short-chunk
-attack coordinator 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" foreign-set
-attack coordinator 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" wrong-weight
-attack coordinator 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" flipped-byte
-said coordinator 'member [0-9]+ sends nothing for round [0-9]+: going on without it'
-attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: .*finite' "$P" nan-scale
-attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: its values have norm .*, announced was' "$P" huge-values
-attack coordinator 'member [0-9]+ is left out of round [0-9]+, chunk 0: its values have norm .*, announced was' "$P" larger-norm
-attack coordinator 'member [0-9]+ sends nothing for round [0-9]+: going on without it' "$P" silent-contributor
+attack sums 'closing the link to member [0-9]+: its leaves do not give the root it announced' "$P" wrong-leaves
+attack sums 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" short-chunk
+attack sums 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" foreign-set
+attack sums 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" wrong-weight
+attack sums 'closing the link to member [0-9]+: a chunk is not what it announced' "$P" flipped-byte
+said sums 'member [0-9]+ sends nothing for fragment 0 round [0-9]+: going on without it'
+attack sums 'member [0-9]+ sends nothing for fragment 0 round [0-9]+: going on without it' "$P" silent-contributor
+# Bytes that its own root proves wrong: it is accused, and as it shows them to no auditor, that is all.
+attack sums 'member [0-9]+ is left out of fragment 0 round [0-9]+, chunk 0: .*finite' "$P" nan-scale
+said coordinator 'accuses member [0-9]+ .chunk 0 of fragment 0.: '
+said coordinator 'the audit of chunk 0 by member [0-9]+ is void: '
+attack sums 'member [0-9]+ is left out of fragment 0 round [0-9]+, chunk 0: its values have norm .*, announced was' "$P" huge-values
+attack sums 'member [0-9]+ is left out of fragment 0 round [0-9]+, chunk 0: its values have norm .*, announced was' "$P" larger-norm
 tokens() { status "$R" 'sum(m["tokens_committed"] for m in members if m["name"] == "mallory")'; }
 [ "$(tokens)" = 0 ] || bad "mallory was summed: $(tokens) tokens"
 goes_on "wrong contributions; nothing of mallory's was summed"
+
+echo "an honest contribution, and lies beside it"
 attack coordinator 'mallory. is ready for round [0-9]+' "$P" honest
 [ "$(tokens)" -gt 0 ] || bad "the honest contribution was not summed"
+attack coordinator 'mallory. is ready for round [0-9]+ of fragment 0: 1048576 samples' "$P" inflated-samples
+attack coordinator 'report of shard 0 of fragment 0, round [0-9]+, plan [0-9]+ from .*mallory.* is void' "$P" foreign-report
+attack coordinator 'mallory.* accuses member [0-9]+ .chunk 0 of fragment 0.: its values are not finite' "$P" unfounded-accuse
+goes_on "lies beside a contribution: nobody believes them"
 
-echo "as second holder"
-attack coordinator 'the reports of member [0-9]+ .aggregator. and member [0-9]+ .holder. differ; another aggregates' "$P" lying-holder
-attack coordinator 'report of shard 0 from .*mallory.* is broken: [0-9]+ digests for [0-9]+ chunks' "$P" broken-holder
-goes_on "false reports"
+echo "quarantine"
+before=$(tokens)
+attack coordinator 'mallory. is in quarantine from ledger [0-9]+ on: its bytes are not what it announced' "$P" nan-shown
+attack coordinator 'contribution of .*mallory.* refused: this member is in quarantine' "$P" ready-quarantined
+[ "$(tokens)" = "$before" ] || bad "mallory was summed: $(tokens) tokens, $before before"
+"$COORDINATOR" release "$R" --member mallory --reason 'it says that it is sorry' >/dev/null || bad "no release"
+attack coordinator 'mallory. is ready for round [0-9]+' "$P" honest
+[ "$(tokens)" -gt "$before" ] || bad "nothing was summed after the release"
+goes_on "quarantine and release"
 
 echo "silence and crowds"
 WHO=()
-mark=0
+mark=()
 for what in "silent-tcp $P" "half-hello $P" "silent-stranger $P" "half-frame $P" "silent-tcp $ALICE" "half-hello $ALICE"; do
     set -- $what
     wait "${PID[$1-$2]}" || bad "$1 on port $2"
@@ -202,7 +234,7 @@ grown=$(($(memory) - kb))
 [ $grown -lt 4096 ] || bad "the coordinator's memory grew by $grown kB over 1000 connections"
 [ $((SECONDS - start)) -lt 30 ] || bad "1000 connections took $((SECONDS - start)) s"
 echo "      coordinator: $fds descriptors before, $(descriptors) after; $kb kB before, $((kb + grown)) after"
-mark=$(wc -l <"$W/coordinator.log")
+mark_logs
 "$HOSTILE" --from 127.0.0.68 127.0.0.1 "$P" crowd 1000 | sed 's/^/    /'
 goes_on "1000 connections, and 1000 at once"
 said coordinator '[0-9]+ new connections refused: serve.strangers_max 256, serve.connects_per_minute 600' 12
