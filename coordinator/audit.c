@@ -95,6 +95,12 @@ static int check_place(const struct audit *a, uint64_t index, const struct msg_c
     return 0;
 }
 
+/* A plan that is in work when a contributor goes into quarantine goes on, and what of it is in the sum
+ * already stays there: only a round that began later must not name it. */
+static bool is_shut_out(const struct audit_member *m, const struct msg_commit *c) {
+    return m->quarantined && m->quarantined < c->base_index;
+}
+
 /* Are the contributors members, each named once; and does each run of chunks have the weight of
  * those who are in it? summed: [PROTO_SET_BYTES_MAX], who is in at least one chunk. */
 static int check_summed(struct audit *a, uint64_t index, const struct msg_commit *c,
@@ -102,7 +108,7 @@ static int check_summed(struct audit *a, uint64_t index, const struct msg_commit
     for (uint32_t i = 0; i < c->contributors_count; i++) {
         if (!find_member(a, c->contributors[i].member))
             return FAULT(index, "contributor %u is no member", c->contributors[i].member);
-        if (find_member(a, c->contributors[i].member)->quarantined)
+        if (is_shut_out(find_member(a, c->contributors[i].member), c))
             return FAULT(index, "contributor %u is in quarantine", c->contributors[i].member);
         for (uint32_t j = 0; j < i; j++)
             if (c->contributors[j].member == c->contributors[i].member)
@@ -229,7 +235,7 @@ static int take_quarantine(struct audit *a, uint64_t index, const struct msg_qua
     struct audit_member *m = find_member(a, q->member);
     if (!m) return FAULT(index, "puts member %u into quarantine, who is none", q->member);
     if (!q->lifted && check_proof(a, index, q, m, err)) return -1;
-    m->quarantined = !q->lifted;
+    m->quarantined = q->lifted ? 0 : index;
     a->quarantines += !q->lifted;
     return 0;
 }

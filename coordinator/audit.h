@@ -12,7 +12,8 @@ struct audit_member {
     char name[PROTO_NAME_BYTES_MAX + 1];
     struct proto_key key;
     uint64_t tokens, rounds; /* of samples it spent; summed in */
-    bool revoked, quarantined;
+    bool revoked;
+    uint64_t quarantined; /* by this entry; 0: it is not */
 };
 
 struct audit_spend {

@@ -240,7 +240,8 @@ static void fragments_go_side_by_side(void **state) {
     audit_release(&l.audit);
 }
 
-/* What it is put out for bears its own signature, and it takes no part from then on. */
+/* What it is put out for bears its own signature; the plan in work goes on, and it takes no part from
+ * then on. A ledger in which it stands as contributor of that one plan was refused once. */
 static void quarantine_needs_the_members_signature(void **state) {
     struct msg_shard_report report = { .round = 3 };
     struct msg_quarantine q = { .member = 3, .reason = proto_str("wrong sum"), .kind = MSG_SHARD_REPORT,
@@ -270,8 +271,14 @@ static void quarantine_needs_the_members_signature(void **state) {
     if (append(&l, LEDGER_QUARANTINE, RECORD_quarantine, &q, &err)) fail_msg("%s", err.msg);
     honest(&c);
     c.contributors[1].member = c.spent[1].member = 3;
+    if (append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err)) fail_msg("%s", err.msg);
+    c.m.round = 1;
+    c.m.base_index = 6;
+    c.m.tokens_committed = 200;
+    c.spent[0].start = 10;
+    c.spent[1].start = 20;
     assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), -1);
-    assert_string_equal(err.msg, "ledger entry 6: contributor 3 is in quarantine");
+    assert_string_equal(err.msg, "ledger entry 7: contributor 3 is in quarantine");
     proto_buffer_release(&b);
     audit_release(&l.audit);
 }

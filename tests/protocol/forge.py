@@ -144,12 +144,24 @@ def forgeries(f):
         end, "QUARANTINE", dict(quarantine, kind=f.document.numbers["ROOT"])), "proves it"
     word = dict(quarantine, kind=0, proof=b"")
     yield "a quarantine on the coordinator's word", f.inserted(end, "QUARANTINE", word), None
-    yield "a contributor in quarantine", f.inserted(last, "QUARANTINE", dict(
-        word, member=f.opened(last)[1].contributors[0].member)), "is in quarantine"
+    yield from quarantined(f, last, word)
     checkpoint = dict(at_index=last, state_root=bytes(32), url="file:///", manifest=bytes(32), tokens_committed=1)
     yield "a checkpoint with other tokens", f.inserted(end, "CHECKPOINT", checkpoint), "no such state"
     yield "a rewind to nothing", f.inserted(end, "REWIND", dict(to=[checkpoint], reason="")), "does not have"
     yield from rewinds(f, first, last)
+
+
+def quarantined(f, last, word):
+    """The round that was in work when it came may still name the member, the next one may not."""
+    end, body = len(f.entries), f.opened(last)[1]
+    commits = [i for i in f.of_kind("COMMIT") if f.opened(i)[1].fragment == body.fragment]
+    tokens = f.opened(f.of_kind("COMMIT")[-1])[1].tokens_committed
+    out = Forger(f.document, f.inserted(end, "QUARANTINE", dict(word, member=body.contributors[0].member)), f.run, f.private)
+    at_work = Record(body, round=len(commits), base_index=commits[-1], spent=[], tokens=0, tokens_committed=tokens)
+    then = Forger(f.document, out.inserted(end + 1, "COMMIT", at_work), f.run, f.private)
+    yield "a contributor that went into quarantine meanwhile", then.entries, None
+    yield "a contributor in quarantine", then.inserted(end + 2, "COMMIT", Record(
+        at_work, round=len(commits) + 1, base_index=end + 1)), "is in quarantine"
 
 
 def rewinds(f, first, last):

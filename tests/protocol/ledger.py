@@ -8,7 +8,7 @@ ONLINE_KEYS_MAX, MEMBERS_MAX, WEIGHT_LIMIT = 64, 1024, 2**24
 class Member:
     def __init__(self, index, enrolment):
         self.key, self.name, self.since = enrolment.key, enrolment.name, index
-        self.quarantined, self.revoked = False, 0  # revoked: by this entry
+        self.quarantined = self.revoked = 0  # by this entry
         self.rounds = self.tokens = 0
 
 
@@ -143,7 +143,7 @@ class Ledger:
             raise Refused(f"nothing that member {body.member} signed proves it")
         if body.lifted and shown:
             raise Refused("lifts a quarantine with a proof")
-        member.quarantined = not body.lifted
+        member.quarantined = 0 if body.lifted else entry.index
 
     def _checkpoint(self, entry, body):
         state = self.states.get(body.at_index)
@@ -202,7 +202,7 @@ class Ledger:
         if len(set(numbers)) != len(numbers):
             raise Refused("a contributor stands there twice")
         for c in body.contributors:
-            if self._member(c.member).quarantined:
+            if 0 < self._member(c.member).quarantined < body.base_index:
                 raise Refused(f"contributor {c.member} is in quarantine")
             if not c.weight:
                 raise Refused(f"contributor {c.member} has no weight")
