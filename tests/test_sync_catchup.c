@@ -78,6 +78,32 @@ static void missed_commit_keeps_the_work(void **state) {
     assert_int_equal(ready_of(r, 3)->ranges[0].count, STEPS * BATCH);
 }
 
+static bool results_never_come(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->to != 3 || m->frame.type != MSG_RESULT;
+}
+
+/* Everybody who is asked shows the leaves of the results, and nobody a chunk: that is no progress, however
+ * often it is repeated, and the state is fetched in their place. */
+static void leaves_without_results_are_no_progress(void **state) {
+    struct rig *r = *state;
+    three_members(r);
+    train_round(r, 2);
+    train_round(r, 3);
+    whole_round(r, &THREE);
+    struct digest root;
+    r->spoil = results_never_come;
+    for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? STEPS * BATCH : 0);
+    root = root_of(r, 1);
+    say(r, 3, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    for (int i = 0; i < 40 && look(r, 3).state_index != r->base_index; i++) {
+        pass(r, 100);
+        say(r, 3, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+    }
+    assert_same_state(r, 1, 3);
+    assert_int_equal(look(r, 3).contributions_summed, 1);
+}
+
 /* The coordinator found our root wrong: nothing of it is kept. */
 static void resync_fetches_everything_anew(void **state) {
     struct rig *r = *state;
@@ -120,6 +146,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         T(joiner_catches_up_while_a_commit_lands),
         T(missed_commit_keeps_the_work),
+        T(leaves_without_results_are_no_progress),
         T(resync_fetches_everything_anew),
         T(stuck_catch_up_asks_again),
     };
