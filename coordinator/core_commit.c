@@ -142,7 +142,7 @@ static void count_missed(struct core *c, struct round *r, const struct draft *d)
     for (uint32_t i = 0; i < r->plan.contributor_count; i++) {
         struct member *m = core_member(c, r->plan.contributors[i].member);
         if (proto_set_has(d->set, i))
-            m->missed = 0;
+            m->missed = m->given_up = 0;
         else if (m->here && !core_part(r, m)->dropped)
             m->missed++;
     }

@@ -46,7 +46,9 @@
 #define CORE_UPLINK_CAP        8.0    /* times the median; more nobody is taken for */
 #define CORE_LR_ROUNDS         8u     /* whose weights are the measure of the next one */
 #define CORE_MISSED_ROUNDS_MAX 3u     /* summed nowhere so often running: not waited for any more */
-#define CORE_UNHEARD_PLANS_MAX 3u     /* so many, and a contribution that never arrives is given up */
+#define CORE_UNHEARD_PLANS_MAX 3u     /* so many, and a contribution of which nothing arrives is given up;
+                                       * of which something arrives, after twice as many */
+#define CORE_GIVEN_UP_MAX      3u     /* so many in a row, and its member gets no samples any more */
 #define CORE_UNFOUNDED_MAX     4u     /* accusations; more, and the accuser is avoided */
 #define CORE_ACCUSATIONS_MAX   4u     /* of one member in one round: each may hold it up */
 #define CORE_INQUIRIES_MAX     8u     /* differing roots that are looked into at once */
@@ -91,7 +93,7 @@ struct part {
     bool dropped; /* lost since: the aggregators were told to go on without it */
     uint64_t since_ms; /* when it came */
     bool lost;    /* its member has announced another one since: these bytes are gone */
-    uint32_t unheard; /* plans running that had an empty chunk and nothing of it */
+    uint32_t unheard; /* plans running that had an empty chunk; twice where nothing of it came */
     bool due_told;
     bool avoid; /* as aggregator or holder, until the round commits */
     uint32_t accusations; /* of others, until the round commits */
@@ -139,6 +141,7 @@ struct member {
     uint64_t lease_samples, tokens_committed;
     uint32_t rounds_summed;
     uint32_t missed;    /* rounds running in which it was planned, live, and summed nowhere */
+    uint32_t given_up;  /* contributions running of which too little arrived */
     uint32_t unfounded; /* accusations that an audit did not bear out */
     bool distrusted;    /* last choice for aggregator and holder, never an auditor */
     struct part *parts; /* [fragments] */
@@ -311,6 +314,10 @@ static inline struct member *core_member(const struct core *c, uint32_t id) {
 /* May it have a part in the run at all? */
 static inline bool core_in_good_standing(const struct member *m) {
     return !m->revoked && !m->quarantined;
+}
+/* ... and what it trains arrives. */
+static inline bool core_may_train(const struct member *m) {
+    return core_in_good_standing(m) && m->given_up < CORE_GIVEN_UP_MAX;
 }
 
 /* For log lines: printf(WHO, WHO_OF(m)). */

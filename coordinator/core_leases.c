@@ -179,7 +179,7 @@ void core_on_lease_ask(struct core *c, struct member *m, uint32_t samples, uint6
         return;
     }
     uint64_t allowed = allowance(c, m), wanted = samples < allowed ? samples : allowed;
-    bool open = m->trains && core_in_good_standing(m) && !c->paused && !c->closing &&
+    bool open = m->trains && core_may_train(m) && !c->paused && !c->closing &&
                 now_ms >= c->hold_until_ms && !core_tokens_reached(c);
     struct batch b = {0};
     if (open) grant(c, m, wanted, &b);
@@ -296,7 +296,7 @@ uint64_t core_return_leases(struct core *c, struct batch *b) {
     for (uint32_t i = 0; i < c->lease_count; i++) {
         struct lease *l = &c->leases[i];
         struct member *m = core_member(c, l->member);
-        if (!m || (m->here && core_in_good_standing(m)) || in_any_plan(c, m)) continue;
+        if (!m || (m->here && core_may_train(m)) || in_any_plan(c, m)) continue;
         count_lease(c, l, false);
         l->member = 0;
         count_lease(c, l, true);

@@ -213,6 +213,7 @@ static void begin_session(struct core *c, struct conn *k, const struct msg_hello
     m->heard_ms = m->progress_ms = now_ms;
     m->beat = (struct msg_heartbeat){.phase = PHASE_IDLE};
     m->has_root = false;
+    if (m->given_up >= CORE_GIVEN_UP_MAX) m->given_up = CORE_GIVEN_UP_MAX - 1; /* one more try */
     m->state_index = msg->has_state ? msg->state_index : 0;
     m->donor_count = 0;
     m->catching_up = !core_is_initial(c) && !state_is_current(c, msg);

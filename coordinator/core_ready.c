@@ -199,7 +199,7 @@ static bool has_data(const struct core *c, const struct member *m) {
 
 /* A trainer that works on the current state, or could. */
 static bool is_awaited(const struct core *c, const struct round *r, const struct member *m) {
-    return m->here && m->trains && core_in_good_standing(m) && !m->catching_up &&
+    return m->here && m->trains && core_may_train(m) && !m->catching_up &&
            !core_part(r, m)->present && has_data(c, m) && !is_frozen_elsewhere(c, r, m);
 }
 

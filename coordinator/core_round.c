@@ -233,8 +233,21 @@ static bool settle_unequal(struct core *c, struct round *r, uint64_t now_ms,
     return false;
 }
 
-/* Where a chunk stays empty, those of whom nothing came plan after plan have lost their bytes, however
- * lively they are: they begin anew. */
+/* Its bytes are lost or wrong, however lively the member is: it begins anew. Who does so again and again
+ * would keep its samples from the run for ever: others get them. */
+static void give_up(struct core *c, struct round *r, struct member *m, struct core_actions *out) {
+    struct batch b = {0};
+    core_forget_ready(core_part(r, m));
+    if (++m->given_up == CORE_GIVEN_UP_MAX)
+        core_complain(c, out, CORE_WARNING,
+                      WHO ": %u contributions running did not arrive; it gets no samples until it comes anew",
+                      WHO_OF(m), m->given_up);
+    core_return_leases(c, &b);
+    core_emit_persist(out, &b);
+    core_reset_member(c, r, m, "it never arrived", out);
+}
+
+/* Where a chunk stays empty plan after plan. */
 static void give_up_unheard(struct core *c, struct round *r, struct core_actions *out) {
     uint8_t heard[PROTO_SET_BYTES_MAX] = {0}, set[PROTO_SET_BYTES_MAX];
     for (uint32_t i = 0; i < r->plan.shard_count; i++) {
@@ -245,9 +258,8 @@ static void give_up_unheard(struct core *c, struct round *r, struct core_actions
     for (uint32_t i = 0; i < r->plan.contributor_count; i++) {
         struct member *m = core_member(c, r->plan.contributors[i].member);
         struct part *p = core_part(r, m);
-        if (!p->planned || proto_set_has(heard, i) || ++p->unheard < CORE_UNHEARD_PLANS_MAX) continue;
-        core_forget_ready(p);
-        core_reset_member(c, r, m, "it never arrived", out);
+        p->unheard += proto_set_has(heard, i) ? 1 : 2;
+        if (p->planned && p->unheard >= 2 * CORE_UNHEARD_PLANS_MAX) give_up(c, r, m, out);
     }
 }
 
@@ -255,6 +267,7 @@ static void reports_are_complete(struct core *c, struct round *r, uint64_t now_m
                                  struct core_actions *out) {
     if (settle_unequal(c, r, now_ms, out)) return;
     if (has_empty_chunk(&r->plan)) {
+        if (core_audits_open(r)) return; /* who is accused may be why: under another plan it could not be shown */
         core_log(out, CORE_WARNING,
                  "plan %llu: a chunk was summed from nobody; planned again with who is still here",
                  LLU(r->plan.number));

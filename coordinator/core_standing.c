@@ -104,7 +104,7 @@ void core_on_release(struct core *c, uint32_t member, const char *why, struct co
         core_log(out, CORE_WARNING, "member %u is not in quarantine", member);
         return;
     }
-    m->unfounded = m->missed = 0;
+    m->unfounded = m->missed = m->given_up = 0;
     m->distrusted = false;
     uint64_t index = append_quarantine(c, m, true, 0, (struct proto_bytes){0}, why, out);
     core_log(out, CORE_INFO, WHO " is out of quarantine at ledger %llu", WHO_OF(m), LLU(index));
