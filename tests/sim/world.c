@@ -188,7 +188,7 @@ static void choose_member(struct sim_world *w, uint32_t slot) {
 static void choose_liar(struct sim_world *w) {
     struct sim_member *m = &w->member[1 + sim_random(w, w->members - 1)];
     uint64_t kind = sim_random(w, 24);
-    if (w->members < 4 || kind > 2 || 1) return;
+    if (w->members < 4 || kind > 2) return;
     m->lie = kind == 0 ? SYNC_FAULT_LIES_SUM : kind == 1 ? SYNC_FAULT_LIES_NORM
                                                          : SYNC_FAULT_LIES_NAN;
     m->reachable |= kind == 0;
