@@ -114,7 +114,10 @@ static void attach(struct sync *s, struct sync_action *a, enum proto_record whic
     }
     if (!bulk) return;
     *bulk = data;
-    if (a->msg) *bulk_of(a->message, a->msg) = data;
+    if (!a->msg) return;
+    bulk = bulk_of(a->message, a->msg);
+    free((void *)(uintptr_t)bulk->data); /* a copy of nothing is a byte */
+    *bulk = data;
 }
 
 static void act_message(struct sync *s, enum sync_action_type type, enum proto_type message,
