@@ -304,7 +304,7 @@ static bool keep_chunk(struct sync *s, const struct peer *p, const struct msg_st
                               .path_count = msg->path_count,
                               .data = sync_alloc(s, msg->data.length, 1)};
     if (!d->data) return false;
-    memcpy(d->path, msg->path, msg->path_count * sizeof *msg->path);
+    if (msg->path_count) memcpy(d->path, msg->path, msg->path_count * sizeof *msg->path);
     memcpy(d->data, msg->data.data, msg->data.length);
     cu->window += msg->data.length;
     cu->ready_count++;
