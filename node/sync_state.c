@@ -8,6 +8,7 @@
  * At start every chunk is hashed. One that is not what its entry says was caught between 1 and
  * 3: the journal has it as it was. Without a copy there it is missing, and other members have
  * it. */
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -123,6 +124,36 @@ static uint8_t *append(uint8_t *at, const void *bytes, size_t length) {
     return at + length;
 }
 
+/* The chunk that stands at `at`, if it ends before `end`; *next: what comes after it. */
+static bool journal_next(const struct sync *s, const uint8_t *at, const uint8_t *end,
+                         struct journal_chunk *jc, const uint8_t **next) {
+    if ((size_t)(end - at) < sizeof *jc) return false;
+    memcpy(jc, at, sizeof *jc);
+    if (jc->chunk >= s->chunk_count) return false;
+    size_t bytes = 2 * sizeof(float) * chunk_elements(s, (uint32_t)jc->chunk);
+    if ((size_t)(end - at) - sizeof *jc < bytes) return false;
+    *next = at + sizeof *jc + bytes;
+    return true;
+}
+
+/* Of all but the values, for which each chunk's leaf stands. False: it is no journal. */
+static bool journal_digest(const struct sync *s, const uint8_t *journal, size_t length,
+                           struct digest *out) {
+    struct journal_head head;
+    struct journal_chunk jc;
+    struct digest_stream d;
+    const uint8_t *at = journal + sizeof head;
+    memcpy(&head, journal, sizeof head);
+    digest_stream_init(&d);
+    digest_stream_update(&d, &head, sizeof head);
+    for (uint64_t i = 0; i < head.count; i++) {
+        if (!journal_next(s, at, journal + length, &jc, &at)) return false;
+        digest_stream_update(&d, &jc, sizeof jc);
+    }
+    *out = digest_stream_final(&d);
+    return at == journal + length;
+}
+
 /* Returns how many chunks are in it. */
 static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *chunks,
                              uint32_t count) {
@@ -140,7 +171,9 @@ static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *c
         head.count++;
     }
     append(journal, &head, sizeof head);
-    struct digest d = digest_of(journal, (size_t)(at - journal));
+    struct digest d;
+    bool ours = journal_digest(s, journal, (size_t)(at - journal), &d);
+    assert(ours);
     append(at, &d, sizeof d);
     return head.count;
 }
@@ -187,20 +220,14 @@ static int restore_chunk(struct sync *s, const struct journal_chunk *jc, const u
 
 /* Chunks of a journal whose digest is right, those that are missing now. */
 static int restore_from(struct sync *s, const uint8_t *journal, size_t length) {
-    struct journal_head head;
-    const uint8_t *at = journal + sizeof head, *end = journal + length;
-    memcpy(&head, journal, sizeof head);
-    for (uint64_t i = 0; i < head.count; i++) {
-        struct journal_chunk jc;
-        if ((size_t)(end - at) < sizeof jc) return 0;
-        memcpy(&jc, at, sizeof jc);
-        at += sizeof jc;
-        if (jc.chunk >= s->chunk_count) return 0;
+    struct journal_chunk jc;
+    const uint8_t *at = journal + sizeof(struct journal_head), *next;
+    for (; journal_next(s, at, journal + length, &jc, &next); at = next) {
+        const uint8_t *anchor = at + sizeof jc;
         size_t bytes = chunk_elements(s, (uint32_t)jc.chunk) * sizeof(float);
-        if ((size_t)(end - at) < 2 * bytes) return 0;
-        if (s->state.version[jc.chunk] == SYNC_MISSING && restore_chunk(s, &jc, at, at + bytes))
+        if (s->state.version[jc.chunk] == SYNC_MISSING &&
+            restore_chunk(s, &jc, anchor, anchor + bytes))
             return -1;
-        at += 2 * bytes;
     }
     return 0;
 }
@@ -217,8 +244,9 @@ static int restore(struct sync *s) {
     int rc = 0;
     if (length >= sizeof(struct journal_head) + sizeof(struct digest)) {
         size_t body = length - sizeof(struct digest);
-        struct digest d = digest_of(journal, body);
-        if (!memcmp(&d, journal + body, sizeof d)) rc = restore_from(s, journal, body);
+        struct digest d;
+        if (journal_digest(s, journal, body, &d) && !memcmp(&d, journal + body, sizeof d))
+            rc = restore_from(s, journal, body);
     }
     free(journal);
     return rc;
