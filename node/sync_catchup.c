@@ -95,14 +95,26 @@ static uint32_t donor_now(const struct catchup *cu) {
     return cu->donors[cu->turn % cu->donor_count];
 }
 
+/* Who has dialled us may have it, too: a member behind NAT, whom the coordinator can name to nobody. */
+static void add_open_peers(struct sync *s) {
+    struct catchup *cu = &s->catchup;
+    for (uint32_t i = 0; i < s->peer_count && cu->donor_count < SYNC_DONORS_MAX; i++) {
+        uint32_t k = 0;
+        while (k < cu->donor_count && cu->donors[k] != s->peers[i]->id) k++;
+        if (s->peers[i]->open && k == cu->donor_count) cu->donors[cu->donor_count++] = s->peers[i]->id;
+    }
+}
+
 /* What was asked for is not coming. */
 static void next_donor(struct sync *s) {
     struct catchup *cu = &s->catchup;
+    uint32_t named = cu->donor_count;
     forget_questions(s);
     cu->turn++;
-    /* Once round, and nobody had it: not at once again. */
-    if (cu->donor_count && cu->turn % cu->donor_count == 0)
-        cu->rest_ms = s->now + s->outer->heartbeat_ms;
+    if (!named || cu->turn % named) return;
+    add_open_peers(s); /* nobody who was named had it */
+    cu->turn = cu->donor_count > named ? named : 0;
+    if (cu->turn == 0) cu->rest_ms = s->now + s->outer->heartbeat_ms; /* not at once again */
 }
 
 void catchup_on_root(struct sync *s, const struct msg_root *msg) {
@@ -201,12 +213,13 @@ static void ask_donors(struct sync *s) {
         if (s->connected) sync_disconnect(s, "no donor has the state; asking for others");
         return;
     }
+    if (cu->donor_count == 0) add_open_peers(s);
     if (cu->donor_count == 0) return;
     if (cu->asked_ms && s->now - cu->asked_ms >= 2 * s->outer->heartbeat_ms) next_donor(s);
     if (s->now < cu->rest_ms || (cu->outstanding && cu->window > SYNC_WINDOW_BYTES / 2)) return;
     struct peer *p = peer_link(s, donor_now(cu));
     if (p && p->open) ask_donor(s, p);
-    else if (!peer_reachable(s, donor_now(cu))) cu->turn++;
+    else if (!peer_reachable(s, donor_now(cu))) next_donor(s);
     else if (!cu->asked_ms) cu->asked_ms = s->now; /* the link is being made */
 }
 

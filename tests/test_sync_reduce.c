@@ -529,6 +529,29 @@ static void a_lying_relay_reaches_nothing(void **state) {
     assert_same_state(r, 3, 4);
 }
 
+static bool results_are_lost(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->frame.type != MSG_RESULT;
+}
+
+/* One that has kept the digests and forgotten the data (memory is bounded) answers every question, and must
+ * not be asked for ever: the state is had from whoever has it. */
+static void leaves_without_data_are_no_progress(void **state) {
+    struct rig *r = *state;
+    four_ready(r);
+    say_cut(r, &WHOLE);
+    commit_cut(r, &WHOLE);
+    announce_cut(r, 3, STEPS * BATCH);
+    node_kill(r, 1);
+    r->spoil = results_are_lost;
+    announce_cut(r, 4, STEPS * BATCH);
+    say(r, 4, MSG_ROOT, 0,
+        &(struct msg_root){.index = r->base_index, .root = root_of(r, 3)});
+    pass_awake(r, 6000);
+    assert_true(count_sent(r, 4, MSG_STATE_GET) > 0);
+    assert_same_state(r, 3, 4);
+}
+
 /* When everybody has applied a round nobody will ask again, and the memory is for the next. */
 static void relayed_results_end_with_the_round(void **state) {
     struct rig *r = *state;
@@ -610,6 +633,7 @@ int main(void) {
         T(only_the_audited_chunk_is_given_to_an_auditor),
         T(fetched_results_are_passed_on),
         T(a_lying_relay_reaches_nothing),
+        T(leaves_without_data_are_no_progress),
         T(relayed_results_end_with_the_round),
         T(a_member_behind_nat_does_all_that_dialling_allows),
         T(an_auditor_behind_nat_dials_the_contributors),
