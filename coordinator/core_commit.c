@@ -42,15 +42,18 @@ static void draft_summed(const struct plan *p, struct draft *d) {
     uint32_t count = 0, n = 0;
     for (uint32_t i = 0; i < p->shard_count; i++)
         count += p->shards[i].reports[BY_AGGREGATOR].summed_count;
-    d->summed = calloc(count, sizeof *d->summed);
-    d->shards = calloc(p->shard_count, sizeof *d->shards);
-    assert(count && d->summed && d->shards); /* every report covers all chunks of its shard */
+    assert(count && p->shard_count); /* every report covers all chunks of its shard */
+    struct msg_summed *summed = calloc(count, sizeof *summed);
+    struct msg_shard *shards = calloc(p->shard_count, sizeof *shards);
+    assert(summed && shards);
     for (uint32_t i = 0; i < p->shard_count; i++) {
         const struct msg_shard_report *r = &p->shards[i].reports[BY_AGGREGATOR];
-        d->shards[i] = p->shards[i].where;
-        for (uint32_t j = 0; j < r->summed_count; j++) d->summed[n++] = r->summed[j];
+        shards[i] = p->shards[i].where;
+        for (uint32_t j = 0; j < r->summed_count; j++) summed[n++] = r->summed[j];
     }
-    core_summed_union(d->summed, n, d->set);
+    core_summed_union(summed, n, d->set);
+    d->summed = summed;
+    d->shards = shards;
     d->body.summed = d->summed;
     d->body.summed_count = n;
     d->body.shards = d->shards;
@@ -94,7 +97,7 @@ static float learning_rate(const struct core *c, const struct round *r, const st
     double samples = 0, mean = 0;
     for (uint32_t i = 0; i < r->plan.contributor_count; i++)
         if (proto_set_has(d->set, i))
-            samples += (double)(r->plan.contributors[i].tokens / c->sequence);
+            samples += (double)r->plan.contributors[i].tokens / c->sequence;
     for (uint32_t i = 0; i < n; i++) mean += r->samples[i] / n;
     if (c->outer->lr_rule != LR_SQRT || !(mean > 0)) return c->outer->lr;
     double ratio = samples / mean;

@@ -178,6 +178,7 @@ static void cut_shards(const struct candidate *list, uint32_t n, uint32_t first,
  * result can be had when the aggregator, or whoever runs it, is gone. */
 static uint32_t holder_rank(const struct shard_choice *choice, const struct member *aggregator,
                             const struct member *m) {
+    assert(aggregator);
     return (is_avoided(choice, m) ? 8u : 0u) + (m->port ? 0u : 4u) +
            (strcmp(m->host, aggregator->host) ? 0u : 2u) + (m->invite == aggregator->invite);
 }

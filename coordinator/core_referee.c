@@ -51,6 +51,7 @@ static struct inquiry *free_slot(struct core *c) {
 
 /* Who has the state as it should be: who said so first, else anybody who stands there. */
 static struct member *pick_reference(const struct core *c, const struct state *s) {
+    assert(c->members);
     struct member *m = core_member(c, s->reference);
     if (m && m->conn) return m;
     for (uint32_t i = 0; i < c->member_count; i++) {

@@ -31,12 +31,16 @@ static float *anchor, *momentum;
 
 /* ---- a run with a checkpoint ----------------------------------------------------------------- */
 
+static struct proto_buffer kept[INDEX + 8]; /* what encoded() returned, until tear_down */
+static size_t kept_count;
+
 static struct proto_bytes encoded(enum proto_record which, const void *record) {
-    struct proto_buffer b;
+    assert_true(kept_count < sizeof kept / sizeof *kept);
+    struct proto_buffer *b = &kept[kept_count++];
     struct err err = {0};
-    proto_buffer_init(&b, PROTO_BLOB_BYTES_MAX);
-    if (proto_encode(&b, which, record, &err)) fail_msg("%s", err.msg);
-    return (struct proto_bytes){ b.data, (uint32_t)b.length }; /* kept for the life of the program */
+    proto_buffer_init(b, PROTO_BLOB_BYTES_MAX);
+    if (proto_encode(b, which, record, &err)) fail_msg("%s", err.msg);
+    return (struct proto_bytes){ b->data, (uint32_t)b->length };
 }
 
 static void make_genesis(const struct identity *root) {
@@ -122,6 +126,7 @@ static int set_up(void **state) {
 
 static int tear_down(void **state) {
     (void)state;
+    while (kept_count) proto_buffer_release(&kept[--kept_count]);
     char command[128];
     free(anchor);
     free(momentum);

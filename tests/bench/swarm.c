@@ -71,12 +71,13 @@ static int disk_flush(void *arg, const char *name, size_t offset, size_t bytes, 
 
 static int disk_put(void *arg, const char *name, const void *bytes, size_t length,
                     struct err *err) {
-    struct bench_file *f = find(arg, name);
-    if (f) drop(f);
-    else if (!(f = find(arg, ""))) return err_set(err, ERR_FULL, "too many files for a benchmark");
-    *f = (struct bench_file){.bytes = malloc(length ? length : 1), .length = length};
-    if (!f->bytes) return err_set(err, ERR_MEMORY, "%zu bytes", length);
-    memcpy(f->bytes, bytes, length);
+    struct bench_file *old = find(arg, name), *f = old ? old : find(arg, "");
+    if (!f) return err_set(err, ERR_FULL, "too many files for a benchmark");
+    uint8_t *copy = malloc(length ? length : 1);
+    if (!copy) return err_set(err, ERR_MEMORY, "%zu bytes", length);
+    memcpy(copy, bytes, length);
+    if (old) drop(old);
+    *f = (struct bench_file){.bytes = copy, .length = length};
     snprintf(f->name, sizeof f->name, "%s", name);
     return 0;
 }
