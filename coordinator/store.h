@@ -59,7 +59,8 @@ int store_check(struct store *s, struct err *err);
 
 /* The highest term anybody served under; 0 before the first. */
 int store_term(struct store *s, uint64_t *term, struct err *err);
-/* Before anything else a coordinator does: one more than the highest so far, durable on return. */
+/* Before anything else a coordinator does: more than the highest so far, durable on return; 1 at first, then by
+ * steps of 1 to 1000, so that a store put back to an older day uses no term again. */
 int store_raise_term(struct store *s, uint64_t *term, struct err *err);
 
 /* All writes in one transaction, if the store's term still is `term`. Values are stored as they

@@ -219,6 +219,7 @@ static void a_key_that_a_newer_ledger_may_know_is_not_turned_away_for_ever(void 
     struct fake *f = &r->fake[5];
     dial(r, f);
     struct msg_hello msg = hello_of(f);
+    pass(r, 2 * r->outer.silence_ms_max); /* nobody has shown more */
     msg.head_index = 0;
     msg.term_max = r->term;
     say(r, f, MSG_HELLO, 0, &msg);

@@ -297,7 +297,8 @@ static void somebody_joins(void) {
 static void refused(struct peer *p, const char *why) {
     wait_for(p, MSG_BYE);
     assert_int_equal(p->bye.code, ERR_REFUSED);
-    assert_int_equal(p->bye.final, 1);
+    /* A key may stand in a newer ledger than a coordinator has that began a moment ago. */
+    assert_int_equal(p->bye.final, !strstr(why, "not enrolled"));
     if (!strstr(p->reason, why)) fail_msg("\"%s\" does not say \"%s\"", p->reason, why);
     wait_for(p, 0);
     peer_destroy(p);
@@ -481,11 +482,11 @@ static void a_member_comes_back_after_a_kill_of_the_coordinator(void **state) {
     start_server();
     dial(&p);
     wait_for(&p, MSG_WELCOME);
-    assert_int_equal(p.term, 2);
+    assert_true(p.term > 1);
     hello(&p);
     wait_for(&p, MSG_HELLO_ACK);
     wait_for(&p, MSG_LEDGER);
-    assert_int_equal(p.ack.session >> 24, 2);
+    assert_int_equal(p.ack.session >> 24, p.term);
     assert_int_equal(p.ledger.entries, 3); /* genesis, delegation, the enrolment */
     assert_int_equal(p.ledger.member_count, 1);
     assert_memory_equal(&p.ledger.member[0].key, &p.id.key, sizeof p.id.key);
