@@ -120,7 +120,8 @@ static void load_store(struct sim_world *w, struct sim_core *c) {
 static void start(struct sim_world *w, struct sim_core *c) {
     struct err err = {0};
     struct core_event ev = {.type = CORE_EV_START, .hold_ms = w->hold_ms};
-    c->term = ev.term = ++w->store.term;
+    w->store.term += 1 + (w->store.term ? sim_random(w, 1000) : 0); /* as store_raise_term() */
+    c->term = ev.term = w->store.term;
     sim_trace(w, "a coordinator starts, term %llu", LLU(c->term));
     for (uint32_t i = 0; i < sizeof ev.seed.b; i++) ev.seed.b[i] = (uint8_t)sim_random(w, 256);
     c->core = core_create(&w->genesis, &w->run, &w->member[0].identity.key, &err);

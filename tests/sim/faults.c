@@ -35,13 +35,15 @@ static bool is_recovered(const struct sim_world *w) {
     return true;
 }
 
-/* ... and somebody else has the newest state. */
-static bool may_lose(const struct sim_world *w, const struct sim_member *m) {
+bool sim_others_have_head(const struct sim_world *w, const struct sim_member *m) {
     bool others = false;
-    if (!is_recovered(w)) return false;
     for (uint32_t i = 0; i < w->members; i++)
         others |= &w->member[i] != m && has_head(w, &w->member[i]);
     return others;
+}
+
+static bool may_lose(const struct sim_world *w, const struct sim_member *m) {
+    return is_recovered(w) && sim_others_have_head(w, m);
 }
 
 static void note_loss(struct sim_world *w) {
@@ -67,13 +69,31 @@ static void older_image(struct sim_world *w, struct sim_member *m) {
     sim_disk_copy(&m->disk, &m->image, false);
 }
 
+/* Contributors still have their bytes; of the commits before, somebody has the state. A sum that was a
+ * lie cannot be made again. */
+static bool may_lose_results(const struct sim_world *w, const struct msg_commit *c) {
+    bool before = false, lies = false;
+    for (uint32_t i = 0; i < w->members; i++) {
+        const struct sim_member *m = &w->member[i];
+        bool has = m->alive && m->sync && m->reachable;
+        for (uint32_t k = 0; k < w->chunks && has; k++) {
+            uint32_t f = w->fragment_of[k];
+            has = sync_chunk_version(m->sync, k) ==
+                  (f == c->fragment ? c->base_index : w->base_index[f]);
+        }
+        before |= has;
+        lies |= m->lie == SYNC_FAULT_LIES_SUM;
+    }
+    return before && !lies && is_recovered(w) && !w->member[w->copy_slot].alive;
+}
+
 /* Aggregator and second holder of a shard end with the commit that names them, before anybody else
  * has its result; with some luck their results are gone too. */
 void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c) {
     if (!sim_has(w, SIM_HOLDERS) || w->now >= w->faults_until || w->now < w->calm_until) return;
     if (!c->shards_count || !sim_chance(w, 150)) return;
     const struct msg_shard *s = &c->shards[sim_random(w, c->shards_count)];
-    bool lose = sim_chance(w, 400) && is_recovered(w) && !w->member[w->copy_slot].alive; /* contributors still have their bytes */
+    bool lose = sim_chance(w, 400) && may_lose_results(w, c);
     if (lose) note_loss(w);
     for (uint32_t i = 0; i < w->members; i++) {
         struct sim_member *m = &w->member[i];
@@ -324,8 +344,7 @@ static void heal(struct sim_world *w) {
     w->healed = true;
     memset(w->cut_until, 0, sizeof w->cut_until);
     for (int i = 0; i < SIM_CORES; i++) w->cores[i].dies_after = 0;
-    if (sim_core_active(w) && w->cores[w->active ^ 1].core)
-        sim_core_kill(w, &w->cores[w->active ^ 1], false);
+    sim_core_kill(w, &w->cores[w->active ^ 1], false); /* a server sees by its store that it is stale */
     for (uint32_t i = 0; i <= w->copy_slot; i++)
         w->member[i].disk.dies_after = 0;
     for (uint32_t i = 0; i < SIM_MEMBERS_MAX; i++)

@@ -320,6 +320,7 @@ static void read_residual(struct sim_world *w, const struct sim_disk *d, const c
 void oracle_start(struct sim_world *w, struct sim_member *m) {
     read_residual(w, &m->disk, "residual", m->residual);
     read_residual(w, &m->disk, "residual-next", m->residual_next);
+    m->restarted = ~0u;
 }
 
 /* What the contribution must be: anchor - local + residual, encoded. */
@@ -358,8 +359,11 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     z->samples = samples_count(z->all);
     sim_trace(w, "    %u: trainer freezes fragment %u with %llu samples", m->slot, fragment,
               LLU(z->samples));
-    /* Which contributions an older disk has, and takes its residuals from, only its member knows. */
-    if (m->restored) read_residual(w, &m->disk, "residual", m->residual);
+    /* A new process may have had to give a contribution up without hearing that it was summed, and an older
+     * disk has others: then only the member knows what it keeps. */
+    if (m->restored || m->restarted >> fragment & 1)
+        read_residual(w, &m->disk, "residual", m->residual);
+    m->restarted &= ~(1u << fragment);
     encode(w, m, fragment);
 }
 

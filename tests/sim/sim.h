@@ -105,6 +105,7 @@ struct sim_member {
     struct identity identity;
     bool alive, trains, reachable, gone; /* gone: left, or the run is complete */
     bool complete, behind, restored, revoked, left, copy;
+    uint32_t restarted; /* since its last freeze, bits by fragment */
     enum sync_fault lie; /* a fault that only this member has */
     bool work_queued;
     uint64_t paused_until;
@@ -382,6 +383,8 @@ void sim_trainer_go(struct sim_world *w, struct sim_member *m);
 
 bool sim_has(const struct sim_world *w, enum sim_injected fault);
 void sim_fault(struct sim_world *w);
+/* Does somebody else whom others can dial have the newest state? */
+bool sim_others_have_head(const struct sim_world *w, const struct sim_member *m);
 void sim_fault_at_plan(struct sim_world *w, const struct msg_plan *p);
 void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c);
 

@@ -329,7 +329,11 @@ static void deliver(struct sim_world *w, struct sim_event *e) {
     case SIM_MEMBER_KILL:
         if (m->alive && e->life == m->life) sim_member_kill(w, m, false, e->value);
         break;
-    case SIM_COPY_ENDS:
+    case SIM_COPY_ENDS: /* with its disk, so not while only that has something */
+        if (!sim_others_have_head(w, m)) {
+            sim_schedule(w, 1000, SIM_COPY_ENDS, m->slot);
+            break;
+        }
         sim_member_kill(w, m, false, UINT64_MAX);
         m->id = 0;
         memcpy(w->destroyed_rounds, w->next_round, sizeof w->destroyed_rounds);
