@@ -530,12 +530,32 @@ static void format_number(double number, bool is_float, char *out, size_t size) 
     }
 }
 
+/* What YAML would fold or refuse even between quotation marks: U+2028, U+2029, U+FEFF, U+FFFE, U+FFFF. */
+static const char *escape_of(const char *text) {
+    static const char *const escapes[][2] = {
+        { "\xe2\x80\xa8", "\\u2028" }, { "\xe2\x80\xa9", "\\u2029" }, { "\xef\xbb\xbf", "\\uFEFF" },
+        { "\xef\xbf\xbe", "\\uFFFE" }, { "\xef\xbf\xbf", "\\uFFFF" },
+    };
+    for (size_t i = 0; i < sizeof escapes / sizeof *escapes; i++)
+        if (!strncmp(text, escapes[i][0], 3)) return escapes[i][1];
+    return NULL;
+}
+
+/* Between quotation marks; out has room for twice the text and 8 bytes. */
 static void format_text(const char *text, char *out, size_t size) {
     size_t used = 0;
+    assert(size >= 2 * strlen(text) + 8);
     out[used++] = '"';
-    for (; *text && used + 3 < size; text++) {
+    while (*text) {
+        const char *escape = escape_of(text);
+        if (escape) {
+            memcpy(out + used, escape, 6);
+            used += 6;
+            text += 3;
+            continue;
+        }
         if (*text == '"' || *text == '\\') out[used++] = '\\';
-        out[used++] = *text;
+        out[used++] = *text++;
     }
     out[used++] = '"';
     out[used] = '\0';

@@ -205,13 +205,13 @@ static void settings_that_contradict_each_other_are_refused(void **state) {
 }
 
 /* What init writes must say the same as what it was given: with the '#'s as they are, and with all
- * of them taken away. */
+ * of them taken away. U+2028 is a line break to YAML, and was folded to a space. */
 static void the_written_file_reads_back_as_the_same_settings(void **state) {
     struct settings before, after;
     struct err err;
     char path[] = "/tmp/test_settings.XXXXXX", what[200];
     (void)state;
-    resolved(&before, "run: {name: 'a \"quoted\" \\ name'}\ninner: {lr: 0.00123456789}\n"
+    resolved(&before, "run: {name: \"a \\\"quoted\\\" \\\\ name, \\u2028 \\ufeff \\uffff\"}\ninner: {lr: 0.00123456789}\n"
                       "outer: {lr: 0.1, round_seconds: 0.25}\nmodel: {tied: false}\n");
     close(mkstemp(path));
     assert_int_equal(settings_save(&before, path, &err), 0);

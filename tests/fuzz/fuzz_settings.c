@@ -92,6 +92,9 @@ static void check_sealed(const struct settings *s) {
     char what[512] = "";
     struct err err = {0};
     settings_to_genesis(s, &corpus, &sealed);
+    sealed.from = (struct msg_checkpoint){.url = proto_str(s->from)}; /* as `init` does, which reads it */
+    sealed.genesis.init_from = &sealed.from;
+    sealed.genesis.init_from_count = *s->from != '\0';
     struct proto_buffer b = record_encoded(RECORD_genesis, &sealed.genesis);
     int failed = proto_decode(b.data, b.length, RECORD_genesis, &decoded, &err) ||
                  settings_from_genesis(&again, &decoded, &err);
@@ -137,6 +140,7 @@ static void samples(const struct fuzz_sink *out) {
         TEXT(""),
         TEXT("outer:\n  quorum: 3\n  grace_seconds: 0.25\n"),
         TEXT("model: {layers: 2, tied: true}\n\0outer.lr=0.5"),
+        TEXT("model: {from: \"file:///x\"}\nrun: {name: \"a\\u2028b\\uFEFFc\\uffff\"}\n"),
         TEXT("run: {name: \"a \\u263a name\"}\ninner:\n  lr: 1e-3\n"),
         TEXT("outer: &a\n  result_codec: fp32\nserve:\n"),
     };
