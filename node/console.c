@@ -145,18 +145,30 @@ void console_live(struct console *c, const struct console_figures *f) {
     c->drawn_at_ms = now;
 }
 
+static json_t *account_object(const struct sync_account *a) {
+    return json_pack("{sI sI sI sI sI sI sI sI sI sI sI}", "trained", (json_int_t)a->trained, "unfrozen",
+                     (json_int_t)a->unfrozen, "lost_trainer", (json_int_t)a->lost[SYNC_LOSS_TRAINER],
+                     "lost_leases", (json_int_t)a->lost[SYNC_LOSS_LEASES], "lost_refused",
+                     (json_int_t)a->lost[SYNC_LOSS_REFUSED], "lost_orphan",
+                     (json_int_t)a->lost[SYNC_LOSS_ORPHAN], "lost_state",
+                     (json_int_t)a->lost[SYNC_LOSS_STATE], "working_ms", (json_int_t)a->working_ms,
+                     "no_data_ms", (json_int_t)a->no_data_ms, "no_state_ms",
+                     (json_int_t)a->no_state_ms, "standing_ms", (json_int_t)a->standing_ms);
+}
+
 static json_t *round_object(const struct console_figures *f) {
     char root[DIGEST_HEX_BYTES];
     const struct sync_view *v = &f->view;
     digest_hex(&v->state_root, root);
-    return json_pack("{ss sI si sI sf sf sI ss sI si si sI sI sI sI}", "event", "round", "round",
+    return json_pack("{ss sI si sI sf sf sI ss sI si si sI sI sI sI sI so}", "event", "round", "round",
                      (json_int_t)v->round, "fragments", (int)f->fragments, "step",
                      (json_int_t)f->step, "loss", f->loss, "tokens_per_s", f->tokens_per_s, "state_index", (json_int_t)v->state_index,
                      "state_root", root, "tokens_committed", (json_int_t)v->tokens_committed,
                      "members_live", (int)v->members_live, "peers", (int)v->peers, "term",
                      (json_int_t)v->term, "summed", (json_int_t)v->contributions_summed,
                      "bytes_to_peers", (json_int_t)v->bytes_to_peers, "bytes_from_peers",
-                     (json_int_t)v->bytes_from_peers);
+                     (json_int_t)v->bytes_from_peers, "uncommitted",
+                     (json_int_t)v->samples_uncommitted, "samples", account_object(&v->account));
 }
 
 void console_round(struct console *c, const struct console_figures *f) {

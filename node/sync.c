@@ -310,7 +310,9 @@ static void forgive_silence(struct sync *s) {
 }
 
 static void on_tick(struct sync *s) {
-    if (s->now - s->tick_ms > s->outer->silence_ms_max / 2) forgive_silence(s);
+    uint64_t gap = s->now - s->tick_ms;
+    if (gap > s->outer->silence_ms_max / 2) forgive_silence(s);
+    else trainer_spend(s, gap);
     s->tick_ms = s->now;
     if (s->connected && s->now - s->heard_ms > s->outer->silence_ms_max)
         sync_disconnect(s, "it has been silent for too long");
@@ -691,7 +693,9 @@ void sync_look(const struct sync *cs, struct sync_view *out) {
         .contributions_summed = s->summed,
         .contributions_refused = s->refused,
         .samples_uncommitted = leases_used(s),
+        .account = s->account,
     };
+    out->account.unfrozen = leases_unfrozen(s);
     if (s->state.whole) out->state_root = s->state.root;
     for (uint32_t i = 0; i < s->peer_count; i++) out->peers += s->peers[i]->open;
 }

@@ -177,6 +177,24 @@ void sync_set_before_change(struct sync *s, void (*hook)(void *arg, uint32_t chu
 
 /* ---- looking in ------------------------------------------------------------------------------------ */
 
+/* What became of the samples that the trainer worked on, and of its time, since this process began. Of work that
+ * is lost only that which no frozen contribution holds counts: what is frozen may still be summed. */
+enum sync_loss {
+    SYNC_LOSS_TRAINER, /* the trainer died */
+    SYNC_LOSS_LEASES,  /* the samples went to others, or were spent through another process */
+    SYNC_LOSS_REFUSED, /* the coordinator refused the contribution */
+    SYNC_LOSS_ORPHAN,  /* frozen by a trainer that died since, and not summed */
+    SYNC_LOSS_STATE,   /* the state it stood on had to be fetched anew */
+    SYNC_LOSSES
+};
+struct sync_account {
+    uint64_t trained, lost[SYNC_LOSSES]; /* samples */
+    uint64_t unfrozen;                   /* samples that are in the trainer's parameters alone, now */
+    /* The trainer has samples to work on; has none; waits for the state, at a start or a reset; stands still for
+     * a commit (overlap 0). Not while it is down, nor while this process itself was stopped. */
+    uint64_t working_ms, no_data_ms, no_state_ms, standing_ms;
+};
+
 struct sync_view {
     uint64_t term, session, head_index, state_index, round, plan, tokens_committed, settled_index;
     struct digest state_root;       /* of state_index; zero while catching up */
@@ -185,6 +203,7 @@ struct sync_view {
     uint64_t bytes_to_peers, bytes_from_peers;
     uint64_t contributions_summed, contributions_refused;
     uint64_t samples_uncommitted;
+    struct sync_account account;
 };
 void sync_look(const struct sync *s, struct sync_view *out);
 /* The state itself, for checkpoints and invariants: fp32 [elements], read only. */

@@ -29,7 +29,7 @@ bool catchup_busy(struct sync *s) {
 static void forget_work(struct sync *s) {
     s->state.told = false;
     for (uint32_t f = 0; f < s->fragment_count; f++) contribution_drop(s, f);
-    trainer_lose_work(s, "the state is being fetched anew");
+    trainer_lose_work(s, SYNC_LOSS_STATE, "the state is being fetched anew");
     s->catchup.progress_ms = s->now;
 }
 
@@ -374,7 +374,7 @@ static void store_chunk(struct sync *s, uint32_t chunk, const float *anchor,
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     bool was_missing = s->state.version[chunk] == SYNC_MISSING,
          summed = apply_summed_here(s, chunk);
-    if (trainer_follows(s) && was_missing) trainer_lose_work(s, "a chunk of the state was lost");
+    if (trainer_follows(s) && was_missing) trainer_lose_work(s, SYNC_LOSS_STATE, "a chunk of the state was lost");
     memcpy(s->scratch2, s->state.anchor + first, n * sizeof *anchor);
     memcpy(s->state.anchor + first, anchor, n * sizeof *anchor);
     memcpy(s->state.momentum + first, momentum, n * sizeof *momentum);

@@ -193,6 +193,8 @@ struct trainer {
     uint64_t life; /* from 1: grows whenever its work is lost */
     uint32_t lives; /* TRAINER_UPs so far */
     uint64_t samples; /* consumed since the last RESET */
+    uint64_t samples_said; /* likewise, of void work too */
+    enum sync_loss lost_by; /* why it goes back to the anchor */
     uint64_t steps, steps_total;
     double loss, loss_sum, tokens_per_s;
     uint64_t loss_count;
@@ -442,6 +444,7 @@ struct sync {
     void *before_change_arg;
 
     uint64_t bytes_to_peers, bytes_from_peers, summed, refused;
+    struct sync_account account;
 };
 
 /* ---- sync.c: memory, actions ------------------------------------------------------------ */
@@ -568,7 +571,9 @@ bool trainer_follows(const struct sync *s); /* it holds anchor + work, so change
 bool trainer_holds(const struct sync *s, const struct contribution *c);
 void trainer_change(struct sync *s, uint32_t chunk, const float *old, bool summed);
 /* Work and queued samples are void: back to the anchor as soon as there is one. */
-void trainer_lose_work(struct sync *s, const char *why);
+void trainer_lose_work(struct sync *s, enum sync_loss by, const char *why);
+/* How the trainer spent the milliseconds since the last tick. */
+void trainer_spend(struct sync *s, uint64_t ms);
 /* What became of the fragment's contribution. */
 void trainer_decided(struct sync *s, uint32_t fragment, bool summed);
 void trainer_pump(struct sync *s);
@@ -589,6 +594,7 @@ void leases_restart(struct sync *s);
 void leases_orphan_decided(struct sync *s);
 void leases_consume(struct sync *s, uint64_t more); /* the trainer did */
 uint64_t leases_used(const struct sync *s);
+uint64_t leases_unfrozen(const struct sync *s); /* of these: in no frozen contribution */
 uint64_t leases_queued(const struct sync *s);
 uint32_t leases_claims(const struct sync *s, struct msg_lease *out); /* out: [PROTO_LEASES_MAX] */
 void leases_feed(struct sync *s);

@@ -53,6 +53,17 @@ static uint64_t claimed_end(const struct sync *s, uint64_t lease, uint32_t gener
     return end;
 }
 
+uint64_t leases_unfrozen(const struct sync *s) {
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < s->leases.count; i++) {
+        const struct grant *g = &s->leases.grant[i];
+        uint64_t end = claimed_end(s, g->lease, g->generation);
+        if (end < g->floor) end = g->floor;
+        if (g->used > end) n += g->used - end;
+    }
+    return n;
+}
+
 /* ---- taking the coordinator's list ------------------------------------------------------ */
 
 /* Did samples of it reach the trainer? Then they are in its parameters or will be. */
@@ -117,13 +128,14 @@ static void take_list(struct sync *s, const struct msg_lease *list, uint32_t cou
             continue;
         }
         lost |= touched(&g);
+        s->account.lost[SYNC_LOSS_LEASES] += g.used - g.start;
         drop_claims(s, &g);
     }
     l->count = kept;
     for (uint32_t i = 0; i < count; i++)
         if (list[i].count && !find_grant(l, list[i].lease, list[i].generation))
             add_grant(l, &list[i]);
-    if (lost) trainer_lose_work(s, "a lease its work came from is no longer ours");
+    if (lost) trainer_lose_work(s, SYNC_LOSS_LEASES, "a lease its work came from is no longer ours");
     else leases_orphan_decided(s);
 }
 
@@ -181,7 +193,8 @@ void leases_spend(struct sync *s, const struct commit *c) {
     for (uint32_t i = 0; i < c->body.spent_count; i++)
         again |= is_worked_on(s, c, &c->body.spent[i]);
     for (uint32_t i = 0; i < c->body.spent_count; i++) spend(s, &c->body.spent[i]);
-    if (again) trainer_lose_work(s, "its samples were spent through a contribution that is lost");
+    if (again)
+        trainer_lose_work(s, SYNC_LOSS_LEASES, "its samples were spent through a contribution that is lost");
 }
 
 /* Of a lease that two contributions claim, the longer prefix. */
@@ -218,7 +231,9 @@ void leases_orphan_decided(struct sync *s) {
         struct grant *g = &s->leases.grant[i];
         uint64_t claimed = claimed_end(s, g->lease, g->generation);
         if (!g->blocked || claimed >= g->floor) continue;
-        g->floor = g->used = g->sent = claimed > g->start ? claimed : g->start;
+        uint64_t kept = claimed > g->start ? claimed : g->start;
+        s->account.lost[SYNC_LOSS_ORPHAN] += g->floor - kept;
+        g->floor = g->used = g->sent = kept;
     }
 }
 

@@ -184,7 +184,7 @@ int contribution_work(struct sync *s) {
             sync_log(s, SYNC_ERROR,
                      "the trainer's parameters cannot be contributed, chunk %u: %.150s",
                      s->fragment[f].chunk[c->next], err.msg);
-            trainer_lose_work(s, "its parameters are not finite");
+            trainer_lose_work(s, SYNC_LOSS_REFUSED, "its parameters are not finite");
             return 0;
         }
         done += chunk_elements(s, s->fragment[f].chunk[c->next]);
@@ -314,7 +314,7 @@ int contribution_on_reset(struct sync *s, const struct msg_reset *msg) {
              msg->fragment, why);
     s->refused++;
     contribution_drop(s, msg->fragment);
-    trainer_lose_work(s, "its contribution was refused");
+    trainer_lose_work(s, SYNC_LOSS_REFUSED, "its contribution was refused");
     return 0;
 }
 

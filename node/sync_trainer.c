@@ -150,20 +150,23 @@ static int next_due(const struct sync *s) {
 /* ---- losing work ------------------------------------------------------------------------ */
 
 /* Contributions that are frozen live on without their trainer: their claims stay. */
-static void void_work(struct sync *s) {
+static void void_work(struct sync *s, enum sync_loss by) {
     struct trainer *t = &s->trainer;
     for (uint32_t f = 0; f < s->fragment_count; f++) contribution_abort(s, f);
+    s->account.lost[by] += leases_unfrozen(s);
+    t->lost_by = by;
     t->life++;
     t->need_reset = true;
     t->freezing = t->standing = false;
     leases_restart(s);
 }
 
-void trainer_lose_work(struct sync *s, const char *why) {
+void trainer_lose_work(struct sync *s, enum sync_loss by, const char *why) {
     struct trainer *t = &s->trainer;
     if (t->state == TRAINER_TRAINING && t->samples)
-        sync_log(s, SYNC_WARNING, "back to the anchor: %s", why);
-    void_work(s);
+        sync_log(s, SYNC_WARNING, "back to the anchor: %s; %llu samples of work are lost", why,
+                 (unsigned long long)leases_unfrozen(s));
+    void_work(s, by);
     if (!t->slot_busy) clear_ops(s);
 }
 
@@ -176,13 +179,14 @@ void trainer_on_down(struct sync *s) {
     t->state = TRAINER_DOWN;
     t->slot_busy = t->resetting = t->importing = t->filling = false;
     clear_ops(s);
-    void_work(s);
+    void_work(s, SYNC_LOSS_TRAINER);
 }
 
 int trainer_on_up(struct sync *s, const struct sync_event *ev) {
     struct trainer *t = &s->trainer;
     trainer_on_down(s); /* it may have been replaced without a word */
     t->state = TRAINER_BLANK;
+    t->samples_said = 0;
     t->lives++;
     t->steps = ev->steps;
     t->want_moments = ev->steps == 0;
@@ -195,6 +199,25 @@ int trainer_on_up(struct sync *s, const struct sync_event *ev) {
 /* What an earlier life or the time before a RESET had to say does not count. */
 static bool is_current(const struct trainer *t) {
     return t->state == TRAINER_TRAINING && !t->resetting && !t->need_reset;
+}
+
+/* All that it trained on, whether it still counts or not. */
+static void count_samples(struct sync *s, uint64_t samples) {
+    struct trainer *t = &s->trainer;
+    uint64_t more = samples > t->samples_said ? samples - t->samples_said : 0;
+    t->samples_said = samples;
+    s->account.trained += more;
+    if (!is_current(t)) s->account.lost[t->lost_by] += more;
+}
+
+void trainer_spend(struct sync *s, uint64_t ms) {
+    struct trainer *t = &s->trainer;
+    struct sync_account *a = &s->account;
+    if (!s->config.trains || t->state == TRAINER_DOWN) return;
+    if (t->state == TRAINER_BLANK || t->need_reset || t->resetting || t->importing) a->no_state_ms += ms;
+    else if (t->standing) a->standing_ms += ms;
+    else if (leases_queued(s)) a->working_ms += ms;
+    else a->no_data_ms += ms;
 }
 
 static void count_steps(struct sync *s, const struct sync_event *ev) {
@@ -214,6 +237,7 @@ static void count_steps(struct sync *s, const struct sync_event *ev) {
 
 void trainer_on_step(struct sync *s, const struct sync_event *ev) {
     struct trainer *t = &s->trainer;
+    count_samples(s, ev->samples);
     if (!is_current(t)) {
         t->steps = ev->steps;
         return;
@@ -229,6 +253,7 @@ void trainer_on_step(struct sync *s, const struct sync_event *ev) {
 /* Where the base moved meanwhile, the fragment is frozen again when it has come to rest. */
 int trainer_on_frozen(struct sync *s, const struct sync_event *ev) {
     struct trainer *t = &s->trainer;
+    count_samples(s, ev->samples);
     if (!is_current(t) || !t->freezing || ev->fragment != t->freezing_fragment) return 0;
     count_steps(s, ev);
     t->freezing = false;
@@ -248,6 +273,7 @@ void trainer_on_applied(struct sync *s) {
         t->turn[f].mixing = false;
         t->turn[f].samples_before = t->turn[f].samples_frozen;
     }
+    if (t->resetting) t->samples_said = 0;
     t->slot_busy = t->resetting = t->importing = false;
     clear_ops(s);
 }

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Real processes under fire: every 10 seconds a random one (a trainer, an agent, the aggregator, the coordinator) gets
 # SIGKILL, or SIGSTOP for 8 seconds, or a link is cut for 8 seconds. Then: enough rounds committed, all anchors equal, the
-# ledger verifies, no sample spent twice, every reported root equal, and hardly any work lost.
+# ledger verifies, no sample spent twice, every reported root equal; and an
+# account of where the tokens went.
 #
 #   MINUTES=3 NODES=4   how long, how many nodes train
 #   MODE=diloco         outer.mode: diloco, streaming, decoupled, intellect1
@@ -14,7 +15,8 @@ RANDOM=${SEED:=$(date +%s)}
 MINUTES=${MINUTES:-3} NODES=${NODES:-4} MODE=${MODE:-diloco} NET=${NET:-} ROUNDS=${ROUNDS:-10}
 say() { printf '%4d s  %s\n' $SECONDS "$*"; }
 R=$W/run P=7400
-NAMES=($(for i in $(seq "$NODES"); do echo "node$i"; done))
+NAMES=($(for i in $(seq "$NODES"); do echo "node$i"; done)) LOGS=()
+for n in "${NAMES[@]}"; do LOGS+=("$W/$n.log"); done
 
 # ---- network namespaces: a bridge in one of its own, a cable to each of the others ------------------------------------
 NS=in$$ CABLES=()
@@ -42,7 +44,7 @@ if [ -n "$NET" ]; then
 else P=$(free_port); fi
 in_net() { if [ -n "$NET" ]; then echo "ip netns exec $NS-$1"; fi; }
 launch_coordinator() { WRAP=$(in_net coordinator) start_coordinator "$R" "$P" "$HOST"; }
-launch() { WRAP=$(in_net "$1") start_node "$1" "$R"; }
+launch() { WRAP=$(in_net "$1") start_node "$1" "$R" --log-json; }
 
 REPEAT=$((MINUTES / 4 + 1)) corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
 "$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set inner.batch=16 --set outer.mode="$MODE" --set outer.inner_steps=8 \
@@ -52,19 +54,10 @@ launch_coordinator
 for n in "${NAMES[@]}"; do launch "$n"; done
 wait_for 90 "$R" "round >= 4 and members_live == $NODES + 1" || fail "no first rounds"
 
-# ---- what was trained: steps of all members, also of those that died since ----------------------------------------------
-trained_log=$W/steps.txt
-watch_steps() {
-    while :; do
-        "$COORDINATOR" status "$R" --json 2>/dev/null | python3 -c '
-import json, sys
-try: s = json.load(sys.stdin)
-except ValueError: sys.exit()
-print(s["tokens_committed"], *["%d:%d" % (m["member"], m["step"]) for m in s["members"]])' >>"$trained_log"
-        sleep 0.5
-    done
-}
-watch_steps & PID[watch]=$!
+# ---- what was trained: the nodes' logs say it, and account.py adds it up -------------------------------------------------
+stamp() { date -u +%Y-%m-%dT%H:%M:%S.%3NZ; }
+committed() { local n; for _ in $(seq 100); do n=$(status "$R" tokens_committed); [ -n "$n" ] && break; sleep 0.2; done; echo "${n:-0}"; }
+begin=$(stamp) committed_before=$(committed)
 
 say "churn for $MINUTES minutes, $NODES nodes, $MODE${NET:+, links are cut too}, SEED=$SEED"
 SECONDS=0
@@ -113,13 +106,13 @@ while [ $SECONDS -lt $((60 * MINUTES)) ]; do
     fi
 done
 say "$faults faults; now quiet"
+end=$(stamp) committed_after=$(committed)
 
 # ---- what came of it ------------------------------------------------------------------------------------------------------
 settled="members_live >= $NODES + 1 and len(set(m['state_index'] for m in members if m['live'])) == 1"
 wait_for 90 "$R" "$settled" || fail "the members do not come together again: $("$COORDINATOR" status "$R")"
 "$COORDINATOR" pause "$R" >/dev/null
 sleep 10 # what was leased is trained and committed, or stays where it is
-kill "${PID[watch]}"; unset "PID[watch]"
 for _ in $(seq 20); do # nobody can commit once the coordinator stands still
     kill -STOP "${PID[coordinator]}"; sleep 2
     digests=$(for n in "${NAMES[@]}"; do anchor_digest "$W/$n/state/anchor"; done; anchor_digest "$R/aggregator/state/anchor")
@@ -132,19 +125,5 @@ rounds=$(status "$R" round) mismatches=$(status "$R" root_mismatches)
 [ "$(echo "$digests" | sort -u | wc -l)" = 1 ] || fail "anchors differ: $digests"
 [ "${mismatches:-1}" = 0 ] || fail "$mismatches roots differed"
 [ "${rounds:-0}" -ge "$ROUNDS" ] || fail "$rounds rounds committed, wanted $ROUNDS"
-python3 - "$trained_log" $((16 * 128)) <<'PY'
-import sys
-last, steps, first, committed = {}, 0, None, 0
-for line in open(sys.argv[1]):
-    tokens, *members = line.split()
-    committed = int(tokens)
-    if first is None: first = committed
-    for m in members:
-        member, step = map(int, m.split(":"))
-        before = last.get(member)
-        if before is not None: steps += step - before if step >= before else step
-        last[member] = step
-trained = steps * int(sys.argv[2])
-print("trained by processes while they lived: %d tokens; committed %d, %.1f %%" % (trained, committed - first, 100 * (committed - first) / max(1, trained)))
-PY
+python3 tests/account.py 128 "$begin" "$end" $((committed_after - committed_before)) "${LOGS[@]}" || fail "no account"
 echo "churn: $MINUTES minutes, $NODES nodes, $MODE, $faults faults, $rounds rounds committed, anchors equal $(echo "$digests" | head -n 1), no root differed, SEED=$SEED"
