@@ -6,6 +6,7 @@
 #include <sodium.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +20,8 @@ enum { PRIORITY_SIGNAL, PRIORITY_INPUT, PRIORITY_TICK, PRIORITIES };
 
 #define STOP_MS_MAX 10000   /* for the node beside us to end in order */
 #define REFUSED_REPORT_TICKS 100
+#define TERM_TICKS 10
+#define OTHER_DESCRIPTORS 64 /* store, pipes, the loop, connections that are being refused */
 
 uint64_t server_now_ms(void) {
     struct timespec t;
@@ -169,6 +172,21 @@ static void go_when_done(struct server *s) {
 
 /* ---- the loop -------------------------------------------------------------------------------------------- */
 
+/* One that only looks has nothing to write, and would not learn otherwise that another one took over: its
+ * members would stay with it. */
+static void check_term(struct server *s) {
+    uint64_t term;
+    struct err err;
+    if (s->ticks % TERM_TICKS) return;
+    if (store_term(s->run->store, &term, &err) == 0) {
+        if (term == s->term) return;
+        err_set(&err, ERR_STALE,
+                "another coordinator took this run over: the store is at term %llu, we are of %llu",
+                (unsigned long long)term, (unsigned long long)s->term);
+    }
+    server_fail(s, &err);
+}
+
 static void on_tick(evutil_socket_t fd, short what, void *arg) {
     struct server *s = arg;
     struct core_event ev = { .type = CORE_EV_TICK };
@@ -178,6 +196,7 @@ static void on_tick(evutil_socket_t fd, short what, void *arg) {
     if (s->failure.code) return;
     watch_rounds(s, server_now_ms());
     if (++s->ticks % REFUSED_REPORT_TICKS == 0) server_report_refused(s);
+    check_term(s);
     go_when_done(s);
 }
 
@@ -252,6 +271,19 @@ void server_begin_again(struct server *s) {
     if (!s->core || start_core(s, s->run->genesis.outer->silence_ms_max, &err)) server_fail(s, &err);
 }
 
+/* Every connection is a descriptor, and the usual soft limit is 1024. */
+static void raise_descriptors(void) {
+    struct rlimit r;
+    if (getrlimit(RLIMIT_NOFILE, &r)) return;
+    r.rlim_cur = r.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &r)) getrlimit(RLIMIT_NOFILE, &r);
+    uint64_t room = r.rlim_cur > OTHER_DESCRIPTORS ? r.rlim_cur - OTHER_DESCRIPTORS : 0;
+    bool enough = room >= SERVER_CONNECTIONS_MAX;
+    log_line(enough ? CORE_INFO : CORE_WARNING, "room for %llu connections%s",
+             (unsigned long long)(enough ? SERVER_CONNECTIONS_MAX : room),
+             enough ? "" : ": the hard limit of open files is low (ulimit -Hn)");
+}
+
 static int begin(struct server *s, struct err *err) {
     char listen[ADDRESS_TEXT_BYTES], others[ADDRESS_TEXT_BYTES], run[DIGEST_HEX_BYTES];
     address_format(&s->listen, listen);
@@ -259,6 +291,7 @@ static int begin(struct server *s, struct err *err) {
     digest_hex(&s->run->id, run);
     log_line(CORE_INFO, "serving run %s (%.16s) on %s, known to others as %s", s->run->sealed.name, run,
              listen, others);
+    raise_descriptors();
     if (start_core(s, 0, err)) return -1;
     return s->config->aggregator && !s->failure.code ? server_start_own_node(s, err) : 0;
 }

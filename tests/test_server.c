@@ -516,6 +516,25 @@ static void a_coordinator_that_lost_the_term_stops_and_says_nothing(void **state
     peer_destroy(&p);
 }
 
+/* It has nothing to write, so nothing else would tell it: its members would stay with it for ever. */
+static void a_coordinator_that_only_looks_on_learns_that_it_lost_the_term(void **state) {
+    struct err err;
+    uint64_t term;
+    (void)state;
+    struct store *s = store_open(dir, false, &err);
+    assert_non_null(s);
+    assert_int_equal(store_raise_term(s, &term, &err), 0);
+    store_close(s);
+    assert_int_equal(server_ended(), 1);
+    assert_true(log_has("another coordinator took this run over"));
+}
+
+/* The usual soft limit of 1024 open files is a quarter of what members may need. */
+static void it_says_how_many_connections_there_is_room_for(void **state) {
+    (void)state;
+    assert_true(log_has("room for "));
+}
+
 static void an_orderly_stop_says_good_bye_for_now(void **state) {
     struct digest secret = an_invite(1, 60000);
     struct peer p;
@@ -548,6 +567,8 @@ int main(void) {
         TEST(one_address_may_not_dial_without_end),
         TEST(a_member_comes_back_after_a_kill_of_the_coordinator),
         TEST(a_coordinator_that_lost_the_term_stops_and_says_nothing),
+        TEST(a_coordinator_that_only_looks_on_learns_that_it_lost_the_term),
+        TEST(it_says_how_many_connections_there_is_room_for),
         TEST(an_orderly_stop_says_good_bye_for_now),
     };
     struct err err;
