@@ -127,7 +127,7 @@ static void on_start(struct core *c, const struct core_event *ev, uint64_t now_m
     for (uint32_t i = 0; i < c->member_count; i++) {
         struct member *m = &c->members[i];
         m->here = m->trains = m->lease_count > 0 && !m->revoked;
-        m->heard_ms = m->progress_ms = now_ms;
+        m->heard_ms = m->progress_ms = m->closed_ms = now_ms;
     }
     core_put_right(c, out);
     core_log(out, CORE_INFO,
@@ -212,6 +212,7 @@ static void on_leave(struct core *c, struct member *m, const struct msg_leave *m
     char why[PROTO_TEXT_BYTES_MAX + 1];
     proto_str_copy(msg->reason, why, sizeof why);
     core_log(out, CORE_INFO, WHO " leaves: %s", WHO_OF(m), why[0] ? why : "no reason given");
+    m->left = true;
     core_lose(c, m, ERR_NONE, "it left", out);
 }
 

@@ -29,13 +29,16 @@
 /* ---- limits --------------------------------------------------------------------------------- */
 
 #define CORE_CONNECTIONS_MAX 4096u      /* known and unknown keys together */
+#define CORE_CUT_HEARTBEATS   3u        /* so long a plan waits for who closed its connection */
 #define CORE_SESSIONS_MAX    (1u << 24) /* in one term: the low bits of a session number */
 #define CORE_PLAN_RANGES_MAX                                                                       \
     8192u /* claims in one commit: the entry must fit PROTO_BLOB_BYTES_MAX */
+#define CORE_AWAY_SILENCES           8u  /* so long a lost member's samples are handed out last */
 #define CORE_ASKS_PER_TICK_MAX       16u /* LEASE_ASKs of one member that are answered */
 #define CORE_COMPLAINTS_PER_TICK_MAX 64u /* log lines that members can cause */
 #define CORE_DONORS_MAX              16u /* the limit of HELLO_ACK and RESYNC */
 #define CORE_COMMITS_KEPT            64u /* of the newest: their holders are told to who was away */
+#define CORE_UNSETTLED_ROUNDS        8u  /* of each fragment, for who has no state yet: as many as holders keep */
 #define CORE_CHECKPOINT_TRIES_MAX    3u  /* of the last checkpoint of a run */
 #define CORE_BACKOFF_SHIFT_MAX                                                                     \
     6u /* a round's plans get 1, 2, 4 ... 64 times the time for reports */
@@ -76,6 +79,8 @@ struct lease {
     uint64_t id, start, count;
     uint32_t generation;
     uint32_t member;  /* 0: returned; the next grant is of generation + 1 */
+    uint32_t former;  /* ... from this member, which gets it back if it comes before it is granted; 0 = nobody */
+    uint64_t returned_ms;
     uint64_t claimed; /* scratch of core_leases.c: end of the furthest claim */
 };
 
@@ -118,12 +123,14 @@ struct member {
     uint64_t invite;
 
     bool here; /* counted as live: said HELLO, or held leases when we started; not lost since */
+    bool left; /* it said LEAVE, and no HELLO since: it does not come back for its samples */
     uint64_t conn, session; /* 0: not connected just now */
     uint64_t instance;      /* of the process behind the session */
     bool trains;
     char host[PROTO_ADDRESS_BYTES_MAX + 1];
     uint32_t port; /* 0: nobody can dial it */
     uint64_t heard_ms, progress_ms;
+    uint64_t closed_ms; /* conn 0: since when */
     struct msg_heartbeat beat; /* without its rates */
     uint32_t asks;             /* LEASE_ASKs since the last tick */
     struct rate rates[PROTO_RATES_MAX];
@@ -147,7 +154,8 @@ struct member {
     struct part *parts; /* [fragments] */
     struct recent *recent;
     uint32_t recent_count, recent_capacity;
-    uint64_t term_shown, showed_ms; /* of a newer ledger than ours; see core_takeover.c */
+    uint64_t term_shown, term_shown_ms; /* a newer term than ours, and since when it says so; */
+    uint64_t showed_ms;                 /* when it last showed a newer ledger: see core_takeover.c */
 };
 
 struct conn {
@@ -410,6 +418,8 @@ bool core_is_own(const struct core *c, const struct member *m);
 struct member *core_own(const struct core *c); /* the coordinator's own node if it is connected */
 /* Connected, holds a whole state as far as we know: may aggregate and hold. */
 bool core_serves(const struct member *m);
+/* Live, but its connection was closed and is not back: its process is gone, most likely. */
+bool core_is_cut(const struct core *c, const struct member *m);
 uint32_t core_live_count(const struct core *c);
 /* Where `to` dials `target`; false if nobody can. The host is borrowed. */
 bool core_address(const struct member *to, const struct member *target, struct msg_address *out);
@@ -460,6 +470,9 @@ void core_spend(struct core *c, const struct msg_spend *spent, uint32_t count, s
 /* Leases of members that are lost go back, except while a plan names the member: until that ends
  * nobody knows whether they are spent. Returns how many samples went back. */
 uint64_t core_return_leases(struct core *c, struct batch *b);
+/* m is back: what it had and nobody was granted since is its own again, under the same generation. Returns how
+ * many samples. */
+uint64_t core_take_back_leases(struct core *c, struct member *m, struct batch *b);
 /* A row read from the store; `id` is not in the table yet. */
 void core_add_lease(struct core *c, const struct lease *lease);
 /* A returned lease over samples that are in no other place. */

@@ -131,6 +131,7 @@ static uint64_t grant_returned(struct core *c, struct member *m, struct lease *l
         l->count = wanted;
     }
     l->member = m->id;
+    l->former = 0;
     l->generation++;
     count_lease(c, l, true);
     put_lease(b, l);
@@ -156,16 +157,30 @@ static uint64_t grant_new(struct core *c, struct member *m, uint64_t wanted, str
     return l.count;
 }
 
-/* Returned leases first: those samples are oldest, and the run must not end with a tail of them. */
-static void grant(struct core *c, struct member *m, uint64_t wanted, struct batch *b) {
-    uint64_t sample_before = c->next_sample, lease_before = c->next_lease;
+/* Is its member away since a short while only? It may come back with work on these samples. */
+static bool is_kept(const struct core *c, const struct lease *l, uint64_t now_ms) {
+    return l->former &&
+           now_ms < l->returned_ms + (uint64_t)CORE_AWAY_SILENCES * c->outer->silence_ms_max;
+}
+
+static void grant_all_returned(struct core *c, struct member *m, bool kept_too, uint64_t now_ms,
+                               uint64_t *wanted, struct batch *b) {
     for (uint32_t i = 0; i < c->lease_count && c->returned_samples; i++) {
-        if (!wanted || m->lease_count >= PROTO_LEASES_MAX) break;
-        if (c->leases[i].member) continue;
-        wanted -= grant_returned(c, m, &c->leases[i], wanted, b);
+        if (!*wanted || m->lease_count >= PROTO_LEASES_MAX) break;
+        if (c->leases[i].member || (!kept_too && is_kept(c, &c->leases[i], now_ms))) continue;
+        *wanted -= grant_returned(c, m, &c->leases[i], *wanted, b);
     }
+}
+
+/* Returned leases first: those samples are oldest, and the run must not end with a tail of them. But those
+ * that a member may come back for last of all. */
+static void grant(struct core *c, struct member *m, uint64_t wanted, uint64_t now_ms,
+                  struct batch *b) {
+    uint64_t sample_before = c->next_sample, lease_before = c->next_lease;
+    grant_all_returned(c, m, false, now_ms, &wanted, b);
     if (wanted && m->lease_count < PROTO_LEASES_MAX && c->next_sample < c->samples_total)
-        grant_new(c, m, wanted, b);
+        wanted -= grant_new(c, m, wanted, b);
+    if (c->next_sample == c->samples_total) grant_all_returned(c, m, true, now_ms, &wanted, b);
     if (c->next_sample != sample_before) batch_put_meta(b, CORE_META_NEXT_SAMPLE, c->next_sample);
     if (c->next_lease != lease_before) batch_put_meta(b, CORE_META_NEXT_LEASE, c->next_lease);
 }
@@ -182,7 +197,7 @@ void core_on_lease_ask(struct core *c, struct member *m, uint32_t samples, uint6
     bool open = m->trains && core_may_train(m) && !c->paused && !c->closing &&
                 now_ms >= c->hold_until_ms && !core_tokens_reached(c);
     struct batch b = {0};
-    if (open) grant(c, m, wanted, &b);
+    if (open) grant(c, m, wanted, now_ms, &b);
     core_emit_persist(out, &b);
     core_send_leases(c, m, out);
 }
@@ -299,6 +314,8 @@ uint64_t core_return_leases(struct core *c, struct batch *b) {
         if (!m || (m->here && core_may_train(m)) || in_any_plan(c, m)) continue;
         count_lease(c, l, false);
         l->member = 0;
+        l->former = core_may_train(m) && !m->left ? m->id : 0;
+        l->returned_ms = c->tick_ms;
         count_lease(c, l, true);
         put_lease(b, l);
         samples += l->count;
@@ -308,6 +325,21 @@ uint64_t core_return_leases(struct core *c, struct batch *b) {
             batch_put_meta(b, CORE_META_NEXT_LEASE, c->next_lease);
         }
 #endif
+    }
+    return samples;
+}
+
+uint64_t core_take_back_leases(struct core *c, struct member *m, struct batch *b) {
+    uint64_t samples = 0;
+    for (uint32_t i = 0; i < c->lease_count && c->returned_samples; i++) {
+        struct lease *l = &c->leases[i];
+        if (l->member || l->former != m->id || m->lease_count >= PROTO_LEASES_MAX) continue;
+        count_lease(c, l, false);
+        l->member = m->id;
+        l->former = 0;
+        count_lease(c, l, true);
+        put_lease(b, l);
+        samples += l->count;
     }
     return samples;
 }

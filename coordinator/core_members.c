@@ -18,7 +18,10 @@ struct conn *core_conn(const struct core *c, uint64_t id) {
 void core_forget_conn(struct core *c, uint64_t id) {
     struct conn *k = core_conn(c, id);
     if (!k) return;
-    if (k->member && k->member->conn == id) k->member->conn = 0;
+    if (k->member && k->member->conn == id) {
+        k->member->conn = 0;
+        k->member->closed_ms = c->tick_ms;
+    }
     if (k->showing) core_forget_takeover(c, id);
     uint32_t i = (uint32_t)(k - c->conns);
     memmove(k, k + 1, (c->conn_count - i - 1) * sizeof *k);
@@ -48,7 +51,7 @@ void core_on_opened(struct core *c, const struct core_event *ev, struct core_act
         core_emit(out, CORE_ACT_KNOWN)->conn = k->id;
 }
 
-/* A reconnect is cheap and common; only silence makes a loss of it. */
+/* A reconnect is cheap and common; only silence makes a loss of it, and a plan waits three heartbeats. */
 void core_on_closed(struct core *c, uint64_t conn) { core_forget_conn(c, conn); }
 
 /* ---- who can do what ------------------------------------------------------------------------ */
@@ -65,6 +68,11 @@ struct member *core_own(const struct core *c) {
 
 bool core_serves(const struct member *m) {
     return m->here && m->conn && !m->catching_up && core_in_good_standing(m);
+}
+
+bool core_is_cut(const struct core *c, const struct member *m) {
+    return m->here && !m->conn &&
+           c->tick_ms >= m->closed_ms + (uint64_t)CORE_CUT_HEARTBEATS * c->outer->heartbeat_ms;
 }
 
 uint32_t core_live_count(const struct core *c) {
@@ -205,6 +213,7 @@ static void begin_session(struct core *c, struct conn *k, const struct msg_hello
     struct member *m = k->member;
     k->hello = true;
     m->here = true;
+    m->left = false;
     m->conn = k->id;
     m->session = c->term << 24 | ++c->session_counter;
     m->instance = msg->instance;
@@ -285,6 +294,17 @@ static void send_plans(struct core *c, struct member *m, bool moved, struct core
     if (c->resum.plan.resum) send_plan_again(c, &c->resum.plan, m, moved, out);
 }
 
+/* It worked on while it was away, perhaps: what of its samples nobody else has, it keeps. */
+static void take_back_leases(struct core *c, struct member *m, struct core_actions *out) {
+    struct batch b = {0};
+    if (!m->trains || !core_may_train(m)) return;
+    uint64_t samples = core_take_back_leases(c, m, &b);
+    core_emit_persist(out, &b);
+    if (samples)
+        core_log(out, CORE_INFO, WHO " is back, and gets its %llu samples again", WHO_OF(m),
+                 LLU(samples));
+}
+
 void core_on_hello(struct core *c, struct conn *k, const struct msg_hello *msg, uint64_t now_ms,
                    struct core_actions *out) {
     if (refuse_hello(c, k, msg, now_ms, out)) return;
@@ -309,6 +329,7 @@ void core_on_hello(struct core *c, struct conn *k, const struct msg_hello *msg, 
         struct msg_root root = {s->index, s->root};
         core_send(out, m, MSG_ROOT, 0, &root);
     }
+    take_back_leases(c, m, out);
     core_send_leases(c, m, out);
     send_plans(c, m, moved, out);
     if (core_is_own(c, m) && c->checkpoint_writing) { /* its writer may have died with it */

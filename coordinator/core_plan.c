@@ -21,7 +21,8 @@ static void choose_contributors(struct core *c, struct round *r, bool only_plann
         struct member *m = &c->members[i];
         struct part *part = core_part(r, m);
         bool fits = part->present && ranges + part->msg.ranges_count <= CORE_PLAN_RANGES_MAX;
-        bool chosen = fits && m->here && core_in_good_standing(m) && (!only_planned || part->planned);
+        bool chosen = fits && m->here && !core_is_cut(c, m) && core_in_good_standing(m) &&
+                      (!only_planned || part->planned);
         part->planned = chosen;
         part->dropped = false;
         if (!chosen) continue;

@@ -197,10 +197,10 @@ static bool has_data(const struct core *c, const struct member *m) {
     return m->lease_count && !is_spent_out(c, m);
 }
 
-/* A trainer that works on the current state, or could. */
+/* A trainer that works on the current state, or could; or whose contribution waits for its connection. */
 static bool is_awaited(const struct core *c, const struct round *r, const struct member *m) {
     return m->here && m->trains && core_may_train(m) && !m->catching_up &&
-           !core_part(r, m)->present && has_data(c, m) && !is_frozen_elsewhere(c, r, m);
+           (!core_part(r, m)->present || core_is_cut(c, m)) && has_data(c, m) && !is_frozen_elsewhere(c, r, m);
 }
 
 /* Who was summed nowhere three rounds running counts for the grace window, not for the quorum. */
@@ -209,7 +209,7 @@ struct head_count core_count_heads(const struct core *c, const struct round *r) 
     uint32_t reliable = 0;
     for (uint32_t i = 0; i < c->member_count; i++) {
         const struct member *m = &c->members[i];
-        n.ready += m->here && core_part(r, m)->present;
+        n.ready += m->here && core_part(r, m)->present && !core_is_cut(c, m);
         if (!is_awaited(c, r, m)) continue;
         n.waited++;
         reliable += m->missed < CORE_MISSED_ROUNDS_MAX;

@@ -188,6 +188,14 @@ void core_on_root(struct core *c, struct member *m, const struct msg_root *msg, 
                       (unsigned long long)msg->index);
 }
 
+/* Who is here without a state gets one from donors; it wants the results of the newest rounds at most. Who did not
+ * say HELLO yet after our start may have any. */
+static uint64_t applied_by(const struct core *c, const struct member *m) {
+    uint32_t kept = CORE_UNSETTLED_ROUNDS * c->fragments + 1;
+    if (m->has_root) return m->root_index;
+    return m->conn && c->state_count > kept ? c->states[c->state_count - kept].index : 0;
+}
+
 /* Settled is what every live member has applied: nobody will ask for its bytes any more. */
 void core_settle(struct core *c) {
     uint64_t lowest = core_state_now(c)->index;
@@ -195,8 +203,8 @@ void core_settle(struct core *c) {
     for (uint32_t i = 0; i < c->member_count; i++) {
         const struct member *m = &c->members[i];
         if (!m->here || !core_in_good_standing(m)) continue;
-        if (!m->has_root) return;
-        if (m->root_index < lowest) lowest = m->root_index;
+        uint64_t applied = applied_by(c, m);
+        if (applied < lowest) lowest = applied;
         live++;
     }
     if (live && lowest > c->settled_index) c->settled_index = lowest;

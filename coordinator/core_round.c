@@ -31,17 +31,18 @@ void core_drop_contributor(struct core *c, struct round *r, struct member *m,
 
 static bool is_unable(const struct core *c, uint32_t id) {
     const struct member *m = core_member(c, id);
-    return !m->here || m->catching_up || !core_in_good_standing(m);
+    return !m->here || m->catching_up || !core_in_good_standing(m) || core_is_cut(c, m);
 }
 
-/* Contributions of the plan whose members are still here and have them; the others' go for good. */
+/* Contributions of the plan whose members are still here and have them; the others' are forgotten, until they are
+ * announced again. */
 static uint32_t keep_live_contributors(struct core *c, struct round *r) {
     uint32_t n = 0;
     for (uint32_t i = 0; i < c->member_count; i++) {
         struct member *m = &c->members[i];
         struct part *p = core_part(r, m);
         if (!p->planned) continue;
-        if (m->here && core_in_good_standing(m) && !p->lost)
+        if (m->here && !core_is_cut(c, m) && core_in_good_standing(m) && !p->lost)
             n++;
         else
             core_forget_ready(p);
@@ -78,12 +79,13 @@ static bool replace_lost(struct core *c, struct round *r, uint64_t now_ms,
                          struct core_actions *out) {
     for (uint32_t i = 0; i < r->plan.shard_count; i++) {
         const struct msg_shard *s = &r->plan.shards[i].where;
-        if (!is_unable(c, s->aggregator) && !is_unable(c, s->holder)) continue;
+        bool aggregates = is_unable(c, s->aggregator);
+        if (!aggregates && !is_unable(c, s->holder)) continue;
         c->handovers++;
         core_log(
             out, CORE_WARNING, "plan %llu: member %u, who %s, is lost; the shard goes to others",
-            LLU(r->plan.number), is_unable(c, s->aggregator) ? s->aggregator : s->holder,
-            is_unable(c, s->aggregator) ? "aggregates" : "holds");
+            LLU(r->plan.number), aggregates ? s->aggregator : s->holder,
+            aggregates ? "aggregates" : "holds");
         core_replan(c, r, now_ms, out);
         return true;
     }
@@ -281,8 +283,19 @@ static void reports_are_complete(struct core *c, struct round *r, uint64_t now_m
     }
 }
 
+/* Contributors whose process is gone send nothing more: what they lack is not waited for. */
+static void drop_cut(struct core *c, struct round *r, struct core_actions *out) {
+    for (uint32_t i = 0; i < r->plan.contributor_count; i++) {
+        struct member *m = core_member(c, r->plan.contributors[i].member);
+        struct part *p = core_part(r, m);
+        if (p->planned && !p->dropped && core_is_cut(c, m))
+            core_drop_contributor(c, r, m, out);
+    }
+}
+
 void core_check_round(struct core *c, struct round *r, uint64_t now_ms, struct core_actions *out) {
     if (r->phase == ROUND_COLLECT || replace_lost(c, r, now_ms, out)) return;
+    drop_cut(c, r, out);
     core_check_audits(c, r, now_ms, out);
     if (c->takeover) return; /* our ledger may be behind: nothing is appended to it now */
     if (r->phase == ROUND_AUDIT) {

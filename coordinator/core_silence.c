@@ -149,7 +149,7 @@ void core_judge(struct core *c, bool stopped, uint64_t now_ms, struct core_actio
         m->asks = 0;
         if (!m->here) continue;
         if (stopped) {
-            m->heard_ms = m->progress_ms = now_ms;
+            m->heard_ms = m->progress_ms = m->closed_ms = now_ms;
         } else if (since(m->heard_ms, now_ms) >= limit) {
             core_lose(c, m, ERR_TIMEOUT, "no heartbeat for silence_ms_max", out);
         } else if (is_working(m->beat.phase) && since(m->progress_ms, now_ms) >= limit) {

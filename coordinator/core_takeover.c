@@ -9,7 +9,7 @@
 #include "coordinator/core_internal.h"
 
 #define LLU(x) ((unsigned long long)(x))
-#define PATIENCE 8u /* silences after a start before one member's word for a newer term is taken, and
+#define PATIENCE 8u /* silences that one member must stand by its word for a newer term before it is taken, and
                      * between two times that a member may show entries */
 
 struct takeover {
@@ -44,7 +44,7 @@ static bool is_witnessed(const struct core *c, const struct member *m, uint64_t 
     uint32_t witnesses = 0;
     for (uint32_t i = 0; i < c->member_count; i++)
         witnesses += core_in_good_standing(&c->members[i]) && c->members[i].term_shown > c->term;
-    return core_is_own(c, m) || witnesses > 1 || now_ms - c->start_ms >= patience_ms(c);
+    return core_is_own(c, m) || witnesses > 1 || now_ms - m->term_shown_ms >= patience_ms(c);
 }
 
 static void on_newer_term(struct core *c, struct conn *k, uint64_t term, uint64_t now_ms,
@@ -53,7 +53,10 @@ static void on_newer_term(struct core *c, struct conn *k, uint64_t term, uint64_
     core_complain(c, out, CORE_ERROR,
                   WHO " has seen term %llu, this store is of term %llu: it is an older copy",
                   WHO_OF(m), LLU(term), LLU(c->term));
-    if (term - c->term <= CORE_TERM_STEP_MAX) m->term_shown = term;
+    if (term - c->term <= CORE_TERM_STEP_MAX) {
+        if (m->term_shown <= c->term) m->term_shown_ms = now_ms;
+        m->term_shown = term;
+    }
     core_close(c, out, k->id, ERR_STALE, false,
                "the coordinator's store is older than the run; come again");
     if (m->term_shown == term && is_witnessed(c, m, now_ms)) restart(c, term, out);

@@ -39,6 +39,7 @@ static void a_returned_lease_is_of_the_next_generation_and_the_old_claim_is_refu
     lost->muted = true;
     pass(r, 2500);
     assert_int_equal(lost->conn, 0);
+    pass(r, 16000); /* it does not come back */
     ask(r, other, 4); /* a part of it: the rest gets an id of its own */
     assert_int_equal(other->leases[0].lease, old.lease);
     assert_int_equal(other->leases[0].generation, old.generation + 1);
@@ -56,6 +57,59 @@ static void a_returned_lease_is_of_the_next_generation_and_the_old_claim_is_refu
     assert_true(lost->reset);
     assert_true(place(r, CORE_ACT_SEND, MSG_RESET) < place(r, CORE_ACT_SEND, MSG_LEASES));
     assert_int_equal(look(r).members_live, 3);
+}
+
+/* Stopped, or cut off for a while: what it trained on meanwhile need not be done again, for nobody else has it. */
+static void who_comes_back_gets_its_samples_again(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    struct fake *lost = &r->fake[2], *other = &r->fake[3];
+    ask(r, lost, 8);
+    struct msg_lease old = lost->leases[0];
+    lost->muted = true;
+    pass(r, 2500);
+    assert_int_equal(lost->conn, 0);
+    ask(r, other, 8); /* there are others, which nobody may have worked on */
+    assert_int_equal(other->leases[0].start, 8);
+    lost->muted = false;
+    dial(r, lost);
+    hello(r, lost);
+    assert_true(place(r, CORE_ACT_PERSIST, -1) < place(r, CORE_ACT_SEND, MSG_LEASES));
+    assert_int_equal(lost->lease_count, 1);
+    assert_memory_equal(&lost->leases[0], &old, sizeof old);
+    be_ready(r, lost, 8);
+    assert_false(lost->reset);
+    be_ready(r, other, 8);
+    commit_in(r, 0);
+    assert_int_equal(look(r).samples_spent, 16);
+    load(r); /* and the rows say the same */
+    assert_int_equal(look(r).samples_spent, 16);
+}
+
+/* What it had is the last that others get, but they get it, and then it is too late. */
+static void samples_of_who_is_away_are_handed_out_last(void **state) {
+    struct rig *r = *state;
+    r->corpus.samples = 24;
+    start_with(r, 2);
+    struct fake *lost = &r->fake[2], *other = &r->fake[3];
+    ask(r, lost, 8);
+    struct msg_lease old = lost->leases[0];
+    lost->muted = true;
+    pass(r, 2500);
+    ask(r, other, 16);
+    assert_int_equal(other->lease_count, 1);
+    assert_int_equal(other->leases[0].start, 8);
+    ask(r, other, 4);
+    assert_int_equal(other->lease_count, 2);
+    assert_int_equal(other->leases[0].start, old.start);
+    assert_int_equal(other->leases[0].generation, old.generation + 1);
+    dial(r, lost);
+    hello(r, lost);
+    assert_int_equal(lost->lease_count, 0); /* what others did not take has another id */
+    lost->claims[0] = old;
+    lost->claim_count = 1;
+    say_ready(r, lost);
+    assert_true(lost->reset);
 }
 
 static void a_claim_must_be_a_prefix_of_a_held_lease(void **state) {
@@ -351,6 +405,8 @@ int main(void) {
         T(a_lease_is_durable_before_it_is_sent),
         T(lease_ask_spam_is_bounded),
         T(a_returned_lease_is_of_the_next_generation_and_the_old_claim_is_refused),
+        T(who_comes_back_gets_its_samples_again),
+        T(samples_of_who_is_away_are_handed_out_last),
         T(a_claim_must_be_a_prefix_of_a_held_lease),
         T(a_sample_in_two_contributions_is_spent_by_the_first_commit),
         T(a_later_contribution_spends_only_the_rest),

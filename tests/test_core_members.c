@@ -181,6 +181,7 @@ static void after_a_restart_leases_stay_until_silence_has_judged(void **state) {
     pass(r, 200);
     assert_string_equal(look(r).phase, "reduce");
     assert_int_equal(look(r).members_live, 2);
+    pass(r, 16000); /* it does not come for them */
     ask(r, &r->fake[3], 8);
     assert_int_equal(r->fake[3].leases[0].start, old.start);
     assert_int_equal(r->fake[3].leases[0].generation, old.generation + 1);
@@ -213,13 +214,61 @@ static void a_closed_connection_is_no_loss_yet(void **state) {
     struct fake *f = &r->fake[2];
     step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = f->conn});
     f->conn = 0;
-    pass(r, 1000);
+    pass(r, 500);
     assert_int_equal(look(r).members_live, 3);
     dial(r, f);
     hello(r, f);
     assert_true(f->has_plan); /* the same plan again */
     assert_int_equal(f->plan, 1);
     assert_int_equal(look(r).plan, 1);
+}
+
+static void cut(struct rig *r, struct fake *f) {
+    step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = f->conn});
+    f->conn = 0;
+}
+
+/* A process that died closes its connection: whom it left waiting need not wait for the silence. */
+static void a_plan_goes_on_without_who_closed_its_connection(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    struct fake *f = fake_by_id(r, r->fake[2].shard.holder);
+    cut(r, f);
+    pass(r, 500);
+    assert_int_equal(look(r).plan, 1);
+    pass(r, 300);
+    assert_int_equal(look(r).plan, 2); /* it was to hold the result */
+    assert_int_equal(look(r).members_live, 4);
+    assert_int_not_equal(r->fake[1].shard.holder, f->id);
+    assert_int_equal(r->fake[1].contributors, 2);
+    uint64_t start = f->leases[0].start;
+    commit_in(r, 0);
+    assert_int_equal(look(r).samples_spent, 16);
+    dial(r, f);
+    hello(r, f);
+    assert_int_equal(f->leases[0].start, start); /* its samples are its own as before */
+    be_ready(r, f, 8);
+    assert_false(f->reset);
+}
+
+/* Alone in the plan: nothing is made of nobody, and it is not held against it. */
+static void the_only_contributor_may_close_its_connection(void **state) {
+    struct rig *r = *state;
+    r->outer.quorum = 1;
+    start_with(r, 1);
+    be_ready(r, &r->fake[2], 8);
+    pass(r, 100);
+    assert_string_equal(look(r).phase, "reduce");
+    cut(r, &r->fake[2]);
+    pass(r, 1000);
+    assert_string_equal(look(r).phase, "train");
+    assert_true(look(r).plan <= 2);
+    dial(r, &r->fake[2]);
+    hello(r, &r->fake[2]);
+    say_ready(r, &r->fake[2]);
+    pass(r, 100);
+    assert_false(r->fake[2].reset);
+    assert_string_equal(look(r).phase, "reduce");
 }
 
 /* ---- revocation ----------------------------------------------------------------------------- */
@@ -347,6 +396,8 @@ int main(void) {
         T(after_a_restart_leases_stay_until_silence_has_judged),
         T(no_progress_is_silence_too),
         T(a_closed_connection_is_no_loss_yet),
+        T(a_plan_goes_on_without_who_closed_its_connection),
+        T(the_only_contributor_may_close_its_connection),
         T(a_revoked_member_is_turned_away_and_leaves_the_roster),
         T(a_revoked_aggregator_is_replaced_and_a_revoked_contributor_dropped),
         T(a_copied_home_directory_is_refused_while_the_first_lives),

@@ -268,9 +268,28 @@ static void a_run_that_begins_with_a_checkpoint_has_donors_from_the_start(void *
     assert_non_null(sent(r, &r->fake[2], MSG_ROOT));
 }
 
+/* Results are kept for who may need them, but whoever just listens must not make everybody keep them for ever. */
+static void a_listener_without_a_state_holds_only_the_newest_rounds_up(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    struct fake *f = &r->fake[4];
+    dial(r, f);
+    enrol(r, f);
+    say(r, f, MSG_HELLO, 0, &(struct msg_hello){.port = f->port});
+    for (int round = 0; round < 10; round++) {
+        for (int i = 2; i <= 3; i++) be_ready(r, &r->fake[i], 8);
+        commit_once(r);
+        for (int i = 1; i <= 3; i++) say_root(r, &r->fake[i]);
+        say(r, f, MSG_HEARTBEAT, 0, &(struct msg_heartbeat){.phase = PHASE_CATCHING_UP});
+        uint64_t behind = look(r).head_index - look(r).settled_index;
+        assert_true(round < 8 ? !look(r).settled_index : look(r).settled_index && behind == 8);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_joiner_gets_donors_the_root_and_others_when_they_are_gone),
+        T(a_listener_without_a_state_holds_only_the_newest_rounds_up),
         T(holders_are_named_again_after_a_restart),
         T(a_checkpoint_is_written_signed_and_entered_in_the_ledger),
         T(paused_means_no_leases_and_no_plans_also_after_a_restart),
