@@ -616,7 +616,7 @@ static void ask_moments(struct sync *s, struct peer *p) {
  * moment's wait, but nothing depends on it. */
 bool moments_pending(struct sync *s) {
     struct trainer *t = &s->trainer;
-    if (t->steps) t->want_moments = false;
+    if (t->want_moments && t->steps) moments_abort(s);
     if (!t->want_moments) return false;
     if (t->moments_in && t->moments_got == s->chunk_count) return false;
     if (!s->synced) return false; /* it goes on with what it has */

@@ -341,7 +341,7 @@ static void train(struct sync *s) {
     struct trainer *t = &s->trainer;
     if (moments_pending(s)) return;
     if (t->moments_in && t->moments_got == s->chunk_count) {
-        emit_moments(s);
+        if (!t->slot_dirty) emit_moments(s); /* else an APPLY is about to leave by the same slot */
         return;
     }
     leases_feed(s);

@@ -7,21 +7,26 @@ static bool only_some_states(struct rig *r, struct sent *m) {
     return m->frame.type != MSG_STATE || (states_allowed && states_allowed--);
 }
 
+/* Member 4 comes, with a trainer that has made no step. */
+static void joins(struct rig *r, const uint32_t *donors, uint32_t count) {
+    struct digest root = root_of(r, 1);
+    r->node[4] = (struct node){.exists = true, .id = 4, .trains = true};
+    node_start(r, 4);
+    dial_coordinator(r, 4);
+    trainer_up(r, 4, 0);
+    welcome(r, 4, donors, count);
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+}
+
 /* A joiner fetches the state while a commit lands: what it has is brought forward with the results,
  * the rest comes newer, and it ends with the same bits. Then it trains, with a member's moments. */
 static void joiner_catches_up_while_a_commit_lands(void **state) {
     struct rig *r = *state;
     two_rounds(r);
     for (int i = 0; i < ELEMENTS; i++) r->node[2].moments[i] = 0.5f + (float)i;
-    r->node[4] = (struct node){.exists = true, .id = 4, .trains = true};
-    node_start(r, 4);
-    dial_coordinator(r, 4);
-    trainer_up(r, 4, 0);
     r->spoil = only_some_states;
     states_allowed = 2;
-    welcome(r, 4, (uint32_t[]){1, 2}, 2);
-    struct digest root = root_of(r, 1);
-    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    joins(r, (uint32_t[]){1, 2}, 2);
     settle(r);
     assert_int_equal(look(r, 4).chunks_missing, 4); /* stored as one batch */
     train_round(r, 2);
@@ -30,7 +35,7 @@ static void joiner_catches_up_while_a_commit_lands(void **state) {
     for (uint32_t id = 1; id <= 4; id++)
         announce(r, id, &THREE, id == 2 || id == 3 ? 3 * STEPS * BATCH : 0);
     r->spoil = NULL;
-    root = root_of(r, 1);
+    struct digest root = root_of(r, 1);
     say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
     pass(r, 900);
     assert_same_state(r, 1, 4);
@@ -45,6 +50,79 @@ static void joiner_catches_up_while_a_commit_lands(void **state) {
     assert_int_equal(r->node[4].moments_steps, r->node[2].steps);
     train_round(r, 4);
     assert_int_equal(ready_of(r, 4)->base_index, r->base_index);
+}
+
+static bool all_is_here;
+static bool a_result_and_moments_are_missing(struct rig *r, struct sent *m) {
+    (void)r;
+    const struct msg_result *result = m->msg;
+    static struct msg_none none = {.what = MSG_RESULT_GET};
+    if (all_is_here || m->to != 4) return true;
+    if (m->frame.type == MSG_MOMENTS) return false; /* on their way */
+    if (m->frame.type != MSG_RESULT || result->chunk != CHUNKS - 1) return true;
+    none.round = result->round;
+    m->frame.type = MSG_NONE;
+    m->msg = &none;
+    return true;
+}
+
+static void moments_arrive(struct rig *r) {
+    for (uint32_t i = 0; i < r->sent_count; i++) {
+        struct sent m = r->sent[i];
+        if (m.to != 4 || m.frame.type != MSG_MOMENTS) continue;
+        step(r, 4,
+             &(struct sync_event){
+                 .type = SYNC_EV_PEER_MESSAGE, .peer = m.from, .frame = m.frame, .msg = m.msg});
+    }
+}
+
+/* Half of a commit stands in the trainer's slot and waits for the other half when the second moments
+ * come, which go through the same slot: they must not wipe it out, or the trainer would be a commit
+ * behind for good. */
+static void moments_do_not_overwrite_a_commit(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    all_is_here = false;
+    r->spoil = a_result_and_moments_are_missing;
+    joins(r, (uint32_t[]){1, 2}, 2);
+    for (int i = 0; i < 20 && !r->node[4].resets; i++) pass(r, 50);
+    train_round(r, 2);
+    train_round(r, 3);
+    whole_round(r, &THREE);
+    for (uint32_t id = 1; id <= 4; id++)
+        announce(r, id, &THREE, id == 2 || id == 3 ? 3 * STEPS * BATCH : 0);
+    assert_true(sync_chunk_version(r->node[4].sync, 0) == r->base_index);
+    assert_true(sync_chunk_version(r->node[4].sync, CHUNKS - 1) < r->base_index);
+    moments_arrive(r);
+    settle(r);
+    all_is_here = true;
+    struct digest root = root_of(r, 1);
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
+    pass(r, 900);
+    assert_same_state(r, 1, 4);
+    assert_true(r->node[4].moments_in);
+    assert_int_equal(r->node[4].resets, 1);
+    assert_local_is_anchor(r, 4);
+}
+
+/* A trainer that has made steps has moments of its own by then. */
+static void moments_that_come_after_a_step_are_not_taken(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    all_is_here = false;
+    r->spoil = a_result_and_moments_are_missing;
+    joins(r, (uint32_t[]){2}, 1);
+    struct msg_lease lease = lease_of(4, 0);
+    say_leases(r, 4, &lease, 1);
+    for (int i = 0; i < 20 && !last_sent(r, 2, MSG_MOMENTS); i++) pass(r, 50);
+    r->node[4].connected = false;
+    step(r, 4, &(struct sync_event){.type = SYNC_EV_DISCONNECTED}); /* it goes on with what it has */
+    settle(r);
+    train(r, 4);
+    moments_arrive(r);
+    settle(r);
+    assert_int_equal(count_sent(r, 2, MSG_MOMENTS), CHUNKS);
+    assert_false(r->node[4].moments_in);
 }
 
 /* A member that missed a commit keeps its work: a donor's chunk comes as a change, too. */
@@ -145,6 +223,8 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         T(joiner_catches_up_while_a_commit_lands),
+        T(moments_do_not_overwrite_a_commit),
+        T(moments_that_come_after_a_step_are_not_taken),
         T(missed_commit_keeps_the_work),
         T(leaves_without_results_are_no_progress),
         T(resync_fetches_everything_anew),
