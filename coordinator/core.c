@@ -155,6 +155,9 @@ static void move_deadlines(struct core *c, uint64_t gap) {
 static void on_tick(struct core *c, uint64_t now_ms, struct core_actions *out) {
     uint64_t gap = now_ms - c->tick_ms;
     bool stopped = gap > c->outer->silence_ms_max / 2;
+#ifdef SIM_FAULTS
+    if (core_fault == CORE_FAULT_TIMERS_BEFORE_INPUT) stopped = false;
+#endif
     if (stopped) {
         core_log(out, CORE_WARNING,
                  "the coordinator itself stood still for %llu ms: nobody is judged by that time",

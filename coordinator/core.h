@@ -188,6 +188,7 @@ enum core_fault {
     CORE_FAULT_COMMIT_ANNOUNCED_BEFORE_DURABLE,
     CORE_FAULT_ONE_REPORT_SUFFICES,        /* a round commits when its aggregators have reported */
     CORE_FAULT_LEASE_RETURNED_TWICE,       /* a lost member's lease goes back under two ids */
+    CORE_FAULT_TIMERS_BEFORE_INPUT,        /* after a stop of its own it judges silence at once */
     CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN,/* a claim that another fragment's commit spent is spent again */
     CORE_FAULT_WEIGHT_ZERO_COMMITS         /* a chunk summed from nobody is committed */
 };

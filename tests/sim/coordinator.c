@@ -99,7 +99,7 @@ void sim_core_kill(struct sim_world *w, struct sim_core *c, bool restart) {
     }
     c->number = 0;
     c->dies_after = 0;
-    c->paused_until = 0;
+    c->paused_until = c->input_until = 0;
     if (restart) sim_schedule(w, 200 + sim_random(w, 8000), SIM_CORE_START, SIM_COORDINATOR);
 }
 
@@ -138,7 +138,7 @@ void sim_core_start(struct sim_world *w) {
     if (c->core) return; /* two run already */
     c->number = ++w->core_number;
     c->dies_after = 0;
-    c->paused_until = 0;
+    c->paused_until = c->input_until = 0;
     start(w, c);
     if (c->core) sim_schedule(w, CORE_TICK_MS, SIM_CORE_TICK, SIM_COORDINATOR)->life = c->number;
 }
@@ -225,6 +225,7 @@ static void sign_checkpoint(struct sim_world *w, const struct sim_core *core, st
 static void close_conn(struct sim_world *w, const struct sim_core *core, struct sim_conn *c,
                        const struct core_action *a) {
     struct msg_bye bye = {.code = (uint8_t)a->code, .final = a->final, .reason = proto_str(a->text)};
+    oracle_closed(w, c, a->code);
     sim_trace(w, "coordinator closes slot %u: %s", c->member, a->text);
     sim_conn_send(w, c, false, MSG_BYE, (struct frame){.term = core->term, .session = a->session},
                   &bye);

@@ -69,9 +69,19 @@ static void older_image(struct sim_world *w, struct sim_member *m) {
     sim_disk_copy(&m->disk, &m->image, false);
 }
 
+/* The home of a copy may have ended since with the plan's only bytes of it. */
+static bool contributors_keep_bytes(struct sim_world *w, const struct msg_commit *c) {
+    for (uint32_t i = 0; i < c->contributors_count; i++) {
+        const struct sim_contribution *x = oracle_contribution(
+            w, c->contributors[i].member, c->fragment, c->round, &c->contributors[i].root);
+        if (!x || w->member[x->slot].copy || !oracle_keeps_bytes(w, x)) return false;
+    }
+    return true;
+}
+
 /* Contributors still have their bytes; of the commits before, somebody has the state. A sum that was a
  * lie cannot be made again. */
-static bool may_lose_results(const struct sim_world *w, const struct msg_commit *c) {
+static bool may_lose_results(struct sim_world *w, const struct msg_commit *c) {
     bool before = false, lies = false;
     for (uint32_t i = 0; i < w->members; i++) {
         const struct sim_member *m = &w->member[i];
@@ -84,7 +94,8 @@ static bool may_lose_results(const struct sim_world *w, const struct msg_commit 
         before |= has;
         lies |= m->lie == SYNC_FAULT_LIES_SUM;
     }
-    return before && !lies && is_recovered(w) && !w->member[w->copy_slot].alive;
+    return before && !lies && is_recovered(w) && !w->member[w->copy_slot].alive &&
+           contributors_keep_bytes(w, c);
 }
 
 /* Aggregator and second holder of a shard end with the commit that names them, before anybody else
@@ -127,7 +138,7 @@ static void successor(struct sim_world *w) {
     uint64_t pause = 1000 + sim_random(w, 3ull * w->outer.silence_ms_max);
     sim_trace(w, "the coordinator of term %llu is stopped for %llu ms, another one starts",
               LLU(old->term), LLU(pause));
-    old->paused_until = sim_chance(w, 800) ? w->now + pause : 0;
+    old->paused_until = old->input_until = sim_chance(w, 800) ? w->now + pause : 0;
     w->injected[SIM_SUCCESSOR]++;
     sim_core_start(w);
 }
@@ -276,9 +287,14 @@ static void stop_member(struct sim_world *w, struct sim_member *m) {
     w->injected[SIM_PAUSE]++;
 }
 
+/* Where its machine stood still as well, what was sent to it meanwhile is on its way again when its
+ * clocks already run. */
 static void stop_core(struct sim_world *w, struct sim_core *c) {
+    bool machine = sim_chance(w, 500) && w->now >= c->input_until + w->outer.silence_ms_max;
     c->paused_until = w->now + a_while(w);
-    sim_trace(w, "the coordinator is stopped for %llu ms", LLU(c->paused_until - w->now));
+    c->input_until = c->paused_until + (machine ? 1 + sim_random(w, 500) : 0);
+    sim_trace(w, "the coordinator is stopped for %llu ms%s", LLU(c->paused_until - w->now),
+              machine ? ", with its machine" : "");
     w->injected[SIM_CORE_PAUSE]++;
 }
 

@@ -42,6 +42,7 @@ static const struct deliberate faults[] = {
     IN_CORE("commit-announced-before-durable", CORE_FAULT_COMMIT_ANNOUNCED_BEFORE_DURABLE),
     IN_CORE("one-report-suffices", CORE_FAULT_ONE_REPORT_SUFFICES),
     IN_CORE("lease-returned-twice", CORE_FAULT_LEASE_RETURNED_TWICE),
+    IN_CORE("timers-before-input", CORE_FAULT_TIMERS_BEFORE_INPUT),
     IN_CORE("spent-again-by-other-fragment", CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN),
     IN_CORE("weight-zero-commits", CORE_FAULT_WEIGHT_ZERO_COMMITS),
     IN_SYNC("divisor-not-corrected", SYNC_FAULT_DIVISOR_NOT_CORRECTED),

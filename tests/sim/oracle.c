@@ -132,7 +132,7 @@ static void check_audits(struct sim_world *w, uint64_t term, const struct msg_co
     for (uint32_t i = 0; i < 64; i++) {
         const struct sim_audit *a = &w->audits[i];
         if (a->term != term || a->plan != c->plan || !a->reported) continue;
-        for (uint32_t k = 0; k < 64; k++) {
+        for (uint32_t k = 0; k < SIM_REPORTS; k++) {
             const struct sim_report *r = &w->reports[k];
             const struct msg_summed *summed = oracle_summed(c, a->chunk);
             if (r->term != term || r->plan != c->plan || r->shard >= c->shards_count || !summed)
@@ -148,6 +148,40 @@ static void check_audits(struct sim_world *w, uint64_t term, const struct msg_co
                               c->fragment, LLU(c->round), a->chunk);
         }
     }
+}
+
+static struct sim_report *find_report(struct sim_world *w, uint64_t term, uint64_t plan,
+                                      uint32_t member, uint32_t shard) {
+    for (uint32_t i = 0; i < SIM_REPORTS; i++) {
+        struct sim_report *r = &w->reports[i];
+        if (r->term == term && r->plan == plan && r->member == member && r->shard == shard)
+            return r;
+    }
+    return NULL;
+}
+
+/* A commit survives each of its members: the results of every shard are what two of them reported, who
+ * had made them durable first. */
+static void check_reports(struct sim_world *w, uint64_t term, const struct msg_commit *c) {
+    struct msg_digest_item leaves[SIM_CHUNKS_MAX];
+    for (uint32_t i = 0; i < c->shards_count; i++) {
+        const struct msg_shard *s = &c->shards[i];
+        const struct sim_report *a = find_report(w, term, c->plan, s->aggregator, i),
+                                *h = find_report(w, term, c->plan, s->holder, i);
+        if (!a || !h || s->aggregator == s->holder || a->count != s->count || h->count != s->count)
+            sim_violation(w,
+                          "fragment %u round %llu: shard %u is committed, and not reported by members %u "
+                          "and %u",
+                          c->fragment, LLU(c->round), i, s->aggregator, s->holder);
+        if (memcmp(a->leaf, h->leaf, s->count * sizeof *a->leaf))
+            sim_violation(w, "fragment %u round %llu: the reports of shard %u differ", c->fragment,
+                          LLU(c->round), i);
+        for (uint32_t k = 0; k < s->count; k++) leaves[s->first + k].digest = a->leaf[k];
+    }
+    struct digest root = digest_tree_root(leaves, w->fragment_chunks[c->fragment]);
+    if (!digest_equal(&root, &c->result_root))
+        sim_violation(w, "fragment %u round %llu: what was reported is not what is committed",
+                      c->fragment, LLU(c->round));
 }
 
 static void take_commit(struct sim_world *w, uint64_t index, uint64_t term,
@@ -235,6 +269,7 @@ static void on_entry(struct sim_world *w, const struct core_write *x) {
     if (x->key < w->truth_count) return; /* taken over from a member */
     take_entry(w, x->key, x->value, x->value_length);
     if (oracle_commit(w, x->key, &e, &c)) {
+        check_reports(w, e.term, &c);
         sim_fault_at_commit(w, &c);
         proto_decoded_release(RECORD_commit, &c);
     }
@@ -353,8 +388,11 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     z->valid = true;
     z->number = ++w->freezes;
     z->known_head = v.head_index;
-    for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++)
-        memcpy(z->effect[k], m->trainer.effect[w->chunk_at[fragment][k]], sizeof z->effect[k]);
+    for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++) {
+        uint32_t chunk = w->chunk_at[fragment][k];
+        memcpy(z->effect[k], m->trainer.effect[chunk], sizeof z->effect[k]);
+        z->base[k] = m->trainer.base[chunk];
+    }
     memcpy(z->all, m->trainer.fragment_effect[fragment], sizeof z->all);
     z->samples = samples_count(z->all);
     sim_trace(w, "    %u: trainer freezes fragment %u with %llu samples", m->slot, fragment,
@@ -371,12 +409,14 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
 void oracle_mix(struct sim_world *w, struct sim_member *m, uint32_t chunk) {
     uint32_t f = w->fragment_of[chunk], k = w->place_of[chunk];
     uint64_t version = sync_chunk_version(m->sync, chunk);
+    const struct digest *root = &m->freeze[f].root; /* a copied home has later ones of the same member */
     const struct sim_contribution *x = NULL;
     struct msg_entry e;
     struct msg_commit c;
     while (!x && version && version != UINT64_MAX && oracle_commit(w, version, &e, &c)) {
         for (uint32_t i = 0; i < c.contributors_count; i++)
-            if (c.contributors[i].member == m->id && in_set(oracle_summed(&c, k), i))
+            if (c.contributors[i].member == m->id && in_set(oracle_summed(&c, k), i) &&
+                (m->lie || digest_equal(&c.contributors[i].root, root)))
                 x = oracle_contribution(w, m->id, f, c.round, &c.contributors[i].root);
         version = c.base_index;
         proto_decoded_release(RECORD_commit, &c);
@@ -445,15 +485,30 @@ static bool is_durable(const struct sim_member *m, const char *prefix, const voi
     return false;
 }
 
-static void check_durable(struct sim_world *w, struct sim_member *m, uint32_t fragment,
-                          const uint8_t *bytes) {
+static bool keeps_bytes(const struct sim_world *w, const struct sim_member *m, uint32_t fragment,
+                        const uint8_t *bytes) {
     for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++) {
         size_t offset,
             length = sim_encoded(w, fragment, k, w->outer.contribution_codec, &offset);
-        if (!is_durable(m, "contribution", bytes + offset, length))
-            sim_violation(w, "slot %u announces a contribution to fragment %u that is not durable",
-                          m->slot, fragment);
+        if (!is_durable(m, "contribution", bytes + offset, length)) return false;
     }
+    return true;
+}
+
+bool oracle_keeps_bytes(const struct sim_world *w, const struct sim_contribution *x) {
+    return keeps_bytes(w, &w->member[x->slot], x->fragment, x->bytes);
+}
+
+/* What the trainer wrote is the anchor that the contribution is based on, and own work. */
+static void check_base(struct sim_world *w, const struct sim_member *m, const struct msg_ready *r) {
+    const struct sim_freeze *z = &m->freeze[r->fragment];
+    for (uint32_t k = 0; k < r->chunks; k++)
+        if (z->base[k] != r->base_index)
+            sim_violation(w,
+                          "slot %u, fragment %u round %llu: its trainer has chunk %u of state %llu, "
+                          "the contribution is based on %llu",
+                          m->slot, r->fragment, LLU(r->round), k, LLU(z->base[k]),
+                          LLU(r->base_index));
 }
 
 /* The leaves of what a shard's report promises stand in the file with its chunks. */
@@ -509,8 +564,11 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
                           "slot %u, fragment %u round %llu: the contribution is not anchor - local "
                           "+ residual",
                           m->slot, r->fragment, LLU(r->round));
+        check_base(w, m, r);
         check_claims(w, m, r);
-        check_durable(w, m, r->fragment, z->bytes);
+        if (!keeps_bytes(w, m, r->fragment, z->bytes))
+            sim_violation(w, "slot %u announces a contribution to fragment %u that is not durable",
+                          m->slot, r->fragment);
     }
     keep_contribution(w, m, r);
 }
@@ -532,8 +590,10 @@ void oracle_to_core(struct sim_world *w, struct sim_member *m, uint8_t type, con
     if (type == MSG_ROOT) check_root(w, m, msg);
     if (type != MSG_SHARD_REPORT) return;
     check_report(w, m, s);
-    struct sim_report *r = &w->reports[w->report_count++ % 64];
-    *r = (struct sim_report){.term = f->term, .plan = s->plan, .shard = s->shard};
+    struct sim_report *r = find_report(w, f->term, s->plan, m->id, s->shard);
+    if (!r) r = &w->reports[w->report_count++ % SIM_REPORTS];
+    *r = (struct sim_report){
+        .term = f->term, .plan = s->plan, .member = m->id, .shard = s->shard};
     if (s->results_count <= SIM_CHUNKS_MAX) r->count = s->results_count;
     for (uint32_t i = 0; i < r->count; i++) r->leaf[i] = s->results[i].digest;
 }
@@ -562,4 +622,27 @@ void oracle_received(struct sim_world *w, struct sim_member *m, const struct fra
         a->reported = true;
         a->leaf = r->leaf;
     }
+}
+
+/* ---- who is alive ------------------------------------------------------------------------------------ */
+
+void oracle_arrived(struct sim_world *w, const struct sim_event *e) {
+    struct sim_conn *c = sim_conn_find(w, e->conn);
+    union sim_record record;
+    if (!c || e->frame.type != MSG_HEARTBEAT) return;
+    sim_decode(w, e, &record);
+    const struct msg_heartbeat *b = (const void *)&record;
+    bool works = b->phase == PHASE_TRAINING || b->phase == PHASE_APPLYING;
+    c->heard_at = w->now;
+    if (b->progress != c->progress || !works) c->moved_at = w->now;
+    c->progress = b->progress;
+    proto_decoded_release(RECORD_heartbeat, &record);
+}
+
+/* A member whose heartbeats came in time is not lost, whatever its coordinator was doing meanwhile. */
+void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code) {
+    uint64_t limit = w->outer.silence_ms_max;
+    if (code != ERR_TIMEOUT || w->now - c->heard_at >= limit || w->now - c->moved_at >= limit) return;
+    sim_violation(w, "slot %u is given up for silence, its last heartbeat came %llu ms ago", c->member,
+                  LLU(w->now - c->heard_at));
 }

@@ -36,6 +36,7 @@
 #define SIM_CONNS          1024
 #define SIM_STREAMS_MAX    4
 #define SIM_CORES          2
+#define SIM_REPORTS        256
 #define SIM_COMMANDS_MAX   300
 
 typedef uint8_t sim_samples[SIM_SAMPLES_MAX / 8]; /* a set of samples */
@@ -91,11 +92,12 @@ struct sim_trainer {
     uint64_t samples, steps; /* as SYNC_EV_TRAINER_STEP counts them */
     sim_samples trained;     /* since the last RESET */
     sim_samples effect[SIM_CHUNKS_MAX], fragment_effect[SIM_FRAGMENTS_MAX];
+    uint64_t base[SIM_CHUNKS_MAX]; /* version of the state it has in each chunk, beside its own work */
 };
 struct sim_freeze { /* what the newest freeze of a fragment must lead to */
     bool valid;
     sim_samples effect[SIM_CHUNKS_MAX], all; /* by chunk of the fragment; by fragment */
-    uint64_t samples, known_head, number;
+    uint64_t base[SIM_CHUNKS_MAX], samples, known_head, number;
     bool encodes;
     uint8_t bytes[8 * SIM_ELEMENTS_MAX]; /* all chunks, one after the other */
     struct digest root;                  /* over them; and of the READY that came of it */
@@ -176,6 +178,7 @@ struct sim_conn { /* between a member and a coordinator */
     uint32_t member, core;
     bool open, broken; /* open: at the coordinator's end */
     uint64_t clear_at[2];
+    uint64_t heard_at, moved_at, progress; /* when a HEARTBEAT came last, and one that showed progress */
 };
 struct sim_row {
     uint64_t key;
@@ -195,6 +198,7 @@ struct sim_core { /* a coordinator's process */
     struct core *core;
     uint32_t number; /* of this process, 0 = none */
     uint64_t term, paused_until;
+    uint64_t input_until; /* what was sent to it meanwhile comes then; see stop_core() */
     uint32_t dies_after; /* actions until it dies between two of them; 0 = no */
     struct core_actions out;
 };
@@ -218,9 +222,9 @@ struct sim_audit { /* what an honest auditor was asked, and said */
     struct digest set, leaf; /* set: the digest of the contributor set */
     bool reported;
 };
-struct sim_report {
+struct sim_report { /* as its member signed it last */
     uint64_t term, plan;
-    uint32_t shard, count;
+    uint32_t member, shard, count;
     struct digest leaf[SIM_CHUNKS_MAX];
 };
 
@@ -308,7 +312,7 @@ struct sim_world {
     struct sim_state *states;
     uint32_t state_count, state_capacity;
     struct sim_audit audits[64]; /* the newest */
-    struct sim_report reports[64];
+    struct sim_report reports[SIM_REPORTS];
     uint64_t audit_count, report_count;
     uint64_t checked_sums, unchecked_sums, checkpoints, twice;
     uint64_t planned[SIM_FRAGMENTS_MAX][2]; /* number and round of the newest plan */
@@ -402,11 +406,16 @@ void oracle_audit_asked(struct sim_world *w, uint64_t term, uint64_t plan,
                         const struct msg_audit *a);
 void oracle_received(struct sim_world *w, struct sim_member *m, const struct frame *f,
                      const void *msg);
+/* A message reached the machine of a coordinator, which may be stopped; it closes a connection. */
+void oracle_arrived(struct sim_world *w, const struct sim_event *e);
+void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code);
 const struct sim_contribution *oracle_contribution(struct sim_world *w, uint32_t member,
                                                    uint32_t fragment, uint64_t round,
                                                    const struct digest *root);
 const struct msg_summed *oracle_summed(const struct msg_commit *c, uint32_t k);
 bool oracle_commit(struct sim_world *w, uint64_t index, struct msg_entry *e, struct msg_commit *c);
+/* Does the disk of the slot that announced it still have all of a contribution? */
+bool oracle_keeps_bytes(const struct sim_world *w, const struct sim_contribution *x);
 void oracle_member(struct sim_world *w, struct sim_member *m);
 void oracle_end(struct sim_world *w);
 

@@ -54,6 +54,7 @@ static void apply(struct sim_world *w, struct sim_member *m) {
     float *local = m->trainer.local;
     for (uint32_t c = 0; c < w->chunks; c++) {
         uint32_t first = c * w->chunk_elements, n = sim_chunk_elements(w, c);
+        if (m->slot_ops[c] != SYNC_OP_KEEP) m->trainer.base[c] = sync_chunk_version(m->sync, c);
         if (m->slot_ops[c] == SYNC_OP_ADD)
             for (uint32_t i = first; i < first + n; i++) local[i] += m->slot_values[i];
         if (m->slot_ops[c] != SYNC_OP_MIX) continue;
@@ -68,6 +69,7 @@ static void reset(struct sim_world *w, struct sim_member *m) {
     t->queued = 0;
     t->samples = 0;
     t->has_parameters = true;
+    for (uint32_t c = 0; c < w->chunks; c++) t->base[c] = sync_chunk_version(m->sync, c);
     memset(t->trained, 0, sizeof t->trained);
     memset(t->effect, 0, sizeof t->effect);
     memset(t->fragment_effect, 0, sizeof t->fragment_effect);

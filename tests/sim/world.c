@@ -299,12 +299,13 @@ static bool finished(const struct sim_world *w) {
     return true;
 }
 
-/* Whoever is stopped gets its input later, in order; its clock catches up after the input. */
+/* Whoever is stopped gets its input later, in order; its clock catches up after the input that is there. */
 static bool defer(struct sim_world *w, struct sim_event *e) {
     struct sim_core *core = e->kind == SIM_CORE_OPERATOR ? sim_core_active(w)
                                                          : sim_core_of(w, e->life);
     uint64_t until = 0;
-    if (sim_at_core(e->kind)) until = core ? core->paused_until : 0;
+    if (e->kind == SIM_CORE_TICK) until = core ? core->paused_until : 0;
+    else if (sim_at_core(e->kind)) until = core ? core->input_until : 0;
     else if (e->member < SIM_MEMBERS_MAX && e->kind != SIM_MEMBER_START && e->kind != SIM_COPY_ENDS &&
              e->kind != SIM_MEMBER_KILL)
         until = w->member[e->member].paused_until;
@@ -389,6 +390,7 @@ static void loop(struct sim_world *w) {
         struct sim_event e = pop(w);
         w->now = e.at;
         w->events++;
+        if (e.kind == SIM_TO_CORE) oracle_arrived(w, &e);
         if (!defer(w, &e)) { /* else its payload went along */
             w->current_payload = e.payload;
             deliver(w, &e);
