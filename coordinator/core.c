@@ -151,10 +151,18 @@ static void move_deadlines(struct core *c, uint64_t gap) {
     c->resum.plan.deadline_ms += gap;
 }
 
-/* After a sleep of our own, what came meanwhile may still lie unread: nobody is judged by it. */
+/* A gap between ticks that only a stop of the process or its machine explains. */
+static uint64_t gap_ms_max(const struct core *c) {
+    uint64_t most = c->outer->silence_ms_max / 2, gap = most / 4;
+    if (gap < 5 * CORE_TICK_MS) gap = 5 * CORE_TICK_MS; /* a busy machine is late so much */
+    return gap < most ? gap : most;
+}
+
+/* After a sleep of our own, what came meanwhile may still lie unread: nobody is judged by it, nor by the
+ * sum of it and of a silence before it. */
 static void on_tick(struct core *c, uint64_t now_ms, struct core_actions *out) {
     uint64_t gap = now_ms - c->tick_ms;
-    bool stopped = gap > c->outer->silence_ms_max / 2;
+    bool stopped = gap > gap_ms_max(c);
 #ifdef SIM_FAULTS
     if (core_fault == CORE_FAULT_TIMERS_BEFORE_INPUT) stopped = false;
 #endif

@@ -153,6 +153,20 @@ static void a_stopped_coordinator_does_not_judge_silence(void **state) {
     assert_int_equal(look(r).members_live, 2);
 }
 
+/* Nor does a shorter sleep, after a silence that had ended before it: the heartbeat that ended it lies unread. */
+static void a_short_stop_does_not_add_to_a_silence(void **state) {
+    struct rig *r = *state;
+    start_with(r, 2);
+    pass(r, 1000);
+    r->fake[2].muted = true;
+    pass(r, 1500);
+    tick(r, 900);
+    assert_int_equal(look(r).members_live, 3);
+    r->fake[2].muted = false;
+    pass(r, 1900);
+    assert_int_equal(look(r).members_live, 3);
+}
+
 /* Nor does its sleep count against those who were to report. */
 static void a_stopped_coordinator_does_not_take_shards_away(void **state) {
     struct rig *r = *state;
@@ -392,6 +406,7 @@ int main(void) {
         T(a_frame_of_an_old_term_or_session_does_nothing),
         T(a_second_connection_replaces_the_first),
         T(a_stopped_coordinator_does_not_judge_silence),
+        T(a_short_stop_does_not_add_to_a_silence),
         T(a_stopped_coordinator_does_not_take_shards_away),
         T(after_a_restart_leases_stay_until_silence_has_judged),
         T(no_progress_is_silence_too),
