@@ -57,6 +57,7 @@
 #define SYNC_DONORS_MAX        16u
 #define SYNC_EARLY_HEARTBEATS  4u /* so long a chunk of state waits for its root */
 #define SYNC_MOMENTS_TRIES_MAX 3u
+#define SYNC_AHEAD_SILENCES    3u /* samples in hand */
 
 #ifdef SIM_FAULTS
 #define SYNC_HAS_FAULT(name) (sync_fault == SYNC_FAULT_##name)

@@ -309,14 +309,24 @@ static uint64_t unclaimed(const struct sync *s) {
     return n;
 }
 
-/* About two rounds ahead, within what the coordinator leases to one member. */
+/* What the trainer works off while the coordinator is out of reach for a while, at its own pace. */
+static uint64_t samples_for_silences(const struct sync *s) {
+    double n = s->trainer.tokens_per_s / s->genesis.model->sequence * SYNC_AHEAD_SILENCES *
+               (s->outer->silence_ms_max / 1000.0);
+    return n > 0 && n < 1u << 20 ? (uint64_t)n : 0;
+}
+
+/* About two rounds ahead, and where rounds are short some silences, so that who is cut off can train on; within
+ * what the coordinator leases to one member. */
 static uint64_t samples_wanted(struct sync *s) {
     struct leases *l = &s->leases;
     uint64_t batch = s->inner->batch, cap = 2 * (uint64_t)s->outer->lease_samples;
     uint64_t full = (uint64_t)s->outer->inner_steps * batch,
              round = cap / 2 < full ? cap / 2 : full;
     if (l->round_samples > round) round = l->round_samples; /* what a round really took us */
-    uint64_t target = 2 * (round > batch ? round : batch), have = unused(s), held = unclaimed(s);
+    uint64_t target = 2 * (round > batch ? round : batch), ahead = samples_for_silences(s),
+             have = unused(s), held = unclaimed(s);
+    if (ahead > target) target = ahead;
     if (have + (round + 3) / 4 > target) return 0;
     uint64_t room = held < cap ? cap - held : 0, want = target - have;
     if (want > room) want = room;

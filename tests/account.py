@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the tokens of a run went between two moments, from the logs of its nodes (--log-json).
 
-    account.py SEQUENCE FROM TO COMMITTED LOG...
+    account.py [--percent P] SEQUENCE FROM TO COMMITTED LOG...
 
 SEQUENCE   tokens of a sample
 FROM, TO   the moments, as in the logs (2026-01-31T12:00:00.000Z)
@@ -11,7 +11,7 @@ Every "round" line of a node says what its process did since it began; a process
 Could have been trained: all that trainers did train, and for each millisecond that a trainer was up and had nothing
 to work on, what it trains in one while it has (its own rate, over the whole time). A trainer that is down or starts,
 or whose agent is stopped, could not have trained; one that was stopped itself has its rate lowered by that.
-Prints the account; the exit status is 0.
+Prints the account; the exit status is 1 if less than P percent of that was committed.
 """
 import json
 import sys
@@ -35,10 +35,13 @@ def processes(path):
     return all_of_them + [lines] if lines else all_of_them
 
 
-def main():
-    sequence, begin, end, committed = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+def main(arguments):
+    percent = 0.0
+    if arguments[0] == "--percent":
+        percent, arguments = float(arguments[1]), arguments[2:]
+    sequence, begin, end, committed = int(arguments[0]), arguments[1], arguments[2], int(arguments[3])
     total, in_work, killed, could, working = {}, 0, 0, 0.0, 0
-    for path in sys.argv[5:]:
+    for path in arguments[4:]:
         node = {}
         runs = processes(path)
         for number, lines in enumerate(runs):
@@ -87,6 +90,7 @@ def main():
     say(committed / sequence, "committed")
     print("committed: %.1f %% of what could have been trained; trainers worked %.0f s"
           % (100 * committed / could, working / 1000))
+    return 0 if 100 * committed >= percent * could else 1
 
 
-main()
+sys.exit(main(sys.argv[1:]))

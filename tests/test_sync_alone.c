@@ -54,6 +54,23 @@ static void trainer_gets_anchor_and_samples(void **state) {
     assert_non_null(last_sent(r, 2, MSG_LEASE_ASK));
 }
 
+/* A cable that is out for a while must not leave the trainer without work, however short the rounds are. */
+static void a_fast_trainer_asks_for_what_it_works_off_in_some_silences(void **state) {
+    struct rig *r = *state;
+    r->outer.lease_samples = 1000;
+    node_new(r, 2, true);
+    trainer_up(r, 2, 1);
+    say_leases(r, 2, &(struct msg_lease){7, 3, 50, 16}, 1);
+    uint32_t two_rounds = ((const struct msg_lease_ask *)last_sent(r, 2, MSG_LEASE_ASK)->msg)->samples;
+    assert_in_range(two_rounds, 1, 4 * STEPS * BATCH);
+    step(r, 2, &(struct sync_event){.type = SYNC_EV_TRAINER_STEP, .samples = BATCH, .steps = 1,
+                                    .loss = 1, .tokens_per_s = 100 * SEQUENCE});
+    say_leases(r, 2, &(struct msg_lease){7, 3, 50, 16}, 1);
+    pass(r, 1000);
+    assert_in_range(((const struct msg_lease_ask *)last_sent(r, 2, MSG_LEASE_ASK)->msg)->samples,
+                    300 - 16, 300);
+}
+
 /* READY says what the samples were, on which state, and what the bytes are like. */
 static void ready_claims_what_was_trained(void **state) {
     struct rig *r = *state;
@@ -296,6 +313,7 @@ int main(int argc, char **argv) {
         T(fresh_member_derives_the_initial_state),
         T(restart_shows_its_state),
         T(trainer_gets_anchor_and_samples),
+        T(a_fast_trainer_asks_for_what_it_works_off_in_some_silences),
         T(ready_claims_what_was_trained),
         T(round_ends_by_the_clock_too),
         T(end_of_data_ends_the_round),
