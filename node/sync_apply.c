@@ -551,11 +551,12 @@ void apply_show_root(struct sync *s) {
 }
 
 /* A commit took the contribution's place in the ledger, and is in the state. Where it was not summed, the
- * work is still in the trainer, or it goes to a trainer again. */
+ * work is still in the trainer, or in the frozen bytes alone, or it goes to a trainer again. */
 static void resolve(struct sync *s, uint32_t fragment) {
     struct contribution *own = &s->contribution[fragment];
     struct commit *c = ledger_commit_after(s, fragment, own->ready.base_index);
     bool summed = c && commit_summed_any(c, own_contributor(s, c));
+    if (c && !summed && !trainer_holds(s, own) && contribution_again(s, fragment)) return;
     *(summed ? &s->summed : &s->refused) += 1;
     trainer_decided(s, fragment, summed);
     contribution_drop(s, fragment);

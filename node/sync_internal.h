@@ -586,6 +586,8 @@ int trainer_work(struct sync *s);
 void leases_on_list(struct sync *s, const struct msg_leases *msg);
 /* What the commit spent of ours; called when its entry comes. */
 void leases_spend(struct sync *s, const struct commit *c);
+/* What of a claim is not spent, as far as we know; count 0: nothing. */
+struct msg_lease leases_left(struct sync *s, const struct msg_lease *claim);
 /* The claims of a contribution found on disk. */
 void leases_restore(struct sync *s, const struct msg_ready *ready);
 /* The trainer's work is void: it gets everything that no frozen contribution claims. */
@@ -611,6 +613,9 @@ bool contribution_has_work(const struct sync *s);
 int contribution_work(struct sync *s);
 void contribution_abort(struct sync *s, uint32_t fragment); /* an encoding that is not finished */
 void contribution_drop(struct sync *s, uint32_t fragment);  /* a frozen one */
+/* Its round is over without it, and no trainer holds its work: the same bytes go into the next round, if it claims
+ * samples that are not spent (else false). Waits, and is true, while the new base is in no whole state yet. */
+bool contribution_again(struct sync *s, uint32_t fragment);
 void contribution_announce(struct sync *s, uint32_t fragment);
 int contribution_on_reset(struct sync *s, const struct msg_reset *msg);
 void contribution_on_want(struct sync *s, struct peer *p, const struct frame *f,

@@ -197,6 +197,15 @@ void leases_spend(struct sync *s, const struct commit *c) {
         trainer_lose_work(s, SYNC_LOSS_LEASES, "its samples were spent through a contribution that is lost");
 }
 
+struct msg_lease leases_left(struct sync *s, const struct msg_lease *claim) {
+    const struct grant *g = find_grant(&s->leases, claim->lease, claim->generation);
+    struct msg_lease left = *claim;
+    uint64_t end = claim->start + claim->count;
+    if (g && g->start > left.start) left.start = g->start;
+    left.count = g && end > left.start ? end - left.start : 0;
+    return left;
+}
+
 /* Of a lease that two contributions claim, the longer prefix. */
 void leases_restore(struct sync *s, const struct msg_ready *ready) {
     struct leases *l = &s->leases;

@@ -1,7 +1,7 @@
 /* sync_round.c - this member's contributions, at most one to each fragment: anchor minus local
  * parameters, encoded once into a mapped array, made durable together with its READY, announced, and
  * sent to the aggregators of the plan that names it. Its bytes never change; it ends with a commit or
- * a RESET. */
+ * a RESET, or goes into the next round where its trainer is gone. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -206,6 +206,33 @@ void contribution_drop(struct sync *s, uint32_t fragment) {
     }
     c->frozen = c->announced = false;
     s->plan[fragment].own = -1;
+}
+
+/* What anchor - local is does not change when both take the commit that went by without it. */
+bool contribution_again(struct sync *s, uint32_t fragment) {
+    struct contribution *c = &s->contribution[fragment];
+    struct msg_ready ready = c->ready;
+    struct msg_lease ranges[PROTO_LEASES_MAX];
+    ready.ranges = ranges;
+    ready.ranges_count = 0;
+    for (uint32_t i = 0; i < c->ready.ranges_count && i < PROTO_LEASES_MAX; i++) {
+        struct msg_lease left = leases_left(s, &c->ready.ranges[i]);
+        if (left.count) ranges[ready.ranges_count++] = left;
+    }
+    if (!ready.ranges_count) return false;
+    if (!s->state.known || s->state.index < s->ledger.last[fragment]) return true;
+    ready.round = s->ledger.rounds[fragment];
+    ready.base_index = s->ledger.last[fragment];
+    ready.state_index = s->state.index;
+    ready.state_root = s->state.root;
+    s->plan[fragment].own = -1;
+    c->announced = false;
+    struct msg_ready copy = {0};
+    if (put_ready(s, &ready) || proto_copy(RECORD_ready, &ready, &copy, &s->failure)) return true;
+    proto_copy_release(RECORD_ready, &c->ready);
+    c->ready = copy;
+    contribution_announce(s, fragment);
+    return true;
 }
 
 /* Does what the array holds still have the root that was announced? */

@@ -3,7 +3,7 @@
 # SIGKILL, or SIGSTOP for 8 seconds, or a link is cut for 8 seconds. Then: enough rounds committed, all anchors equal, the
 # ledger verifies, no sample spent twice, every reported root equal. At the end an account says where the tokens went:
 # committed, of what trainers did train while they were up plus what they would have trained at their own rate in the time
-# that they were up and idle (tests/account.py). Between faults everything is up again for two seconds at most.
+# that they were up and idle (tests/account.py).
 #
 # Settings are for faults of this kind: a silence of 4 s, so that every stop and cut is a loss; short inner steps, so that
 # six trainers on two busy cores still do one well within that silence; leases that last while a member is cut off.

@@ -19,15 +19,43 @@ static void frozen_contribution_outlives_its_trainer(void **state) {
     assert_int_equal(look(r, 3).contributions_summed, 1);
 }
 
-/* ... and where it is not summed its samples are trained again, by somebody who holds them. */
-static void contribution_without_trainer_and_commit_is_trained_again(void **state) {
+/* ... and where it is not summed the same bytes go into the next round: a round's work is not lost with a process that
+ * was away when its plan was made. */
+static void contribution_without_trainer_and_commit_goes_into_the_next_round(void **state) {
     struct rig *r = *state;
     struct plan_spec two = {{2}, 1, 1, 2};
     three_ready(r);
+    struct digest root = ready_of(r, 3)->root;
     trainer_down(r, 3);
     trainer_up(r, 3, 1);
     whole_round(r, &two);
     for (uint32_t id = 1; id <= 3; id++) announce(r, id, &two, id == 2 ? STEPS * BATCH : 0);
+    assert_local_is_anchor(r, 3);
+    assert_int_equal(r->node[3].queue[0].start, 3000 + STEPS * BATCH);
+    const struct msg_ready *again = ready_of(r, 3);
+    assert_int_equal(again->round, 1);
+    assert_int_equal(again->base_index, look(r, 3).state_index);
+    assert_true(digest_equal(&again->root, &root));
+    assert_int_equal(again->ranges[0].start, 3000);
+    assert_int_equal(again->ranges[0].count, STEPS * BATCH);
+    node_kill(r, 3); /* and it is durable */
+    disk_crash(&r->node[3].disk, 3);
+    node_start(r, 3);
+    forget_sent(r);
+    dial_coordinator(r, 3);
+    welcome(r, 3, NULL, 0);
+    assert_int_equal(ready_of(r, 3)->round, 1);
+    assert_true(digest_equal(&ready_of(r, 3)->root, &root));
+}
+
+/* Its samples are trained again where the coordinator wants nothing of it. */
+static void contribution_without_trainer_that_is_refused_is_trained_again(void **state) {
+    struct rig *r = *state;
+    three_ready(r);
+    trainer_down(r, 3);
+    trainer_up(r, 3, 1);
+    say(r, 3, MSG_RESET, 0, &(struct msg_reset){.reason = proto_str("it never arrived")});
+    settle(r);
     assert_local_is_anchor(r, 3);
     assert_int_equal(r->node[3].queue[0].start, 3000);
     train_round(r, 3);
@@ -231,7 +259,8 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         T(frozen_contribution_outlives_its_trainer),
-        T(contribution_without_trainer_and_commit_is_trained_again),
+        T(contribution_without_trainer_and_commit_goes_into_the_next_round),
+        T(contribution_without_trainer_that_is_refused_is_trained_again),
         T(crash_while_freezing_keeps_the_promise),
         T(crash_while_applying_tears_nothing),
         T(rotten_chunk_is_fetched),
