@@ -1,5 +1,6 @@
 /* test_server.c - the coordinator as its peers see it: a real `serve` in a process of its own, real
  * TLS. Whoever comes with something wrong is told what, and the run goes on for everybody else. */
+#define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -530,8 +532,18 @@ static void a_coordinator_that_only_looks_on_learns_that_it_lost_the_term(void *
 }
 
 /* The usual soft limit of 1024 open files is a quarter of what members may need. */
-static void it_says_how_many_connections_there_is_room_for(void **state) {
+static void it_takes_as_many_files_as_it_may(void **state) {
+    struct rlimit before, few, now;
     (void)state;
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    few = (struct rlimit){ 256, before.rlim_max };
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &few), 0);
+    kill(server, SIGKILL);
+    assert_int_equal(server_ended(), -SIGKILL);
+    start_server();
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_int_equal(prlimit(server, RLIMIT_NOFILE, NULL, &now), 0);
+    assert_int_equal(now.rlim_cur, before.rlim_max);
     assert_true(log_has("room for "));
 }
 
@@ -568,7 +580,7 @@ int main(void) {
         TEST(a_member_comes_back_after_a_kill_of_the_coordinator),
         TEST(a_coordinator_that_lost_the_term_stops_and_says_nothing),
         TEST(a_coordinator_that_only_looks_on_learns_that_it_lost_the_term),
-        TEST(it_says_how_many_connections_there_is_room_for),
+        TEST(it_takes_as_many_files_as_it_may),
         TEST(an_orderly_stop_says_good_bye_for_now),
     };
     struct err err;
