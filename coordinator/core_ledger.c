@@ -313,7 +313,10 @@ static int take_rewind(struct core *c, uint64_t index, const struct msg_rewind *
     for (uint32_t i = c->state_count; i-- && c->states[i].index > to->at_index;) {
         struct state *s = &c->states[i];
         for (uint32_t j = 0; j < s->spent_count; j++) {
-            interval_remove(&c->spent, s->spent[j].start, s->spent[j].count);
+#ifdef SIM_FAULTS
+            if (core_fault != CORE_FAULT_REWIND_KEEPS_SPENT)
+#endif
+                interval_remove(&c->spent, s->spent[j].start, s->spent[j].count);
             core_member(c, s->spent[j].member)->tokens_committed -=
                 s->spent[j].count * c->sequence;
         }

@@ -229,6 +229,7 @@ enum sync_fault {
     SYNC_FAULT_READY_BEFORE_DISK,     /* a contribution is announced before it is flushed */
     SYNC_FAULT_MIX_NOT_SUMMED,        /* takes over a commit that did not sum it, and loses its work */
     SYNC_FAULT_CLAIMS_KEPT,           /* what others' leases hold by now is still claimed and trained on */
+    SYNC_FAULT_REWIND_KEEPS_WORK,     /* the trainer goes on with what was undone */
     /* Lies, which one member of a run tells and the others must see through. */
     SYNC_FAULT_LIES_SUM,  /* an aggregator's sums are not the sums */
     SYNC_FAULT_LIES_NORM, /* a contributor announces half of its norm */

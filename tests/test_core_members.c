@@ -153,7 +153,7 @@ static void a_stopped_coordinator_does_not_judge_silence(void **state) {
     assert_int_equal(look(r).members_live, 2);
 }
 
-/* Nor does a shorter sleep, after a silence that had ended before it: the heartbeat that ended it lies unread. */
+/* Nor does a shorter sleep, after a silence that had ended before it: what ended it lies unread. */
 static void a_short_stop_does_not_add_to_a_silence(void **state) {
     struct rig *r = *state;
     start_with(r, 2);

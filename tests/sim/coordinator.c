@@ -127,6 +127,7 @@ static void start(struct sim_world *w, struct sim_core *c) {
     c->core = core_create(&w->genesis, &w->run, &w->member[0].identity.key, &err);
     if (!c->core) sim_violation(w, "core_create: %s", err.msg);
     w->hold_ms = 0;
+    w->taking_over = false;
     load_store(w, c);
     core_event(w, c, &ev);
 }

@@ -331,7 +331,8 @@ static void common(struct sim_world *w, struct sim_member *m) {
 static void rare(struct sim_world *w, struct sim_member *m) {
     static const enum sim_injected kinds[] = {SIM_SUCCESSOR,      SIM_DRIP,  SIM_IMAGE,
                                               SIM_STORE_IMAGE,    SIM_COPY,  SIM_BLACKOUT,
-                                              SIM_OPERATOR_PAUSE, SIM_LEAVE, SIM_REVOKE};
+                                              SIM_OPERATOR_PAUSE, SIM_LEAVE, SIM_REVOKE,
+                                              SIM_REWIND};
     enum sim_injected has[sizeof kinds / sizeof *kinds], kind;
     uint32_t count = 0;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -346,6 +347,7 @@ static void rare(struct sim_world *w, struct sim_member *m) {
     case SIM_COPY: copy_home(w, m); break;
     case SIM_BLACKOUT: blackout(w); break;
     case SIM_OPERATOR_PAUSE: pause_run(w); break;
+    case SIM_REWIND: sim_rewind(w); break;
     case SIM_LEAVE:
         if (sim_chance(w, 500)) leave(w, m);
         break;

@@ -45,6 +45,7 @@ static const struct deliberate faults[] = {
     IN_CORE("timers-before-input", CORE_FAULT_TIMERS_BEFORE_INPUT),
     IN_CORE("spent-again-by-other-fragment", CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN),
     IN_CORE("weight-zero-commits", CORE_FAULT_WEIGHT_ZERO_COMMITS),
+    IN_CORE("rewind-keeps-spent", CORE_FAULT_REWIND_KEEPS_SPENT),
     IN_SYNC("divisor-not-corrected", SYNC_FAULT_DIVISOR_NOT_CORRECTED),
     IN_SYNC("plan-number-ignored", SYNC_FAULT_PLAN_NUMBER_IGNORED),
     IN_SYNC("chunk-summed-twice", SYNC_FAULT_CHUNK_SUMMED_TWICE),
@@ -56,6 +57,7 @@ static const struct deliberate faults[] = {
     IN_SYNC("ready-before-disk", SYNC_FAULT_READY_BEFORE_DISK),
     IN_SYNC("mix-where-not-summed", SYNC_FAULT_MIX_NOT_SUMMED),
     IN_SYNC("claims-of-lost-leases-kept", SYNC_FAULT_CLAIMS_KEPT),
+    IN_SYNC("rewind-keeps-work", SYNC_FAULT_REWIND_KEEPS_WORK),
 };
 #define FAULTS (sizeof faults / sizeof *faults)
 

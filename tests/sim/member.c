@@ -95,6 +95,7 @@ static void perform_one(struct sim_world *w, struct sim_member *m, struct sync_a
     case SYNC_ACT_TRAINER_MOMENTS_EXPORT:
     case SYNC_ACT_TRAINER_MOMENTS_IMPORT: sim_trainer_action(w, m, a); break;
     case SYNC_ACT_CHECKPOINT_BEGIN:
+        sim_checkpoint_keep(w, m, ((const struct msg_checkpoint_write *)a->msg)->index);
         sim_schedule(w, 50 + sim_random(w, 500), SIM_CHECKPOINT, m->slot)->value = 0;
         break;
     case SYNC_ACT_CHECKPOINT_SIGNED: sim_schedule(w, 10, SIM_CHECKPOINT, m->slot)->value = 1; break;
@@ -113,8 +114,9 @@ static void perform(struct sim_world *w, struct sim_member *m) {
 
 static int initial_values(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n,
                           float *anchor, float *momentum, struct err *err) {
-    struct sim_world *w = arg;
-    if (from) return err_set(err, ERR_NOT_FOUND, "no checkpoints here");
+    const struct sim_member *m = arg;
+    struct sim_world *w = m->disk.world;
+    if (from) return sim_checkpoint_load(w, m, from, first, n, anchor, momentum, err);
     outer_init_normal(anchor, w->genesis.init_seed, first, n, 0.02f);
     memset(momentum, 0, n * sizeof *momentum);
     return 0;
@@ -131,7 +133,7 @@ static void create_sync(struct sim_world *w, struct sim_member *m) {
                                  .port = m->reachable ? 7000 + m->slot : 0,
                                  .elements = w->elements,
                                  .load = initial_values,
-                                 .load_arg = w};
+                                 .load_arg = m};
     config.disk = sim_disk_ops(&m->disk);
     m->disk.dead = false;
     m->sync = sync_create(&config, w->now, &err);

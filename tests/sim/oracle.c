@@ -210,7 +210,7 @@ static void take_commit(struct sim_world *w, uint64_t index, uint64_t term,
                       LLU(index), LLU(c->state_index));
     w->tokens_committed += tokens;
     w->next_round[c->fragment]++;
-    w->base_index[c->fragment] = w->last_commit = index;
+    w->base_index[c->fragment] = index;
     w->commits++;
     w->injected[SIM_SEVERAL_SHARDS] += c->shards_count > 1;
     sim_trace(w, "fragment %u round %llu commits at %llu: %u contributors, %u shards, %u spends",
@@ -244,6 +244,8 @@ static void take_entry(struct sim_world *w, uint64_t index, const uint8_t *bytes
         take_commit(w, index, e.term, &c);
         trace_commit(w, &c);
         proto_decoded_release(RECORD_commit, &c);
+    } else if (e.kind == LEDGER_REWIND) {
+        oracle_rewind(w, index);
     } else if (e.kind == LEDGER_QUARANTINE) {
         if (proto_decode(e.body.data, e.body.length, RECORD_quarantine, &q, &err))
             sim_violation(w, "quarantine: %s", err.msg);
@@ -289,7 +291,7 @@ void oracle_rollback(struct sim_world *w, uint64_t count) {
     memset(w->next_round, 0, sizeof w->next_round);
     memset(w->base_index, 0, sizeof w->base_index);
     memset(w->audits, 0, sizeof w->audits); /* they were judged when they counted */
-    w->tokens_committed = w->last_commit = 0;
+    w->tokens_committed = w->rewind_index = 0;
     for (uint64_t i = 0; i < count; i++) {
         struct sim_row *r = sim_row_find(ledger, i);
         take_entry(w, i, r->value, r->length);
@@ -356,6 +358,7 @@ void oracle_start(struct sim_world *w, struct sim_member *m) {
     read_residual(w, &m->disk, "residual", m->residual);
     read_residual(w, &m->disk, "residual-next", m->residual_next);
     m->restarted = ~0u;
+    oracle_hears_of_rewind(w, m, true);
 }
 
 /* What the contribution must be: anchor - local + residual, encoded. */
@@ -443,6 +446,7 @@ static void check_claims(struct sim_world *w, struct sim_member *m, const struct
     const struct sim_freeze *z = &m->freeze[r->fragment];
     sim_samples claimed = {0};
     struct sync_view v;
+    if (w->rewind_index && sync_ledger_count(m->sync) <= w->rewind_index) return; /* nobody hears it */
     sync_look(m->sync, &v);
     for (uint32_t i = 0; i < r->ranges_count; i++)
         for (uint64_t s = r->ranges[i].start; s < r->ranges[i].start + r->ranges[i].count; s++) {

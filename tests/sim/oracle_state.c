@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const struct sim_state *find_state(struct sim_world *w, uint32_t chunk, uint64_t version) {
+const struct sim_state *oracle_state(struct sim_world *w, uint32_t chunk, uint64_t version) {
     for (uint32_t i = w->state_count; i--;)
         if (w->states[i].chunk == chunk && w->states[i].version == version) return &w->states[i];
     return NULL;
@@ -31,7 +31,7 @@ static bool expected(struct sim_world *w, const struct msg_commit *c, uint32_t c
     struct err err;
     uint32_t k = w->place_of[chunk], n = sim_chunk_elements(w, chunk);
     const struct msg_summed *s = oracle_summed(c, k);
-    const struct sim_state *old = find_state(w, chunk, c->base_index);
+    const struct sim_state *old = oracle_state(w, chunk, c->base_index);
     size_t offset, length = sim_encoded(w, c->fragment, k, w->outer.contribution_codec, &offset);
     if (!old) return false;
     for (uint32_t i = 0; i < c->contributors_count; i++) {
@@ -78,7 +78,7 @@ static void check_sum(struct sim_world *w, uint32_t slot, uint32_t chunk, uint64
 }
 
 /* The first one that has it, so others are compared with it. */
-static void keep_state(struct sim_world *w, uint32_t slot, uint32_t chunk, uint64_t version,
+void oracle_keep_state(struct sim_world *w, uint32_t slot, uint32_t chunk, uint64_t version,
                        const float *values) {
     size_t bytes = 2 * sim_chunk_elements(w, chunk) * sizeof *values;
     if (w->state_count == w->state_capacity) {
@@ -121,6 +121,7 @@ static void follow_residual(struct sim_world *w, struct sim_member *m, uint32_t 
 }
 
 void oracle_member(struct sim_world *w, struct sim_member *m) {
+    if (w->rewind_index) oracle_hears_of_rewind(w, m, false);
     for (uint32_t c = 0; c < w->chunks; c++) {
         uint64_t version = sync_chunk_version(m->sync, c), before = m->versions[c];
         if (version == before) continue;
@@ -131,13 +132,13 @@ void oracle_member(struct sim_world *w, struct sim_member *m) {
         memcpy(values, sync_anchor(m->sync) + first, n * sizeof *values);
         memcpy(values + n, sync_momentum(m->sync) + first, n * sizeof *values);
         if (m->trains) follow_residual(w, m, c, before, version);
-        const struct sim_state *seen = find_state(w, c, version);
+        const struct sim_state *seen = oracle_state(w, c, version);
         if (seen && memcmp(seen->values, values, 2 * n * sizeof *values))
             sim_violation(w, "slots %u and %u have chunk %u at version %llu with different bits",
                           seen->slot, m->slot, c, LLU(version));
         if (seen) continue;
         if (version) check_sum(w, m->slot, c, version, values);
-        keep_state(w, m->slot, c, version, values);
+        oracle_keep_state(w, m->slot, c, version, values);
     }
 }
 

@@ -10,6 +10,7 @@
  *   trainer.c      the simulated trainer: which samples have an effect in which chunk
  *   disk.c         struct disk in memory, which can die in the middle of a write
  *   faults.c       what goes wrong, and when
+ *   rewind.c       checkpoints, and the operator's way back to one
  *   oracle.c       what must always hold of ledger, leases and contributions
  *   oracle_state.c what must always hold of the state, and at the end
  *   main.c         seeds, jobs, replay, deliberate faults */
@@ -37,6 +38,7 @@
 #define SIM_STREAMS_MAX    4
 #define SIM_CORES          2
 #define SIM_REPORTS        256
+#define SIM_CHECKPOINTS_MAX 64
 #define SIM_COMMANDS_MAX   300
 
 typedef uint8_t sim_samples[SIM_SAMPLES_MAX / 8]; /* a set of samples */
@@ -124,6 +126,7 @@ struct sim_member {
     uint32_t step_ms, uplink; /* uplink: bytes a millisecond */
     uint64_t uplink_clear;
     uint64_t versions[SIM_CHUNKS_MAX]; /* as the oracle saw them last */
+    uint64_t rewound;                  /* newest rewind in its ledger */
 };
 
 /* ---- the world ------------------------------------------------------------------------------ */
@@ -216,6 +219,10 @@ struct sim_state { /* a chunk version as the first member that reached it has it
     uint32_t slot;
     float *values; /* anchor, then momentum */
 };
+struct sim_checkpoint {
+    uint64_t index;
+    float *values; /* anchor, then momentum, of all chunks */
+};
 struct sim_audit { /* what an honest auditor was asked, and said */
     uint64_t term, plan;
     uint32_t chunk, auditor;
@@ -242,7 +249,7 @@ struct sim_report { /* as its member signed it last */
     X(IN_PLAN, "contributor or aggregator killed in a plan")                                       \
     X(RESUM, "plan that sums a commit again") X(COPY, "home directory copied")                     \
     X(COPY_IN, "copy took the place of its original") X(REVOKE, "member revoked")                  \
-    X(LEAVE, "member left") X(OPERATOR_PAUSE, "run paused") X(LIAR_SUM, "aggregator that lies")    \
+    X(LEAVE, "member left") X(REWIND, "rewind to a checkpoint") X(OPERATOR_PAUSE, "run paused") X(LIAR_SUM, "aggregator that lies")    \
     X(LIAR_NORM, "contributor that lies") X(AUDIT, "audit reported")                               \
     X(QUARANTINE, "member quarantined") X(HANDOVER, "round planned again")  \
     X(PARTIAL, "commit without a part of a contributor") X(SEVERAL_SHARDS, "commit of several shards")
@@ -305,12 +312,15 @@ struct sim_world {
     struct digest entry_seen[SIM_ENTRIES_MAX];
     bool entry_known[SIM_ENTRIES_MAX];
     struct digest root_seen[SIM_ENTRIES_MAX]; /* of the state at a ledger index, as members said */
-    uint64_t next_round[SIM_FRAGMENTS_MAX], base_index[SIM_FRAGMENTS_MAX], commits, last_commit;
+    uint64_t next_round[SIM_FRAGMENTS_MAX], base_index[SIM_FRAGMENTS_MAX], commits;
     uint64_t tokens_committed;
     struct sim_contribution *contributions;
     uint32_t contribution_count, contribution_capacity;
     struct sim_state *states;
     uint32_t state_count, state_capacity;
+    struct sim_checkpoint kept[SIM_CHECKPOINTS_MAX]; /* in the object store */
+    uint32_t checkpoints_kept;
+    uint64_t rewind_index; /* of the newest, 0 = none */
     struct sim_audit audits[64]; /* the newest */
     struct sim_report reports[SIM_REPORTS];
     uint64_t audit_count, report_count;
@@ -389,6 +399,15 @@ bool sim_has(const struct sim_world *w, enum sim_injected fault);
 void sim_fault(struct sim_world *w);
 /* Does somebody else whom others can dial have the newest state? */
 bool sim_others_have_head(const struct sim_world *w, const struct sim_member *m);
+void sim_rewind(struct sim_world *w);
+void sim_checkpoint_keep(struct sim_world *w, const struct sim_member *m, uint64_t index);
+int sim_checkpoint_load(const struct sim_world *w, const struct sim_member *m,
+                        const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
+                        float *momentum, struct err *err);
+void sim_checkpoints_release(struct sim_world *w);
+/* As the next one, signed. */
+void sim_write_entry(struct sim_world *w, uint64_t term, enum ledger_kind kind,
+                     enum proto_record which, const void *body);
 void sim_fault_at_plan(struct sim_world *w, const struct msg_plan *p);
 void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c);
 
@@ -416,6 +435,12 @@ const struct msg_summed *oracle_summed(const struct msg_commit *c, uint32_t k);
 bool oracle_commit(struct sim_world *w, uint64_t index, struct msg_entry *e, struct msg_commit *c);
 /* Does the disk of the slot that announced it still have all of a contribution? */
 bool oracle_keeps_bytes(const struct sim_world *w, const struct sim_contribution *x);
+void oracle_rewind(struct sim_world *w, uint64_t index);
+void oracle_hears_of_rewind(struct sim_world *w, struct sim_member *m, bool starts);
+/* A chunk version as the first member that reached it had it; NULL: nobody did. */
+const struct sim_state *oracle_state(struct sim_world *w, uint32_t chunk, uint64_t version);
+void oracle_keep_state(struct sim_world *w, uint32_t slot, uint32_t chunk, uint64_t version,
+                       const float *values);
 void oracle_member(struct sim_world *w, struct sim_member *m);
 void oracle_end(struct sim_world *w);
 

@@ -168,9 +168,10 @@ static void choose_weird(struct sim_world *w) {
         uint32_t per_mille;
     } rare[] = {{SIM_SUCCESSOR, 300}, {SIM_DRIP, 250},   {SIM_IMAGE, 200},  {SIM_STORE_IMAGE, 100},
                 {SIM_COPY, 150},      {SIM_REVOKE, 80},  {SIM_LEAVE, 80},   {SIM_OPERATOR_PAUSE, 80},
-                {SIM_HOLDERS, 200},   {SIM_BLACKOUT, 150}, {SIM_IN_PLAN, 250}};
+                {SIM_HOLDERS, 200},   {SIM_BLACKOUT, 150}, {SIM_IN_PLAN, 250}, {SIM_REWIND, 120}};
     for (size_t i = 0; i < sizeof rare / sizeof *rare; i++)
         if (sim_chance(w, rare[i].per_mille)) w->weird |= 1ull << rare[i].fault;
+    if (sim_has(w, SIM_REWIND)) w->outer.checkpoint_rounds = between(w, 1, 3);
 }
 
 static void choose_member(struct sim_world *w, uint32_t slot) {
@@ -244,27 +245,31 @@ size_t sim_encoded(const struct sim_world *w, uint32_t fragment, uint32_t k, uin
                                sim_chunk_elements(w, w->chunk_at[fragment][k]));
 }
 
-/* ---- the first entries ------------------------------------------------------------------------- */
+/* ---- entries that no coordinator writes ---------------------------------------------------------- */
 
-static void write_entry(struct sim_world *w, uint64_t index, const struct digest *previous,
-                        enum ledger_kind kind, enum proto_record which, const void *body) {
+void sim_write_entry(struct sim_world *w, uint64_t term, enum ledger_kind kind,
+                     enum proto_record which, const void *body) {
+    struct digest previous = {{0}};
     struct proto_buffer b;
     struct err err;
+    uint64_t index = w->store.table[CORE_LEDGER].count;
+    const struct sim_row *last =
+        index ? sim_row_find(&w->store.table[CORE_LEDGER], index - 1) : NULL;
+    if (last) previous = digest_of(last->value, last->length);
     proto_buffer_init(&b, PROTO_BLOB_BYTES_MAX);
-    if (core_entry_encode(&b, index, previous, 0, kind, which, body, &err))
-        sim_violation(w, "first entries: %s", err.msg);
+    if (core_entry_encode(&b, index, &previous, term, kind, which, body, &err))
+        sim_violation(w, "an entry by hand: %s", err.msg);
     struct core_write write = {.table = CORE_LEDGER,
                                .key = index,
                                .value = b.data,
                                .value_length = (uint32_t)b.length};
-    sim_store_write(w, 0, &write);
+    sim_store_write(w, term, &write);
     struct core_action a = {.writes = &write, .write_count = 1};
     oracle_persist(w, &a);
     proto_buffer_release(&b);
 }
 
 static void init_run(struct sim_world *w) {
-    struct digest previous = {{0}};
     struct proto_buffer b;
     struct err err;
     proto_buffer_init(&b, PROTO_BLOB_BYTES_MAX);
@@ -272,11 +277,9 @@ static void init_run(struct sim_world *w) {
         sim_violation(w, "genesis: %s", err.msg);
     w->run = digest_of(b.data, b.length);
     proto_buffer_release(&b);
-    write_entry(w, 0, &previous, LEDGER_GENESIS, RECORD_genesis, &w->genesis);
-    const struct sim_row *first = &w->store.table[CORE_LEDGER].rows[0];
-    previous = digest_of(first->value, first->length);
-    write_entry(w, 1, &previous, LEDGER_DELEGATION, RECORD_delegation,
-                &(struct msg_delegation){.run = w->run, .key = w->online.key, .number = 1});
+    sim_write_entry(w, 0, LEDGER_GENESIS, RECORD_genesis, &w->genesis);
+    sim_write_entry(w, 0, LEDGER_DELEGATION, RECORD_delegation,
+                    &(struct msg_delegation){.run = w->run, .key = w->online.key, .number = 1});
     w->announced_head = 1;
 }
 
@@ -444,6 +447,7 @@ void sim_release(struct sim_world *w) {
         free(w->contributions[i].effect);
     }
     free(w->contributions);
+    sim_checkpoints_release(w);
     for (uint32_t i = 0; i < w->state_count; i++) free(w->states[i].values);
     free(w->states);
     for (uint32_t i = 0; i < SIM_ENTRIES_MAX; i++) free(w->entry_bytes[i]);
