@@ -280,7 +280,7 @@ static bool perform_one(struct sim_world *w, struct sim_core *core, struct core_
         if (c) close_conn(w, core, c, a);
         break;
     case CORE_ACT_RESTART: restart(w, core, a); return false;
-    case CORE_ACT_FAIL: sim_violation(w, "the run has failed: %s", a->text);
+    case CORE_ACT_FAIL: oracle_failed(w, a->text); return false;
     case CORE_ACT_LOG: sim_trace(w, "coordinator: %s", a->text); break;
     }
     return true;
@@ -288,6 +288,7 @@ static bool perform_one(struct sim_world *w, struct sim_core *core, struct core_
 
 static void core_event(struct sim_world *w, struct sim_core *c, const struct core_event *ev) {
     uint32_t number = c->number;
+    w->must_fail = false;
     core_actions_clear(&c->out);
     core_step(c->core, ev, w->now, &c->out);
     for (uint32_t i = 0; i < c->out.count; i++) {
@@ -298,6 +299,7 @@ static void core_event(struct sim_world *w, struct sim_core *c, const struct cor
             return;
         }
     }
+    oracle_stepped(w, c->core);
 }
 
 /* ---- events ------------------------------------------------------------------------------------ */

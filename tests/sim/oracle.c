@@ -640,13 +640,41 @@ void oracle_arrived(struct sim_world *w, const struct sim_event *e) {
     c->heard_at = w->now;
     if (b->progress != c->progress || !works) c->moved_at = w->now;
     c->progress = b->progress;
+    w->member[c->member].heard_at = c->heard_at;
+    w->member[c->member].moved_at = c->moved_at;
     proto_decoded_release(RECORD_heartbeat, &record);
 }
 
 /* A member whose heartbeats came in time is not lost, whatever its coordinator was doing meanwhile. */
 void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code) {
     uint64_t limit = w->outer.silence_ms_max;
-    if (code != ERR_TIMEOUT || w->now - c->heard_at >= limit || w->now - c->moved_at >= limit) return;
+    if (code != ERR_TIMEOUT) return;
+    w->must_fail = w->outer.fixed_membership && w->member[c->member].trains && c->heard_at;
+    if (w->now - c->heard_at >= limit || w->now - c->moved_at >= limit) return;
     sim_violation(w, "slot %u is given up for silence, its last heartbeat came %llu ms ago", c->member,
                   LLU(w->now - c->heard_at));
+}
+
+/* A trainer of a fixed membership is gone, and the store says that nobody goes on without it. */
+void oracle_failed(struct sim_world *w, const char *why) {
+    struct sim_row *paused = sim_row_find(&w->store.table[CORE_META], CORE_META_PAUSED);
+    uint64_t limit = w->outer.silence_ms_max;
+    bool gone = false;
+    for (uint32_t i = 1; i < w->members; i++) {
+        const struct sim_member *m = &w->member[i];
+        gone |= m->id && (m->left || w->now - m->heard_at >= limit || w->now - m->moved_at >= limit);
+    }
+    if (!w->outer.fixed_membership || !gone) sim_violation(w, "the run has failed: %s", why);
+    if (!paused || !paused->length || !paused->value[0])
+        sim_violation(w, "the run has failed and is not paused: %s", why);
+    w->injected[SIM_FAILED]++;
+    w->failed = true;
+}
+
+void oracle_stepped(struct sim_world *w, const struct core *core) {
+    struct core_view v;
+    if (!w->must_fail) return;
+    core_look(core, w->now, &v);
+    if (strcmp(v.phase, "complete"))
+        sim_violation(w, "a member of a fixed membership was given up, and the run goes on");
 }

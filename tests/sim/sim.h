@@ -127,6 +127,7 @@ struct sim_member {
     uint64_t uplink_clear;
     uint64_t versions[SIM_CHUNKS_MAX]; /* as the oracle saw them last */
     uint64_t rewound;                  /* newest rewind in its ledger */
+    uint64_t heard_at, moved_at; /* as of its connections, the newest */
 };
 
 /* ---- the world ------------------------------------------------------------------------------ */
@@ -249,7 +250,9 @@ struct sim_report { /* as its member signed it last */
     X(IN_PLAN, "contributor or aggregator killed in a plan")                                       \
     X(RESUM, "plan that sums a commit again") X(COPY, "home directory copied")                     \
     X(COPY_IN, "copy took the place of its original") X(REVOKE, "member revoked")                  \
-    X(LEAVE, "member left") X(REWIND, "rewind to a checkpoint") X(OPERATOR_PAUSE, "run paused") X(LIAR_SUM, "aggregator that lies")    \
+    X(LEAVE, "member left") X(REWIND, "rewind to a checkpoint")                          \
+    X(FAILED, "fixed membership ended the run")                                                    \
+    X(OPERATOR_PAUSE, "run paused") X(LIAR_SUM, "aggregator that lies")                            \
     X(LIAR_NORM, "contributor that lies") X(AUDIT, "audit reported")                               \
     X(QUARANTINE, "member quarantined") X(HANDOVER, "round planned again")  \
     X(PARTIAL, "commit without a part of a contributor") X(SEVERAL_SHARDS, "commit of several shards")
@@ -303,6 +306,7 @@ struct sim_world {
      * to take the newest entries over */
     uint64_t truth_count;
     bool taking_over; /* its leases are put right when it starts again */
+    bool must_fail, failed; /* a member of a fixed membership was given up; the run ended with that */
     uint8_t *entry_bytes[SIM_ENTRIES_MAX];
     uint32_t entry_length[SIM_ENTRIES_MAX];
     sim_samples spent;
@@ -428,6 +432,9 @@ void oracle_received(struct sim_world *w, struct sim_member *m, const struct fra
 /* A message reached the machine of a coordinator, which may be stopped; it closes a connection. */
 void oracle_arrived(struct sim_world *w, const struct sim_event *e);
 void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code);
+/* A coordinator says that the run has failed; or has carried out all that an event led to. */
+void oracle_failed(struct sim_world *w, const char *why);
+void oracle_stepped(struct sim_world *w, const struct core *core);
 const struct sim_contribution *oracle_contribution(struct sim_world *w, uint32_t member,
                                                    uint32_t fragment, uint64_t round,
                                                    const struct digest *root);

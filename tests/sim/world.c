@@ -147,7 +147,8 @@ static void choose_outer(struct sim_world *w) {
                                   .heartbeat_ms = 400,
                                   .silence_ms_max = 3000,
                                   .lease_samples = between(w, 6, 26),
-                                  .checkpoint_rounds = sim_chance(w, 500) ? 3 : 0};
+                                  .checkpoint_rounds = sim_chance(w, 500) ? 3 : 0,
+                                  .fixed_membership = sim_chance(w, 30)};
 }
 
 /* Samples for some rounds of each fragment. */
@@ -389,7 +390,7 @@ static void loop(struct sim_world *w) {
         sim_schedule(w, 10 + (i > 2 ? sim_random(w, 15000) : sim_random(w, 500)), SIM_MEMBER_START,
                      i);
     sim_schedule(w, 3000, SIM_FAULT, SIM_COORDINATOR);
-    while (!finished(w)) {
+    while (!finished(w) && !w->failed) {
         struct sim_event e = pop(w);
         w->now = e.at;
         w->events++;
@@ -402,7 +403,7 @@ static void loop(struct sim_world *w) {
         }
         if (w->now > w->faults_until + GRACE_MS) never_ends(w);
     }
-    oracle_end(w);
+    if (!w->failed) oracle_end(w);
 }
 
 int sim_run(struct sim_world *w, uint64_t seed, bool trace) {
