@@ -288,7 +288,6 @@ static bool perform_one(struct sim_world *w, struct sim_core *core, struct core_
 
 static void core_event(struct sim_world *w, struct sim_core *c, const struct core_event *ev) {
     uint32_t number = c->number;
-    w->must_fail = false;
     core_actions_clear(&c->out);
     core_step(c->core, ev, w->now, &c->out);
     for (uint32_t i = 0; i < c->out.count; i++) {
@@ -299,7 +298,7 @@ static void core_event(struct sim_world *w, struct sim_core *c, const struct cor
             return;
         }
     }
-    oracle_stepped(w, c->core);
+    if (w->outer.fixed_membership) oracle_stepped(w, c);
 }
 
 /* ---- events ------------------------------------------------------------------------------------ */

@@ -648,9 +648,7 @@ void oracle_arrived(struct sim_world *w, const struct sim_event *e) {
 /* A member whose heartbeats came in time is not lost, whatever its coordinator was doing meanwhile. */
 void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code) {
     uint64_t limit = w->outer.silence_ms_max;
-    if (code != ERR_TIMEOUT) return;
-    w->must_fail = w->outer.fixed_membership && w->member[c->member].trains && c->heard_at;
-    if (w->now - c->heard_at >= limit || w->now - c->moved_at >= limit) return;
+    if (code != ERR_TIMEOUT || w->now - c->heard_at >= limit || w->now - c->moved_at >= limit) return;
     sim_violation(w, "slot %u is given up for silence, its last heartbeat came %llu ms ago", c->member,
                   LLU(w->now - c->heard_at));
 }
@@ -671,10 +669,24 @@ void oracle_failed(struct sim_world *w, const char *why) {
     w->failed = true;
 }
 
-void oracle_stepped(struct sim_world *w, const struct core *core) {
+static bool goes_by_right(const struct sim_world *w, uint32_t id) {
+    for (uint32_t i = 1; i < w->members; i++)
+        if (w->member[i].id == id && (w->member[i].left || w->member[i].revoked)) return true;
+    return false;
+}
+
+/* Where it gives a trainer up, the run has failed in the same step. */
+void oracle_stepped(struct sim_world *w, const struct sim_core *core) {
     struct core_view v;
-    if (!w->must_fail) return;
-    core_look(core, w->now, &v);
-    if (strcmp(v.phase, "complete"))
-        sim_violation(w, "a member of a fixed membership was given up, and the run goes on");
+    struct core_member_view m;
+    uint64_t before = w->live_of == core->number ? w->live : 0;
+    w->live = 0;
+    w->live_of = core->number;
+    core_look(core->core, w->now, &v);
+    for (uint32_t i = 0; i < core_member_count(core->core); i++) {
+        core_member_look(core->core, i, w->now, &m);
+        if (m.live && m.trains) w->live |= 1ull << i;
+        else if (before >> i & 1 && !m.live && !goes_by_right(w, m.member) && strcmp(v.phase, "complete"))
+            sim_violation(w, "member %u of a fixed membership was given up, and the run goes on", m.member);
+    }
 }

@@ -306,7 +306,9 @@ struct sim_world {
      * to take the newest entries over */
     uint64_t truth_count;
     bool taking_over; /* its leases are put right when it starts again */
-    bool must_fail, failed; /* a member of a fixed membership was given up; the run ended with that */
+    bool failed;      /* a member of a fixed membership was given up, which ended the run */
+    uint64_t live;    /* bits by place in the coordinator's list: who of them trains and is live */
+    uint32_t live_of; /* ... as this process sees it */
     uint8_t *entry_bytes[SIM_ENTRIES_MAX];
     uint32_t entry_length[SIM_ENTRIES_MAX];
     sim_samples spent;
@@ -434,7 +436,7 @@ void oracle_arrived(struct sim_world *w, const struct sim_event *e);
 void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code);
 /* A coordinator says that the run has failed; or has carried out all that an event led to. */
 void oracle_failed(struct sim_world *w, const char *why);
-void oracle_stepped(struct sim_world *w, const struct core *core);
+void oracle_stepped(struct sim_world *w, const struct sim_core *core);
 const struct sim_contribution *oracle_contribution(struct sim_world *w, uint32_t member,
                                                    uint32_t fragment, uint64_t round,
                                                    const struct digest *root);
