@@ -69,12 +69,13 @@ static void older_image(struct sim_world *w, struct sim_member *m) {
     sim_disk_copy(&m->disk, &m->image, false);
 }
 
-/* The home of a copy may have ended since with the plan's only bytes of it. */
+/* Who was summed may have ended since, a copied home or a member that left, with the only bytes of it. */
 static bool contributors_keep_bytes(struct sim_world *w, const struct msg_commit *c) {
     for (uint32_t i = 0; i < c->contributors_count; i++) {
         const struct sim_contribution *x = oracle_contribution(
             w, c->contributors[i].member, c->fragment, c->round, &c->contributors[i].root);
-        if (!x || w->member[x->slot].copy || !oracle_keeps_bytes(w, x)) return false;
+        const struct sim_member *m = x ? &w->member[x->slot] : NULL;
+        if (!x || m->copy || m->gone || m->revoked || !oracle_keeps_bytes(w, x)) return false;
     }
     return true;
 }
