@@ -20,16 +20,31 @@ static size_t real_digits(double x) {
     return 17;
 }
 
+static size_t most(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+/* rope_scaling, as transformers 4 and 5 read it; null where there is none. */
+static json_t *rope_json(const struct msg_model *m) {
+    const char *type = proto_rope_type_name(m->rope_type);
+    if (m->rope_type == ROPE_DEFAULT) return json_null();
+    if (m->rope_type == ROPE_LINEAR) return json_pack("{ss sf}", "rope_type", type, "factor", m->rope_factor);
+    return json_pack("{ss sf sf sf si}", "rope_type", type, "factor", m->rope_factor, "low_freq_factor",
+                     m->rope_low_factor, "high_freq_factor", m->rope_high_factor,
+                     "original_max_position_embeddings", (int)m->rope_original);
+}
+
 int hf_config_format(const struct msg_model *m, float init_std, struct ckpt_blob *out,
                      struct err *err) {
     char std[40]; /* the shortest decimal of the float, not the double behind it */
     snprintf(std, sizeof std, "%.6g", (double)init_std);
     double initial = strtod(std, NULL);
-    size_t digits = real_digits(m->rope_theta), other = real_digits(m->norm_eps);
-    if (other > digits) digits = other;
-    if (real_digits(initial) > digits) digits = real_digits(initial);
+    const double reals[] = { m->rope_theta, m->norm_eps, m->rope_factor, m->rope_low_factor,
+                             m->rope_high_factor };
+    size_t digits = real_digits(initial);
+    for (size_t i = 0; i < sizeof reals / sizeof *reals; i++) digits = most(digits, real_digits(reals[i]));
     json_t *json = json_pack(
-        "{s[s] ss sb sf sn sn si ss si sf si si sb si si si sf sn sf sb ss sb si}",
+        "{s[s] ss sb sf sn sn si ss si sf si si sb si si si sf so sf sb ss sb si}",
         "architectures", "LlamaForCausalLM", "model_type", "llama",
         "attention_bias", 0, "attention_dropout", 0.0, "bos_token_id", "eos_token_id",
         "head_dim", (int)(m->width / m->heads), "hidden_act", "silu",
@@ -37,13 +52,23 @@ int hf_config_format(const struct msg_model *m, float init_std, struct ckpt_blob
         "intermediate_size", (int)m->ffn, "max_position_embeddings", (int)m->sequence,
         "mlp_bias", 0, "num_attention_heads", (int)m->heads, "num_hidden_layers", (int)m->layers,
         "num_key_value_heads", (int)m->kv_heads, "rms_norm_eps", m->norm_eps, "rope_scaling",
-        "rope_theta", m->rope_theta, "tie_word_embeddings", (int)m->tied,
+        rope_json(m), "rope_theta", m->rope_theta, "tie_word_embeddings", (int)m->tied,
         "torch_dtype", "float32", "use_cache", 1, "vocab_size", (int)m->vocabulary);
     return json_write(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits), out, err);
 }
 
 static int unsupported(const char *what, const char *key, const char *why, struct err *err) {
     return err_set(err, ERR_UNSUPPORTED, "%s: \"%s\" %s", what, key, why);
+}
+
+/* transformers builds what it is asked for, but the weights are those of the class that is named. */
+static bool is_for_causal_lm(const json_t *json) {
+    const json_t *list = json_object_get(json, "architectures"), *name;
+    size_t i;
+    if (!list || json_is_null(list)) return true;
+    json_array_foreach(list, i, name)
+        if (json_is_string(name) && !strcmp(json_string_value(name), "LlamaForCausalLM")) return true;
+    return false;
 }
 
 /* Keys that would make it another network when they say anything but the value we compute. */
@@ -57,27 +82,61 @@ static int check_kind(const json_t *json, const char *what, struct err *err) {
         return unsupported(what, "attention_bias", "must be false", err);
     if (json_is_true(json_object_get(json, "mlp_bias")))
         return unsupported(what, "mlp_bias", "must be false", err);
+    if (json_number_value(json_object_get(json, "attention_dropout")) != 0)
+        return unsupported(what, "attention_dropout", "must be 0", err);
+    if (!is_for_causal_lm(json))
+        return unsupported(what, "architectures", "must have \"LlamaForCausalLM\" or be absent", err);
     const json_t *quantized = json_object_get(json, "quantization_config");
     if (quantized && !json_is_null(quantized))
         return unsupported(what, "quantization_config", "must be absent: the weights are quantised", err);
     return 0;
 }
 
-/* Rotary settings: rope_theta at the top, or in rope_parameters (transformers 5). A scaled rotary
- * embedding, as in Llama 3.1, is another network. */
-static int read_rope(const json_t *json, const char *what, double *theta, struct err *err) {
+/* A number that this type of scaling cannot do without. */
+static int read_real(const json_t *json, const char *object, const char *key, const char *what, double *out,
+                     struct err *err) {
+    const json_t *v = json_object_get(json, key);
+    if (!json_is_number(v))
+        return err_set(err, ERR_CORRUPT, "%s: \"%s\" must have a number \"%s\"", what, object, key);
+    *out = json_number_value(v);
+    return 0;
+}
+
+/* One object of rotary settings, of a type that we compute; hf_config_parse() checks the numbers. */
+static int read_scaling(const json_t *rope, const char *key, const char *what, struct msg_model *m,
+                        struct err *err) {
+    const char *type = json_string_value(json_object_get(rope, "rope_type"));
+    const json_t *theta = json_object_get(rope, "rope_theta");
+    const json_t *part = json_object_get(rope, "partial_rotary_factor");
+    double original = 0;
+    if (!type) type = json_string_value(json_object_get(rope, "type"));
+    if (json_is_number(theta)) m->rope_theta = json_number_value(theta);
+    if (json_is_number(part) && json_number_value(part) != 1)
+        return unsupported(what, "partial_rotary_factor", "must be 1", err);
+    if (type && !strcmp(type, "default")) return 0;
+    m->rope_type = type && !strcmp(type, "linear") ? ROPE_LINEAR : ROPE_LLAMA3;
+    if (!type || (m->rope_type == ROPE_LLAMA3 && strcmp(type, "llama3") != 0))
+        return unsupported(what, key, "must be null or of type \"default\", \"linear\" or \"llama3\"", err);
+    if (read_real(rope, key, "factor", what, &m->rope_factor, err)) return -1;
+    if (m->rope_type == ROPE_LINEAR) return 0;
+    if (read_real(rope, key, "low_freq_factor", what, &m->rope_low_factor, err) ||
+        read_real(rope, key, "high_freq_factor", what, &m->rope_high_factor, err) ||
+        read_real(rope, key, "original_max_position_embeddings", what, &original, err))
+        return -1;
+    if (!(original >= 1 && original <= INT32_MAX) || original != floor(original))
+        return err_set(err, ERR_CORRUPT, "%s: \"original_max_position_embeddings\" is %g", what, original);
+    m->rope_original = (uint32_t)original;
+    return 0;
+}
+
+/* Rotary settings: rope_theta at the top and rope_scaling, or both in rope_parameters (transformers 5). */
+static int read_rope(const json_t *json, const char *what, struct msg_model *m, struct err *err) {
     static const char *const keys[] = {"rope_scaling", "rope_parameters"};
     const json_t *top = json_object_get(json, "rope_theta");
-    *theta = json_is_number(top) ? json_number_value(top) : 10000.0;
+    m->rope_theta = json_is_number(top) ? json_number_value(top) : 10000.0;
     for (int i = 0; i < 2; i++) {
         const json_t *rope = json_object_get(json, keys[i]);
-        if (!rope || json_is_null(rope)) continue;
-        const char *type = json_string_value(json_object_get(rope, "rope_type"));
-        if (!type) type = json_string_value(json_object_get(rope, "type"));
-        if (!type || strcmp(type, "default") != 0)
-            return unsupported(what, keys[i], "must be null or of type \"default\"", err);
-        const json_t *inner = json_object_get(rope, "rope_theta");
-        if (json_is_number(inner)) *theta = json_number_value(inner);
+        if (rope && !json_is_null(rope) && read_scaling(rope, keys[i], what, m, err)) return -1;
     }
     return 0;
 }
@@ -121,7 +180,7 @@ int hf_config_parse(const struct ckpt_blob *blob, const char *what, struct msg_m
     const json_t *eps = json_object_get(json, "rms_norm_eps");
     m.norm_eps = json_is_number(eps) ? json_number_value(eps) : 1e-6;
     m.tied = json_is_true(json_object_get(json, "tie_word_embeddings"));
-    int r = check_kind(json, what, err) || read_rope(json, what, &m.rope_theta, err) ||
+    int r = check_kind(json, what, err) || read_rope(json, what, &m, err) ||
             read_sizes(json, what, &m, err);
     json_decref(json);
     if (r) return -1;

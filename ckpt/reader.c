@@ -215,13 +215,6 @@ out:
 
 /* ---- open -------------------------------------------------------------------------------------- */
 
-static bool same_model(const struct msg_model *a, const struct msg_model *b) {
-    return a->layers == b->layers && a->width == b->width && a->heads == b->heads &&
-           a->kv_heads == b->kv_heads && a->ffn == b->ffn && a->vocabulary == b->vocabulary &&
-           a->sequence == b->sequence && a->rope_theta == b->rope_theta &&
-           a->norm_eps == b->norm_eps && a->tied == b->tied;
-}
-
 /* The genesis is believed because the run is named by its digest. */
 static int load_genesis(struct ckpt *c, const struct digest *run, struct digest *is, struct err *err) {
     char a[DIGEST_HEX_BYTES], b[DIGEST_HEX_BYTES];
@@ -280,7 +273,7 @@ static int load_config(struct ckpt *c, struct err *err) {
     if (read_checked(c, "config.json", CKPT_JSON_BYTES_MAX, &b, err)) return -1;
     int r = hf_config_parse(&b, "config.json", &c->model, err);
     free(b.data);
-    if (!r && !c->plain && !same_model(&c->model, c->genesis.model))
+    if (!r && !c->plain && !proto_model_equal(&c->model, c->genesis.model))
         return err_set(err, ERR_CORRUPT, "config.json: another model than genesis.bin has");
     return r;
 }

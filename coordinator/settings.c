@@ -16,7 +16,7 @@
 
 #include "proto/model.h"
 
-enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U32, U64, F32, F64, SECONDS };
+enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U32, U64, F32, F64, SECONDS };
 
 struct setting {
     const char *section, *key;
@@ -57,6 +57,17 @@ static const struct setting table[] = {
       "long: memory for attention grows with its square." },
     { "model", "rope_theta", F64, AT(model.rope_theta), 1, 1e12, SEALED, NULL,
       "Base of the rotary embedding; longer sequences want more (1e4 for 2k tokens, 5e5 for 8k)." },
+    { "model", "rope_type", U8_ROPE, AT(model.rope_type), 0, 2, SEALED, NULL,
+      "Hugging Face's rope_scaling, for a context stretched beyond the one trained on: default (none),\n"
+      "linear, llama3 (as Llama 3.1: stretches slow pairs only)." },
+    { "model", "rope_factor", F64, AT(model.rope_factor), 0, 1e6, SEALED, NULL,
+      "linear and llama3: how much longer the context is. 1: not at all; large: near tokens blur." },
+    { "model", "rope_low_factor", F64, AT(model.rope_low_factor), 0, 1e6, SEALED, NULL,
+      "llama3: pairs that turn less often than this in the original context are stretched; usually 1." },
+    { "model", "rope_high_factor", F64, AT(model.rope_high_factor), 0, 1e6, SEALED, NULL,
+      "llama3: pairs that turn more often than this are left alone, over rope_low_factor; usually 4." },
+    { "model", "rope_original", U32, AT(model.rope_original), 0, 1048576, SEALED, NULL,
+      "llama3: tokens of the original context, 8192 for Llama 3." },
     { "model", "norm_eps", F64, AT(model.norm_eps), TINY, 0.1, SEALED, NULL,
       "Added under RMSNorm's root. Too small: division by almost nothing; too large: no norm." },
     { "model", "tied", U8_SWITCH, AT(model.tied), 0, 1, SEALED, NULL,
@@ -91,6 +102,11 @@ static const struct setting table[] = {
     { "inner", "clip", F64, AT(inner.clip), 0, 1e9, SEALED, NULL,
       "Largest global norm of a gradient; longer ones are scaled down. 0: never, then one bad batch\n"
       "can ruin a run; far below the usual norm it is a smaller learning rate." },
+    { "inner", "z_loss", F64, AT(inner.z_loss), 0, 1, SEALED, NULL,
+      "Weight of the squared logarithm of softmax's divisor, added to the loss (PaLM: 1e-4). 0: none,\n"
+      "then the logits may drift until bf16 rounds them apart; large: confidence is punished." },
+    { "inner", "max_z_loss", F64, AT(inner.max_z_loss), 0, 1, SEALED, NULL,
+      "Likewise of the squared largest logit (Baichuan 2, INTELLECT-1: 2e-4); one of the two is enough." },
     { "inner", "total_tokens", U64, AT(inner.total_tokens), 1, 9e18, SEALED,
       "(the tokens of the corpus)",
       "Tokens of the whole run: it ends there, or when every sample is spent." },
@@ -191,6 +207,7 @@ _Static_assert(sizeof table / sizeof *table <= SETTINGS_MAX, "struct settings co
 /* Numbers of docs/protocol.md. */
 static const char *const codec_name[] = { "fp32", "int8" };
 static const char *const rule_name[] = { "constant", "sqrt" };
+static const char *const rope_name[] = { "default", "linear", "llama3" };
 
 void settings_init(struct settings *s) {
     memset(s, 0, sizeof *s);
@@ -240,6 +257,7 @@ static void describe_allowed(const struct setting *t, char *out, size_t size) {
     case U8_SWITCH: snprintf(out, size, "true and false"); return;
     case U8_CODEC: snprintf(out, size, "fp32 and int8"); return;
     case U8_RULE: snprintf(out, size, "constant and sqrt"); return;
+    case U8_ROPE: snprintf(out, size, "default, linear and llama3"); return;
     case U32:
     case U64: snprintf(out, size, "whole numbers from %.0f to %.0f", t->min, t->max); return;
     case SECONDS: snprintf(out, size, "seconds from %g to %g", t->min, t->max); return;
@@ -318,6 +336,7 @@ static bool store_value(struct settings *s, const struct setting *t, const char 
     case U8_SWITCH: return parse_name(text, switches, 2, (uint8_t *)field);
     case U8_CODEC: return parse_name(text, codec_name, 2, (uint8_t *)field);
     case U8_RULE: return parse_name(text, rule_name, 2, (uint8_t *)field);
+    case U8_ROPE: return parse_name(text, rope_name, 3, (uint8_t *)field);
     case U32:
     case U64: return store_whole(field, t, text);
     case F32:
@@ -577,6 +596,7 @@ static void format_value(const struct settings *s, const struct setting *t, char
     case U8_SWITCH: snprintf(out, size, "%s", *(const uint8_t *)field ? "true" : "false"); return;
     case U8_CODEC: snprintf(out, size, "%s", codec_name[*(const uint8_t *)field & 1]); return;
     case U8_RULE: snprintf(out, size, "%s", rule_name[*(const uint8_t *)field & 1]); return;
+    case U8_ROPE: snprintf(out, size, "%s", rope_name[*(const uint8_t *)field % 3]); return;
     case U32: snprintf(out, size, "%u", *(const uint32_t *)field); return;
     case U64:
         snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)field);
@@ -641,8 +661,9 @@ int settings_save(const struct settings *s, const char *path, struct err *err) {
 static size_t value_size(const struct setting *t) {
     switch (t->kind) {
     case U8_SWITCH:
-    case U8_CODEC: return 1;
-    case U8_RULE: return 1;
+    case U8_CODEC:
+    case U8_RULE:
+    case U8_ROPE: return 1;
     case U32:
     case F32:
     case SECONDS: return 4;

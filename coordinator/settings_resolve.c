@@ -134,6 +134,11 @@ static int default_model(struct settings *s, struct err *err) {
     DEFAULT(model.vocabulary, m.vocabulary);
     DEFAULT(model.sequence, m.sequence);
     DEFAULT(model.rope_theta, m.rope_theta);
+    DEFAULT(model.rope_type, m.rope_type);
+    DEFAULT(model.rope_factor, m.rope_factor);
+    DEFAULT(model.rope_low_factor, m.rope_low_factor);
+    DEFAULT(model.rope_high_factor, m.rope_high_factor);
+    DEFAULT(model.rope_original, m.rope_original);
     DEFAULT(model.norm_eps, m.norm_eps);
     DEFAULT(model.tied, m.tied);
     DEFAULT(init_seed, 1);
@@ -154,6 +159,8 @@ static int default_inner(struct settings *s, const struct corpus_facts *corpus, 
     DEFAULT(inner.eps, in.eps);
     DEFAULT(inner.weight_decay, in.weight_decay);
     DEFAULT(inner.clip, in.clip);
+    DEFAULT(inner.z_loss, in.z_loss);
+    DEFAULT(inner.max_z_loss, in.max_z_loss);
     DEFAULT(inner.warmup_tokens, known ? in.warmup_tokens : 0);
     DEFAULT(inner.decay_tokens, known ? in.decay_tokens : 0);
     DEFAULT(init_std, init_std);

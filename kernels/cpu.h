@@ -79,11 +79,11 @@ __attribute__((always_inline)) static inline float cpu_max(const float *x, int n
 }
 
 /* Entries of the table that live in other files than cpu.c. */
-void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv, int B,
-                           int T, int H, int KV, int D);
+void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
+                           const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *dout,
-                            const float *qkv, const float *out, const float *lse, int B, int T,
-                            int H, int KV, int D);
+                            const float *qkv, const float *out, const float *lse,
+                            const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_embedding_forward(const struct kernels *k, float *out, const int32_t *tokens,
                            const float *w, int rows, int C, int V);
 void cpu_embedding_backward(const struct kernels *k, float *dw, const float *dout,
@@ -93,13 +93,13 @@ void cpu_rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const
 void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout,
                           const float *x, const float *w, const float *rstd, int rows, int C);
 void cpu_rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
-                      int B, int T, int H, int KV, int D);
+                      const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
-                       int B, int T, int H, int KV, int D);
+                       const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows, int F);
 void cpu_swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout,
                          const float *gate_up, int rows, int F);
-void cpu_cross_entropy(const struct kernels *k, float *loss, float *logits, const int32_t *targets,
-                       float grad_scale, int rows, int V);
+void cpu_cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
+                       const int32_t *targets, const struct kernels_loss *how, int rows, int V);
 
 #endif

@@ -108,25 +108,25 @@ WIDE static void rotate_row(float *x, const float *cosine, const float *sine, fl
 }
 
 static void rotate(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
-                   int B, int T, int H, int KV, int D, float direction) {
+                   const int32_t *start, int B, int T, int H, int KV, int D, float direction) {
     int half = D / 2, rows = B * T;
     size_t stride = (size_t)(H + 2 * KV) * D;
 #pragma omp parallel for num_threads(                                                              \
     cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * (H + KV) * D))
     for (int r = 0; r < rows; r++) {
-        size_t angle = (size_t)(r % T) * half;
+        size_t angle = (size_t)(r % T - (start ? start[r] : 0)) * half;
         rotate_row(qkv + r * stride, cosine + angle, sine + angle, direction, H + KV, half);
     }
 }
 
 void cpu_rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
-                      int B, int T, int H, int KV, int D) {
-    rotate(k, qkv, cosine, sine, B, T, H, KV, D, 1.0f);
+                      const int32_t *start, int B, int T, int H, int KV, int D) {
+    rotate(k, qkv, cosine, sine, start, B, T, H, KV, D, 1.0f);
 }
 
 void cpu_rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
-                       int B, int T, int H, int KV, int D) {
-    rotate(k, dqkv, cosine, sine, B, T, H, KV, D, -1.0f);
+                       const int32_t *start, int B, int T, int H, int KV, int D) {
+    rotate(k, dqkv, cosine, sine, start, B, T, H, KV, D, -1.0f);
 }
 
 /* ---- SwiGLU ---- */
@@ -187,28 +187,40 @@ WIDE static void multiply(float *x, float factor, int n) {
     for (int i = 0; i < n; i++) x[i] *= factor;
 }
 
-static float cross_entropy_row(float *logits, int target, float grad_scale, int V) {
+/* Where `max` stands first; 0 if nowhere, as in a row with a NaN. */
+static int first_of(const float *x, float max, int n) {
+    for (int i = 0; i < n; i++)
+        if (x[i] == max) return i;
+    return 0;
+}
+
+static void cross_entropy_row(float *loss, float *penalty, float *logits, int target,
+                              const struct kernels_loss *how, int V) {
     enum { PART = 4096 }; /* a vocabulary of 128k: parts in float, their sum in double */
     float max = row_max(logits, V), logit = logits[target];
+    int largest = how->max_z > 0 ? first_of(logits, max, V) : 0;
     double sum = 0.0;
     for (int v = 0; v < V; v += PART)
         sum += exponentials(logits + v, max, V - v < PART ? V - v : PART);
-    multiply(logits, (float)(grad_scale / sum), V);
-    logits[target] -= grad_scale;
     /* cppcheck-suppress invalidFunctionArg ; the largest logit alone makes the sum 1 */
-    return (float)(log(sum) + max - logit);
+    double lse = log(sum) + max;
+    *loss = (float)(lse - logit);
+    *penalty = (float)(how->z * lse * lse + (double)how->max_z * max * max);
+    multiply(logits, (float)(how->grad_scale / sum * (1.0 + 2.0 * how->z * lse)), V);
+    logits[target] -= how->grad_scale;
+    logits[largest] += 2.0f * how->grad_scale * how->max_z * max;
 }
 
-void cpu_cross_entropy(const struct kernels *k, float *loss, float *logits, const int32_t *targets,
-                       float grad_scale, int rows, int V) {
+void cpu_cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
+                       const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * V))
     for (int r = 0; r < rows; r++) {
         float *row = logits + (size_t)r * V;
         assert(targets[r] >= -1 && targets[r] < V);
         if (targets[r] >= 0) {
-            loss[r] = cross_entropy_row(row, targets[r], grad_scale, V);
+            cross_entropy_row(&loss[r], &penalty[r], row, targets[r], how, V);
         } else {
-            loss[r] = 0.0f;
+            loss[r] = penalty[r] = 0.0f;
             memset(row, 0, (size_t)V * sizeof *row);
         }
     }

@@ -38,6 +38,26 @@ struct kernels_adamw {
     float grad_scale;   /* gradients are multiplied by it first: the clip factor, or 1 */
 };
 
+/* What cross-entropy is multiplied by and what is added to it, against logits that drift away. */
+struct kernels_loss {
+    float grad_scale; /* of the whole gradient; usually 1 / (targets that count) */
+    float z;          /* z-loss of PaLM, arXiv:2204.02311; there 1e-4. 0: none */
+    float max_z;      /* max-z loss of Baichuan 2, arXiv:2309.10305; there 2e-4. 0: none */
+};
+
+/* Angles of the rotary embedding: pair i of a head of size D turns by theta^(-2i/D) a position,
+ * slowed down in a model whose context was stretched. The numbers are the model's, proto/model.h. */
+enum kernels_rope_type { KERNELS_ROPE_DEFAULT = 0, KERNELS_ROPE_LINEAR = 1, KERNELS_ROPE_LLAMA3 = 2 };
+struct kernels_rope {
+    enum kernels_rope_type type;
+    double theta;
+    double factor;                  /* linear, llama3: divides the angles ... */
+    double low_factor, high_factor; /* llama3: ... of pairs that turn less than low_factor times in
+                                     * `original` positions; not of those that turn more than
+                                     * high_factor times; blended between */
+    int original;
+};
+
 /* A backend. Call an entry as k->matmul_forward(k, ...). All pointers to tensors are memory from
  * k->alloc(); `host` pointers are ordinary memory. Entries run in order; on a GPU they return
  * before they are done. They return nothing: a backend keeps its first failure, later calls may
@@ -89,22 +109,26 @@ struct kernels {
 
     /* Rotary embedding, arXiv:2104.09864, Hugging Face convention: element d of a head is
      * paired with d + D/2. In place on the query and key heads of qkv[B,T,H+2KV,D]; value heads
-     * untouched. cos, sin: [T,D/2] from kernels_rope_tables(), copied in. */
+     * untouched. cos, sin: [T,D/2] from kernels_rope_tables(), copied in.
+     * start  [B,T], here and in attention: where in the sequence the document of token t begins,
+     *        in [0,t] and never less than that of t - 1. Positions count from there. NULL: the
+     *        sequence is one document. */
     void (*rope_forward)(const struct kernels *k, float *qkv, const float *cos, const float *sin,
-                         int B, int T, int H, int KV, int D);
+                         const int32_t *start, int B, int T, int H, int KV, int D);
     /* The transposed (inverse) rotation, in place on the gradient of qkv. */
     void (*rope_backward)(const struct kernels *k, float *dqkv, const float *cos, const float *sin,
-                          int B, int T, int H, int KV, int D);
+                          const int32_t *start, int B, int T, int H, int KV, int D);
 
-    /* Causal grouped-query attention, scale 1/sqrt(D). qkv: [B,T,H+2KV,D], a row holds the
-     * query heads, then key heads, then value heads; query head h reads key/value head h / (H/KV).
-     * out: [B,T,H,D]. lse: [B,H,T], natural log of the sum of exponentials, kept. */
+    /* Causal grouped-query attention, scale 1/sqrt(D): query t sees the keys [start, t]. qkv:
+     * [B,T,H+2KV,D], a row holds the query heads, then key heads, then value heads; query head h
+     * reads key/value head h / (H/KV). out: [B,T,H,D]. lse: [B,H,T], natural log of the sum of
+     * exponentials, kept. */
     void (*attention_forward)(const struct kernels *k, float *out, float *lse, const float *qkv,
-                              int B, int T, int H, int KV, int D);
+                              const int32_t *start, int B, int T, int H, int KV, int D);
     /* dqkv is overwritten in full. Scores come again from qkv and lse (arXiv:2205.14135). */
     void (*attention_backward)(const struct kernels *k, float *dqkv, const float *dout,
-                               const float *qkv, const float *out, const float *lse, int B, int T,
-                               int H, int KV, int D);
+                               const float *qkv, const float *out, const float *lse,
+                               const int32_t *start, int B, int T, int H, int KV, int D);
 
     /* SwiGLU, arXiv:2002.05202. gate_up: [rows,2F], a row holds F gates, then F ups.
      * out[rows,F] = silu(gate) * up. Backward overwrites dgate_up; dgate_up may be gate_up. */
@@ -118,11 +142,12 @@ struct kernels {
     void (*scale)(const struct kernels *k, float *x, float factor, size_t n);
 
     /* Softmax and cross-entropy in one. loss[rows] = -log softmax(logits)[target], in nats;
-     * logits[rows,V] become their gradient (softmax - onehot) * grad_scale, where grad_scale is
-     * usually 1 / (targets that count). A target of -1 is ignored: loss and gradient 0. For
-     * evaluation alone pass grad_scale 0 and drop the logits. */
-    void (*cross_entropy)(const struct kernels *k, float *loss, float *logits,
-                          const int32_t *targets, float grad_scale, int rows, int V);
+     * penalty[rows] = z * (log of the sum of exponentials)^2 + max_z * (largest logit)^2; logits
+     * [rows,V] become the gradient of (loss + penalty) * grad_scale. Of equal largest logits the
+     * first has max_z's gradient. A target of -1 is ignored: loss, penalty, gradient 0. For
+     * evaluation alone pass a grad_scale of 0 and drop the logits. */
+    void (*cross_entropy)(const struct kernels *k, float *loss, float *penalty, float *logits,
+                          const int32_t *targets, const struct kernels_loss *how, int rows, int V);
 
     /* Optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) */
     void (*adamw)(const struct kernels *k, float *param, const float *grad, float *m, float *v,
@@ -141,8 +166,9 @@ const struct kernels *kernels_reference(void);
  * call where it shares its cores, else waiting threads spin. Returns NULL with ERR_MEMORY. */
 struct kernels *kernels_cpu_create(int threads, struct err *err);
 
-/* Fill cos and sin [T,D/2], host memory, at angle position * theta^(-2i/D), computed in double. */
-void kernels_rope_tables(float *cos, float *sin, int T, int D, double theta);
+/* Fill cos and sin [T,D/2], host memory, computed in double. (transformers computes angles in fp32:
+ * at position 8192 its first pairs are off by up to 5e-4.) */
+void kernels_rope_tables(float *cos, float *sin, int T, int D, const struct kernels_rope *rope);
 
 /* ================================================================================================
  * The outer step. fp32 and double IEEE operations in a fixed order, round to nearest even, no fused

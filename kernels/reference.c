@@ -117,21 +117,35 @@ static void rmsnorm_backward(SELF, float *dx, float *dw, const float *dout, cons
     }
 }
 
-void kernels_rope_tables(float *cos_out, float *sin_out, int T, int D, double theta) {
-    for (int t = 0; t < T; t++)
-        for (int i = 0; i < D / 2; i++) {
-            double angle = t * pow(theta, -2.0 * i / D);
-            cos_out[(size_t)t * (D / 2) + i] = (float)cos(angle);
-            sin_out[(size_t)t * (D / 2) + i] = (float)sin(angle);
+/* Angle per position of pair i. */
+static double rope_frequency(const struct kernels_rope *rope, int i, int D) {
+    double frequency = pow(rope->theta, -2.0 * i / D);
+    if (rope->type == KERNELS_ROPE_DEFAULT) return frequency;
+    if (rope->type == KERNELS_ROPE_LINEAR) return frequency / rope->factor;
+    double turns = rope->original * frequency / (2.0 * M_PI);
+    double keep = (turns - rope->low_factor) / (rope->high_factor - rope->low_factor);
+    keep = fmin(fmax(keep, 0.0), 1.0);
+    return keep * frequency + (1.0 - keep) * frequency / rope->factor;
+}
+
+void kernels_rope_tables(float *cos_out, float *sin_out, int T, int D,
+                         const struct kernels_rope *rope) {
+    for (int i = 0; i < D / 2; i++) {
+        double frequency = rope_frequency(rope, i, D);
+        for (int t = 0; t < T; t++) {
+            cos_out[(size_t)t * (D / 2) + i] = (float)cos(t * frequency);
+            sin_out[(size_t)t * (D / 2) + i] = (float)sin(t * frequency);
         }
+    }
 }
 
 /* Rotate the query and key heads by the tables' angles times `direction` (1 or -1). */
-static void rotate(float *qkv, const float *cosine, const float *sine, int B, int T, int H, int KV,
-                   int D, double direction) {
+static void rotate(float *qkv, const float *cosine, const float *sine, const int32_t *start, int B,
+                   int T, int H, int KV, int D, double direction) {
     int half = D / 2;
     for (size_t row = 0; row < (size_t)B * T; row++) {
-        const float *cos_t = cosine + row % T * half, *sin_t = sine + row % T * half;
+        size_t position = row % T - (start ? start[row] : 0);
+        const float *cos_t = cosine + position * half, *sin_t = sine + position * half;
         for (int h = 0; h < H + KV; h++) {
             float *x = qkv + (row * (H + 2 * KV) + h) * D;
             for (int i = 0; i < half; i++) {
@@ -143,14 +157,14 @@ static void rotate(float *qkv, const float *cosine, const float *sine, int B, in
     }
 }
 
-static void rope_forward(SELF, float *qkv, const float *cosine, const float *sine, int B, int T,
-                         int H, int KV, int D) {
-    rotate(qkv, cosine, sine, B, T, H, KV, D, 1.0);
+static void rope_forward(SELF, float *qkv, const float *cosine, const float *sine,
+                         const int32_t *start, int B, int T, int H, int KV, int D) {
+    rotate(qkv, cosine, sine, start, B, T, H, KV, D, 1.0);
 }
 
-static void rope_backward(SELF, float *dqkv, const float *cosine, const float *sine, int B, int T,
-                          int H, int KV, int D) {
-    rotate(dqkv, cosine, sine, B, T, H, KV, D, -1.0);
+static void rope_backward(SELF, float *dqkv, const float *cosine, const float *sine,
+                          const int32_t *start, int B, int T, int H, int KV, int D) {
+    rotate(dqkv, cosine, sine, start, B, T, H, KV, D, -1.0);
 }
 
 static double dot(const float *a, const float *b, int n) {
@@ -170,8 +184,8 @@ static struct heads heads_of(int h, int H, int KV, int D) {
                            (size_t)(H + KV + kv) * D };
 }
 
-static void attention_forward(SELF, float *out, float *lse, const float *qkv, int B, int T, int H,
-                              int KV, int D) {
+static void attention_forward(SELF, float *out, float *lse, const float *qkv, const int32_t *start,
+                              int B, int T, int H, int KV, int D) {
     double score[T], scale = 1.0 / sqrt(D);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
@@ -179,17 +193,18 @@ static void attention_forward(SELF, float *out, float *lse, const float *qkv, in
                 struct heads at = heads_of(h, H, KV, D);
                 const float *rows = qkv + (size_t)b * T * at.stride;
                 double max = -INFINITY, sum = 0.0;
-                for (int u = 0; u <= t; u++) {
+                int first = start ? start[(size_t)b * T + t] : 0;
+                for (int u = first; u <= t; u++) {
                     score[u] = scale *
                                dot(rows + t * at.stride + at.q, rows + u * at.stride + at.k, D);
                     max = fmax(max, score[u]);
                 }
-                for (int u = 0; u <= t; u++) sum += exp(score[u] - max);
+                for (int u = first; u <= t; u++) sum += exp(score[u] - max);
                 /* cppcheck-suppress invalidFunctionArg ; the largest score alone makes the sum 1 */
                 lse[((size_t)b * H + h) * T + t] = (float)(max + log(sum));
                 for (int d = 0; d < D; d++) {
                     double o = 0.0;
-                    for (int u = 0; u <= t; u++)
+                    for (int u = first; u <= t; u++)
                         o += exp(score[u] - max) / sum * rows[u * at.stride + at.v + d];
                     out[(((size_t)b * T + t) * H + h) * D + d] = (float)o;
                 }
@@ -200,11 +215,12 @@ static void attention_forward(SELF, float *out, float *lse, const float *qkv, in
  * dout.out), dq = scale * sum dscore * k, dk += scale * dscore * q. acc has the shape of one batch
  * element. */
 static void attention_backward_query(double *acc, const float *rows, const float *dout,
-                                     const float *out, float lse, int t, struct heads at, int D) {
+                                     const float *out, float lse, int first, int t,
+                                     struct heads at, int D) {
     double scale = 1.0 / sqrt(D), delta = dot(dout, out, D);
     const float *q = rows + t * at.stride + at.q;
     double *dq = acc + t * at.stride + at.q;
-    for (int u = 0; u <= t; u++) {
+    for (int u = first; u <= t; u++) {
         const float *key = rows + u * at.stride + at.k, *value = rows + u * at.stride + at.v;
         double *dk = acc + u * at.stride + at.k, *dv = acc + u * at.stride + at.v;
         double p = exp(scale * dot(q, key, D) - lse);
@@ -218,8 +234,8 @@ static void attention_backward_query(double *acc, const float *rows, const float
 }
 
 static void attention_backward(SELF, float *dqkv, const float *dout, const float *qkv,
-                               const float *out, const float *lse, int B, int T, int H, int KV,
-                               int D) {
+                               const float *out, const float *lse, const int32_t *start, int B,
+                               int T, int H, int KV, int D) {
     size_t per_batch = (size_t)T * (H + 2 * KV) * D;
     double *acc = malloc(per_batch * sizeof *acc);
     assert(acc);
@@ -229,8 +245,9 @@ static void attention_backward(SELF, float *dqkv, const float *dout, const float
             for (int t = 0; t < T; t++) {
                 size_t o = (((size_t)b * T + t) * H + h) * D;
                 attention_backward_query(acc, qkv + b * per_batch, dout + o, out + o,
-                                         lse[((size_t)b * H + h) * T + t], t, heads_of(h, H, KV, D),
-                                         D);
+                                         lse[((size_t)b * H + h) * T + t],
+                                         start ? start[(size_t)b * T + t] : 0, t,
+                                         heads_of(h, H, KV, D), D);
             }
         for (size_t i = 0; i < per_batch; i++) dqkv[b * per_batch + i] = (float)acc[i];
     }
@@ -263,22 +280,30 @@ static void scale_by(SELF, float *x, float factor, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] *= factor;
 }
 
-static void cross_entropy(SELF, float *loss, float *logits, const int32_t *targets,
-                          float grad_scale, int rows, int V) {
+static void cross_entropy(SELF, float *loss, float *penalty, float *logits, const int32_t *targets,
+                          const struct kernels_loss *how, int rows, int V) {
     for (int r = 0; r < rows; r++, logits += V) {
         assert(targets[r] >= -1 && targets[r] < V);
         if (targets[r] == -1) {
-            loss[r] = 0.0f;
+            loss[r] = penalty[r] = 0.0f;
             memset(logits, 0, (size_t)V * sizeof *logits);
             continue;
         }
-        double max = -INFINITY, sum = 0.0;
-        for (int v = 0; v < V; v++) max = fmax(max, logits[v]);
+        int largest = 0;
+        double sum = 0.0;
+        for (int v = 1; v < V; v++)
+            if (logits[v] > logits[largest]) largest = v;
+        double max = logits[largest];
         for (int v = 0; v < V; v++) sum += exp(logits[v] - max);
         /* cppcheck-suppress invalidFunctionArg ; the largest logit alone makes the sum 1 */
-        loss[r] = (float)(log(sum) + max - logits[targets[r]]);
-        for (int v = 0; v < V; v++)
-            logits[v] = (float)((exp(logits[v] - max) / sum - (v == targets[r])) * grad_scale);
+        double lse = log(sum) + max;
+        loss[r] = (float)(lse - logits[targets[r]]);
+        penalty[r] = (float)(how->z * lse * lse + how->max_z * max * max);
+        for (int v = 0; v < V; v++) {
+            double p = exp(logits[v] - max) / sum, d = p - (v == targets[r]);
+            d += 2.0 * how->z * lse * p + 2.0 * how->max_z * max * (v == largest);
+            logits[v] = (float)(d * how->grad_scale);
+        }
     }
 }
 

@@ -116,6 +116,7 @@ struct prepare {
     const struct tokenizer *tokenizer;
     uint32_t sequence;
     double heldout_fraction;
+    int32_t document_end;
     unsigned token_bytes;
     int heldout_fd;
     char heldout_path[PATH_BYTES_MAX];
@@ -233,6 +234,8 @@ static char *manifest_text(const struct prepare *p, const struct token_file *fil
                              "dtype", p->token_bytes == 2 ? "uint16" : "uint32", "sequence",
                              (json_int_t)p->sequence, "files", list, "samples", (json_int_t)samples,
                              "heldout", file_json(heldout, 0));
+    if (root && p->document_end >= 0)
+        json_object_set_new(root, "document_end", json_integer(p->document_end));
     char *text = root ? json_dumps(root, JSON_INDENT(2)) : NULL;
     json_decref(root);
     return text;
@@ -305,12 +308,15 @@ static int prepare_check(uint32_t n, uint32_t sequence, double heldout_fraction,
 }
 
 int data_prepare(const char *out_dir, const char *const *files, uint32_t n, const char *tokenizer,
-                 uint32_t sequence, double heldout_fraction, struct data_info *info,
-                 struct err *err) {
+                 uint32_t sequence, double heldout_fraction, int32_t document_end,
+                 struct data_info *info, struct err *err) {
     struct prepare p = { .folder = out_dir, .sequence = sequence, .heldout_fraction = heldout_fraction,
-                         .heldout_fd = -1 };
+                         .document_end = document_end, .heldout_fd = -1 };
     if (prepare_check(n, sequence, heldout_fraction, err)) return -1;
     if (!(p.tokenizer = tokenizer_find(tokenizer, err))) return -1;
+    if (document_end >= (int64_t)p.tokenizer->vocabulary)
+        return err_set(err, ERR_CONFIG, "document end is token %d; the tokenizer's vocabulary has %u",
+                       document_end, p.tokenizer->vocabulary);
     p.token_bytes = token_bytes_of(p.tokenizer->vocabulary);
     if (join_new(p.heldout_path, out_dir, HELDOUT_NAME, err)) return -1;
     if (mkdir(out_dir, 0755) && errno != EEXIST) return err_set_errno(err, "create %.150s", out_dir);
@@ -414,20 +420,24 @@ static int parse_files(struct data *d, json_t *list, struct err *err) {
 static int parse_header(struct data *d, json_t *root, json_t **files, json_t **heldout,
                         json_int_t *samples, struct err *err) {
     const char *tokenizer, *dtype;
-    json_int_t format = 0, vocabulary, sequence;
+    json_int_t format = 0, vocabulary, sequence, document_end = -1;
     json_error_t why;
     if (json_unpack_ex(root, &why, 0, "{s:I}", "format", &format))
         return err_set(err, ERR_CORRUPT, "%.150s", why.text);
     if (format != FORMAT)
         return err_set(err, ERR_UNSUPPORTED, "format %lld; this build reads %d", (long long)format, FORMAT);
-    if (json_unpack_ex(root, &why, 0, "{s:s, s:I, s:s, s:I, s:o, s:I, s:o}", "tokenizer", &tokenizer,
+    if (json_unpack_ex(root, &why, 0, "{s:s, s:I, s:s, s:I, s:o, s:I, s:o, s?:I}", "tokenizer", &tokenizer,
                        "vocabulary", &vocabulary, "dtype", &dtype, "sequence", &sequence, "files", files,
-                       "samples", samples, "heldout", heldout))
+                       "samples", samples, "heldout", heldout, "document_end", &document_end))
         return err_set(err, ERR_CORRUPT, "%.150s", why.text);
     if (vocabulary < 1 || vocabulary > 1 << 20 || sequence < 1 || sequence > 1 << 20 ||
         strlen(tokenizer) >= sizeof d->info.tokenizer)
         return err_set(err, ERR_CORRUPT, "vocabulary %lld, sequence %lld", (long long)vocabulary,
                        (long long)sequence);
+    if (document_end < -1 || document_end >= vocabulary)
+        return err_set(err, ERR_CORRUPT, "document_end %lld of a vocabulary of %lld",
+                       (long long)document_end, (long long)vocabulary);
+    d->info.document_end = (int32_t)document_end;
     d->token_bytes = !strcmp(dtype, "uint16") ? 2 : !strcmp(dtype, "uint32") ? 4 : 0;
     if (!d->token_bytes)
         return err_set(err, ERR_UNSUPPORTED, "dtype '%.32s'; this build reads uint16 and uint32", dtype);

@@ -8,6 +8,11 @@
  *     "files": [ { "name": "tokens-00000.bin", "tokens": N, "samples": S, "blake2b": HEX }, ... ],
  *     "samples": sum of S, "heldout": { "name": "heldout.bin", "tokens": N, "blake2b": HEX } }
  *
+ * and, where a text is several documents, "document_end": the id of the token that is each document's
+ * last. Nothing in the token files changes by it, windows go across documents; it tells the network
+ * to keep them apart (struct model_objective). All trainers of a run do, for the run's genesis has the
+ * manifest's digest.
+ *
  * A sample is sequence + 1 neighbouring tokens of one file, whose first `sequence` are inputs and
  * last `sequence` targets. Window j of a file starts at j * sequence: windows share one token, as
  * target of one and first input of the next, so each token is a target once. A file of N tokens
@@ -33,6 +38,7 @@ struct data_info {
     char tokenizer[64];
     uint32_t vocabulary;
     uint32_t sequence;
+    int32_t document_end;    /* -1: none */
     uint32_t files;
     uint64_t samples;        /* sample indices are [0, samples) */
     uint64_t tokens;         /* in all files, without the held-out ones */
@@ -47,13 +53,14 @@ struct data_info {
  * tokenizer          a name for tokenizer_find().
  * sequence           tokens of a sample, > 0.
  * heldout_fraction   in [0, 0.5]: the share of each file kept apart at its end.
+ * document_end       token after which a new document begins; -1 for none.
  * info               filled from what was written; may be NULL.
  *
  * Returns 0, or -1 with ERR_CONFIG (a text too short for one sample: msg names the file, its tokens
  * and what one sample needs; flags out of range), ERR_NOT_FOUND, ERR_IO or ERR_FULL. */
 int data_prepare(const char *out_dir, const char *const *files, uint32_t n, const char *tokenizer,
-                 uint32_t sequence, double heldout_fraction, struct data_info *info,
-                 struct err *err);
+                 uint32_t sequence, double heldout_fraction, int32_t document_end,
+                 struct data_info *info, struct err *err);
 
 /* Open a corpus. The manifest, the size of every file and the held-out file are checked at once. So
  * are the other files' digests where the corpus has at most DATA_CHECK_AT_OPEN_BYTES_MAX; those of a

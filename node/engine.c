@@ -68,6 +68,7 @@ struct engine *engine_create(const struct msg_model *model, const struct msg_inn
         engine_destroy(e);
         return NULL;
     }
+    engine_set_document_end(e, -1);
     return e;
 }
 
@@ -79,6 +80,12 @@ void engine_destroy(struct engine *e) {
     e->k->free(e->k, e->m);
     e->k->free(e->k, e->v);
     free(e);
+}
+
+void engine_set_document_end(struct engine *e, int32_t token) {
+    struct model_objective objective = { .document_end = token, .z = (float)e->inner.z_loss,
+                                         .max_z = (float)e->inner.max_z_loss };
+    model_set_objective(e->model, &objective);
 }
 
 const struct msg_model *engine_model(const struct engine *e) {
@@ -147,20 +154,28 @@ static int check_tokens(const struct engine *e, const int32_t *tokens, uint32_t 
     return 0;
 }
 
-/* Loss and gradient of the mean over all tokens, micro-batch by micro-batch. */
-static int gradient(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
+/* Targets that count, for a mean: at least 1, of which nothing is then the mean. */
+static double targets_of(const struct engine *e, const int32_t *tokens, uint32_t samples) {
+    size_t targets = model_targets(e->model, tokens, (int)samples, (int)e->config.sequence);
+    return targets ? (double)targets : 1;
+}
+
+/* Loss and gradient of the mean over all targets, micro-batch by micro-batch. */
+static int gradient(struct engine *e, const int32_t *tokens, uint32_t samples, struct model_loss *mean,
                     struct err *err) {
     uint32_t T = e->config.sequence;
-    double targets = (double)samples * T, sum = 0;
+    double targets = targets_of(e, tokens, samples);
+    struct model_loss sum = { 0 };
     for (uint32_t i = 0; i < samples; i += e->micro_batch) {
         uint32_t B = samples - i < e->micro_batch ? samples - i : e->micro_batch;
-        double part;
+        struct model_loss part;
         if (model_backward(e->model, e->params, e->grads, tokens + (size_t)i * (T + 1), (int)B, (int)T,
                            (float)(1 / targets), i ? KERNELS_ADD : KERNELS_SET, &part, err))
             return -1;
-        sum += part;
+        sum.nats += part.nats;
+        sum.penalty += part.penalty;
     }
-    *loss = sum / targets;
+    *mean = (struct model_loss){ .nats = sum.nats / targets, .penalty = sum.penalty / targets };
     return 0;
 }
 
@@ -191,17 +206,18 @@ static void adamw(struct engine *e, double lr, double grad_scale) {
 int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint64_t position,
                 struct engine_result *result, struct err *err) {
     assert(samples >= 1 && samples <= e->inner.batch);
-    double loss;
+    struct model_loss loss;
     if (check_tokens(e, tokens, samples, err)) return -1;
     if (gradient(e, tokens, samples, &loss, err)) return -1;
     double norm = sqrt(e->k->sum_squares(e->k, e->grads, e->n));
-    if (!isfinite(loss) || !isfinite(norm))
+    if (!isfinite(loss.nats + loss.penalty) || !isfinite(norm))
         return err_set(err, ERR_CORRUPT, "inner step %llu: loss %g, gradient norm %g",
-                       (unsigned long long)e->steps + 1, loss, norm);
+                       (unsigned long long)e->steps + 1, loss.nats + loss.penalty, norm);
     double clip = e->inner.clip, lr = schedule_lr(&e->inner, position);
     adamw(e, lr, clip > 0 && norm > clip ? clip / norm : 1);
     if (e->k->check(e->k, err)) return -1;
-    *result = (struct engine_result){ .loss = loss, .grad_norm = norm, .lr = lr, .step = ++e->steps,
+    *result = (struct engine_result){ .loss = loss.nats, .penalty = loss.penalty, .grad_norm = norm,
+                                      .lr = lr, .step = ++e->steps,
                                       .tokens = (uint64_t)samples * e->config.sequence };
     return 0;
 }
@@ -210,15 +226,16 @@ int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, 
                      struct err *err) {
     assert(samples >= 1);
     uint32_t T = e->config.sequence;
-    double sum = 0, part;
+    double sum = 0;
+    struct model_loss part;
     if (check_tokens(e, tokens, samples, err)) return -1;
     for (uint32_t i = 0; i < samples; i += e->micro_batch) {
         uint32_t B = samples - i < e->micro_batch ? samples - i : e->micro_batch;
         if (model_loss(e->model, e->params, tokens + (size_t)i * (T + 1), (int)B, (int)T, &part, err))
             return -1;
-        sum += part;
+        sum += part.nats;
     }
-    *loss = sum / ((double)samples * T);
+    *loss = sum / targets_of(e, tokens, samples);
     return 0;
 }
 

@@ -9,6 +9,9 @@
  * learning rate is schedule_lr(inner, position), position = the run's committed tokens, because
  * the local step count means nothing to a run whose members come and go.
  *
+ * The loss is a mean over the targets that count (node/model.h) of the whole batch, however it is cut
+ * into micro-batches.
+ *
  * Same parameters, same moments, same batches, same kernels and thread count: same bits. */
 #ifndef INTELLECT_NODE_ENGINE_H
 #define INTELLECT_NODE_ENGINE_H
@@ -23,7 +26,8 @@ struct engine;
 struct kernels;
 
 struct engine_result {
-    double loss;      /* mean nats per token of the batch, before the update */
+    double loss;      /* mean nats per target of the batch, before the update */
+    double penalty;   /* mean of z-loss and max-z loss, with their weights; not in `loss` */
     double grad_norm; /* global 2-norm before clipping */
     double lr;        /* what the schedule gave */
     uint64_t tokens;  /* trained in this step: samples * sequence */
@@ -43,6 +47,9 @@ struct engine_result {
 struct engine *engine_create(const struct msg_model *model, const struct msg_inner *inner,
                              const struct kernels *kernels, struct err *err);
 void engine_destroy(struct engine *e); /* NULL is fine */
+
+/* The token that ends a document, -1 (as after create) for none; struct model_objective. */
+void engine_set_document_end(struct engine *e, int32_t token);
 
 const struct msg_model *engine_model(const struct engine *e);
 const struct msg_inner *engine_inner(const struct engine *e);
@@ -66,7 +73,7 @@ void engine_params_write(struct engine *e, size_t first, size_t n, const float *
 int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint64_t position,
                 struct engine_result *result, struct err *err);
 
-/* Mean loss in nats per token of `samples` sequences under the current parameters; changes nothing
+/* Mean loss in nats per target of `samples` sequences under the current parameters; changes nothing
  * but scratch memory. tokens as in engine_step, samples > 0 may pass inner.batch. */
 int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
                      struct err *err);

@@ -41,22 +41,24 @@ struct model {
     int B, T, C, H, KV, D, F, V;
     int QKV; /* (H + 2 KV) D */
     int training;
+    struct model_objective objective;
     size_t head_rows;
     struct offsets at;
     void *arena;
     struct activations *layer; /* [layers]; all the same storage unless training */
     float *cos, *sin;          /* [T,D/2] */
     int32_t *tokens, *targets; /* [rows] */
+    int32_t *start;            /* [rows] where in its sequence the document of a token begins */
     float *out;                /* [rows,C] residual stream after the last layer */
     float *norm, *rstd;        /* [rows,C], [rows] final norm */
     float *logits;             /* [head_rows,V] */
-    float *loss;               /* [rows] */
+    float *loss, *penalty;     /* [rows], neighbours, so that one copy fetches both */
     float *branch;             /* [rows,C] what a branch adds to the residual stream */
     float *dx, *dbranch;       /* [rows,C] */
     float *dqkv;               /* [rows,QKV] */
     float *dswiglu;            /* [rows,F] */
-    float *host_loss;          /* [rows] */
-    int32_t *host_tokens;      /* [2,rows] inputs, targets: a copy may still be on its way */
+    float *host_loss;          /* [2,rows] */
+    int32_t *host_tokens;      /* [3,rows] inputs, targets, starts: a copy may still be on its way */
 };
 
 /* ---- storage ----------------------------------------------------------------------------------- */
@@ -100,11 +102,13 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     m->sin = carve_floats(&a, (size_t)m->T, half);
     m->tokens = carve(&a, rows * sizeof(int32_t));
     m->targets = carve(&a, rows * sizeof(int32_t));
+    m->start = carve(&a, rows * sizeof(int32_t));
     m->out = carve_floats(&a, rows, C);
     m->norm = carve_floats(&a, rows, C);
     m->rstd = carve_floats(&a, rows, 1);
     m->logits = carve_floats(&a, m->head_rows, (size_t)m->V);
-    m->loss = carve_floats(&a, rows, 1);
+    m->loss = carve_floats(&a, 2 * rows, 1);
+    m->penalty = m->loss + rows;
     m->branch = carve_floats(&a, rows, C);
     for (uint32_t i = 0; i < m->config.layers; i++) {
         struct activations unused = { 0 }, *l = layer ? &layer[i] : &unused;
@@ -147,6 +151,7 @@ static void set_shape(struct model *m, const struct msg_model *c, int B, int T, 
     m->B = B;
     m->T = T;
     m->training = training;
+    m->objective = (struct model_objective){ .document_end = -1 };
     m->C = (int)c->width;
     m->H = (int)c->heads;
     m->KV = (int)c->kv_heads;
@@ -171,7 +176,12 @@ static int fill_rope(struct model *m, struct err *err) {
     size_t n = (size_t)m->T * (size_t)m->D / 2;
     float *table = malloc(2 * n * sizeof *table);
     if (!table) return err_set(err, ERR_MEMORY, "no memory for a rotary table of %d positions", m->T);
-    kernels_rope_tables(table, table + n, m->T, m->D, m->config.rope_theta);
+    struct kernels_rope rope = { .type = (enum kernels_rope_type)m->config.rope_type,
+                                 .theta = m->config.rope_theta, .factor = m->config.rope_factor,
+                                 .low_factor = m->config.rope_low_factor,
+                                 .high_factor = m->config.rope_high_factor,
+                                 .original = (int)m->config.rope_original };
+    kernels_rope_tables(table, table + n, m->T, m->D, &rope);
     m->k->copy_in(m->k, m->cos, table, n * sizeof *table);
     m->k->copy_in(m->k, m->sin, table + n, n * sizeof *table);
     int rc = m->k->check(m->k, err);
@@ -188,8 +198,8 @@ struct model *model_create(const struct msg_model *config, const struct kernels 
     m->k = kernels;
     set_shape(m, config, B, T, training);
     m->layer = calloc(config->layers, sizeof *m->layer);
-    m->host_loss = malloc(rows * sizeof *m->host_loss);
-    m->host_tokens = malloc(2 * rows * sizeof *m->host_tokens);
+    m->host_loss = malloc(2 * rows * sizeof *m->host_loss);
+    m->host_tokens = malloc(3 * rows * sizeof *m->host_tokens);
     if (!m->layer || !m->host_loss || !m->host_tokens) goto no_memory;
     size_t bytes = model_arena_bytes(config, B, T, training);
     if (!(m->arena = kernels->alloc(kernels, bytes, err))) {
@@ -206,6 +216,10 @@ fail:
     return NULL;
 }
 
+void model_set_objective(struct model *m, const struct model_objective *objective) {
+    m->objective = *objective;
+}
+
 void model_destroy(struct model *m) {
     if (!m) return;
     m->k->free(m->k, m->arena);
@@ -218,15 +232,15 @@ void model_destroy(struct model *m) {
 /* ---- forward ----------------------------------------------------------------------------------- */
 
 static void layer_forward(struct model *m, const float *w, const struct activations *l, float *out,
-                          int B, int T) {
+                          const int32_t *start, int B, int T) {
     const struct kernels *k = m->k;
     int rows = B * T, C = m->C, F = m->F;
     float eps = (float)m->config.norm_eps;
     size_t stream = (size_t)rows * (size_t)C;
     k->rmsnorm_forward(k, l->norm_att, l->rstd_att, l->in, w + m->at.norm_att, eps, rows, C);
     k->matmul_forward(k, l->qkv, l->norm_att, w + m->at.qkv, rows, C, m->QKV);
-    k->rope_forward(k, l->qkv, m->cos, m->sin, B, T, m->H, m->KV, m->D);
-    k->attention_forward(k, l->att, l->lse, l->qkv, B, T, m->H, m->KV, m->D);
+    k->rope_forward(k, l->qkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
+    k->attention_forward(k, l->att, l->lse, l->qkv, start, B, T, m->H, m->KV, m->D);
     k->matmul_forward(k, m->branch, l->att, w + m->at.o, rows, C, C);
     k->add(k, l->middle, l->in, m->branch, stream);
     k->rmsnorm_forward(k, l->norm_ffn, l->rstd_ffn, l->middle, w + m->at.norm_ffn, eps, rows, C);
@@ -236,36 +250,68 @@ static void layer_forward(struct model *m, const float *w, const struct activati
     k->add(k, out, l->middle, m->branch, stream);
 }
 
-/* Everything but the head: m->norm holds the final norm's output. */
-static void forward(struct model *m, const float *params, int B, int T) {
+/* Everything but the head: m->norm holds the final norm's output. start: NULL or m->start. */
+static void forward(struct model *m, const float *params, const int32_t *start, int B, int T) {
     const struct kernels *k = m->k;
     uint32_t layers = m->config.layers;
     int rows = B * T;
     k->embedding_forward(k, m->layer[0].in, m->tokens, params, rows, m->C, m->V);
     for (uint32_t i = 0; i < layers; i++)
         layer_forward(m, params + m->at.layers + i * m->at.layer_size, &m->layer[i],
-                      i + 1 < layers ? m->layer[i + 1].in : m->out, B, T);
+                      i + 1 < layers ? m->layer[i + 1].in : m->out, start, B, T);
     k->rmsnorm_forward(k, m->norm, m->rstd, m->out, params + m->at.norm, (float)m->config.norm_eps,
                        rows, m->C);
 }
 
-/* Columns [first, first + T) of host rows of `width` tokens go to the device as [B,T]; first is 0
- * for inputs, 1 for targets. */
-static void tokens_in(struct model *m, int32_t *to, const int32_t *tokens, int B, int T, int first,
-                      int width) {
-    int32_t *host = m->host_tokens + (size_t)first * (size_t)m->B * (size_t)m->T;
+/* Targets, and where documents begin, of one sequence tokens [T+1]. Returns the targets that count. */
+static size_t cut_documents(int32_t end, const int32_t *tokens, int T, int32_t *target, int32_t *start) {
+    size_t count = 0;
+    int32_t first = 0;
+    for (int t = 0; t < T; t++) {
+        int ends = end >= 0 && tokens[t] == end;
+        count += !ends;
+        if (target) {
+            start[t] = first;
+            target[t] = ends ? -1 : tokens[t + 1];
+        }
+        if (ends) first = t + 1;
+    }
+    return count;
+}
+
+size_t model_targets(const struct model *m, const int32_t *tokens, int B, int T) {
+    size_t count = 0;
     for (int b = 0; b < B; b++)
-        memcpy(host + (size_t)b * (size_t)T, tokens + (size_t)b * (size_t)width + first,
-               (size_t)T * sizeof *tokens);
-    m->k->copy_in(m->k, to, host, (size_t)B * (size_t)T * sizeof *tokens);
+        count += cut_documents(m->objective.document_end, tokens + (size_t)b * ((size_t)T + 1), T, NULL,
+                               NULL);
+    return count;
+}
+
+/* tokens [B,T+1] to the device as inputs, targets and starts. Returns the starts, NULL where every
+ * sequence is one document. */
+static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, int T) {
+    size_t rows = (size_t)B * (size_t)T, bytes = rows * sizeof *tokens;
+    int32_t *input = m->host_tokens, *target = input + rows, *start = target + rows;
+    for (size_t b = 0; b < (size_t)B; b++) {
+        const int32_t *from = tokens + b * ((size_t)T + 1);
+        size_t at = b * (size_t)T;
+        memcpy(input + at, from, (size_t)T * sizeof *from);
+        cut_documents(m->objective.document_end, from, T, target + at, start + at);
+    }
+    m->k->copy_in(m->k, m->tokens, input, bytes);
+    m->k->copy_in(m->k, m->targets, target, bytes);
+    if (m->objective.document_end < 0) return NULL;
+    m->k->copy_in(m->k, m->start, start, bytes);
+    return m->start;
 }
 
 int model_logits(struct model *m, const float *params, const int32_t *tokens, int T, int position,
                  float *out, struct err *err) {
     assert(T >= 1 && T <= m->T && position >= 0 && position < T);
     const float *row = m->norm + (size_t)position * (size_t)m->C;
-    tokens_in(m, m->tokens, tokens, 1, T, 0, T);
-    forward(m, params, 1, T);
+    memcpy(m->host_tokens, tokens, (size_t)T * sizeof *tokens);
+    m->k->copy_in(m->k, m->tokens, m->host_tokens, (size_t)T * sizeof *tokens);
+    forward(m, params, NULL, 1, T);
     m->k->matmul_forward(m->k, m->logits, row, params + m->at.head, 1, m->C, m->V);
     m->k->copy_out(m->k, out, m->logits, (size_t)m->V * sizeof *out);
     return m->k->check(m->k, err);
@@ -279,11 +325,13 @@ static void head(struct model *m, const float *params, float *grads, int rows, f
                  enum kernels_write write) {
     const struct kernels *k = m->k;
     const float *w = params + m->at.head;
+    struct kernels_loss how = { .grad_scale = grads ? grad_scale : 0, .z = m->objective.z,
+                                .max_z = m->objective.max_z };
     for (size_t r = 0; r < (size_t)rows; r += m->head_rows) {
         int n = (int)((size_t)rows - r < m->head_rows ? (size_t)rows - r : m->head_rows);
         const float *x = m->norm + r * (size_t)m->C;
         k->matmul_forward(k, m->logits, x, w, n, m->C, m->V);
-        k->cross_entropy(k, m->loss + r, m->logits, m->targets + r, grads ? grad_scale : 0, n, m->V);
+        k->cross_entropy(k, m->loss + r, m->penalty + r, m->logits, m->targets + r, &how, n, m->V);
         if (!grads) continue;
         k->matmul_backward_input(k, m->dbranch + r * (size_t)m->C, m->logits, w, n, m->C, m->V,
                                  KERNELS_SET);
@@ -292,27 +340,29 @@ static void head(struct model *m, const float *params, float *grads, int rows, f
     }
 }
 
-static int loss_sum(struct model *m, int rows, double *loss, struct err *err) {
-    m->k->copy_out(m->k, m->host_loss, m->loss, (size_t)rows * sizeof *m->host_loss);
+static int loss_sum(struct model *m, int rows, struct model_loss *loss, struct err *err) {
+    size_t all = (size_t)m->B * (size_t)m->T;
+    m->k->copy_out(m->k, m->host_loss, m->loss, 2 * all * sizeof *m->host_loss);
     if (m->k->check(m->k, err)) return -1;
-    *loss = 0;
-    for (int i = 0; i < rows; i++) *loss += m->host_loss[i];
+    *loss = (struct model_loss){ 0 };
+    for (size_t i = 0; i < (size_t)rows; i++) {
+        loss->nats += m->host_loss[i];
+        loss->penalty += m->host_loss[all + i];
+    }
     return 0;
 }
 
 int model_loss(struct model *m, const float *params, const int32_t *tokens, int B, int T,
-               double *loss, struct err *err) {
+               struct model_loss *loss, struct err *err) {
     assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
-    tokens_in(m, m->tokens, tokens, B, T, 0, T + 1);
-    tokens_in(m, m->targets, tokens, B, T, 1, T + 1);
-    forward(m, params, B, T);
+    forward(m, params, tokens_in(m, tokens, B, T), B, T);
     head(m, params, NULL, B * T, 0, KERNELS_SET);
     return loss_sum(m, B * T, loss, err);
 }
 
 /* m->dx comes in as the gradient of the layer's output and leaves as that of its input. */
 static void layer_backward(struct model *m, const float *w, float *g, const struct activations *l,
-                           int B, int T, enum kernels_write write) {
+                           const int32_t *start, int B, int T, enum kernels_write write) {
     const struct kernels *k = m->k;
     int rows = B * T, C = m->C, F = m->F;
     k->matmul_backward_weight(k, g + m->at.down, m->dx, l->swiglu, rows, F, C, write);
@@ -324,8 +374,8 @@ static void layer_backward(struct model *m, const float *w, float *g, const stru
                         l->rstd_ffn, rows, C);
     k->matmul_backward_weight(k, g + m->at.o, m->dx, l->att, rows, C, C, write);
     k->matmul_backward_input(k, m->dbranch, m->dx, w + m->at.o, rows, C, C, KERNELS_SET);
-    k->attention_backward(k, m->dqkv, m->dbranch, l->qkv, l->att, l->lse, B, T, m->H, m->KV, m->D);
-    k->rope_backward(k, m->dqkv, m->cos, m->sin, B, T, m->H, m->KV, m->D);
+    k->attention_backward(k, m->dqkv, m->dbranch, l->qkv, l->att, l->lse, start, B, T, m->H, m->KV, m->D);
+    k->rope_backward(k, m->dqkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
     k->matmul_backward_weight(k, g + m->at.qkv, m->dqkv, l->norm_att, rows, C, m->QKV, write);
     k->matmul_backward_input(k, m->dbranch, m->dqkv, w + m->at.qkv, rows, C, m->QKV, KERNELS_SET);
     k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, m->dbranch, l->in, w + m->at.norm_att,
@@ -347,22 +397,21 @@ static void zero_added_grads(struct model *m, float *grads) {
 }
 
 int model_backward(struct model *m, const float *params, float *grads, const int32_t *tokens, int B,
-                   int T, float grad_scale, enum kernels_write write, double *loss,
+                   int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
                    struct err *err) {
     assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
     const struct kernels *k = m->k;
     int rows = B * T, C = m->C;
     if (write == KERNELS_SET) zero_added_grads(m, grads);
-    tokens_in(m, m->tokens, tokens, B, T, 0, T + 1);
-    tokens_in(m, m->targets, tokens, B, T, 1, T + 1);
-    forward(m, params, B, T);
+    const int32_t *start = tokens_in(m, tokens, B, T);
+    forward(m, params, start, B, T);
     head(m, params, grads, rows, grad_scale, write);
     k->zero(k, m->dx, (size_t)rows * (size_t)C * sizeof *m->dx);
     k->rmsnorm_backward(k, m->dx, grads + m->at.norm, m->dbranch, m->out, params + m->at.norm,
                         m->rstd, rows, C);
     for (uint32_t i = m->config.layers; i-- > 0;) {
         size_t layer = m->at.layers + i * m->at.layer_size;
-        layer_backward(m, params + layer, grads + layer, &m->layer[i], B, T, write);
+        layer_backward(m, params + layer, grads + layer, &m->layer[i], start, B, T, write);
     }
     k->embedding_backward(k, grads, m->dx, m->tokens, rows, C, m->V);
     return loss_sum(m, rows, loss, err);

@@ -1,6 +1,7 @@
 /* model.h - the Llama network (arXiv:2407.21783) forward and backward on a kernel table: RMSNorm,
- * rotary embedding, grouped-query attention, SwiGLU, tied or untied head. It knows shapes and the
- * order of kernels; parameters, gradients and optimizer belong to the engine. */
+ * rotary embedding, grouped-query attention, SwiGLU, tied or untied head: Hugging Face's
+ * LlamaForCausalLM. It knows shapes and the order of kernels; parameters, gradients and optimizer
+ * belong to the engine. */
 #ifndef INTELLECT_NODE_MODEL_H
 #define INTELLECT_NODE_MODEL_H
 
@@ -27,26 +28,51 @@ void model_destroy(struct model *model); /* NULL is fine */
 /* Bytes that model_create takes for its arena. */
 size_t model_arena_bytes(const struct msg_model *m, int B, int T, int training);
 
+/* What is trained on; until it is set, all tokens and cross-entropy alone.
+ *
+ * document_end  the token that ends a document, -1 for none. A sequence is then several documents, the
+ *               first of which may lack its beginning, the last its end. Each is computed as if it
+ *               stood alone: attention stays inside it, positions count from its first token, and no
+ *               token is predicted from the document before it, so the target after a document_end
+ *               does not count. This is what transformers computes from position_ids that restart,
+ *               with DataCollatorWithFlattening's labels, and INTELLECT-1's packing.
+ * z, max_z      weights of what is added to the loss of a target; struct kernels_loss. */
+struct model_objective {
+    int32_t document_end;
+    float z, max_z;
+};
+void model_set_objective(struct model *model, const struct model_objective *objective);
+
+/* Sums over the targets that count. */
+struct model_loss {
+    double nats;    /* cross-entropy */
+    double penalty; /* z-loss and max-z loss, with their weights */
+};
+
+/* How many of the B*T targets of tokens [B,T+1] count. */
+size_t model_targets(const struct model *model, const int32_t *tokens, int B, int T);
+
 /* Logits of the token after tokens[position]: out [vocabulary], host memory.
  * params  canonical vector in the backend's memory.
  * tokens  [T] host memory, each in [0, vocabulary): the caller checked. Nothing looks ahead, so
  *         those after `position` may be anything: callers that keep to a few values of T spare the
  *         backend from preparing itself for many.
+ * The sequence is one document, whatever the objective.
  * Costs a whole forward pass over T: there is no cache of keys and values. */
 int model_logits(struct model *model, const float *params, const int32_t *tokens, int T,
                  int position, float *out, struct err *err);
 
-/* Sum of the loss in nats over B*T targets, as double, through *loss. tokens [B,T+1]: position t
- * predicts t+1. No gradient. Asks the backend for its first failure. */
+/* The loss of B*T targets. tokens [B,T+1]: position t predicts t+1. No gradient. Asks the backend
+ * for its first failure. */
 int model_loss(struct model *model, const float *params, const int32_t *tokens, int B, int T,
-               double *loss, struct err *err);
+               struct model_loss *loss, struct err *err);
 
-/* Forward and backward: the same sum of losses, and the gradient of (sum * grad_scale).
+/* Forward and backward: the same loss, and the gradient of (nats + penalty) * grad_scale.
  * grads  canonical vector in the backend's memory; replaced (KERNELS_SET) or added to.
  * The model must have been created for training. */
 int model_backward(struct model *model, const float *params, float *grads, const int32_t *tokens,
-                   int B, int T, float grad_scale, enum kernels_write write, double *loss,
-                   struct err *err);
+                   int B, int T, float grad_scale, enum kernels_write write,
+                   struct model_loss *loss, struct err *err);
 
 /* Initial parameters [first, first + n) of the canonical vector, host memory: norm weights are 1,
  * matrices are N(0, std) from outer_init_normal(seed), whose stream is indexed by canonical

@@ -20,6 +20,8 @@ static const char data_help[] =
     "  --sequence N       tokens of one sample; must be the model's sequence (default 128)\n"
     "  --heldout F        share of each file kept apart at its end, 0 to 0.5 (default 0.02)\n"
     "  --tokenizer NAME   bytes: vocabulary 256, a token is a byte (default, and the only one yet)\n"
+    "  --document-end ID  token that ends a document within a text, as 0 for texts with NUL between them:\n"
+    "                     attention will stay inside each document (default: a text is one document)\n"
     "  --json             print one JSON object\n"
     "\n"
     "Example: data --out corpus --sequence 128 book1.txt book2.txt\n";
@@ -42,10 +44,11 @@ int tool_data(int argc, char **argv) {
     static const struct option options[] = {
         { "out", required_argument, NULL, 'o' },       { "sequence", required_argument, NULL, 's' },
         { "heldout", required_argument, NULL, 'f' },   { "tokenizer", required_argument, NULL, 't' },
+        { "document-end", required_argument, NULL, 'e' },
         { "json", no_argument, NULL, 'j' },            { "help", no_argument, NULL, 'h' }, { 0 },
     };
     const char *out = NULL, *tokenizer = "bytes";
-    uint64_t sequence = 128;
+    uint64_t sequence = 128, document_end = UINT64_MAX;
     double heldout = 0.02;
     int json = 0, c;
     struct data_info info;
@@ -56,6 +59,7 @@ int tool_data(int argc, char **argv) {
         case 's': if (args_integer("--sequence", optarg, 1, 1u << 20, &sequence)) return 2; break;
         case 'f': if (args_real("--heldout", optarg, 0, 0.5, &heldout)) return 2; break;
         case 't': tokenizer = optarg; break;
+        case 'e': if (args_integer("--document-end", optarg, 0, 1u << 20, &document_end)) return 2; break;
         case 'j': json = 1; break;
         case 'h': fputs(data_help, stdout); return 0;
         default: return args_wrong(argv[0], "wrong arguments");
@@ -63,7 +67,8 @@ int tool_data(int argc, char **argv) {
     if (!out) return args_wrong(argv[0], "--out DIR is missing");
     if (optind == argc) return args_wrong(argv[0], "no text file given");
     if (data_prepare(out, (const char *const *)argv + optind, (uint32_t)(argc - optind), tokenizer,
-                     (uint32_t)sequence, heldout, &info, &err))
+                     (uint32_t)sequence, heldout, document_end == UINT64_MAX ? -1 : (int32_t)document_end,
+                     &info, &err))
         return args_failed(argv[0], &err);
     print_corpus(out, &info, json);
     return 0;

@@ -144,10 +144,11 @@ static int tokens_of_text(const struct tokenizer *t, const char *path, int32_t *
 }
 
 static int tokens_of_corpus(const struct tokenizer *t, const char *corpus, int32_t **tokens, size_t *n,
-                            struct err *err) {
+                            int32_t *document_end, struct err *err) {
     struct data *d = data_open(corpus, NULL, 0, err);
     if (!d) return -1;
     size_t all = (size_t)data_info(d)->heldout_tokens;
+    *document_end = data_info(d)->document_end;
     int rc = 0;
     if (strcmp(data_info(d)->tokenizer, t->name))
         rc = err_set(err, ERR_CONFIG, "the corpus has tokenizer %s, the model %s", data_info(d)->tokenizer,
@@ -162,23 +163,28 @@ static int tokens_of_corpus(const struct tokenizer *t, const char *corpus, int32
 
 /* Window i is tokens [i * T, i * T + T], its last one only a target. model_loss() wants windows
  * apart from each other, so they are copied. */
-static int loss_of_windows(const struct loaded *l, const int32_t *tokens, size_t windows, int T,
-                           double *loss, struct err *err) {
+static int loss_of_windows(const struct loaded *l, int32_t document_end, const int32_t *tokens,
+                           size_t windows, int T, double *loss, size_t *targets, struct err *err) {
     int B = EVAL_ROWS / T > 1 ? EVAL_ROWS / T : 1, rc = 0;
     size_t width = (size_t)T + 1;
     int32_t *batch = malloc((size_t)B * width * sizeof *batch);
     struct model *model = batch ? model_create(&l->m, l->k, B, T, 0, err) : NULL;
     if (!batch) err_set(err, ERR_MEMORY, "no memory for %d windows", B);
     if (!model) rc = -1;
-    double sum = 0, part;
+    if (model) model_set_objective(model, &(struct model_objective){ .document_end = document_end });
+    struct model_loss part;
+    double sum = 0;
+    *targets = 0;
     for (size_t i = 0; rc == 0 && i < windows; i += (size_t)B) {
         int n = windows - i < (size_t)B ? (int)(windows - i) : B;
         for (int b = 0; b < n; b++)
             memcpy(batch + (size_t)b * width, tokens + (i + (size_t)b) * (size_t)T, width * sizeof *batch);
         rc = model_loss(model, l->params, batch, n, T, &part, err);
-        if (rc == 0) sum += part;
+        if (rc) break;
+        sum += part.nats;
+        *targets += model_targets(model, batch, n, T);
     }
-    if (rc == 0) *loss = sum / ((double)windows * T);
+    *loss = *targets ? sum / (double)*targets : 0;
     model_destroy(model);
     free(batch);
     return rc;
@@ -191,9 +197,9 @@ struct eval_wish {
     bool untrained;
 };
 
-static int eval_tokens(const struct eval_wish *w, const struct loaded *l, const int32_t *tokens, size_t n,
-                       struct err *err) {
-    size_t T = w->sequence ? (size_t)w->sequence : l->m.sequence;
+static int eval_tokens(const struct eval_wish *w, const struct loaded *l, int32_t document_end,
+                       const int32_t *tokens, size_t n, struct err *err) {
+    size_t targets, T = w->sequence ? (size_t)w->sequence : l->m.sequence;
     double loss;
     if (T > l->m.sequence)
         return err_set(err, ERR_CONFIG, "--sequence %zu is more than the model's %u", T, l->m.sequence);
@@ -201,23 +207,23 @@ static int eval_tokens(const struct eval_wish *w, const struct loaded *l, const 
         return err_set(err, ERR_CONFIG, "%.100s has %zu tokens, one window of sequence %zu needs %zu",
                        w->text ? w->text : w->corpus, n, T, T + 1);
     size_t windows = (n - 1) / T;
-    if (loss_of_windows(l, tokens, windows, (int)T, &loss, err)) return -1;
+    if (loss_of_windows(l, document_end, tokens, windows, (int)T, &loss, &targets, err)) return -1;
     printf(w->json ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"tokens\": %zu, \"windows\": %zu, "
                      "\"sequence\": %zu}\n"
                    : "loss %.4f nats per token, perplexity %.3f, %zu tokens in %zu windows of %zu\n",
-           loss, exp(loss), windows * T, windows, T);
+           loss, exp(loss), targets, windows, T);
     return 0;
 }
 
 static int eval(const struct eval_wish *w, struct err *err) {
     struct loaded l = { 0 };
-    int32_t *tokens = NULL;
+    int32_t *tokens = NULL, document_end = -1;
     size_t n = 0;
     int rc = load(&l, w->where, w->tokenizer, w->threads, w->untrained, err);
     if (rc == 0)
         rc = w->text ? tokens_of_text(l.tokenizer, w->text, &tokens, &n, err)
-                     : tokens_of_corpus(l.tokenizer, w->corpus, &tokens, &n, err);
-    if (rc == 0) rc = eval_tokens(w, &l, tokens, n, err);
+                     : tokens_of_corpus(l.tokenizer, w->corpus, &tokens, &n, &document_end, err);
+    if (rc == 0) rc = eval_tokens(w, &l, document_end, tokens, n, err);
     free(tokens);
     unload(&l);
     return rc;

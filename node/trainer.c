@@ -131,6 +131,7 @@ static int set_up(struct trainer *t, struct err *err) {
     if (check_corpus(t, err)) return -1;
     if (!(t->kernels = kernels_cpu_create(setup->threads, err))) return -1;
     if (!(t->engine = engine_create(g->model, g->inner, t->kernels, err))) return -1;
+    engine_set_document_end(t->engine, data_info(t->data)->document_end);
     if (!(t->saver = saver_create(t->engine, setup->inner_state, err))) return -1;
     if (make_fragments(t, err)) return -1;
     t->tokens = calloc((size_t)g->inner->batch * (g->model->sequence + 1), sizeof *t->tokens);

@@ -48,13 +48,17 @@
 #define FIELDS_model(F, L)                                                                         \
     F(U32, layers, 1024) F(U32, width, 65536) F(U32, heads, 1024) F(U32, kv_heads, 1024)           \
     F(U32, ffn, 262144) F(U32, vocabulary, 1u << 20) F(U32, sequence, 1u << 20)                    \
-    F(F64, rope_theta, 0) F(F64, norm_eps, 0) F(U8, tied, 1)
+    F(F64, rope_theta, 0) F(F64, norm_eps, 0) F(U8, tied, 1)                                       \
+    /* rope_scaling: 0 default, 1 linear, 2 llama3. What a type does not use is 0. */              \
+    F(U8, rope_type, 2) F(F64, rope_factor, 0) F(F64, rope_low_factor, 0)                          \
+    F(F64, rope_high_factor, 0) F(U32, rope_original, 1u << 20)
 
 /* Settings of inner training; lr follows committed tokens (schedule: WSD, arXiv:2404.06395). */
 #define FIELDS_inner(F, L)                                                                         \
     F(U32, batch, 65536)            /* samples per inner step */                                   \
     F(F64, lr, 0) F(F64, beta1, 0) F(F64, beta2, 0) F(F64, eps, 0) F(F64, weight_decay, 0)         \
     F(F64, clip, 0)                 /* global norm; 0 = none */                                    \
+    F(F64, z_loss, 0) F(F64, max_z_loss, 0) /* weights of what is added to the loss; 0 = none */   \
     F(U64, warmup_tokens, 0) F(U64, decay_tokens, 0) F(U64, total_tokens, 0)
 
 /* Settings of the outer step. Times in milliseconds. */

@@ -67,6 +67,38 @@ static int check_size(const char *key, uint32_t value, uint32_t max, struct err 
     return err_set(err, ERR_CONFIG, "model.%s is %u; allowed are 1 to %u", key, value, max);
 }
 
+const char *proto_rope_type_name(unsigned type) {
+    static const char *const names[] = { "default", "linear", "llama3" };
+    return type < 3 ? names[type] : NULL;
+}
+
+/* What a type does not use must be 0, so that one network has one encoding. */
+static int check_unused(const struct msg_model *m, const char *key, double value, struct err *err) {
+    if (value == 0) return 0;
+    return err_set(err, ERR_CONFIG, "model.%s is %g; rope_type \"%s\" has none: leave it 0", key, value,
+                   proto_rope_type_name(m->rope_type));
+}
+
+static int check_rope(const struct msg_model *m, struct err *err) {
+    if (!(m->rope_theta > 1 && m->rope_theta <= 1e12))
+        return err_set(err, ERR_CONFIG, "model.rope_theta is %g; allowed are 1 (exclusive) to 1e12",
+                       m->rope_theta);
+    if (!proto_rope_type_name(m->rope_type))
+        return err_set(err, ERR_CONFIG, "model.rope_type is %u; allowed are 0 to 2", m->rope_type);
+    if (m->rope_type == ROPE_DEFAULT && check_unused(m, "rope_factor", m->rope_factor, err)) return -1;
+    if (m->rope_type != ROPE_DEFAULT && !(m->rope_factor >= 1 && m->rope_factor <= 1e6))
+        return err_set(err, ERR_CONFIG, "model.rope_factor is %g; allowed are 1 to 1e6", m->rope_factor);
+    if (m->rope_type != ROPE_LLAMA3)
+        return check_unused(m, "rope_low_factor", m->rope_low_factor, err) ||
+               check_unused(m, "rope_high_factor", m->rope_high_factor, err) ||
+               check_unused(m, "rope_original", m->rope_original, err) ? -1 : 0;
+    if (!(m->rope_low_factor > 0 && m->rope_high_factor > m->rope_low_factor && m->rope_high_factor <= 1e6))
+        return err_set(err, ERR_CONFIG, "model.rope_low_factor is %g and rope_high_factor %g; the first must "
+                       "be over 0, the second over the first and at most 1e6", m->rope_low_factor,
+                       m->rope_high_factor);
+    return check_size("rope_original", m->rope_original, 1u << 20, err);
+}
+
 int proto_model_check(const struct msg_model *m, struct err *err) {
     if (check_size("layers", m->layers, 1024, err) || check_size("width", m->width, 65536, err) ||
         check_size("heads", m->heads, 1024, err) || check_size("kv_heads", m->kv_heads, 1024, err) ||
@@ -83,14 +115,21 @@ int proto_model_check(const struct msg_model *m, struct err *err) {
     if (m->heads % m->kv_heads)
         return err_set(err, ERR_CONFIG, "model.heads %u is not a multiple of model.kv_heads %u",
                        m->heads, m->kv_heads);
-    if (!(m->rope_theta > 1 && m->rope_theta <= 1e12))
-        return err_set(err, ERR_CONFIG, "model.rope_theta is %g; allowed are 1 (exclusive) to 1e12",
-                       m->rope_theta);
+    if (check_rope(m, err)) return -1;
     if (!(m->norm_eps > 0 && m->norm_eps <= 0.1))
         return err_set(err, ERR_CONFIG, "model.norm_eps is %g; allowed are 0 (exclusive) to 0.1",
                        m->norm_eps);
     if (m->tied > 1) return err_set(err, ERR_CONFIG, "model.tied is %u; allowed are 0 and 1", m->tied);
     return 0;
+}
+
+int proto_model_equal(const struct msg_model *a, const struct msg_model *b) {
+    return a->layers == b->layers && a->width == b->width && a->heads == b->heads &&
+           a->kv_heads == b->kv_heads && a->ffn == b->ffn && a->vocabulary == b->vocabulary &&
+           a->sequence == b->sequence && a->rope_theta == b->rope_theta &&
+           a->norm_eps == b->norm_eps && a->tied == b->tied && a->rope_type == b->rope_type &&
+           a->rope_factor == b->rope_factor && a->rope_low_factor == b->rope_low_factor &&
+           a->rope_high_factor == b->rope_high_factor && a->rope_original == b->rope_original;
 }
 
 static int check_rate(const char *key, double value, bool zero_ok, double below, struct err *err) {
@@ -105,7 +144,9 @@ int proto_inner_check(const struct msg_inner *in, struct err *err) {
     if (check_rate("lr", in->lr, false, 10, err) || check_rate("beta1", in->beta1, true, 1, err) ||
         check_rate("beta2", in->beta2, true, 1, err) || check_rate("eps", in->eps, false, 1, err) ||
         check_rate("weight_decay", in->weight_decay, true, 10, err) ||
-        check_rate("clip", in->clip, true, 1e9, err))
+        check_rate("clip", in->clip, true, 1e9, err) ||
+        check_rate("z_loss", in->z_loss, true, 1, err) ||
+        check_rate("max_z_loss", in->max_z_loss, true, 1, err))
         return -1;
     if (in->total_tokens && in->decay_tokens > in->total_tokens)
         return err_set(err, ERR_CONFIG, "inner.decay_tokens %llu is more than inner.total_tokens %llu",

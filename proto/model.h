@@ -16,7 +16,10 @@
  *   lm_head.weight, unless tied                        [vocabulary, width]
  *
  * with head = width / heads. Matrices are [out, in], row-major. Rotary embedding pairs dimension i
- * with i + head/2 of a head, as Hugging Face's rotate_half does, so no weight is ever permuted. */
+ * with i + head/2 of a head, as Hugging Face's rotate_half does, so no weight is ever permuted.
+ *
+ * rope_type and what goes with it are Hugging Face's rope_scaling: `factor`, `low_freq_factor`,
+ * `high_freq_factor`, `original_max_position_embeddings`. */
 #ifndef INTELLECT_PROTO_MODEL_H
 #define INTELLECT_PROTO_MODEL_H
 
@@ -25,6 +28,10 @@
 
 #define PROTO_TENSOR_NAME_BYTES_MAX 64 /* with its final NUL */
 #define PROTO_MODEL_TENSORS_PER_LAYER 9
+
+/* rope_type of a model, and Hugging Face's name for it; NULL for a number that is none. */
+enum proto_rope_type { ROPE_DEFAULT = 0, ROPE_LINEAR = 1, ROPE_LLAMA3 = 2 };
+const char *proto_rope_type_name(unsigned type);
 
 /* What stands where in a layer; also the index of the tensor within its layer. */
 enum proto_model_role {
@@ -57,9 +64,13 @@ int proto_inner_preset(const char *name, uint64_t total_tokens, struct msg_inner
                        float *init_std, struct err *err);
 
 /* Can this network be built: nothing is zero, heads divide width, kv_heads divide heads, the head
- * is even (rotation works on pairs), rope_theta > 1, norm_eps > 0, sizes fit the wire's limits.
+ * is even (rotation works on pairs), rope_theta > 1, norm_eps > 0, rope_scaling has what its type
+ * needs and nothing else, sizes fit the wire's limits.
  * Everything below assumes that it passed. Returns 0, or -1 with ERR_CONFIG naming the key. */
 int proto_model_check(const struct msg_model *m, struct err *err);
+
+/* Two networks that compute the same from the same parameters. */
+int proto_model_equal(const struct msg_model *a, const struct msg_model *b);
 
 /* Are these settings usable: batch > 0, rates and betas in range, warm-up and decay fit into the
  * total. Returns 0, or -1 with ERR_CONFIG naming the key and what is allowed. */

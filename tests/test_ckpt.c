@@ -1019,7 +1019,16 @@ static void another_network_is_refused_by_the_key_that_makes_it_one(void **state
         {"\"silu\"", "\"gelu\"", "hidden_act", ERR_UNSUPPORTED},
         {"\"attention_bias\": false", "\"attention_bias\": true", "attention_bias", ERR_UNSUPPORTED},
         {"\"mlp_bias\": false", "\"mlp_bias\": true", "mlp_bias", ERR_UNSUPPORTED},
-        {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"llama3\"}", "rope_scaling", ERR_UNSUPPORTED},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"yarn\"}", "rope_scaling", ERR_UNSUPPORTED},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"llama3\"}", "factor", ERR_CORRUPT},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 0.5}", "rope_factor",
+         ERR_UNSUPPORTED},
+        {"\"rope_scaling\": null", "\"rope_parameters\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4, "
+         "\"high_freq_factor\": 4, \"original_max_position_embeddings\": 64}", "rope_high_factor", ERR_UNSUPPORTED},
+        {"\"rope_scaling\": null", "\"rope_parameters\": {\"rope_type\": \"default\", \"partial_rotary_factor\": 0.5}",
+         "partial_rotary_factor", ERR_UNSUPPORTED},
+        {"\"attention_dropout\": 0.0", "\"attention_dropout\": 0.1", "attention_dropout", ERR_UNSUPPORTED},
+        {"\"LlamaForCausalLM\"", "\"LlamaForSequenceClassification\"", "architectures", ERR_UNSUPPORTED},
         {"\"head_dim\": 8", "\"head_dim\": 16", "head_dim", ERR_UNSUPPORTED},
         {"\"hidden_size\": 32", "\"hidden_size\": \"32\"", "hidden_size", ERR_CORRUPT},
         {"\"hidden_size\": 32", "\"hidden_size\": 0", "hidden_size", ERR_CORRUPT},
@@ -1044,6 +1053,41 @@ static void another_network_is_refused_by_the_key_that_makes_it_one(void **state
     }
     free(good.data);
     ckpt_close(must_open(folder("config-export")));
+}
+
+static struct msg_model model_of(const char *config) {
+    struct err err = {0};
+    struct msg_model m;
+    struct ckpt_blob b = {(uint8_t *)(uintptr_t)config, strlen(config)};
+    if (hf_config_parse(&b, "config.json", &m, &err)) fail_msg("%s", err.msg);
+    return m;
+}
+
+/* Llama 3.1 and 3.2 stretch their context; both spellings of Hugging Face, and what we write ourselves. */
+static void scaled_rotary_embeddings_are_read_and_written(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_blob b;
+#define SIZES "\"model_type\": \"llama\", \"hidden_size\": 32, \"num_attention_heads\": 4, \"num_hidden_layers\": 2, " \
+              "\"intermediate_size\": 48, \"vocab_size\": 256, "
+#define LLAMA3 "\"factor\": 32.5, \"high_freq_factor\": 4.0, \"low_freq_factor\": 1, " \
+               "\"original_max_position_embeddings\": 8192, \"rope_type\": \"llama3\""
+    struct msg_model four = model_of("{" SIZES "\"rope_theta\": 500000.0, \"rope_scaling\": {" LLAMA3 "}}");
+    struct msg_model five = model_of("{" SIZES "\"rope_parameters\": {\"rope_theta\": 500000.0, " LLAMA3 "}}");
+    struct msg_model linear = model_of("{" SIZES "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}}");
+    assert_true(proto_model_equal(&four, &five));
+    assert_int_equal(four.rope_type, ROPE_LLAMA3);
+    assert_true(four.rope_factor == 32.5 && four.rope_high_factor == 4 && four.rope_original == 8192);
+    assert_int_equal(linear.rope_type, ROPE_LINEAR);
+    assert_true(linear.rope_factor == 2 && linear.rope_theta == 10000);
+    const struct msg_model *all[] = {&four, &linear};
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(hf_config_format(all[i], 0.02f, &b, &err), 0);
+        struct msg_model again;
+        assert_int_equal(hf_config_parse(&b, "config.json", &again, &err), 0);
+        assert_true(proto_model_equal(all[i], &again));
+        free(b.data);
+    }
 }
 
 /* Write one file with every tensor in `dtype`, in reverse order, as other tools do. */
@@ -1188,6 +1232,7 @@ int main(void) {
         cmocka_unit_test(an_export_is_a_plain_folder_with_the_same_bits),
         cmocka_unit_test(an_export_of_a_corrupt_checkpoint_fails_and_leaves_nothing),
         cmocka_unit_test(another_network_is_refused_by_the_key_that_makes_it_one),
+        cmocka_unit_test(scaled_rotary_embeddings_are_read_and_written),
         cmocka_unit_test(narrow_floats_are_widened_exactly),
         cmocka_unit_test(a_hostile_index_is_refused),
     };

@@ -61,7 +61,7 @@ static int remove_folder(void **state) {
 static void prepare(struct data_info *info) {
     const char *files[] = { in_folder("a.txt"), in_folder("b.txt") };
     struct err err = { 0 };
-    if (data_prepare(in_folder("corpus"), files, 2, "bytes", SEQUENCE, 0.1, info, &err)) fail_msg("%s", err.msg);
+    if (data_prepare(in_folder("corpus"), files, 2, "bytes", SEQUENCE, 0.1, -1, info, &err)) fail_msg("%s", err.msg);
 }
 
 /* ---- order ------------------------------------------------------------------------------------- */
@@ -184,6 +184,23 @@ static void a_sample_outside_the_corpus_is_refused(void **state) {
     data_close(d);
 }
 
+/* What keeps documents apart is the run's, so it is under the manifest's digest; the tokens stay as they are. */
+static void the_end_of_documents_stands_in_the_manifest(void **state) {
+    (void)state;
+    const char *files[] = { in_folder("documents.txt") };
+    struct data_info with, without;
+    struct err err = { 0 };
+    write_text(files[0], 50, 0);
+    assert_int_equal(data_prepare(in_folder("none"), files, 1, "bytes", SEQUENCE, 0, -1, &without, &err), 0);
+    assert_int_equal(data_prepare(in_folder("ends"), files, 1, "bytes", SEQUENCE, 0, 10, &with, &err), 0);
+    assert_int_equal(without.document_end, -1);
+    assert_int_equal(with.document_end, 10);
+    assert_int_equal(with.samples, without.samples);
+    assert_false(digest_equal(&with.manifest_digest, &without.manifest_digest));
+    assert_int_equal(data_prepare(in_folder("ends"), files, 1, "bytes", SEQUENCE, 0, 256, &with, &err), -1);
+    assert_non_null(strstr(err.msg, "256"));
+}
+
 /* ---- what can be wrong ------------------------------------------------------------------------- */
 
 static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
@@ -191,7 +208,7 @@ static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
     const char *files[] = { in_folder("short.txt") };
     struct err err = { 0 };
     write_text(files[0], 10, 0);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, -1, NULL, &err), -1);
     assert_int_equal(err.code, ERR_CONFIG);
     assert_non_null(strstr(err.msg, "short.txt"));
     assert_non_null(strstr(err.msg, "10 tokens"));
@@ -199,8 +216,8 @@ static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
     write_text(files[0], 11, 0);
     assert_null(data_open(in_folder("small"), NULL, 0, &err)); /* no manifest from a failed attempt */
     assert_int_equal(err.code, ERR_NOT_FOUND);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), 0);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0.09, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, -1, NULL, &err), 0);
+    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0.09, -1, NULL, &err), -1);
     struct data *d = data_open(in_folder("small"), NULL, 0, &err); /* and the corpus before it stays */
     assert_non_null(d);
     data_close(d);
@@ -210,13 +227,13 @@ static void wrong_arguments_are_named(void **state) {
     (void)state;
     const char *files[] = { in_folder("missing.txt") };
     struct err err = { 0 };
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0, -1, NULL, &err), -1);
     assert_int_equal(err.code, ERR_NOT_FOUND);
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "words", SEQUENCE, 0, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "words", SEQUENCE, 0, -1, NULL, &err), -1);
     assert_non_null(strstr(err.msg, "bytes"));
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", 0, 0, NULL, &err), -1);
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0.7, NULL, &err), -1);
-    assert_int_equal(data_prepare(in_folder("x"), files, 0, "bytes", SEQUENCE, 0, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", 0, 0, -1, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0.7, -1, NULL, &err), -1);
+    assert_int_equal(data_prepare(in_folder("x"), files, 0, "bytes", SEQUENCE, 0, -1, NULL, &err), -1);
     assert_null(data_open("s3://bucket/corpus", NULL, 0, &err));
     assert_int_equal(err.code, ERR_UNSUPPORTED);
 }
@@ -313,6 +330,7 @@ int main(void) {
         cmocka_unit_test(heldout_is_the_end_of_each_text),
         cmocka_unit_test(members_draw_the_same_samples_by_url_and_digest),
         cmocka_unit_test(a_sample_outside_the_corpus_is_refused),
+        cmocka_unit_test(the_end_of_documents_stands_in_the_manifest),
         cmocka_unit_test(a_text_smaller_than_a_sequence_names_both_numbers),
         cmocka_unit_test(wrong_arguments_are_named),
         cmocka_unit_test(changed_files_are_found),

@@ -83,6 +83,66 @@ static void assert_same_params(const struct engine *a, const struct engine *b) {
     free(pb);
 }
 
+/* ---- documents --------------------------------------------------------------------------------- */
+
+/* The mean is over the targets of the whole batch: a micro-batch that has fewer must not weigh more. */
+static void documents_count_by_their_targets_however_the_batch_is_cut(void **state) {
+    (void)state;
+    const struct kernels *k = kernels_reference();
+    struct engine *e = create(k);
+    int32_t tokens[2 * (SEQUENCE + 1)];
+    double both, first, second;
+    fill_batch(tokens, 2, 3);
+    int32_t end = tokens[4];
+    engine_set_document_end(e, end);
+    size_t n = 0, of_first = 0;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < SEQUENCE; t++) n += tokens[s * (SEQUENCE + 1) + t] != end;
+    for (int t = 0; t < SEQUENCE; t++) of_first += tokens[t] != end;
+    assert_true(of_first < SEQUENCE && of_first != n - of_first);
+    assert_int_equal(engine_eval_loss(e, tokens, 2, &both, NULL), 0);
+    assert_int_equal(engine_eval_loss(e, tokens, 1, &first, NULL), 0);
+    assert_int_equal(engine_eval_loss(e, tokens + SEQUENCE + 1, 1, &second, NULL), 0);
+    assert_true(fabs(both * (double)n - first * (double)of_first - second * (double)(n - of_first)) < 1e-5);
+    engine_set_document_end(e, -1);
+    double plain;
+    assert_int_equal(engine_eval_loss(e, tokens, 2, &plain, NULL), 0);
+    assert_true(plain != both);
+    engine_destroy(e);
+}
+
+/* A damaged text may be nothing but separators. */
+static void a_batch_without_a_target_changes_nothing_but_decay(void **state) {
+    (void)state;
+    struct engine *e = create(kernels_reference());
+    int32_t tokens[SEQUENCE + 1] = { 0 };
+    struct engine_result r;
+    struct err err;
+    engine_set_document_end(e, 0);
+    if (engine_step(e, tokens, 1, 500, &r, &err)) fail_msg("%s", err.msg);
+    assert_true(r.loss == 0 && r.grad_norm == 0 && r.tokens == SEQUENCE);
+    engine_destroy(e);
+}
+
+/* Losses of runs with and without stay comparable. */
+static void z_loss_is_trained_on_and_reported_apart(void **state) {
+    (void)state;
+    struct msg_model m = tiny();
+    struct msg_inner in = settings();
+    in.z_loss = 0.5;
+    struct engine *plain = create(kernels_reference());
+    struct engine *with = engine_create(&m, &in, kernels_reference(), NULL);
+    float *init = params_of(plain);
+    engine_params_write(with, 0, engine_elements(with), init);
+    struct engine_result a = step(plain, 1), b = step(with, 1);
+    assert_true(a.penalty == 0 && b.penalty > 0);
+    assert_true(a.loss == b.loss);
+    assert_true(a.grad_norm != b.grad_norm);
+    free(init);
+    engine_destroy(plain);
+    engine_destroy(with);
+}
+
 /* ---- schedule ---------------------------------------------------------------------------------- */
 
 /* Position moves only when a round commits: a rate of zero at token 0 would waste the first. */
@@ -444,6 +504,9 @@ static void saving_where_there_is_no_folder_says_so(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(documents_count_by_their_targets_however_the_batch_is_cut),
+        cmocka_unit_test(a_batch_without_a_target_changes_nothing_but_decay),
+        cmocka_unit_test(z_loss_is_trained_on_and_reported_apart),
         cmocka_unit_test(schedule_warms_up_stays_and_decays),
         cmocka_unit_test(impossible_settings_are_refused),
         cmocka_unit_test(training_lowers_the_loss),

@@ -28,6 +28,10 @@ enum { QKV = ROWS * (H + 2 * KV) * D, OUT = ROWS * H * D };
 
 static const struct kernels *k;
 
+/* NULL, and two documents in the first sequence, three in the second. */
+static const int32_t documents[ROWS] = { 0, 0, 2, 2, 2, 0, 1, 1, 1, 4 };
+static const int32_t *start;
+
 static void fill(double *x, size_t n, unsigned seed) {
     uint64_t state = seed * UINT64_C(0x9e3779b97f4a7c15) + 1;
     for (size_t i = 0; i < n; i++) {
@@ -139,7 +143,7 @@ static struct {
 
 static double rope_loss(void) {
     memcpy(rope.rotated, rope.qkv, sizeof rope.qkv);
-    k->rope_forward(k, rope.rotated, rope.cosine, rope.sine, B, T, H, KV, D);
+    k->rope_forward(k, rope.rotated, rope.cosine, rope.sine, start, B, T, H, KV, D);
     return weighted(rope.rotated, rope.dout, QKV);
 }
 
@@ -148,10 +152,13 @@ static void rope_gradient_rotates_back_and_leaves_values_alone(void **state) {
     double dqkv[QKV];
     fill(rope.qkv, QKV, 1);
     fill(rope.dout, QKV, 2);
-    kernels_rope_tables(rope.cosine, rope.sine, T, D, 100.0);
-    memcpy(dqkv, rope.dout, sizeof dqkv);
-    k->rope_backward(k, dqkv, rope.cosine, rope.sine, B, T, H, KV, D);
-    assert_is_gradient(dqkv, rope.qkv, QKV, rope_loss);
+    kernels_rope_tables(rope.cosine, rope.sine, T, D, &(struct kernels_rope){ .theta = 100.0 });
+    for (int i = 0; i <= 1; i++) {
+        start = i ? NULL : documents;
+        memcpy(dqkv, rope.dout, sizeof dqkv);
+        k->rope_backward(k, dqkv, rope.cosine, rope.sine, start, B, T, H, KV, D);
+        assert_is_gradient(dqkv, rope.qkv, QKV, rope_loss);
+    }
     rope_loss();
     for (int row = 0; row < ROWS; row++) {
         size_t value = (size_t)(row * (H + 2 * KV) + H + KV) * D;
@@ -162,7 +169,7 @@ static void rope_gradient_rotates_back_and_leaves_values_alone(void **state) {
 static struct { double qkv[QKV], out[OUT], lse[B * H * T], dout[OUT]; } att;
 
 static double attention_loss(void) {
-    k->attention_forward(k, att.out, att.lse, att.qkv, B, T, H, KV, D);
+    k->attention_forward(k, att.out, att.lse, att.qkv, start, B, T, H, KV, D);
     return weighted(att.out, att.dout, OUT);
 }
 
@@ -172,10 +179,13 @@ static void attention_gradients_reach_queries_keys_and_values(void **state) {
     fill(att.qkv, QKV, 1);
     fill(att.dout, OUT, 2);
     for (int i = 0; i < QKV; i++) att.qkv[i] *= 2.0;
-    for (int i = 0; i < QKV; i++) dqkv[i] = NAN; /* it must be overwritten in full */
-    attention_loss();
-    k->attention_backward(k, dqkv, att.dout, att.qkv, att.out, att.lse, B, T, H, KV, D);
-    assert_is_gradient(dqkv, att.qkv, QKV, attention_loss);
+    for (int pass = 0; pass <= 1; pass++) {
+        start = pass ? NULL : documents;
+        for (int i = 0; i < QKV; i++) dqkv[i] = NAN; /* it must be overwritten in full */
+        attention_loss();
+        k->attention_backward(k, dqkv, att.dout, att.qkv, att.out, att.lse, start, B, T, H, KV, D);
+        assert_is_gradient(dqkv, att.qkv, QKV, attention_loss);
+    }
 }
 
 /* A model that sees the future has a wonderful loss and is worth nothing. */
@@ -214,15 +224,16 @@ static void swiglu_gradients_are_right_also_in_place(void **state) {
 
 #define GRAD_SCALE 0.125
 static struct {
-    double logits[ROWS * V], scratch[ROWS * V], loss[ROWS];
+    double logits[ROWS * V], scratch[ROWS * V], loss[ROWS], penalty[ROWS];
     int32_t targets[ROWS];
+    struct kernels_loss how;
 } ce;
 
 static double cross_entropy_loss(void) {
     double sum = 0.0;
     memcpy(ce.scratch, ce.logits, sizeof ce.scratch);
-    k->cross_entropy(k, ce.loss, ce.scratch, ce.targets, GRAD_SCALE, ROWS, V);
-    for (int r = 0; r < ROWS; r++) sum += ce.loss[r];
+    k->cross_entropy(k, ce.loss, ce.penalty, ce.scratch, ce.targets, &ce.how, ROWS, V);
+    for (int r = 0; r < ROWS; r++) sum += ce.loss[r] + ce.penalty[r];
     return sum * GRAD_SCALE;
 }
 
@@ -231,10 +242,14 @@ static void cross_entropy_gradient_ignores_target_minus_one(void **state) {
     double dlogits[ROWS * V];
     fill(ce.logits, ROWS * V, 1);
     for (int r = 0; r < ROWS; r++) ce.targets[r] = r % 4 == 3 ? -1 : r % V;
-    cross_entropy_loss();
-    memcpy(dlogits, ce.scratch, sizeof dlogits);
-    assert_is_gradient(dlogits, ce.logits, ROWS * V, cross_entropy_loss);
-    assert_true(ce.loss[3] == 0.0 && dlogits[3 * V] == 0.0);
+    for (int i = 0; i < 4; i++) { /* z-loss and max-z loss, each with and without the other */
+        ce.how = (struct kernels_loss){ .grad_scale = GRAD_SCALE, .z = i & 1 ? 0.3 : 0, .max_z = i & 2 ? 0.2 : 0 };
+        cross_entropy_loss();
+        memcpy(dlogits, ce.scratch, sizeof dlogits);
+        assert_is_gradient(dlogits, ce.logits, ROWS * V, cross_entropy_loss);
+        assert_true(ce.loss[3] == 0.0 && ce.penalty[3] == 0.0 && dlogits[3 * V] == 0.0);
+        assert_true((ce.penalty[0] > 0) == (i > 0));
+    }
 }
 
 int main(void) {

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Open a checkpoint or export as anybody would: transformers, nothing of ours. By hand, not in CI.
 
-    python3 -m venv /tmp/venv && /tmp/venv/bin/pip install torch transformers
-    /tmp/venv/bin/python tests/reference/check_hf_folder.py FOLDER [--text FILE] [--anchor FILE.f32]
+    tests/reference/venv.sh build/reference-venv
+    build/reference-venv/bin/python tests/reference/check_hf_folder.py FOLDER [--text FILE] [--anchor FILE.f32]
 
 FOLDER is a step-* folder of a store, or what `intellect-node export` wrote. Checks that no weight is
 missing, unexpected or initialised anew; that the tokenizer gives each byte its own value and comes

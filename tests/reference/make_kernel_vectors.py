@@ -1,7 +1,7 @@
 """Write kernel_vectors.bin: inputs and outputs of every kernel as PyTorch computes them, in float64.
 
-    python3 -m venv /tmp/venv && /tmp/venv/bin/pip install -r requirements.txt
-    /tmp/venv/bin/python make_kernel_vectors.py kernel_vectors.bin
+    tests/reference/venv.sh build/reference-venv
+    build/reference-venv/bin/python tests/reference/make_kernel_vectors.py tests/reference/kernel_vectors.bin
 
 tests/test_kernels.c reads the file; neither the product nor the tests need Python. Inputs are rounded
 to float32 first, so both sides start from the same numbers; outputs are rounded once at the end.
