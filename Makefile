@@ -45,6 +45,8 @@ SIM_LIB_O := $(filter-out $(patsubst %.c,$(BUILD)/%.o,$(SIM_PURE)),$(LIB_O))
 
 # A client that breaks the rules, for tests/integration/hostile.sh.
 HOSTILE_O := $(call objects,tests/hostile) $(KERNELS_O) $(PROTO_O)
+# The S3 store against a real server, for tests/integration/s3.sh.
+LIVE_O := $(call objects,tests/s3) $(CKPT_O) $(PROTO_O)
 BENCH_O := $(call objects,tests/bench) $(LIB_O)
 
 # Parsers of outside bytes, each in tests/fuzz/fuzz_NAME.c: libFuzzer programs, and a replayer for any compiler.
@@ -77,7 +79,7 @@ demo: setup ## set up, build, and watch four nodes train, one die, one join, the
 	@BUILD=$(BUILD) tests/demo.sh
 
 .PHONY: unit-build
-unit-build: $(PROGRAMS) $(TESTS) $(BUILD)/sim $(BUILD)/hostile
+unit-build: $(PROGRAMS) $(TESTS) $(BUILD)/sim $(BUILD)/hostile $(BUILD)/s3_live
 
 unit: unit-build ## unit, twin and reference-vector tests only
 	@tests/run.sh $(BUILD) unit
@@ -103,6 +105,12 @@ test-debian: ## make test in a fresh Debian 12, and in a fresh 13 (root and debo
 test-containers: ## build both images with podman, and let the compose file train, lose a node and stop (2 to 4 minutes)
 	@docker/setup-debian.sh --containers
 	@docker/test-containers.sh || [ $$? = 77 ]
+
+.PHONY: test-s3
+test-s3: ## the object store against a real S3 server: installs Ceph, starts it on loopback, tests, stops it (2 minutes)
+	@docker/setup-debian.sh --s3
+	@$(MAKE) --no-print-directory -j2 all $(BUILD)/s3_live
+	@BUILD=$(BUILD) tests/integration/s3.sh
 
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
 	@BUILD=$(BUILD) tests/churn.sh
@@ -199,6 +207,10 @@ $(BUILD)/sim: $(SIM_O) $(SIM_LIB_O)
 $(BUILD)/hostile: $(HOSTILE_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+
+$(BUILD)/s3_live: $(LIVE_O)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
 
 $(BUILD)/faulty/%.o: %.c
 	@mkdir -p $(@D)

@@ -31,9 +31,14 @@
 /* "step-000000000042": the folder of the checkpoint at a ledger index, below the store's URL. */
 void ckpt_prefix(uint64_t index, char out[CKPT_PREFIX_BYTES_MAX + 1]);
 
-/* The URL of that checkpoint, as it stands in the ledger. ERR_CONFIG when it would be too long. */
+/* The URL of that checkpoint, as it stands in the ledger: settings ("?endpoint=...") stay at the end.
+ * ERR_CONFIG when it would be too long. */
 int ckpt_url(const char *store_url, uint64_t index, char out[PROTO_URL_BYTES_MAX + 1],
              struct err *err);
+
+/* The way back: the store of a checkpoint's URL. A URL that does not end in the checkpoint's folder is
+ * the store's already. */
+void ckpt_store_url(const char *url, uint64_t index, char out[PROTO_URL_BYTES_MAX + 1]);
 
 /* ---- writing -----------------------------------------------------------------------------------
  * Made for an event loop that must not stop. The caller hands over element ranges of the canonical
@@ -88,13 +93,16 @@ struct ckpt_writer;
  *              objects, larger ones longer uploads to start again.
  * Leftovers of an earlier attempt at the same index are removed first; that attempt, should it
  * still live somewhere, fails with ERR_STALE and harms nothing.
+ * Where the store is behind a network it is not asked here: what it says comes from ckpt_writer_poll.
  * Returns NULL: ERR_REFUSED (the checkpoint exists), ERR_FULL (msg says how many bytes it needs),
  * ERR_CORRUPT (genesis, ledger or ranges make no sense), ERR_UNSUPPORTED (tokenizer), ERR_IO. */
 struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ckpt_meta *meta,
                                        uint64_t shard_bytes, struct err *err);
 
 /* Stop, wait for the thread (at most the fsync it is in) and free. What was not published is
- * removed from the store as far as possible; ckpt_sweep finds the rest. NULL is fine. */
+ * removed from the store as far as possible without waiting for a network; ckpt_sweep finds the
+ * rest. Where the store is behind one and the writer was still at it, the store can only be closed
+ * afterwards. NULL is fine. */
 void ckpt_writer_destroy(struct ckpt_writer *w);
 
 /* Is any of the elements [first, first + n) still to be put? False once the writer failed. */

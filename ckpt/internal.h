@@ -11,7 +11,7 @@
 #define CKPT_HEADER_BYTES_MAX (8u << 20) /* of a safetensors file; the format allows 100 MB */
 #define CKPT_JSON_BYTES_MAX (8u << 20)   /* of any other JSON object but the manifest */
 #define CKPT_OBJECTS_MAX 4096u           /* in one checkpoint: the manifest stays under 1 MiB */
-#define CKPT_BLOCK_BYTES (1u << 20)      /* read and hashed at a time */
+#define CKPT_BLOCK_BYTES (1u << 20)      /* read and hashed at a time, from a folder */
 
 #define CKPT_TOKENIZER_BYTES "bytes"
 
@@ -156,11 +156,6 @@ void object_name(const char *prefix, const char *name, char out[CKPT_NAME_BYTES_
 /* A whole object of at most bytes_max; ERR_FULL when it is larger. out->data is the caller's. */
 int object_read(struct ckpt_store *s, const char *name, size_t bytes_max, struct ckpt_blob *out,
                 struct err *err);
-/* Stream an object of known size in blocks of CKPT_BLOCK_BYTES through `block`, which returns -1
- * to stop. */
-int object_stream(struct ckpt_store *s, const char *name, uint64_t bytes,
-                  int (*block)(void *arg, uint64_t offset, const void *data, size_t n, struct err *err),
-                  void *arg, struct err *err);
 /* Names of all objects and unfinished uploads under a prefix. */
 struct object_list {
     struct ckpt_object *object;
@@ -170,6 +165,22 @@ int object_list(struct ckpt_store *s, const char *prefix, struct object_list *ou
 void object_list_release(struct object_list *l);
 /* Remove all under "prefix/", the manifest first, so that no half looks whole. */
 int object_remove_all(struct ckpt_store *s, const char *prefix, struct err *err);
+
+/* ---- stream.c: large reads, several at a time where the store is behind a network ----------------- */
+
+/* As ops->get. */
+int object_get(struct ckpt_store *s, const char *name, uint64_t offset, void *out, size_t n, struct err *err);
+/* Bytes [from, bytes) of an object of that many, in blocks and in order, through `block`, which
+ * returns -1 to stop. */
+int object_stream(struct ckpt_store *s, const char *name, uint64_t from, uint64_t bytes,
+                  int (*block)(void *arg, uint64_t offset, const void *data, size_t n, struct err *err),
+                  void *arg, struct err *err);
+
+/* ---- the stores behind ckpt_store_open(), by scheme; errors as there ------------------------------ */
+
+struct ckpt_store *store_file_open(const char *path, bool create, struct err *err);
+struct ckpt_store *store_s3_open(const char *url, struct err *err);
+struct ckpt_store *store_http_open(const char *url, struct err *err);
 
 /* ---- json.c: jansson with our errors ----------------------------------------------------------- */
 

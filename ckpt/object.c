@@ -12,17 +12,32 @@ void ckpt_prefix(uint64_t index, char out[CKPT_PREFIX_BYTES_MAX + 1]) {
     snprintf(out, CKPT_PREFIX_BYTES_MAX + 1, "step-%012" PRIu64, index);
 }
 
+/* Where the settings of a URL begin. A folder's path may have a '?' in it. */
+static size_t path_end(const char *url) {
+    bool folder = !strstr(url, "://") || !strncmp(url, "file://", 7);
+    return folder ? strlen(url) : strcspn(url, "?");
+}
+
 int ckpt_url(const char *store_url, uint64_t index, char out[PROTO_URL_BYTES_MAX + 1],
              struct err *err) {
     char prefix[CKPT_PREFIX_BYTES_MAX + 1];
-    size_t n = strlen(store_url);
+    size_t end = path_end(store_url), n = end;
     while (n > 0 && store_url[n - 1] == '/') n--;
     ckpt_prefix(index, prefix);
-    if (n + 1 + strlen(prefix) > PROTO_URL_BYTES_MAX)
+    if (strlen(store_url) + 1 + strlen(prefix) > PROTO_URL_BYTES_MAX)
         return err_set(err, ERR_CONFIG, "store %.64s...: URL of more than %d bytes", store_url,
                        PROTO_URL_BYTES_MAX - CKPT_PREFIX_BYTES_MAX - 1);
-    snprintf(out, PROTO_URL_BYTES_MAX + 1, "%.*s/%s", (int)n, store_url, prefix);
+    snprintf(out, PROTO_URL_BYTES_MAX + 1, "%.*s/%s%s", (int)n, store_url, prefix, store_url + end);
     return 0;
+}
+
+void ckpt_store_url(const char *url, uint64_t index, char out[PROTO_URL_BYTES_MAX + 1]) {
+    char prefix[CKPT_PREFIX_BYTES_MAX + 1];
+    size_t end = path_end(url), n = end;
+    ckpt_prefix(index, prefix);
+    size_t p = strlen(prefix);
+    if (n > p + 1 && !strncmp(url + n - p, prefix, p) && url[n - p - 1] == '/') n -= p + 1;
+    snprintf(out, PROTO_URL_BYTES_MAX + 1, "%.*s%s", (int)n, url, url + end);
 }
 
 void object_name(const char *prefix, const char *name, char out[CKPT_NAME_BYTES_MAX + 1]) {
@@ -38,25 +53,10 @@ int object_read(struct ckpt_store *s, const char *name, size_t bytes_max, struct
     out->length = (size_t)o.bytes;
     out->data = malloc(out->length + 1);
     if (!out->data) return err_set(err, ERR_MEMORY, "%s: out of memory for %zu bytes", name, out->length);
-    if (!s->ops->get(s, name, 0, out->data, out->length, err)) return 0;
+    if (!object_get(s, name, 0, out->data, out->length, err)) return 0;
     free(out->data);
     *out = (struct ckpt_blob){0};
     return -1;
-}
-
-int object_stream(struct ckpt_store *s, const char *name, uint64_t bytes,
-                  int (*block)(void *arg, uint64_t offset, const void *data, size_t n, struct err *err),
-                  void *arg, struct err *err) {
-    uint8_t *buffer = malloc(CKPT_BLOCK_BYTES);
-    if (!buffer) return err_set(err, ERR_MEMORY, "%s: out of memory", name);
-    int r = 0;
-    for (uint64_t at = 0; !r && at < bytes;) {
-        size_t n = bytes - at < CKPT_BLOCK_BYTES ? (size_t)(bytes - at) : CKPT_BLOCK_BYTES;
-        r = s->ops->get(s, name, at, buffer, n, err) || block(arg, at, buffer, n, err) ? -1 : 0;
-        at += n;
-    }
-    free(buffer);
-    return r;
 }
 
 /* ---- folders ----------------------------------------------------------------------------------- */

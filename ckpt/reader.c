@@ -28,8 +28,9 @@ struct tensors {
 struct ckpt {
     struct ckpt_store *store;
     char prefix[CKPT_PREFIX_BYTES_MAX + 1]; /* "" where the store is the checkpoint's folder */
-    char where[PROTO_URL_BYTES_MAX + CKPT_PREFIX_BYTES_MAX + 2];
+    char where[PROTO_URL_BYTES_MAX + CKPT_PREFIX_BYTES_MAX + 2 + 513];
     bool plain;
+    struct err unseen; /* code ERR_NONE: everything could be looked for */
     struct msg_model model;
     char tokenizer[65];
     struct tensors tensors[2]; /* by enum ckpt_which */
@@ -52,7 +53,7 @@ static int get(const struct ckpt *c, const char *name, uint64_t offset, void *ou
                struct err *err) {
     char full[CKPT_NAME_BYTES_MAX + 1];
     object_name(c->prefix, name, full);
-    return c->store->ops->get(c->store, full, offset, out, n, err);
+    return object_get(c->store, full, offset, out, n, err);
 }
 
 static int stat_bytes(const struct ckpt *c, const char *name, uint64_t *bytes, struct err *err) {
@@ -64,9 +65,14 @@ static int stat_bytes(const struct ckpt *c, const char *name, uint64_t *bytes, s
     return 0;
 }
 
-static bool has(const struct ckpt *c, const char *name) {
+/* Is there such an object? Where that cannot be told, for want of a right or a network, it counts as
+ * absent, and why is kept: it is the reason then why there is no checkpoint. */
+static bool has(struct ckpt *c, const char *name) {
     uint64_t bytes;
-    return !stat_bytes(c, name, &bytes, NULL);
+    struct err e = {0};
+    if (!stat_bytes(c, name, &bytes, &e)) return true;
+    if (e.code != ERR_NOT_FOUND && !c->unseen.code) c->unseen = e;
+    return false;
 }
 
 static int read_any(const struct ckpt *c, const char *name, size_t bytes_max, struct ckpt_blob *out,
@@ -302,7 +308,12 @@ static int open_plain(struct ckpt *c, const struct digest *run, struct err *err)
         if (has(c, parts[i]))
             return err_set(err, ERR_NOT_FOUND, "%s but no manifest.json: a checkpoint that was not finished",
                            parts[i]);
-    if (!has(c, "config.json"))
+    bool config = has(c, "config.json");
+    if (c->unseen.code && c->unseen.code != ERR_REFUSED) { /* it may be a checkpoint for all we know */
+        if (err) *err = c->unseen;
+        return -1;
+    }
+    if (!config)
         return err_set(err, ERR_NOT_FOUND, "no manifest.json, no latest, no config.json: no checkpoint here");
     if (run) return err_set(err, ERR_REFUSED, "a plain model folder belongs to no run");
     if (load_config(c, err)) return -1;
@@ -320,7 +331,7 @@ static int open_latest(struct ckpt *c, const struct digest *run, struct err *err
     char version[CKPT_VERSION_BYTES_MAX + 1];
     if (latest_read(c->store, &l, version, err)) return -1;
     memcpy(c->prefix, l.prefix, sizeof c->prefix);
-    snprintf(c->where, sizeof c->where, "%s/%s", c->store->url, c->prefix);
+    snprintf(c->where, sizeof c->where, "%s/%s%s", c->store->url, c->prefix, c->store->query);
     if (!has(c, "manifest.json"))
         return err_set(err, ERR_NOT_FOUND, "`latest` names it, but it has no manifest.json");
     if (open_signed(c, run, err)) return -1;
@@ -336,11 +347,12 @@ struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *er
     }
     int r = -1;
     if ((c->store = ckpt_store_open(url, false, err))) {
-        snprintf(c->where, sizeof c->where, "%s", c->store->url);
+        snprintf(c->where, sizeof c->where, "%s%s", c->store->url, c->store->query);
         r = has(c, "manifest.json") ? open_signed(c, run, err)
           : has(c, "latest")        ? open_latest(c, run, err)
                                     : open_plain(c, run, err);
-        if (r) err_prefix(err, "%.100s", c->where);
+        if (r && err && err->code == ERR_NOT_FOUND && c->unseen.code) *err = c->unseen;
+        if (r && !c->store->remote) err_prefix(err, "%.100s", c->where); /* the others name it themselves */
     }
     if (!r) return c;
     ckpt_close(c);
@@ -452,7 +464,7 @@ static int check_object(const struct ckpt *c, const char *name, uint64_t bytes, 
     k->object = name;
     object_name(c->prefix, name, full);
     digest_stream_init(&k->stream);
-    if (object_stream(c->store, full, bytes, check_block, k, err)) return -1;
+    if (object_stream(c->store, full, 0, bytes, check_block, k, err)) return -1;
     struct digest is = digest_stream_final(&k->stream);
     return !o || digest_equal(&is, &o->digest) ? 0 : wrong_digest(name, &is, &o->digest, err);
 }
@@ -515,8 +527,9 @@ static const char *const hf_names[] = {
 
 static int export_all(const struct ckpt *c, struct ckpt_store *to, struct err *err) {
     const struct tensors *t = &c->tensors[CKPT_ANCHOR];
+    uint64_t ignored;
     for (size_t i = 0; i < sizeof hf_names / sizeof *hf_names; i++)
-        if ((c->plain ? has(c, hf_names[i]) : !!manifest_find(&c->manifest, hf_names[i])) &&
+        if ((c->plain ? !stat_bytes(c, hf_names[i], &ignored, NULL) : !!manifest_find(&c->manifest, hf_names[i])) &&
             export_object(c, to, hf_names[i], err))
             return -1;
     for (uint32_t i = 0; i < t->file_count; i++)

@@ -1,5 +1,5 @@
-/* store.h - where the objects of checkpoints lie: one table of functions, so that a folder, S3 or
- * a read-only web server look alike. Names and bytes; nothing here knows what a checkpoint is.
+/* store.h - where the objects of checkpoints lie: one table of functions, so that a folder, a bucket
+ * of S3 and a read-only web server look alike. Names and bytes; nothing here knows what a checkpoint is.
  *
  * An object has a name ("step-000000000042/config.json": components of A-Z a-z 0-9 . _ - that do
  * not begin with a dot, joined by '/', at most CKPT_NAME_BYTES_MAX in all) and appears whole or
@@ -50,10 +50,11 @@ struct ckpt_store_ops {
     struct ckpt_upload *(*upload_begin)(struct ckpt_store *s, const char *name, uint64_t bytes,
                                         struct err *err);
     /* Any piece, in any order; pieces may not overlap. Not durable before complete. May be called
-     * in one thread while another calls upload_sync on the same upload. */
+     * in one thread while another calls upload_sync on the same upload. Never waits for a network. */
     int (*upload_put)(struct ckpt_upload *u, uint64_t offset, const void *bytes, size_t n,
                       struct err *err);
-    /* Push what was put so far towards the disk. May take long: not for an event loop. */
+    /* Push what was put so far towards the disk, or over the network: nothing is sent before the
+     * first call. May take long: not for an event loop. */
     int (*upload_sync)(struct ckpt_upload *u, struct err *err);
     /* Make the object visible, where none of that name is: ERR_STALE otherwise. Takes long. */
     int (*upload_complete)(struct ckpt_upload *u, struct err *err);
@@ -69,6 +70,10 @@ struct ckpt_store_ops {
     /* Remove an object or unfinished upload by the name that list gave. Nothing there is fine. */
     int (*remove)(struct ckpt_store *s, const char *name, struct err *err);
 
+    /* End what is waiting for a network, in any thread, with ERR_REFUSED, and refuse what comes later:
+     * the store can only be closed after that. NULL where nothing waits for one. */
+    void (*cancel)(struct ckpt_store *s);
+
     void (*close)(struct ckpt_store *s);
 };
 #define CKPT_ABSENT ""
@@ -76,15 +81,27 @@ struct ckpt_store_ops {
 /* A store begins with this; its own fields follow. */
 struct ckpt_store {
     const struct ckpt_store_ops *ops;
-    char url[1025]; /* without a final '/'; names are appended with one */
+    char url[1025];     /* without a final '/'; names are appended with one */
+    char query[513];    /* what follows the names in a URL: "?endpoint=..."; or "" */
+    bool remote;        /* every call but upload_begin and upload_put waits for a network */
+    uint32_t streams;   /* so many gets at a time are worth it; 0 and 1: one */
+    size_t block_bytes; /* of so many bytes each; 0: any */
 };
 
-/* Open the store at a URL: file:///ABSOLUTE/DIR, or a path without "://", which means a folder.
+/* Open the store at a URL. No network is asked before the first call.
  *
- * create  make the folder (and its parents) where it is missing; otherwise ERR_NOT_FOUND.
- * Returns the store, closed with s->ops->close(s), or NULL: ERR_CONFIG (scheme unknown; msg names
- * those there are), ERR_NOT_FOUND, ERR_IO. */
+ *   file:///ABSOLUTE/DIR   a folder; so is a path without "://"
+ *   s3://BUCKET/PREFIX     see ckpt/s3.h for settings in the URL and beside it
+ *   https://HOST/PATH      read only; http:// on this machine alone
+ *
+ * create  make the folder (and its parents) where it is missing; otherwise ERR_NOT_FOUND. A bucket
+ *         is never made.
+ * Returns the store, closed with s->ops->close(s), or NULL: ERR_CONFIG (scheme unknown, a malformed
+ * URL or setting; msg says what is allowed), ERR_NOT_FOUND, ERR_IO. */
 struct ckpt_store *ckpt_store_open(const char *url, bool create, struct err *err);
+
+/* Can checkpoints be written to a store of this URL? Looks at the URL alone. ERR_CONFIG: no, and why. */
+int ckpt_store_writable(const char *url, struct err *err);
 
 /* Is this a name an object can have? */
 bool ckpt_name_valid(const char *name);

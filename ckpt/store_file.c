@@ -1,8 +1,7 @@
 /* store_file.c - a store that is a folder. An object under way is a hidden file beside its final
- * name; it becomes the object by a rename after fsync, and the folder is synced after that. Also
- * the table of URL schemes. */
+ * name; it becomes the object by a rename after fsync, and the folder is synced after that. */
 #define _GNU_SOURCE /* renameat2, fallocate */
-#include "ckpt/store.h"
+#include "ckpt/internal.h"
 
 #include <assert.h>
 #include <dirent.h>
@@ -36,22 +35,6 @@ struct file_upload {
     char name[CKPT_NAME_BYTES_MAX + 1];
     char hidden[CKPT_NAME_BYTES_MAX + HIDDEN_SUFFIX_BYTES + 1];
 };
-
-static bool name_char(char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-           c == '.' || c == '_' || c == '-';
-}
-
-bool ckpt_name_valid(const char *name) {
-    size_t n = strlen(name);
-    if (n == 0 || n > CKPT_NAME_BYTES_MAX || name[n - 1] == '/') return false;
-    for (size_t i = 0; i < n; i++) {
-        bool first = i == 0 || name[i - 1] == '/';
-        if (first && (name[i] == '.' || name[i] == '/')) return false;
-        if (!name_char(name[i]) && name[i] != '/') return false;
-    }
-    return true;
-}
 
 static int check_name(const struct file_store *s, const char *name, struct err *err) {
     if (ckpt_name_valid(name)) return 0;
@@ -421,7 +404,7 @@ static int make_folder(const char *path, struct err *err) {
     }
 }
 
-static struct ckpt_store *open_folder(const char *path, bool create, struct err *err) {
+struct ckpt_store *store_file_open(const char *path, bool create, struct err *err) {
     char real[4096];
     struct file_store *s = NULL;
     if (create && make_folder(path, err)) return NULL;
@@ -439,13 +422,5 @@ static struct ckpt_store *open_folder(const char *path, bool create, struct err 
         return &s->base;
     }
     if (fd >= 0) close(fd);
-    return NULL;
-}
-
-struct ckpt_store *ckpt_store_open(const char *url, bool create, struct err *err) {
-    if (*url && !strstr(url, "://")) return open_folder(url, create, err);
-    if (!strncmp(url, "file:///", 8)) return open_folder(url + 7, create, err);
-    err_set(err, ERR_CONFIG, "store \"%.100s\": this build knows file:///ABSOLUTE/FOLDER and a plain path",
-            url);
     return NULL;
 }

@@ -66,14 +66,15 @@ struct ckpt_writer {
     struct ckpt_blob manifest_bytes;
     struct manifest_sig sig;
     bool manifest_tried; /* from here on it may be there, and we remove nothing */
+    bool settled;        /* what was put stays, or is removed again */
 
     int event;
     pthread_t thread;
     bool thread_runs;
-    pthread_mutex_t mutex; /* guards state, abort, failure and every dirty_bytes */
+    pthread_mutex_t mutex; /* guards all from `state` on and every dirty_bytes */
     pthread_cond_t changed;
     enum ckpt_state state;
-    bool abort;
+    bool abort, putting, ended; /* the caller's thread is in put_part; the worker waits for nothing more */
     struct err failure;
 };
 
@@ -118,10 +119,14 @@ static bool aborted(struct ckpt_writer *w, struct err *err) {
 static int check_claim(struct ckpt_writer *w, struct err *err) {
     char name[CKPT_NAME_BYTES_MAX + 1];
     uint8_t now[CLAIM_BYTES];
+    struct err e = {0};
     object_name(w->prefix, "claim", name);
-    if (!w->store->ops->get(w->store, name, 0, now, sizeof now, NULL) &&
-        !memcmp(now, w->claim, sizeof now))
-        return 0;
+    int r = w->store->ops->get(w->store, name, 0, now, sizeof now, &e);
+    if (!r && !memcmp(now, w->claim, sizeof now)) return 0;
+    if (r && e.code != ERR_NOT_FOUND) { /* nobody's claim, as far as we know */
+        if (err) *err = e;
+        return -1;
+    }
     return err_set(err, ERR_STALE, "%s: another writer has taken it over", w->prefix);
 }
 
@@ -142,13 +147,16 @@ static int put_small_objects(struct ckpt_writer *w, struct err *err) {
     return 0;
 }
 
+/* The file worth a sync: with much in it, or the fullest of many with little, once all together hold the
+ * caller up. Under the mutex. */
 static struct file *most_dirty(struct ckpt_writer *w) {
-    struct file *most = NULL;
-    for (uint32_t i = 0; i < 2 * w->shards; i++)
-        if (w->file[i].dirty_bytes >= SYNC_BYTES &&
-            (!most || w->file[i].dirty_bytes > most->dirty_bytes))
-            most = &w->file[i];
-    return most;
+    struct file *most = &w->file[0];
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < 2 * w->shards; i++) {
+        sum += w->file[i].dirty_bytes;
+        if (w->file[i].dirty_bytes > most->dirty_bytes) most = &w->file[i];
+    }
+    return most->dirty_bytes >= SYNC_BYTES || sum >= CKPT_BACKLOG_BYTES ? most : NULL;
 }
 
 /* While ranges come: keep few bytes in memory that are not on disk, so that the last sync is
@@ -193,7 +201,7 @@ static int complete_files(struct ckpt_writer *w, struct err *err) {
         if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
         f->completed = true;
         digest_stream_init(&h.stream);
-        if (object_stream(w->store, f->name, w->manifest.object[i].bytes, hash_block, &h, err)) return -1;
+        if (object_stream(w->store, f->name, 0, w->manifest.object[i].bytes, hash_block, &h, err)) return -1;
         w->manifest.object[i].digest = digest_stream_final(&h.stream);
     }
     return 0;
@@ -250,11 +258,81 @@ static int wait_for_signature(struct ckpt_writer *w, struct err *err) {
     return aborted(w, err) ? -1 : 0;
 }
 
+static int clear_folder(struct ckpt_writer *w, struct err *err) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    struct ckpt_object o;
+    struct err e = {0};
+    object_name(w->prefix, "manifest.json", name);
+    if (!w->store->ops->stat(w->store, name, &o, &e))
+        return err_set(err, ERR_REFUSED, "%s: this checkpoint is there already", name);
+    if (e.code == ERR_NOT_FOUND) return object_remove_all(w->store, w->prefix, err);
+    if (err) *err = e;
+    return -1;
+}
+
+/* False where it is better to stop: each further call might wait as long as this one did. A sweep
+ * finds the rest. */
+static bool drop(struct ckpt_writer *w, const char *name) {
+    char full[CKPT_NAME_BYTES_MAX + 1];
+    object_name(w->prefix, name, full);
+    return !w->store->ops->remove(w->store, full, NULL) || !w->store->remote;
+}
+
+/* What we put and nobody can use. Not where another attempt owns the folder by now. */
+static void remove_objects(struct ckpt_writer *w) {
+    if (!w->file || !w->thread_runs || check_claim(w, NULL)) return;
+    for (uint32_t i = 0; i < 2 * w->shards; i++)
+        if (w->file[i].completed && !drop(w, w->manifest.object[i].name)) return;
+    for (uint32_t i = 0; i < w->small_count; i++)
+        if (w->small[i].put && !drop(w, w->small[i].name)) return;
+    if (drop(w, "manifest.sig")) drop(w, "claim");
+}
+
+/* A put of the manifest that failed may have left it nevertheless. */
+static bool manifest_there(struct ckpt_writer *w) {
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    struct ckpt_object o;
+    struct err e = {0};
+    if (!w->manifest_tried) return false;
+    object_name(w->prefix, "manifest.json", name);
+    return !w->store->ops->stat(w->store, name, &o, &e) || e.code != ERR_NOT_FOUND;
+}
+
+/* All that an attempt without an end put or began, once. */
+static void remove_everything(struct ckpt_writer *w) {
+    for (uint32_t i = 0; w->file && i < 2 * w->shards; i++) {
+        w->store->ops->upload_destroy(w->file[i].upload);
+        w->file[i].upload = NULL;
+    }
+    if (!w->settled && !manifest_there(w)) remove_objects(w);
+    w->settled = true;
+}
+
+/* The end without a checkpoint. Behind a network the cleaning is done here, as it waits for that; not
+ * where the network was what failed. The caller, who puts perhaps at this moment, is told then. */
+static void give_up(struct ckpt_writer *w, const struct err *why) {
+    pthread_mutex_lock(&w->mutex);
+    if (w->state != CKPT_FAILED) {
+        w->state = CKPT_FAILED;
+        w->failure = *why;
+    }
+    while (w->putting) pthread_cond_wait(&w->changed, &w->mutex);
+    pthread_mutex_unlock(&w->mutex);
+    if (w->store->remote && why->code != ERR_TIMEOUT) remove_everything(w);
+}
+
+static void end_worker(struct ckpt_writer *w) {
+    pthread_mutex_lock(&w->mutex);
+    w->ended = true;
+    pthread_mutex_unlock(&w->mutex);
+    notify(w);
+}
+
 static void *worker_main(void *arg) {
     struct ckpt_writer *w = arg;
     struct err err = {0};
     setpriority(PRIO_PROCESS, (id_t)gettid(), WORKER_NICE); /* on Linux: of this thread */
-    if (put_small_objects(w, &err) || sync_while_taking(w, &err) || complete_files(w, &err) ||
+    if ((w->store->remote && clear_folder(w, &err)) || put_small_objects(w, &err) || sync_while_taking(w, &err) || complete_files(w, &err) ||
         manifest_format(&w->manifest, &w->manifest_bytes, &err))
         goto failed;
     if (w->manifest_bytes.length > CKPT_MANIFEST_BYTES_MAX) {
@@ -264,10 +342,13 @@ static void *worker_main(void *arg) {
     }
     enter(w, CKPT_UNSIGNED, NULL);
     if (wait_for_signature(w, &err) || publish(w, &err)) goto failed;
+    w->settled = true;
     enter(w, CKPT_PUBLISHED, NULL);
+    end_worker(w);
     return NULL;
 failed:
-    enter(w, CKPT_FAILED, &err);
+    give_up(w, &err);
+    end_worker(w);
     return NULL;
 }
 
@@ -398,18 +479,6 @@ static int take_meta(struct ckpt_writer *w, const struct ckpt_meta *meta, struct
     return ledger_check(meta->ledger, meta->ledger_count, meta->index, &f->ledger_head, err);
 }
 
-static int clear_folder(struct ckpt_writer *w, struct err *err) {
-    char name[CKPT_NAME_BYTES_MAX + 1];
-    struct ckpt_object o;
-    struct err e = {0};
-    object_name(w->prefix, "manifest.json", name);
-    if (!w->store->ops->stat(w->store, name, &o, &e))
-        return err_set(err, ERR_REFUSED, "%s: this checkpoint is there already", name);
-    if (e.code == ERR_NOT_FOUND) return object_remove_all(w->store, w->prefix, err);
-    if (err) *err = e;
-    return -1;
-}
-
 static int begin(struct ckpt_writer *w, const struct ckpt_meta *meta, uint64_t shard_bytes,
                  struct err *err) {
     struct hf_shard *shards = NULL;
@@ -422,7 +491,7 @@ static int begin(struct ckpt_writer *w, const struct ckpt_meta *meta, uint64_t s
     if (!w->file || !w->manifest.object) err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
     else if (getrandom(w->claim, sizeof w->claim, 0) != CLAIM_BYTES) err_set_errno(err, "getrandom");
     else if ((w->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) err_set_errno(err, "eventfd");
-    else r = clear_folder(w, err) || begin_files(w, shards, err) ||
+    else r = (!w->store->remote && clear_folder(w, err)) || begin_files(w, shards, err) ||
              add_small_objects(w, meta, shards, err) || start_worker(w, err) ? -1 : 0;
     free(shards);
     return r;
@@ -447,45 +516,18 @@ struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ck
 
 /* ---- destroy ----------------------------------------------------------------------------------- */
 
-/* What we put and nobody can use. Not where another attempt owns the folder by now. */
-static void remove_objects(struct ckpt_writer *w) {
-    char name[CKPT_NAME_BYTES_MAX + 1];
-    if (!w->file || !w->thread_runs || check_claim(w, NULL)) return;
-    for (uint32_t i = 0; i < 2 * w->shards; i++)
-        if (w->file[i].completed) w->store->ops->remove(w->store, w->file[i].name, NULL);
-    for (uint32_t i = 0; i < w->small_count; i++) {
-        if (!w->small[i].put) continue;
-        object_name(w->prefix, w->small[i].name, name);
-        w->store->ops->remove(w->store, name, NULL);
-    }
-    object_name(w->prefix, "manifest.sig", name);
-    w->store->ops->remove(w->store, name, NULL);
-    object_name(w->prefix, "claim", name);
-    w->store->ops->remove(w->store, name, NULL);
-}
-
-/* A put of the manifest that failed may have left it nevertheless. */
-static bool manifest_there(struct ckpt_writer *w) {
-    char name[CKPT_NAME_BYTES_MAX + 1];
-    struct ckpt_object o;
-    struct err e = {0};
-    if (!w->manifest_tried) return false;
-    object_name(w->prefix, "manifest.json", name);
-    return !w->store->ops->stat(w->store, name, &o, &e) || e.code != ERR_NOT_FOUND;
-}
-
 void ckpt_writer_destroy(struct ckpt_writer *w) {
     if (!w) return;
     if (w->thread_runs) {
         pthread_mutex_lock(&w->mutex);
         w->abort = true;
         pthread_cond_broadcast(&w->changed);
+        bool waits = !w->ended && w->state != CKPT_PUBLISHED;
         pthread_mutex_unlock(&w->mutex);
+        if (waits && w->store->ops->cancel) w->store->ops->cancel(w->store);
         pthread_join(w->thread, NULL);
     }
-    for (uint32_t i = 0; w->file && i < 2 * w->shards; i++)
-        w->store->ops->upload_destroy(w->file[i].upload);
-    if (!manifest_there(w)) remove_objects(w);
+    remove_everything(w);
     for (uint32_t i = 0; i < w->small_count; i++) free(w->small[i].blob.data);
     free(w->file);
     free(w->taken);
@@ -557,9 +599,20 @@ static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint6
         return -1;
     pthread_mutex_lock(&w->mutex);
     f->dirty_bytes += (end - from) * 4;
-    if (f->dirty_bytes >= SYNC_BYTES) pthread_cond_broadcast(&w->changed);
+    if (most_dirty(w)) pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->mutex);
     return 0;
+}
+
+/* While this is set the worker frees no upload. -1: it has failed meanwhile, and may. */
+static int set_putting(struct ckpt_writer *w, bool putting, struct err *err) {
+    pthread_mutex_lock(&w->mutex);
+    bool failed = putting && w->state == CKPT_FAILED;
+    w->putting = putting && !failed;
+    if (failed && err) *err = w->failure;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->mutex);
+    return failed ? -1 : 0;
 }
 
 int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float *anchor,
@@ -579,10 +632,11 @@ int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float
         return err_set(err, ERR_REFUSED, "%s: element %" PRIu64 " was put before", w->prefix,
                        w->taken[at].first > first ? w->taken[at].first : first);
     struct err e = {0};
-    int r = reserve_taken(w, &e);
+    int r = reserve_taken(w, &e) || set_putting(w, true, &e) ? -1 : 0;
     for (uint32_t i = 0; !r && i < w->shards; i++)
         r = put_part(w, &w->file[i], first, n, anchor, &e) ||
             put_part(w, &w->file[w->shards + i], first, n, momentum, &e) ? -1 : 0;
+    set_putting(w, false, NULL);
     if (r) {
         enter(w, CKPT_FAILED, &e);
         if (err) *err = e;

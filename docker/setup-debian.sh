@@ -2,6 +2,7 @@
 # Install what building and testing needs, on Debian 12 or newer. Only what is missing; nothing when all is there.
 #   --build       only what building needs: the images are built with it
 #   --containers  only what docker/test-containers.sh needs
+#   --s3          only what tests/s3/ceph.sh needs: a real S3 server
 #   --lint, --fuzz, --cross   also what those targets need
 set -eu
 build="gcc make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
@@ -12,6 +13,7 @@ case ${1:-} in
     --build) need=$build ;;
     # runc: Debian 12's crun refuses hosts with both versions of cgroups.
     --containers) need="podman podman-compose runc netavark aardvark-dns iptables debootstrap util-linux iproute2 python3" ;;
+    --s3) need="ceph-mon ceph-osd radosgw ceph-common curl python3 util-linux" ;;
     --lint) need="$build $test clang clang-tidy cppcheck libclang-rt-dev libomp-dev" ;;
     # libFuzzer is part of clang's compiler-rt.
     --fuzz) need="$build $test perl-doc clang libclang-rt-dev libomp-dev" ;;
@@ -23,8 +25,10 @@ missing=
 for p in $need; do
     dpkg-query -W -f='${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
 done
-[ "${1:-}" = --containers ] || pkg-config --exists msgpack-c 2>/dev/null || pkg-config --exists msgpack 2>/dev/null ||
-    missing="$missing libmsgpack-c-dev"
+case ${1:-} in
+    --containers | --s3) ;;
+    *) pkg-config --exists msgpack-c 2>/dev/null || pkg-config --exists msgpack 2>/dev/null || missing="$missing libmsgpack-c-dev" ;;
+esac
 [ -n "$missing" ] || exit 0
 
 sudo=

@@ -136,15 +136,6 @@ void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,
 
 /* ---- beginning ------------------------------------------------------------------------------- */
 
-/* The URL may name the store or the checkpoint's own folder in it. */
-static void store_url(const struct msg_checkpoint_write *msg, char out[PROTO_URL_BYTES_MAX + 1]) {
-    char prefix[CKPT_PREFIX_BYTES_MAX + 1];
-    proto_str_copy(msg->url, out, PROTO_URL_BYTES_MAX + 1);
-    ckpt_prefix(msg->index, prefix);
-    size_t n = strlen(out), p = strlen(prefix);
-    if (n > p + 1 && !strcmp(out + n - p, prefix) && out[n - p - 1] == '/') out[n - p - 1] = 0;
-}
-
 /* The entries up to the one with the checkpoint's index. */
 static int pick_ledger(const struct sync *s, uint64_t index, struct ckpt_meta *meta,
                        struct err *err) {
@@ -166,11 +157,12 @@ static int pick_ledger(const struct sync *s, uint64_t index, struct ckpt_meta *m
 
 static int begin(struct checkpoint *c, struct proto_bytes genesis,
                  const struct msg_checkpoint_write *msg, struct err *err) {
-    char url[PROTO_URL_BYTES_MAX + 1];
+    char url[PROTO_URL_BYTES_MAX + 1], where[PROTO_URL_BYTES_MAX + 1];
     struct ckpt_meta meta = { .index = msg->index, .state_root = msg->root, .round = msg->round,
                               .tokens_committed = msg->tokens_committed, .spent = msg->spent,
                               .spent_count = msg->spent_count, .genesis = genesis };
-    store_url(msg, url);
+    proto_str_copy(msg->url, where, sizeof where);
+    ckpt_store_url(where, msg->index, url);
     if (pick_ledger(c->sync, msg->index, &meta, err)) return -1;
     if (!(c->store = ckpt_store_open(url, true, err))) return -1;
     if (!(c->writer = ckpt_writer_create(c->store, &meta, 0, err))) return -1;

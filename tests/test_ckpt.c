@@ -786,6 +786,43 @@ static void a_full_disk_is_an_error_and_leaves_no_half(void **state) {
     s->ops->close(s);
 }
 
+/* Bytes scattered over many files, few in each, must reach the disk too: the agent waits for that before
+ * it puts more, and at the end of a run nothing else comes that would fill them up. */
+static void many_files_with_little_in_each_are_synced(void **state) {
+    (void)state;
+    const size_t chunk = 1 << 20;
+    struct err err = {0};
+    struct run big = run;
+    struct proto_buffer genesis;
+    struct msg_genesis g = {0};
+    if (proto_decode(run.genesis.data, run.genesis.length, RECORD_genesis, &g, &err)) fail_msg("%s", err.msg);
+    g.model->layers = 40; /* 12 M parameters */
+    g.model->width = 128;
+    g.model->ffn = 700;
+    encode(&genesis, RECORD_genesis, &g);
+    big.genesis = genesis;
+    big.elements = (size_t)proto_model_elements(g.model);
+    assert_true(2 * big.elements * 4 > CKPT_BACKLOG_BYTES);
+    struct ckpt_meta m = meta_at(&big, 4);
+    struct ckpt_store *s = open_store("scattered");
+    struct ckpt_writer *w = ckpt_writer_create(s, &m, 8 << 20, &err);
+    if (!w) fail_msg("%s", err.msg);
+    float *zeros = calloc(chunk, sizeof *zeros);
+    for (size_t at = 0; at < big.elements; at += chunk) {
+        size_t n = big.elements - at < chunk ? big.elements - at : chunk;
+        if (ckpt_writer_put(w, at, n, zeros, zeros, &err)) fail_msg("%s", err.msg);
+    }
+    for (int i = 0; ckpt_writer_backlog_bytes(w) >= CKPT_BACKLOG_BYTES; i++) {
+        if (i == WAIT_MS_MAX) fail_msg("%" PRIu64 " bytes wait for ever", ckpt_writer_backlog_bytes(w));
+        usleep(1000);
+    }
+    ckpt_writer_destroy(w);
+    free(zeros);
+    proto_decoded_release(RECORD_genesis, &g);
+    proto_buffer_release(&genesis);
+    s->ops->close(s);
+}
+
 /* Nonsense from a coordinator is told apart before anything is written. */
 static void nonsense_to_write_is_refused(void **state) {
     (void)state;
@@ -1225,6 +1262,7 @@ int main(void) {
         cmocka_unit_test(a_conditional_put_loses_against_a_change),
         cmocka_unit_test(names_that_lead_out_of_the_store_are_refused),
         cmocka_unit_test_teardown(a_full_disk_is_an_error_and_leaves_no_half, unmount_small),
+        cmocka_unit_test(many_files_with_little_in_each_are_synced),
         cmocka_unit_test(nonsense_to_write_is_refused),
         cmocka_unit_test(hostile_headers_are_refused_with_a_reason),
         cmocka_unit_test(mutated_headers_never_lead_out_of_the_file),

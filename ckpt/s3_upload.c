@@ -1,0 +1,450 @@
+/* s3_upload.c - objects on their way into a bucket. Bytes come in any order, from an event loop that
+ * must not wait: they go into a hidden file on the local disk, the spool. Once a part of it is whole,
+ * a thread of the store's sends it and gives its space back. */
+#define _GNU_SOURCE /* O_TMPFILE, fallocate, gettid */
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "ckpt/s3.h"
+
+#define PARTS_MAX 10000
+#define SENDER_NICE 10
+#define COMPLETE_STALL_S 600 /* a server may think for minutes before it answers */
+
+enum part_state { PART_FILLING, PART_FULL, PART_QUEUED, PART_SENDING, PART_SENT };
+
+struct part {
+    enum part_state state;
+    uint64_t filled;
+    char etag[96];
+};
+
+struct s3_upload {
+    struct s3_store *store;
+    struct s3_upload *next; /* of the sender's uploads */
+    char name[CKPT_NAME_BYTES_MAX + 1];
+    uint64_t bytes, part_bytes;
+    uint32_t part_count;
+    int spool;
+    atomic_bool cancelled;
+    /* Under the sender's mutex: */
+    struct part *part;
+    bool begun; /* parts may be sent: from the first sync on */
+    uint32_t busy, sent; /* parts queued or in a thread's hands; parts that are there */
+    char id[S3_UPLOAD_ID_MAX + 1];
+    bool starting; /* a thread asks for the id */
+    struct err failure; /* code ERR_NONE: none */
+    bool done;
+};
+
+struct s3_sender {
+    struct s3_store *store;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    struct s3_upload *uploads; /* that have parts to send, among others */
+    pthread_t *thread;
+    uint32_t thread_count;
+    bool end;
+};
+
+uint64_t s3_part_bytes(uint64_t bytes, uint32_t part_mib) {
+    const uint64_t mib = 1 << 20;
+    uint64_t least = (bytes + PARTS_MAX - 1) / PARTS_MAX;
+    return least > part_mib * mib ? (least + mib - 1) / mib * mib : part_mib * mib;
+}
+
+/* An object that fits one part is put as a whole: one request, and under a condition. */
+static bool is_small(const struct s3_upload *u) { return u->part_count <= 1; }
+
+static uint64_t bytes_of(const struct s3_upload *u, uint32_t part) {
+    uint64_t first = part * u->part_bytes;
+    return u->bytes - first < u->part_bytes ? u->bytes - first : u->part_bytes;
+}
+
+/* ---- requests --------------------------------------------------------------------------------------- */
+
+static int begin_multipart(struct s3_upload *u, char id[S3_UPLOAD_ID_MAX + 1], struct err *err) {
+    struct s3_call c = {.method = HTTP_POST, .name = u->name, .query = "uploads=", .cancel = &u->cancelled};
+    struct http_answer a;
+    if (s3_call_ok(u->store, &c, &a, err)) return -1;
+    bool found = s3_xml_text(a.text, a.text + a.text_bytes, "UploadId", id, S3_UPLOAD_ID_MAX + 1) && *id;
+    http_answer_release(&a);
+    return found ? 0 : err_set(err, ERR_IO, "%.120s/%.64s: the store begins an upload and does not name it",
+                               u->store->base.url, u->name);
+}
+
+static int query_of(const struct s3_upload *u, const char *before, char *out, size_t size, struct err *err) {
+    int n = snprintf(out, size, "%suploadId=", before);
+    if (!http_escape(u->id, out + n, size - (size_t)n)) return 0;
+    return err_set(err, ERR_IO, "%.120s/%.64s: the upload's name is too long", u->store->base.url, u->name);
+}
+
+static int read_spool(const struct s3_upload *u, uint64_t at, uint8_t *out, size_t n, struct err *err) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(u->spool, out + done, n - done, (off_t)(at + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return err_set_errno(err, "%.64s: read the spool file", u->name);
+        if (got == 0) return err_set(err, ERR_TRUNCATED, "%.64s: the spool file is short", u->name);
+        done += (size_t)got;
+    }
+    return 0;
+}
+
+static int send_part(struct s3_upload *u, uint32_t i, uint8_t *buffer, char etag[96], struct err *err) {
+    char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
+    size_t n = (size_t)bytes_of(u, i);
+    struct s3_call c = {.method = HTTP_PUT, .name = u->name, .query = query, .body = buffer, .body_bytes = n,
+                        .cancel = &u->cancelled};
+    struct http_answer a;
+    snprintf(before, sizeof before, "partNumber=%u&", i + 1);
+    if (query_of(u, before, query, sizeof query, err) || read_spool(u, i * u->part_bytes, buffer, n, err) ||
+        s3_call_ok(u->store, &c, &a, err))
+        return -1;
+    snprintf(etag, 96, "%s", a.etag);
+    http_answer_release(&a);
+    if (!*etag) return err_set(err, ERR_IO, "%.120s/%.64s: part %u: no ETag", u->store->base.url, u->name, i + 1);
+    /* The spool needs that space no more. Where it cannot be given back, the file just stays large. */
+    int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * u->part_bytes), (off_t)n);
+    (void)r;
+    return 0;
+}
+
+static int is_there(struct s3_upload *u, struct err *err) {
+    struct ckpt_object o;
+    if (s3_stat(&u->store->base, u->name, &o, err)) return -1;
+    if (o.bytes == u->bytes) return 0;
+    return err_set(err, ERR_CORRUPT, "%.100s/%.60s: %" PRIu64 " bytes arrived, %" PRIu64 " were sent",
+                   u->store->base.url, u->name, o.bytes, u->bytes);
+}
+
+static char *complete_body(const struct s3_upload *u) {
+    size_t size = 160u * u->part_count + 128, n = 0;
+    char *xml = malloc(size);
+    if (!xml) return NULL;
+    n += (size_t)snprintf(xml + n, size - n, "<CompleteMultipartUpload>");
+    for (uint32_t i = 0; i < u->part_count; i++)
+        n += (size_t)snprintf(xml + n, size - n, "<Part><PartNumber>%u</PartNumber><ETag>%s</ETag></Part>", i + 1,
+                              u->part[i].etag);
+    snprintf(xml + n, size - n, "</CompleteMultipartUpload>");
+    return xml;
+}
+
+/* Servers may say 200 and put an error into the body, minutes later. And where an answer was lost, the
+ * next try finds the upload gone and the object there. */
+static int complete_multipart(struct s3_upload *u, struct err *err) {
+    char query[3 * S3_UPLOAD_ID_MAX + 64], code[64];
+    struct ckpt_object o;
+    struct err e = {0};
+    struct http_answer a;
+    if (!s3_stat(&u->store->base, u->name, &o, &e))
+        return err_set(err, ERR_STALE, "%.120s/%.64s: somebody else put it first", u->store->base.url, u->name);
+    if (e.code != ERR_NOT_FOUND) {
+        if (err) *err = e;
+        return -1;
+    }
+    char *body = complete_body(u);
+    struct s3_call c = {.method = HTTP_POST, .name = u->name, .query = query, .header = "If-None-Match: *", .body = body,
+                        .body_bytes = body ? strlen(body) : 0, .stall_s = COMPLETE_STALL_S, .cancel = &u->cancelled};
+    int r = !body ? err_set(err, ERR_MEMORY, "%.64s: out of memory", u->name)
+                  : query_of(u, "", query, sizeof query, err) || s3_call(u->store, &c, &a, err) ? -1 : 0;
+    free(body);
+    if (r) return -1;
+    s3_code(&a, code);
+    bool good = a.status / 100 == 2 && !*code, perhaps = a.may_repeat && (a.status == 404 || a.status == 412 ||
+                                                                        a.status >= 500);
+    struct err refused = {0};
+    if (!good) {
+        if (a.status / 100 == 2) a.status = 500; /* of an error in the body */
+        s3_refusal(&u->store->config, &a, "POST", u->name, &refused);
+    }
+    http_answer_release(&a);
+    if (good || perhaps) {
+        if (!is_there(u, &e)) return 0;
+        if (good) refused = e;
+    }
+    if (err) *err = refused;
+    return -1;
+}
+
+static void abort_multipart(struct s3_upload *u) {
+    char query[3 * S3_UPLOAD_ID_MAX + 64];
+    struct s3_call c = {.method = HTTP_DELETE, .name = u->name, .query = query, .tries = 2};
+    struct http_answer a;
+    if (!*u->id || u->done || query_of(u, "", query, sizeof query, NULL)) return;
+    if (!s3_call(u->store, &c, &a, NULL)) http_answer_release(&a);
+}
+
+/* ---- the sender's threads --------------------------------------------------------------------------- */
+
+static struct s3_upload *next_job(struct s3_sender *p, uint32_t *part) {
+    for (struct s3_upload *u = p->uploads; u; u = u->next) {
+        if (!u->busy || u->starting || u->failure.code) continue;
+        for (uint32_t i = 0; i < u->part_count; i++)
+            if (u->part[i].state == PART_QUEUED) {
+                *part = i;
+                return u;
+            }
+    }
+    return NULL;
+}
+
+/* What is queued will not be sent any more. */
+static void give_up(struct s3_upload *u, const struct err *why) {
+    if (!u->failure.code) u->failure = *why;
+    for (uint32_t i = 0; i < u->part_count; i++)
+        if (u->part[i].state == PART_QUEUED) {
+            u->part[i].state = PART_FULL;
+            u->busy--;
+        }
+}
+
+/* With the mutex, which is let go of while the network is waited for. */
+static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i, uint8_t *buffer) {
+    struct err e = {0};
+    char id[S3_UPLOAD_ID_MAX + 1], etag[96] = "";
+    bool first = !*u->id;
+    u->starting = first;
+    u->part[i].state = PART_SENDING;
+    pthread_mutex_unlock(&p->mutex);
+    int r = first ? begin_multipart(u, id, &e) : 0;
+    pthread_mutex_lock(&p->mutex);
+    if (first && !r) memcpy(u->id, id, sizeof id);
+    u->starting = false;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+    if (!r) r = send_part(u, i, buffer, etag, &e);
+    pthread_mutex_lock(&p->mutex);
+    u->part[i].state = r ? PART_FULL : PART_SENT;
+    memcpy(u->part[i].etag, etag, sizeof etag);
+    u->sent += !r;
+    u->busy--;
+    if (r) give_up(u, &e);
+    pthread_cond_broadcast(&p->changed);
+}
+
+static void *sender_main(void *arg) {
+    struct s3_sender *p = arg;
+    uint8_t *buffer = NULL;
+    uint64_t size = 0;
+    setpriority(PRIO_PROCESS, (id_t)gettid(), SENDER_NICE); /* on Linux: of this thread */
+    pthread_mutex_lock(&p->mutex);
+    while (!p->end) {
+        uint32_t part;
+        struct s3_upload *u = next_job(p, &part);
+        if (!u) {
+            pthread_cond_wait(&p->changed, &p->mutex);
+            continue;
+        }
+        if (u->part_bytes > size) {
+            uint8_t *grown = realloc(buffer, u->part_bytes);
+            if (!grown) {
+                struct err e = {.code = ERR_MEMORY, .msg = "out of memory for a part of an upload"};
+                give_up(u, &e);
+                pthread_cond_broadcast(&p->changed);
+                continue;
+            }
+            buffer = grown;
+            size = u->part_bytes;
+        }
+        do_job(p, u, part, buffer);
+    }
+    pthread_mutex_unlock(&p->mutex);
+    free(buffer);
+    return NULL;
+}
+
+/* The store's sender; its threads start with the first upload. */
+static struct s3_sender *sender_of(struct s3_store *s, struct err *err) {
+    pthread_mutex_lock(&s->mutex);
+    struct s3_sender *p = s->sender;
+    if (!p && (p = calloc(1, sizeof *p))) {
+        sigset_t all, before; /* signals are the caller's business */
+        p->store = s;
+        p->thread = calloc(s->limits.streams, sizeof *p->thread);
+        pthread_mutex_init(&p->mutex, NULL);
+        pthread_cond_init(&p->changed, NULL);
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        while (p->thread && p->thread_count < s->limits.streams &&
+               !pthread_create(&p->thread[p->thread_count], NULL, sender_main, p))
+            p->thread_count++;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        if (p->thread_count) {
+            s->sender = p;
+        } else {
+            s3_sender_destroy(p);
+            p = NULL;
+        }
+    }
+    pthread_mutex_unlock(&s->mutex);
+    if (!p) err_set(err, ERR_MEMORY, "%.120s: no threads to send with", s->base.url);
+    return p;
+}
+
+void s3_sender_destroy(struct s3_sender *p) {
+    if (!p) return;
+    pthread_mutex_lock(&p->mutex);
+    p->end = true;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+    for (uint32_t i = 0; i < p->thread_count; i++) pthread_join(p->thread[i], NULL);
+    assert(!p->uploads);
+    pthread_mutex_destroy(&p->mutex);
+    pthread_cond_destroy(&p->changed);
+    free(p->thread);
+    free(p);
+}
+
+/* ---- the interface ---------------------------------------------------------------------------------- */
+
+/* A file without a name; what is in it is gone with the process. */
+static int open_spool(struct err *err) {
+    const char *given = getenv("INTELLECT_STORE_SPOOL"), *tmp = getenv("TMPDIR");
+    const char *dir = given && *given ? given : tmp && *tmp ? tmp : "/var/tmp";
+    char path[4096];
+    int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR || errno == EINVAL)) {
+        snprintf(path, sizeof path, "%.4000s/intellect-spool-XXXXXX", dir);
+        fd = mkostemp(path, O_CLOEXEC);
+        if (fd >= 0) unlink(path);
+    }
+    if (fd < 0) err_set_errno(err, "spool folder %.150s (INTELLECT_STORE_SPOOL)", dir);
+    if (fd < 0 && err && err->code == ERR_NOT_FOUND) err->code = ERR_CONFIG; /* it is not the object that is missing */
+    return fd;
+}
+
+struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, uint64_t bytes, struct err *err) {
+    struct s3_store *s = (struct s3_store *)base;
+    if (!ckpt_name_valid(name)) {
+        err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", base->url, name);
+        return NULL;
+    }
+    struct s3_sender *p = sender_of(s, err);
+    struct s3_upload *u = p ? calloc(1, sizeof *u) : NULL;
+    if (!p) return NULL;
+    uint64_t part_bytes = s3_part_bytes(bytes, s->limits.part_mib), parts = (bytes + part_bytes - 1) / part_bytes;
+    if (u) u->part = calloc((size_t)parts + 1, sizeof *u->part);
+    if (!u || !u->part) {
+        free(u);
+        err_set(err, ERR_MEMORY, "%.120s/%.64s: out of memory", base->url, name);
+        return NULL;
+    }
+    u->store = s;
+    u->bytes = bytes;
+    u->part_bytes = part_bytes;
+    u->part_count = (uint32_t)parts;
+    snprintf(u->name, sizeof u->name, "%s", name);
+    u->spool = open_spool(err);
+    if (u->spool < 0) {
+        free(u->part);
+        free(u);
+        return NULL;
+    }
+    pthread_mutex_lock(&p->mutex);
+    u->next = p->uploads;
+    p->uploads = u;
+    pthread_mutex_unlock(&p->mutex);
+    return (struct ckpt_upload *)u;
+}
+
+static int write_spool(struct s3_upload *u, uint64_t offset, const uint8_t *bytes, size_t n, struct err *err) {
+    for (size_t done = 0; done < n;) {
+        ssize_t put = pwrite(u->spool, bytes + done, n - done, (off_t)(offset + done));
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) return err_set_errno(err, "%.64s: write to the spool folder (INTELLECT_STORE_SPOOL)", u->name);
+        done += (size_t)put;
+    }
+    return 0;
+}
+
+static void queue(struct s3_upload *u, struct part *p) {
+    if (!u->begun || is_small(u) || p->state != PART_FULL || u->failure.code) return;
+    p->state = PART_QUEUED;
+    u->busy++;
+}
+
+int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes, size_t n, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->store->sender;
+    assert(offset <= u->bytes && n <= u->bytes - offset);
+    if (write_spool(u, offset, bytes, n, err)) return -1;
+    pthread_mutex_lock(&p->mutex);
+    for (uint64_t at = offset, end = offset + n; at < end;) {
+        uint32_t i = (uint32_t)(at / u->part_bytes);
+        uint64_t stop = (i + 1) * u->part_bytes < end ? (i + 1) * u->part_bytes : end;
+        struct part *part = &u->part[i];
+        part->filled += stop - at;
+        at = stop;
+        assert(part->filled <= bytes_of(u, i)); /* pieces overlap */
+        if (part->filled == bytes_of(u, i)) part->state = PART_FULL;
+        queue(u, part);
+    }
+    struct err e = u->failure;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+    if (e.code && err) *err = e;
+    return e.code ? -1 : 0;
+}
+
+/* From now on whole parts are sent as they come; wait until none is on its way. */
+int s3_upload_sync(struct ckpt_upload *upload, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->store->sender;
+    pthread_mutex_lock(&p->mutex);
+    u->begun = true;
+    for (uint32_t i = 0; i < u->part_count; i++) queue(u, &u->part[i]);
+    pthread_cond_broadcast(&p->changed);
+    while (u->busy) pthread_cond_wait(&p->changed, &p->mutex);
+    struct err e = u->failure;
+    pthread_mutex_unlock(&p->mutex);
+    if (e.code && err) *err = e;
+    return e.code ? -1 : 0;
+}
+
+static int put_small(struct s3_upload *u, struct err *err) {
+    uint8_t *bytes = malloc((size_t)u->bytes + 1);
+    if (!bytes) return err_set(err, ERR_MEMORY, "%.64s: out of memory", u->name);
+    int r = read_spool(u, 0, bytes, (size_t)u->bytes, err) ||
+            s3_put(&u->store->base, u->name, bytes, (size_t)u->bytes, CKPT_ABSENT, err) ? -1 : 0;
+    free(bytes);
+    return r;
+}
+
+int s3_upload_complete(struct ckpt_upload *upload, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    for (uint32_t i = 0; i < u->part_count; i++)
+        if (u->part[i].filled != bytes_of(u, i))
+            return err_set(err, ERR_TRUNCATED, "%.64s: bytes of part %u are missing", u->name, i + 1);
+    if (s3_upload_sync(upload, err) || (is_small(u) ? put_small(u, err) : complete_multipart(u, err))) return -1;
+    u->done = true;
+    return 0;
+}
+
+void s3_upload_destroy(struct ckpt_upload *upload) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    if (!u) return;
+    struct s3_sender *p = u->store->sender;
+    struct err closed = {.code = ERR_REFUSED, .msg = "the upload is given up"};
+    pthread_mutex_lock(&p->mutex);
+    if (!u->done) {
+        atomic_store(&u->cancelled, true);
+        give_up(u, &closed);
+    }
+    while (u->busy) pthread_cond_wait(&p->changed, &p->mutex);
+    struct s3_upload **at = &p->uploads;
+    while (*at != u) at = &(*at)->next;
+    *at = u->next;
+    pthread_mutex_unlock(&p->mutex);
+    abort_multipart(u);
+    close(u->spool);
+    free(u->part);
+    free(u);
+}
