@@ -186,14 +186,20 @@ const char *ckpt_tokenizer(const struct ckpt *c);
 int ckpt_read(const struct ckpt *c, enum ckpt_which which, uint64_t first, size_t n, float *out,
               struct err *err);
 
+/* How far reading whole objects has come: bytes done of all objects' total, and how many of them
+ * came from the store in this call. */
+struct ckpt_progress {
+    const char *object;
+    uint64_t done, total, read;
+};
+typedef void ckpt_progress_fn(void *arg, const struct ckpt_progress *now);
+
 /* Check every object against its digest, and that ledger.bin ends in the ledger head. Reads all,
  * in blocks; keeps no memory.
- * progress  may be NULL; called before each object and after each block with bytes done of all.
+ * progress  may be NULL; called before each object and after each block.
  * ERR_CORRUPT or ERR_TRUNCATED: msg names the first wrong object and the starts of both digests. ERR_NOT_FOUND
  * on a plain folder, which has no digests. */
-int ckpt_verify(const struct ckpt *c,
-                void (*progress)(void *arg, const char *object, uint64_t done, uint64_t total),
-                void *arg, struct err *err);
+int ckpt_verify(const struct ckpt *c, ckpt_progress_fn *progress, void *arg, struct err *err);
 
 /* The same for the files of one vector alone, before something is made of it. A plain folder has no
  * digests and passes. */
@@ -212,6 +218,10 @@ const struct ckpt_facts *ckpt_facts(const struct ckpt *c);
 const struct msg_genesis *ckpt_genesis(const struct ckpt *c);
 struct proto_bytes ckpt_genesis_bytes(const struct ckpt *c);
 
+/* What the manifest names; none on a plain folder. The name is the checkpoint's memory. */
+uint32_t ckpt_object_count(const struct ckpt *c);
+const char *ckpt_object(const struct ckpt *c, uint32_t i, uint64_t *bytes, struct digest *digest);
+
 /* Spent samples, ascending and disjoint. The checkpoint's memory. */
 const struct msg_range *ckpt_spent(const struct ckpt *c, uint32_t *count);
 
@@ -219,6 +229,16 @@ const struct msg_range *ckpt_spent(const struct ckpt *c, uint32_t *count);
  * not to be called from two threads. Their signatures are the caller's to check (ledger_chain). */
 int ckpt_ledger(struct ckpt *c, const struct msg_signed_entry **entries, uint32_t *count,
                 struct err *err);
+
+/* Fetch everything into the folder `dir`, which is then this checkpoint: manifest.json is put last,
+ * every digest checked before. A plain folder is fetched too, its sizes alone checked.
+ *
+ * dir       made where it is missing. What an earlier call left there is taken up: objects that are
+ *           whole are read and kept, one that was begun goes on where it ended.
+ * progress  may be NULL.
+ * ERR_REFUSED: in dir is something else under one of the names, or another fetch is at work.
+ * ERR_FULL: no space, noticed before an object is begun. After any failure call it again. */
+int ckpt_fetch(const struct ckpt *c, const char *dir, ckpt_progress_fn *progress, void *arg, struct err *err);
 
 /* Copy what makes a Hugging Face folder (tensors, index, config, tokenizer) into the new or empty
  * folder `dir`: no momentum, cursor, ledger or signature. Digests are checked on the way.

@@ -1,49 +1,13 @@
-/* reader.c - opens a checkpoint or a plain Hugging Face folder, hands out element ranges of the
- * canonical vector, verifies, exports. Everything read here is hostile until it is checked: the
- * order in open_signed() is the order of trust. */
-#include "ckpt/internal.h"
+/* reader.c - opens a checkpoint or a plain Hugging Face folder and hands out element ranges of the
+ * canonical vector. Everything read here is hostile until it is checked: the order in open_signed()
+ * is the order of trust. */
+#include "ckpt/opened.h"
 
 #include <assert.h>
-#include <dirent.h>
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Where a tensor of the canonical order lies. */
-struct place {
-    uint32_t file; /* index into struct tensors */
-    enum safetensors_dtype dtype;
-    uint64_t offset;
-};
-
-/* The safetensors files of anchor or momentum. */
-struct tensors {
-    char (*file)[CKPT_NAME_BYTES_MAX + 1]; /* without the prefix */
-    uint32_t file_count;
-    struct place *place; /* one per tensor; NULL where there is none */
-};
-
-struct ckpt {
-    struct ckpt_store *store;
-    char prefix[CKPT_PREFIX_BYTES_MAX + 1]; /* "" where the store is the checkpoint's folder */
-    char where[PROTO_URL_BYTES_MAX + CKPT_PREFIX_BYTES_MAX + 2 + 513];
-    bool plain;
-    struct err unseen; /* code ERR_NONE: everything could be looked for */
-    struct msg_model model;
-    char tokenizer[65];
-    struct tensors tensors[2]; /* by enum ckpt_which */
-
-    struct manifest manifest; /* from here on: not of a plain folder */
-    struct msg_genesis genesis;
-    struct ckpt_blob genesis_bytes;
-    struct msg_range *spent;
-    uint32_t spent_count;
-    struct ckpt_blob ledger_bytes;
-    struct msg_signed_entry *ledger;
-    uint32_t ledger_count;
-};
 
 static const char *const stems[] = {[CKPT_ANCHOR] = "model", [CKPT_MOMENTUM] = "momentum"};
 
@@ -56,7 +20,7 @@ static int get(const struct ckpt *c, const char *name, uint64_t offset, void *ou
     return object_get(c->store, full, offset, out, n, err);
 }
 
-static int stat_bytes(const struct ckpt *c, const char *name, uint64_t *bytes, struct err *err) {
+int opened_stat(const struct ckpt *c, const char *name, uint64_t *bytes, struct err *err) {
     char full[CKPT_NAME_BYTES_MAX + 1];
     struct ckpt_object o;
     object_name(c->prefix, name, full);
@@ -70,7 +34,7 @@ static int stat_bytes(const struct ckpt *c, const char *name, uint64_t *bytes, s
 static bool has(struct ckpt *c, const char *name) {
     uint64_t bytes;
     struct err e = {0};
-    if (!stat_bytes(c, name, &bytes, &e)) return true;
+    if (!opened_stat(c, name, &bytes, &e)) return true;
     if (e.code != ERR_NOT_FOUND && !c->unseen.code) c->unseen = e;
     return false;
 }
@@ -82,7 +46,7 @@ static int read_any(const struct ckpt *c, const char *name, size_t bytes_max, st
     return object_read(c->store, full, bytes_max, out, err);
 }
 
-static int wrong_digest(const char *name, const struct digest *is, const struct digest *want,
+int opened_wrong_digest(const char *name, const struct digest *is, const struct digest *want,
                         struct err *err) {
     char a[DIGEST_HEX_BYTES], b[DIGEST_HEX_BYTES];
     digest_hex(is, a);
@@ -90,8 +54,7 @@ static int wrong_digest(const char *name, const struct digest *is, const struct 
     return err_set(err, ERR_CORRUPT, "%s: digest %.16s..., manifest says %.16s...", name, a, b);
 }
 
-/* A small object whole; of a checkpoint it must be in the manifest and have its digest. */
-static int read_checked(const struct ckpt *c, const char *name, size_t bytes_max,
+int opened_read(const struct ckpt *c, const char *name, size_t bytes_max,
                         struct ckpt_blob *out, struct err *err) {
     const struct manifest_object *o = c->plain ? NULL : manifest_find(&c->manifest, name);
     if (!c->plain && !o) return err_set(err, ERR_CORRUPT, "manifest.json: no %s in it", name);
@@ -100,7 +63,7 @@ static int read_checked(const struct ckpt *c, const char *name, size_t bytes_max
     if (!o || digest_equal(&is, &o->digest)) return 0;
     free(out->data);
     *out = (struct ckpt_blob){0};
-    return wrong_digest(name, &is, &o->digest, err);
+    return opened_wrong_digest(name, &is, &o->digest, err);
 }
 
 /* ---- tensors ----------------------------------------------------------------------------------- */
@@ -110,7 +73,7 @@ static int read_header(const struct ckpt *c, const char *name, struct safetensor
     uint8_t first[8];
     uint64_t bytes;
     size_t length;
-    if (stat_bytes(c, name, &bytes, err)) return -1;
+    if (opened_stat(c, name, &bytes, err)) return -1;
     if (bytes < sizeof first)
         return err_set(err, ERR_TRUNCATED, "%s: %" PRIu64 " bytes are no safetensors file", name, bytes);
     if (get(c, name, 0, first, sizeof first, err) ||
@@ -203,7 +166,7 @@ static int load_tensors(struct ckpt *c, enum ckpt_which which, struct err *err) 
     }
     snprintf(name, sizeof name, "%s.safetensors.index.json", stems[which]);
     if (!c->plain || has(c, name)) {
-        if (read_checked(c, name, CKPT_JSON_BYTES_MAX, &index, err)) goto out;
+        if (opened_read(c, name, CKPT_JSON_BYTES_MAX, &index, err)) goto out;
         if (!(json = json_read(&index, name, err))) goto out;
         if (!json_is_object(map = json_object_get(json, "weight_map"))) {
             err_set(err, ERR_CORRUPT, "%s: no weight_map", name);
@@ -242,13 +205,13 @@ static int load_genesis(struct ckpt *c, const struct digest *run, struct digest 
 
 /* The manifest is believed when the root key in the genesis stands for it. */
 static int load_manifest(struct ckpt *c, const struct digest *run, struct err *err) {
-    struct ckpt_blob manifest = {0}, sig = {0};
+    struct ckpt_blob *manifest = &c->manifest_bytes, *sig = &c->sig_bytes;
     struct manifest_sig s = {0};
-    int r = read_any(c, "manifest.json", CKPT_MANIFEST_BYTES_MAX, &manifest, err) ||
-            read_any(c, "manifest.sig", CKPT_JSON_BYTES_MAX, &sig, err) ||
-            manifest_sig_parse(&sig, &s, err) ||
-            manifest_sig_check(&s, &c->genesis, run, &manifest, err) ||
-            manifest_parse(&manifest, &c->manifest, err);
+    int r = read_any(c, "manifest.json", CKPT_MANIFEST_BYTES_MAX, manifest, err) ||
+            read_any(c, "manifest.sig", CKPT_JSON_BYTES_MAX, sig, err) ||
+            manifest_sig_parse(sig, &s, err) ||
+            manifest_sig_check(&s, &c->genesis, run, manifest, err) ||
+            manifest_parse(manifest, &c->manifest, err);
     if (!r) {
         c->manifest.facts.signer = s.key;
         c->manifest.facts.term = s.term;
@@ -257,8 +220,6 @@ static int load_manifest(struct ckpt *c, const struct digest *run, struct err *e
             r = err_set(err, ERR_CORRUPT, "manifest.json: names another run than genesis.bin");
     }
     manifest_sig_release(&s);
-    free(sig.data);
-    free(manifest.data);
     return r ? -1 : 0;
 }
 
@@ -266,7 +227,7 @@ static int check_sizes(const struct ckpt *c, struct err *err) {
     for (uint32_t i = 0; i < c->manifest.count; i++) {
         const struct manifest_object *o = &c->manifest.object[i];
         uint64_t bytes;
-        if (stat_bytes(c, o->name, &bytes, err)) return -1;
+        if (opened_stat(c, o->name, &bytes, err)) return -1;
         if (bytes != o->bytes)
             return err_set(err, bytes < o->bytes ? ERR_TRUNCATED : ERR_CORRUPT,
                            "%s: %" PRIu64 " bytes, manifest says %" PRIu64, o->name, bytes, o->bytes);
@@ -276,7 +237,7 @@ static int check_sizes(const struct ckpt *c, struct err *err) {
 
 static int load_config(struct ckpt *c, struct err *err) {
     struct ckpt_blob b;
-    if (read_checked(c, "config.json", CKPT_JSON_BYTES_MAX, &b, err)) return -1;
+    if (opened_read(c, "config.json", CKPT_JSON_BYTES_MAX, &b, err)) return -1;
     int r = hf_config_parse(&b, "config.json", &c->model, err);
     free(b.data);
     if (!r && !c->plain && !proto_model_equal(&c->model, c->genesis.model))
@@ -286,7 +247,7 @@ static int load_config(struct ckpt *c, struct err *err) {
 
 static int load_cursor(struct ckpt *c, struct err *err) {
     struct ckpt_blob b;
-    if (read_checked(c, "cursor.json", CKPT_JSON_BYTES_MAX, &b, err)) return -1;
+    if (opened_read(c, "cursor.json", CKPT_JSON_BYTES_MAX, &b, err)) return -1;
     int r = cursor_parse(&b, &c->manifest.facts, &c->spent, &c->spent_count, err);
     free(b.data);
     return r;
@@ -366,6 +327,8 @@ void ckpt_close(struct ckpt *c) {
         free(c->tensors[i].place);
     }
     manifest_release(&c->manifest);
+    free(c->manifest_bytes.data);
+    free(c->sig_bytes.data);
     proto_decoded_release(RECORD_genesis, &c->genesis);
     free(c->genesis_bytes.data);
     free(c->spent);
@@ -393,6 +356,15 @@ struct proto_bytes ckpt_genesis_bytes(const struct ckpt *c) {
     return (struct proto_bytes){c->genesis_bytes.data, (uint32_t)c->genesis_bytes.length};
 }
 
+uint32_t ckpt_object_count(const struct ckpt *c) { return c->manifest.count; }
+
+const char *ckpt_object(const struct ckpt *c, uint32_t i, uint64_t *bytes, struct digest *digest) {
+    assert(i < c->manifest.count);
+    *bytes = c->manifest.object[i].bytes;
+    *digest = c->manifest.object[i].digest;
+    return c->manifest.object[i].name;
+}
+
 const struct msg_range *ckpt_spent(const struct ckpt *c, uint32_t *count) {
     *count = c->spent_count;
     return c->spent;
@@ -403,7 +375,7 @@ int ckpt_ledger(struct ckpt *c, const struct msg_signed_entry **entries, uint32_
     if (c->plain) return err_set(err, ERR_NOT_FOUND, "%.100s: a plain folder has no ledger", c->where);
     if (!c->ledger) {
         if (!c->ledger_bytes.data &&
-            read_checked(c, "ledger.bin", CKPT_LEDGER_BYTES_MAX, &c->ledger_bytes, err))
+            opened_read(c, "ledger.bin", CKPT_LEDGER_BYTES_MAX, &c->ledger_bytes, err))
             return -1;
         if (ledger_parse(&c->ledger_bytes, &c->ledger, &c->ledger_count, err)) return -1;
     }
@@ -435,125 +407,4 @@ int ckpt_read(const struct ckpt *c, enum ckpt_which which, uint64_t first, size_
         n -= part;
     }
     return 0;
-}
-
-/* ---- verify and export ------------------------------------------------------------------------- */
-
-struct checking {
-    struct digest_stream stream;
-    const char *object;
-    uint64_t before, total; /* bytes of the objects before this one, and of all */
-    void (*progress)(void *arg, const char *object, uint64_t done, uint64_t total);
-    void *arg;
-    const struct ckpt_store_ops *ops; /* export: where the copy goes */
-    struct ckpt_upload *copy;
-};
-
-static int check_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
-    struct checking *k = arg;
-    digest_stream_update(&k->stream, data, n);
-    if (k->progress) k->progress(k->arg, k->object, k->before + offset + n, k->total);
-    return k->copy ? k->ops->upload_put(k->copy, offset, data, n, err) : 0;
-}
-
-/* Stream one object and compare its digest, where there is one. */
-static int check_object(const struct ckpt *c, const char *name, uint64_t bytes, struct checking *k,
-                        struct err *err) {
-    char full[CKPT_NAME_BYTES_MAX + 1];
-    const struct manifest_object *o = manifest_find(&c->manifest, name);
-    k->object = name;
-    object_name(c->prefix, name, full);
-    digest_stream_init(&k->stream);
-    if (object_stream(c->store, full, 0, bytes, check_block, k, err)) return -1;
-    struct digest is = digest_stream_final(&k->stream);
-    return !o || digest_equal(&is, &o->digest) ? 0 : wrong_digest(name, &is, &o->digest, err);
-}
-
-static int check_ledger(const struct ckpt *c, struct err *err) {
-    struct ckpt_blob b;
-    struct msg_signed_entry *entries = NULL;
-    uint32_t count;
-    struct digest head;
-    if (read_checked(c, "ledger.bin", CKPT_LEDGER_BYTES_MAX, &b, err)) return -1;
-    int r = ledger_parse(&b, &entries, &count, err) ||
-            ledger_check(entries, count, c->manifest.facts.index, &head, err) ? -1 : 0;
-    free(entries);
-    free(b.data);
-    if (r || digest_equal(&head, &c->manifest.facts.ledger_head)) return r;
-    return wrong_digest("ledger.bin: head", &head, &c->manifest.facts.ledger_head, err);
-}
-
-int ckpt_verify(const struct ckpt *c,
-                void (*progress)(void *arg, const char *object, uint64_t done, uint64_t total),
-                void *arg, struct err *err) {
-    struct checking k = {.progress = progress, .arg = arg};
-    const struct manifest *m = &c->manifest;
-    if (c->plain) return err_set(err, ERR_NOT_FOUND, "%.100s: a plain folder has no digests", c->where);
-    for (uint32_t i = 0; i < m->count; i++) k.total += m->object[i].bytes;
-    for (uint32_t i = 0; i < m->count; k.before += m->object[i++].bytes) {
-        if (progress) progress(arg, m->object[i].name, k.before, k.total);
-        if (check_object(c, m->object[i].name, m->object[i].bytes, &k, err)) return -1;
-    }
-    return check_ledger(c, err);
-}
-
-int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *err) {
-    const struct tensors *t = &c->tensors[which];
-    struct checking k = {0};
-    for (uint32_t i = 0; !c->plain && i < t->file_count; i++) {
-        uint64_t bytes;
-        if (stat_bytes(c, t->file[i], &bytes, err) || check_object(c, t->file[i], bytes, &k, err)) return -1;
-    }
-    return 0;
-}
-
-static int export_object(const struct ckpt *c, struct ckpt_store *to, const char *name,
-                         struct err *err) {
-    struct checking k = {.ops = to->ops};
-    uint64_t bytes;
-    if (stat_bytes(c, name, &bytes, err)) return -1;
-    k.copy = to->ops->upload_begin(to, name, bytes, err);
-    if (!k.copy) return -1;
-    int r = check_object(c, name, bytes, &k, err) || to->ops->upload_complete(k.copy, err) ? -1 : 0;
-    to->ops->upload_destroy(k.copy);
-    return r;
-}
-
-/* The index only makes sense where it was: a plain folder may have one file without it. */
-static const char *const hf_names[] = {
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt",
-};
-
-static int export_all(const struct ckpt *c, struct ckpt_store *to, struct err *err) {
-    const struct tensors *t = &c->tensors[CKPT_ANCHOR];
-    uint64_t ignored;
-    for (size_t i = 0; i < sizeof hf_names / sizeof *hf_names; i++)
-        if ((c->plain ? !stat_bytes(c, hf_names[i], &ignored, NULL) : !!manifest_find(&c->manifest, hf_names[i])) &&
-            export_object(c, to, hf_names[i], err))
-            return -1;
-    for (uint32_t i = 0; i < t->file_count; i++)
-        if (export_object(c, to, t->file[i], err)) return -1;
-    return 0;
-}
-
-static int check_empty(const char *dir, struct err *err) {
-    DIR *d = opendir(dir);
-    if (!d) return errno == ENOENT ? 0 : err_set_errno(err, "%s", dir);
-    int r = 0;
-    for (struct dirent *e; !r && (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, ".."))
-            r = err_set(err, ERR_REFUSED, "%.100s: has \"%.64s\" in it; give a new or empty folder", dir, e->d_name);
-    closedir(d);
-    return r;
-}
-
-int ckpt_export(const struct ckpt *c, const char *dir, struct err *err) {
-    if (check_empty(dir, err)) return -1;
-    struct ckpt_store *to = ckpt_store_open(dir, true, err);
-    if (!to) return -1;
-    int r = export_all(c, to, err);
-    if (r) object_remove_all(to, "", NULL);
-    to->ops->close(to);
-    return r;
 }

@@ -222,6 +222,7 @@ static const struct command {
     { "generate", "let a checkpoint write", tool_generate },
     { "inspect", "what is in a checkpoint", tool_inspect },
     { "verify", "check signatures and digests of a checkpoint", tool_verify },
+    { "fetch", "bring a checkpoint from a store to this disk", tool_fetch },
     { "export", "make a Hugging Face folder of a checkpoint", tool_export },
     { "trainer", NULL, command_trainer },
 };

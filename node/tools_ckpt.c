@@ -1,4 +1,4 @@
-/* tools_ckpt.c - inspect, verify and export; see tools_ckpt.h. */
+/* tools_ckpt.c - inspect, verify, fetch and export; see tools_ckpt.h. */
 #include "node/tools_ckpt.h"
 
 #include <getopt.h>
@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "ckpt/ckpt.h"
+#include "node/timer.h"
 #include "node/tools_args.h"
 #include "proto/model.h"
 #include "proto/proto.h"
@@ -18,13 +19,14 @@ struct tool_options {
     const char *name, *help;
     int operands;       /* how many arguments that are no options */
     char **operand;
-    bool json;
+    bool json, tensors;
     const char *run;
 };
 
 /* Returns -1 to go on, else the exit code. */
 static int parse(int argc, char **argv, struct tool_options *o) {
     static const struct option options[] = { { "json", no_argument, NULL, 'j' },
+                                             { "tensors", no_argument, NULL, 't' },
                                              { "run", required_argument, NULL, 'r' },
                                              { "help", no_argument, NULL, 'h' }, { 0 } };
     o->name = argv[0];
@@ -37,6 +39,8 @@ static int parse(int argc, char **argv, struct tool_options *o) {
         }
         if (c == 'j')
             o->json = true;
+        else if (c == 't')
+            o->tensors = true;
         else if (c == 'r')
             o->run = optarg;
         else
@@ -53,14 +57,53 @@ static const char *hex(const struct digest *d, char out[DIGEST_HEX_BYTES]) {
     return out;
 }
 
+/* ---- progress -------------------------------------------------------------------------------- */
+
+#define SHOW_EVERY_MS 200
+
+/* What is shown while much is read. */
+struct progress {
+    uint64_t begun_ms, shown_ms;
+    struct ckpt_progress now;
+};
+
+static double seconds_of(const struct progress *p, uint64_t now_ms) {
+    return now_ms > p->begun_ms ? (double)(now_ms - p->begun_ms) / 1000 : 0.001;
+}
+
+static void show_progress(void *arg, const struct ckpt_progress *now) {
+    struct progress *p = arg;
+    uint64_t at = timer_now_ms();
+    if (!p->begun_ms) p->begun_ms = at;
+    p->now = *now;
+    if (!isatty(STDERR_FILENO) || !now->total || at - p->shown_ms < SHOW_EVERY_MS) return;
+    p->shown_ms = at;
+    double rate = (double)now->read / seconds_of(p, at);
+    fprintf(stderr, "\r\033[K%3.0f %%  %.1f of %.1f MB", 100.0 * (double)now->done / (double)now->total,
+            (double)now->done / 1e6, (double)now->total / 1e6);
+    if (rate > 0) {
+        uint64_t left = (uint64_t)((double)(now->total - now->done) / rate);
+        fprintf(stderr, "  %.1f MB/s  %" PRIu64 ":%02" PRIu64 ":%02" PRIu64 " left", rate / 1e6, left / 3600,
+                left / 60 % 60, left % 60);
+    }
+    fprintf(stderr, "  %.40s", now->object);
+}
+
+static void end_progress(void) {
+    if (isatty(STDERR_FILENO)) fputs("\r\033[K", stderr);
+}
+
 /* ---- inspect --------------------------------------------------------------------------------- */
 
 static const char inspect_help[] =
-    "intellect-node inspect CHECKPOINT [--json]\n"
+    "intellect-node inspect CHECKPOINT [--tensors] [--json]\n"
     "\n"
-    "Say what a checkpoint is: network, run, ledger index, tokens, who signed. CHECKPOINT is a folder\n"
-    "or file:// URL of a checkpoint, of a store of them (then its latest), or a plain Hugging Face\n"
-    "Llama folder. Signatures are checked; `verify` checks the tensors too.\n"
+    "Say what a checkpoint is: network, run, ledger index, tokens, who signed; with --tensors also the\n"
+    "shape of every tensor and size and digest of every object. CHECKPOINT is of a checkpoint, of a\n"
+    "store of them (then its latest), or a plain Hugging Face Llama folder, and is a folder, or a URL:\n"
+    "file:///FOLDER, s3://BUCKET/PREFIX?endpoint=https://HOST, https://HOST/PATH.\n"
+    "Signatures are checked; `verify` checks the tensors too. For keys and settings of a store see\n"
+    "docs/checkpoint.md.\n"
     "\n"
     "example: intellect-node inspect demo-run/checkpoints\n";
 
@@ -74,14 +117,41 @@ static json_t *model_object(const struct msg_model *m) {
 
 static json_t *facts_object(const struct ckpt *c) {
     char run[DIGEST_HEX_BYTES], root[DIGEST_HEX_BYTES], head[DIGEST_HEX_BYTES];
-    char manifest[DIGEST_HEX_BYTES], name[80];
+    char manifest[DIGEST_HEX_BYTES], signer[DIGEST_HEX_BYTES], name[80];
     const struct ckpt_facts *f = ckpt_facts(c);
+    struct digest key;
+    memcpy(key.b, f->signer.b, sizeof key.b);
     proto_str_copy(ckpt_genesis(c)->name, name, sizeof name);
-    return json_pack("{ss ss sI sI sI sI ss ss ss}", "name", name, "run", hex(&f->run, run),
+    return json_pack("{ss ss sI sI sI sI ss ss ss ss}", "name", name, "run", hex(&f->run, run),
                      "index", (json_int_t)f->index, "round", (json_int_t)f->round,
                      "tokens_committed", (json_int_t)f->tokens_committed, "term",
                      (json_int_t)f->term, "state_root", hex(&f->state_root, root), "ledger_head",
-                     hex(&f->ledger_head, head), "manifest", hex(&f->manifest, manifest));
+                     hex(&f->ledger_head, head), "manifest", hex(&f->manifest, manifest), "signer", hex(&key, signer));
+}
+
+static json_t *tensor_list(const struct ckpt *c) {
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < proto_model_tensor_count(ckpt_model(c)); i++) {
+        struct proto_tensor t;
+        json_t *shape = json_array();
+        proto_model_tensor(ckpt_model(c), i, &t);
+        for (int d = 0; d < t.dims; d++) json_array_append_new(shape, json_integer((json_int_t)t.shape[d]));
+        json_array_append_new(list, json_pack("{ss so}", "name", t.name, "shape", shape));
+    }
+    return list;
+}
+
+static json_t *object_list(const struct ckpt *c) {
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < ckpt_object_count(c); i++) {
+        uint64_t bytes;
+        struct digest d;
+        char text[DIGEST_HEX_BYTES];
+        const char *name = ckpt_object(c, i, &bytes, &d);
+        json_array_append_new(list, json_pack("{ss sI ss}", "name", name, "bytes", (json_int_t)bytes, "blake2b",
+                                              hex(&d, text)));
+    }
+    return list;
 }
 
 static void print_json(json_t *object) {
@@ -91,6 +161,21 @@ static void print_json(json_t *object) {
     json_decref(object);
 }
 
+/* An element a line. */
+static void print_list(const char *key, const json_t *list) {
+    size_t i;
+    json_t *item;
+    printf("%s:\n", key);
+    json_array_foreach((json_t *)list, i, item) {
+        char *text = json_dumps(json_object_get(item, "shape"), JSON_ENCODE_ANY | JSON_COMPACT);
+        if (text) printf("  %-56s %s\n", json_string_value(json_object_get(item, "name")), text);
+        else printf("  %-56s %" JSON_INTEGER_FORMAT " bytes, %s\n", json_string_value(json_object_get(item, "name")),
+                    json_integer_value(json_object_get(item, "bytes")),
+                    json_string_value(json_object_get(item, "blake2b")));
+        free(text);
+    }
+}
+
 /* The same facts for people: one "key  value" a line. */
 static void print_lines(const json_t *object) {
     const char *key;
@@ -98,6 +183,8 @@ static void print_lines(const json_t *object) {
     json_object_foreach((json_t *)object, key, value) {
         if (json_is_object(value))
             print_lines(value);
+        else if (json_is_array(value))
+            print_list(key, value);
         else if (json_is_string(value))
             printf("%-18s %s\n", key, json_string_value(value));
         else if (json_is_boolean(value))
@@ -118,6 +205,8 @@ int tool_inspect(int argc, char **argv) {
                                ckpt_tokenizer(c)[0] ? ckpt_tokenizer(c) : "unknown", "model",
                                model_object(ckpt_model(c)));
     if (!ckpt_is_plain(c)) json_object_set_new(object, "checkpoint", facts_object(c));
+    if (o.tensors) json_object_set_new(object, "tensors", tensor_list(c));
+    if (o.tensors) json_object_set_new(object, "objects", object_list(c));
     ckpt_close(c);
     if (o.json) {
         print_json(object);
@@ -135,19 +224,10 @@ static const char verify_help[] =
     "\n"
     "Check everything that can be checked: digests of all files, signatures from the run's root key\n"
     "down, the chain of the ledger, and that the tensors are the state the members agreed on. With\n"
-    "--run the checkpoint must also belong to that run. Reads the whole checkpoint.\n"
+    "--run the checkpoint must also belong to that run. CHECKPOINT is a folder or URL as for `inspect`.\n"
+    "Reads everything, the tensors twice: where that has its price, `fetch` it and verify the folder.\n"
     "\n"
     "example: intellect-node verify demo-run/checkpoints/step-000000000042\n";
-
-static void show_progress(void *arg, const char *object, uint64_t done, uint64_t total) {
-    (void)arg;
-    if (isatty(STDERR_FILENO) && total)
-        fprintf(stderr, "\r\033[K%3.0f %% %s", 100.0 * (double)done / (double)total, object);
-}
-
-static void end_progress(void) {
-    if (isatty(STDERR_FILENO)) fputs("\r\033[K", stderr);
-}
 
 /* Follow the entries from the genesis to the checkpoint's index. */
 static int verify_ledger(struct ckpt *c, struct err *err) {
@@ -168,20 +248,26 @@ static int verify_ledger(struct ckpt *c, struct err *err) {
     return err_set(err, ERR_CORRUPT, "the ledger does not end in the head that the manifest names");
 }
 
+#define LEAVES_READ_BYTES (32u << 20) /* at a time, of anchor and momentum each: many requests of a store at once */
+
 /* The digest-tree leaves of all chunks; see docs/flow.md for what a leaf covers. */
 static int make_leaves(const struct ckpt *c, size_t chunk, struct msg_digest_item *leaf,
                        size_t count, struct err *err) {
     uint64_t elements = proto_model_elements(ckpt_model(c));
-    float *values = malloc(2 * chunk * sizeof *values);
-    if (!values) return err_set(err, ERR_MEMORY, "no memory for a chunk");
+    size_t group = LEAVES_READ_BYTES / sizeof(float) / chunk + 1, room = group * chunk;
+    float *values = malloc(2 * room * sizeof *values);
+    if (!values) return err_set(err, ERR_MEMORY, "no memory for %zu chunks", group);
     int rc = 0;
-    for (size_t i = 0; i < count && !rc; i++) {
+    for (size_t i = 0; i < count && !rc; i += group) {
         uint64_t first = (uint64_t)i * chunk;
-        size_t n = elements - first < chunk ? (size_t)(elements - first) : chunk;
+        size_t n = elements - first < room ? (size_t)(elements - first) : room;
         rc = ckpt_read(c, CKPT_ANCHOR, first, n, values, err) ||
-             ckpt_read(c, CKPT_MOMENTUM, first, n, values + chunk, err) ? -1 : 0;
-        leaf[i].digest = digest_leaf2(i, values, n * sizeof *values, values + chunk,
-                                      n * sizeof *values);
+             ckpt_read(c, CKPT_MOMENTUM, first, n, values + room, err) ? -1 : 0;
+        for (size_t k = 0; !rc && k * chunk < n; k++) {
+            size_t part = n - k * chunk < chunk ? n - k * chunk : chunk;
+            leaf[i + k].digest = digest_leaf2(i + k, values + k * chunk, part * sizeof *values,
+                                              values + room + k * chunk, part * sizeof *values);
+        }
     }
     free(values);
     return rc;
@@ -204,7 +290,8 @@ static int verify_state(const struct ckpt *c, struct err *err) {
 }
 
 static int verify(struct ckpt *c, struct err *err) {
-    int rc = ckpt_verify(c, show_progress, NULL, err) || verify_ledger(c, err) ||
+    struct progress p = {0};
+    int rc = ckpt_verify(c, show_progress, &p, err) || verify_ledger(c, err) ||
              verify_state(c, err) ? -1 : 0;
     end_progress();
     return rc;
@@ -235,6 +322,50 @@ int tool_verify(int argc, char **argv) {
             printf("%s is whole: ledger index %" PRIu64 ", state root %s\n", ckpt_where(c),
                    ckpt_facts(c)->index, hex(&ckpt_facts(c)->state_root, root));
     }
+    ckpt_close(c);
+    return rc;
+}
+
+/* ---- fetch ----------------------------------------------------------------------------------- */
+
+static const char fetch_help[] =
+    "intellect-node fetch URL DIR [--run DIGEST] [--json]\n"
+    "\n"
+    "Fetch a checkpoint, or the latest of a store, into the folder DIR: several requests at a time, each\n"
+    "object checked against its digest in the signed manifest, which is put last. When it was\n"
+    "interrupted, the same command goes on where it was. URL is as for `inspect`; a store's `latest`\n"
+    "may move meanwhile: then name the checkpoint itself. A plain Hugging Face folder is fetched too, but has\n"
+    "nothing to check it against.\n"
+    "\n"
+    "  --run DIGEST  refuse a checkpoint of another run\n"
+    "\n"
+    "example: intellect-node fetch https://example.org/run/step-000000000042 step-42\n"
+    "example: INTELLECT_STORE_DOWN_MBIT=200 intellect-node fetch s3://weights/run run\n";
+
+int tool_fetch(int argc, char **argv) {
+    struct tool_options o = { .operands = 2, .help = fetch_help };
+    struct err err = {0};
+    struct digest run;
+    struct progress p = {0};
+    int rc = parse(argc, argv, &o);
+    if (rc >= 0) return rc;
+    if (o.run && digest_parse(o.run, &run, &err)) return args_wrong(o.name, err.msg);
+    struct ckpt *c = ckpt_open(o.operand[0], o.run ? &run : NULL, &err);
+    if (!c) return args_failed(o.name, &err);
+    if (ckpt_is_plain(c))
+        fprintf(stderr, "%s: %s has no manifest: what comes cannot be checked\n", o.name, ckpt_where(c));
+    rc = ckpt_fetch(c, o.operand[1], show_progress, &p, &err) ? args_failed(o.name, &err) : 0;
+    end_progress();
+    double took = seconds_of(&p, timer_now_ms());
+    if (rc && p.now.read)
+        fprintf(stderr, "%s: %.1f MB lie in %s; the same command goes on from there\n", o.name,
+                (double)p.now.done / 1e6, o.operand[1]);
+    else if (!rc && o.json)
+        print_json(json_pack("{ss ss sI sI sf}", "where", ckpt_where(c), "folder", o.operand[1], "bytes",
+                             (json_int_t)p.now.total, "fetched", (json_int_t)p.now.read, "seconds", took));
+    else if (!rc)
+        printf("%s is %s: %.1f MB, of which %.1f MB came now, %.1f MB/s\n", o.operand[1], ckpt_where(c),
+               (double)p.now.total / 1e6, (double)p.now.read / 1e6, (double)p.now.read / 1e6 / took);
     ckpt_close(c);
     return rc;
 }

@@ -5,14 +5,19 @@
 #ifndef INTELLECT_NODE_TOOLS_CKPT_H
 #define INTELLECT_NODE_TOOLS_CKPT_H
 
-/* inspect CHECKPOINT [--json] Network, run, ledger index, tokens, round, who signed. Signatures
- * are checked, tensors are not. */
+/* inspect CHECKPOINT [--tensors] [--json]
+ * Network, run, ledger index, tokens, round, who signed; tensors and objects. Signatures are
+ * checked, tensors are not. */
 int tool_inspect(int argc, char **argv);
 
 /* verify CHECKPOINT [--run DIGEST] [--json]
  * Every digest, the signatures from the root key down, the ledger's chain, and that anchor and
  * momentum are the state whose root the manifest names. Reads everything. */
 int tool_verify(int argc, char **argv);
+
+/* fetch URL DIR [--run DIGEST] [--json]
+ * All objects into a folder, digests checked; goes on where an earlier call ended. */
+int tool_fetch(int argc, char **argv);
 
 /* export CHECKPOINT DIR
  * A Hugging Face folder, which transformers opens as it is. */

@@ -1017,6 +1017,130 @@ static void an_export_is_a_plain_folder_with_the_same_bits(void **state) {
     ckpt_close(c);
 }
 
+/* ---- fetch ------------------------------------------------------------------------------------- */
+
+static void note_progress(void *arg, const struct ckpt_progress *now) {
+    struct ckpt_progress *last = arg;
+    assert_true(now->done >= last->done && now->done <= now->total && now->read <= now->total);
+    *last = *now;
+}
+
+/* Fetch `path` into folder(name); *last receives the last progress. */
+static int fetch(const char *path, const char *name, struct ckpt_progress *last, struct err *err) {
+    struct ckpt *c = must_open(path);
+    *last = (struct ckpt_progress){0};
+    int r = ckpt_fetch(c, folder(name), note_progress, last, err);
+    ckpt_close(c);
+    return r;
+}
+
+/* Cut off anywhere, even by a crash that left nonsense, and called again: what is there is used, and
+ * what comes out is the checkpoint. */
+static void a_fetch_goes_on_where_it_ended(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_progress last;
+    char path[160];
+    fresh("fetched-from", path);
+    if (fetch(path, "fetched", &last, &err)) fail_msg("%s", err.msg);
+    if (check_all(folder("fetched"), &err)) fail_msg("%s", err.msg);
+    assert_int_equal(count_in(folder("fetched")), 17); /* nothing half beside them */
+    assert_int_equal(last.done, last.total);
+    uint64_t all = last.read;
+
+    if (fetch(path, "fetched", &last, &err)) fail_msg("%s", err.msg); /* nothing left to do */
+    assert_int_equal(last.read, 0);
+    assert_int_equal(last.done, last.total);
+
+    static const char name[] = "model-00002-of-00003.safetensors";
+    char part[192], whole[192], manifest[192];
+    snprintf(whole, sizeof whole, "%s/%s", folder("fetched"), name);
+    snprintf(part, sizeof part, "%s/.%s.part", folder("fetched"), name);
+    snprintf(manifest, sizeof manifest, "%s/manifest.json", folder("fetched"));
+    struct ckpt_blob b = slurp(whole);
+    for (int nonsense = 0; nonsense < 3; nonsense++) {
+        assert_int_equal(unlink(whole), 0);
+        assert_int_equal(unlink(manifest), 0);
+        uint8_t *half = calloc(1, 2 * b.length);
+        if (nonsense == 0) memcpy(half, b.data, b.length / 2);
+        spill(part, half, nonsense == 2 ? 2 * b.length : b.length / 2); /* longer than it can be */
+        free(half);
+        if (fetch(path, "fetched", &last, &err)) fail_msg("%s", err.msg);
+        if (check_all(folder("fetched"), &err)) fail_msg("%s", err.msg);
+        if (nonsense == 0) assert_in_range(last.read, b.length / 2, b.length);
+        assert_true(last.read < all);
+        assert_int_equal(access(part, F_OK), -1);
+    }
+    free(b.data);
+}
+
+/* What is not ours is neither replaced nor followed, and what is wrong in the store gets no manifest. */
+static void a_fetch_replaces_nothing_and_believes_nothing(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_progress last;
+    char path[160], file[256], other[160];
+    fresh("fetch-source", path);
+    mkdir(folder("fetch-foreign"), 0700);
+    snprintf(file, sizeof file, "%s/config.json", folder("fetch-foreign"));
+    spill(file, (const uint8_t *)"{}", 2);
+    assert_int_equal(fetch(path, "fetch-foreign", &last, &err), -1);
+    assert_int_equal(err.code, ERR_REFUSED);
+    assert_non_null(strstr(err.msg, "config.json: is there"));
+    assert_int_equal(slurp(file).length, 2);
+
+    mkdir(folder("fetch-link"), 0700);
+    snprintf(file, sizeof file, "%s/.genesis.bin.part", folder("fetch-link"));
+    snprintf(other, sizeof other, "%s/precious", root);
+    spill(other, (const uint8_t *)"precious", 8);
+    assert_int_equal(symlink(other, file), 0);
+    assert_int_equal(fetch(path, "fetch-link", &last, &err), -1);
+    assert_int_equal(slurp(other).length, 8);
+
+    struct ckpt_store *s = open_store("fetch-source");
+    must_write(s, &run, 6);
+    s->ops->close(s);
+    if (fetch(path, "fetch-two", &last, &err)) fail_msg("%s", err.msg);
+    snprintf(other, sizeof other, "%s/step-000000000006", folder("fetch-source"));
+    assert_int_equal(fetch(other, "fetch-two", &last, &err), -1); /* two checkpoints in one folder */
+    assert_int_equal(err.code, ERR_REFUSED);
+    if (check_all(folder("fetch-two"), &err)) fail_msg("%s", err.msg);
+
+    snprintf(file, sizeof file, "%s/momentum-00001-of-00003.safetensors", path);
+    struct ckpt_blob b = slurp(file);
+    b.data[b.length - 9] ^= 1;
+    spill(file, b.data, b.length);
+    free(b.data);
+    assert_int_equal(fetch(path, "fetch-rotten", &last, &err), -1);
+    assert_int_equal(err.code, ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "momentum-00001-of-00003"));
+    snprintf(file, sizeof file, "%s/manifest.json", folder("fetch-rotten"));
+    assert_int_equal(access(file, F_OK), -1);
+    assert_null(ckpt_open(folder("fetch-rotten"), NULL, &err)); /* nor is it taken for a plain folder */
+    assert_int_equal(err.code, ERR_NOT_FOUND);
+}
+
+/* Weights from elsewhere have no manifest; they come all the same. */
+static void a_plain_folder_can_be_fetched(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_progress last;
+    char path[160];
+    fresh("fetch-plain", path);
+    struct ckpt *c = must_open(path);
+    if (ckpt_export(c, folder("fetch-plain-hf"), &err)) fail_msg("%s", err.msg);
+    ckpt_close(c);
+    snprintf(path, sizeof path, "%s", folder("fetch-plain-hf"));
+    if (fetch(path, "fetch-plain-copy", &last, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(count_in(folder("fetch-plain-copy")), 8);
+    c = must_open(folder("fetch-plain-copy"));
+    float *got = malloc(run.elements * 4);
+    assert_int_equal(ckpt_read(c, CKPT_ANCHOR, 0, run.elements, got, &err), 0);
+    assert_memory_equal(got, run.anchor, run.elements * 4);
+    free(got);
+    ckpt_close(c);
+}
+
 /* A corrupt checkpoint is not exported in silence, and nothing is left that looks exported. */
 static void an_export_of_a_corrupt_checkpoint_fails_and_leaves_nothing(void **state) {
     (void)state;
@@ -1268,6 +1392,9 @@ int main(void) {
         cmocka_unit_test(mutated_headers_never_lead_out_of_the_file),
         cmocka_unit_test(mutated_objects_are_errors_and_not_crashes),
         cmocka_unit_test(an_export_is_a_plain_folder_with_the_same_bits),
+        cmocka_unit_test(a_fetch_goes_on_where_it_ended),
+        cmocka_unit_test(a_fetch_replaces_nothing_and_believes_nothing),
+        cmocka_unit_test(a_plain_folder_can_be_fetched),
         cmocka_unit_test(an_export_of_a_corrupt_checkpoint_fails_and_leaves_nothing),
         cmocka_unit_test(another_network_is_refused_by_the_key_that_makes_it_one),
         cmocka_unit_test(scaled_rotary_embeddings_are_read_and_written),

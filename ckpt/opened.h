@@ -1,0 +1,49 @@
+/* opened.h - an open checkpoint from the inside: reader.c opens it and reads ranges, copy.c reads whole
+ * objects, to verify or to copy them. */
+#ifndef INTELLECT_CKPT_OPENED_H
+#define INTELLECT_CKPT_OPENED_H
+
+#include "ckpt/internal.h"
+
+/* Where a tensor of the canonical order lies. */
+struct place {
+    uint32_t file; /* index into struct tensors */
+    enum safetensors_dtype dtype;
+    uint64_t offset;
+};
+
+/* The safetensors files of anchor or momentum. */
+struct tensors {
+    char (*file)[CKPT_NAME_BYTES_MAX + 1]; /* without the prefix */
+    uint32_t file_count;
+    struct place *place; /* one per tensor; NULL where there is none */
+};
+
+struct ckpt {
+    struct ckpt_store *store;
+    char prefix[CKPT_PREFIX_BYTES_MAX + 1]; /* "" where the store is the checkpoint's folder */
+    char where[PROTO_URL_BYTES_MAX + CKPT_PREFIX_BYTES_MAX + 515]; /* with the store's settings */
+    bool plain;
+    struct err unseen; /* code ERR_NONE: everything could be looked for */
+    struct msg_model model;
+    char tokenizer[65];
+    struct tensors tensors[2]; /* by enum ckpt_which */
+
+    struct manifest manifest; /* from here on: not of a plain folder */
+    struct ckpt_blob manifest_bytes, sig_bytes; /* manifest.json and manifest.sig as they were believed */
+    struct msg_genesis genesis;
+    struct ckpt_blob genesis_bytes;
+    struct msg_range *spent;
+    uint32_t spent_count;
+    struct ckpt_blob ledger_bytes;
+    struct msg_signed_entry *ledger;
+    uint32_t ledger_count;
+};
+
+/* Bytes of an object of this checkpoint. */
+int opened_stat(const struct ckpt *c, const char *name, uint64_t *bytes, struct err *err);
+/* A small object whole; of a checkpoint it must be in the manifest and have its digest. */
+int opened_read(const struct ckpt *c, const char *name, size_t bytes_max, struct ckpt_blob *out, struct err *err);
+int opened_wrong_digest(const char *name, const struct digest *is, const struct digest *want, struct err *err);
+
+#endif
