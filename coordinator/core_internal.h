@@ -472,7 +472,7 @@ void core_spend(struct core *c, const struct msg_spend *spent, uint32_t count, s
 uint64_t core_return_leases(struct core *c, struct batch *b);
 /* m is back: what it had and nobody was granted since is its own again, under the same generation. Returns how
  * many samples. */
-uint64_t core_take_back_leases(struct core *c, struct member *m, struct batch *b);
+uint64_t core_take_back_leases(struct core *c, struct member *m);
 /* A row read from the store; `id` is not in the table yet. */
 void core_add_lease(struct core *c, const struct lease *lease);
 /* A returned lease over samples that are in no other place. */

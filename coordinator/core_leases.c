@@ -56,8 +56,9 @@ static void remove_lease(struct core *c, struct lease *l) {
     c->lease_count--;
 }
 
+/* What its member may come back for stays its own on disk: after a restart we judge its silence anew. */
 static void put_lease(struct batch *b, const struct lease *l) {
-    struct msg_spend row = {.member = l->member,
+    struct msg_spend row = {.member = l->member ? l->member : l->former,
                             .lease = l->id,
                             .generation = l->generation,
                             .start = l->start,
@@ -317,7 +318,7 @@ uint64_t core_return_leases(struct core *c, struct batch *b) {
         l->former = core_may_train(m) && !m->left ? m->id : 0;
         l->returned_ms = c->tick_ms;
         count_lease(c, l, true);
-        put_lease(b, l);
+        if (!l->former) put_lease(b, l);
         samples += l->count;
 #ifdef SIM_FAULTS
         if (core_fault == CORE_FAULT_LEASE_RETURNED_TWICE) {
@@ -329,7 +330,7 @@ uint64_t core_return_leases(struct core *c, struct batch *b) {
     return samples;
 }
 
-uint64_t core_take_back_leases(struct core *c, struct member *m, struct batch *b) {
+uint64_t core_take_back_leases(struct core *c, struct member *m) {
     uint64_t samples = 0;
     for (uint32_t i = 0; i < c->lease_count && c->returned_samples; i++) {
         struct lease *l = &c->leases[i];
@@ -338,7 +339,6 @@ uint64_t core_take_back_leases(struct core *c, struct member *m, struct batch *b
         l->member = m->id;
         l->former = 0;
         count_lease(c, l, true);
-        put_lease(b, l);
         samples += l->count;
     }
     return samples;

@@ -296,10 +296,8 @@ static void send_plans(struct core *c, struct member *m, bool moved, struct core
 
 /* It worked on while it was away, perhaps: what of its samples nobody else has, it keeps. */
 static void take_back_leases(struct core *c, struct member *m, struct core_actions *out) {
-    struct batch b = {0};
     if (!m->trains || !core_may_train(m)) return;
-    uint64_t samples = core_take_back_leases(c, m, &b);
-    core_emit_persist(out, &b);
+    uint64_t samples = core_take_back_leases(c, m);
     if (samples)
         core_log(out, CORE_INFO, WHO " is back, and gets its %llu samples again", WHO_OF(m),
                  LLU(samples));
