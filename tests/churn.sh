@@ -49,7 +49,7 @@ if [ -n "$NET" ]; then
 else P=$(free_port); fi
 in_net() { if [ -n "$NET" ]; then echo "ip netns exec $NS-$1"; fi; }
 launch_coordinator() { WRAP=$(in_net coordinator) start_coordinator "$R" "$P" "$HOST"; }
-launch() { WRAP=$(in_net "$1") start_node "$1" "$R" --log-json; }
+launch() { WRAP=$(in_net "$1") start_node "$1" "$R" --log-json ${NODE_OPTIONS:-}; }
 
 REPEAT=$((MINUTES / 4 + 1)) corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
 "$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set inner.batch=4 --set outer.mode="$MODE" --set outer.inner_steps=32 \
@@ -72,9 +72,9 @@ revive() { # what was killed is started again, as its owner's service manager wo
     for n in "${NAMES[@]}"; do alive "$n" || launch "$n"; done
     alive coordinator || launch_coordinator
 }
-any() { echo "${NAMES[RANDOM % NODES]}"; }
+pick() { any=${NAMES[RANDOM % NODES]}; } # not in a subshell: RANDOM would begin anew there
 victim() { # sets what, pid, and name for a child of ours
-    local n; n=$(any)
+    local n; pick; n=$any
     name=
     case $((RANDOM % 4)) in
         0) what="$n's trainer" pid=$(pgrep -P "${PID[$n]}" | head -n 1) ;;
@@ -85,7 +85,7 @@ victim() { # sets what, pid, and name for a child of ours
 }
 note() { say "$(printf '%-26s %s' "$1" "$(status "$R" '"(round %d, %d live)" % (round, members_live)')")"; }
 cut_link() { # one member from everybody, or two from each other
-    local a b; a=$(any); b=$(any)
+    local a b; pick; a=$any; pick; b=$any
     if [ $((RANDOM % 2)) = 0 ] || [ "$a" = "$b" ]; then
         note "$a's cable is cut"
         ip -n $NS-hub link set "${CABLE[$a]}" down; sleep 8; ip -n $NS-hub link set "${CABLE[$a]}" up
