@@ -167,6 +167,7 @@ void trainer_lose_work(struct sync *s, enum sync_loss by, const char *why) {
         sync_log(s, SYNC_WARNING, "back to the anchor: %s; %llu samples of work are lost", why,
                  (unsigned long long)leases_unfrozen(s));
     void_work(s, by);
+    t->filling = false; /* what of the anchor is in the slot may be no more */
     if (!t->slot_busy) clear_ops(s);
 }
 

@@ -122,6 +122,32 @@ static void undone_commits_are_fetched_from_members(void **state) {
     assert_int_equal(count_sent(r, 1, MSG_STATE), 2);
 }
 
+/* A trainer that has just come up is about to be set to the anchor, half of which is already in the slot, when
+ * the anchor goes back: it begins with the one that the run has, not with that. */
+static void a_reset_that_was_being_prepared_begins_anew(void **state) {
+    struct rig *r = *state;
+    uint64_t at = one_commit(r);
+    struct digest root = root_of(r, 1);
+    whole_round(r, &BOTH[1]);
+    announce_to_all(r, &BOTH[1]);
+    uint64_t index = rewind_to(r, at, &root);
+    uint32_t resets = r->node[3].resets;
+    r->node[3].connected = false;
+    step(r, 3, &(struct sync_event){.type = SYNC_EV_DISCONNECTED});
+    dial_coordinator(r, 3);
+    step(r, 3, &(struct sync_event){.type = SYNC_EV_TRAINER_UP, .steps = 1});
+    assert_true(sync_has_work(r->node[3].sync)); /* filling the slot */
+    welcome(r, 3, NULL, 0);
+    assert_int_equal(look(r, 3).chunks_missing, 2);
+    assert_int_equal(r->node[3].resets, resets);
+    r->checkpoint_here = true;
+    for (uint32_t id = 1; id <= 2; id++) come_again(r, id, NULL, 0);
+    pass(r, 900);
+    assert_version(r, 3, index);
+    assert_int_equal(r->node[3].resets, resets + 1);
+    assert_local_is_anchor(r, 3);
+}
+
 /* The machine dies at any write between the entry and the new labels: it comes back to the same state. */
 static void crash_while_going_back(void **state) {
     struct rig *r = *state;
@@ -243,6 +269,7 @@ int main(int argc, char **argv) {
         T(member_at_the_checkpoint_relabels),
         T(undone_commits_are_read_from_the_checkpoint),
         T(undone_commits_are_fetched_from_members),
+        T(a_reset_that_was_being_prepared_begins_anew),
         T(crash_while_going_back),
         T(state_from_before_is_of_no_use),
         T(first_state_from_a_checkpoint),
