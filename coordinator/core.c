@@ -323,6 +323,7 @@ void core_look(const struct core *c, uint64_t now_ms, struct core_view *out) {
     const struct state *s = core_state_now(c);
     (void)now_ms;
     *out = (struct core_view){.term = c->term,
+                              .behind = core_is_behind(c),
                               .settled_index = c->settled_index,
                               .round = c->commits,
                               .tokens_committed = s->tokens_committed,

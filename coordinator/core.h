@@ -172,6 +172,7 @@ struct core_view {
     struct digest head_digest, state_root; /* newest root that all reports agree on */
     uint64_t state_root_index;
     const char *phase; /* "train", "reduce", "paused", "complete" */
+    bool behind;       /* members may still show newer entries: nothing is written to the ledger */
     uint32_t members_live, root_mismatches, plans_made, handovers, audits, audits_failed, quarantines;
     uint32_t fragments;
     uint64_t commits;

@@ -80,13 +80,14 @@ void core_on_checkpoint_sign(struct core *c, struct member *m,
     core_emit_sign(out, m, msg);
 }
 
+#define NEWER_ENTRIES "members may still show newer entries than this store has"
 #define WHY_SHOWN 150 /* of a reason that is longer, the end: it has the cause, the rest is a path */
 
 static void checkpoint_failed(struct core *c, const struct msg_checkpoint_done *msg,
                               uint64_t now_ms, struct core_actions *out) {
     char why[PROTO_TEXT_BYTES_MAX + 1];
     bool again = c->complete && ++c->checkpoint_tries < CORE_CHECKPOINT_TRIES_MAX;
-    proto_str_copy(msg->text, why, sizeof why);
+    proto_str_copy(msg->written ? proto_str(NEWER_ENTRIES) : msg->text, why, sizeof why);
     size_t length = strlen(why), cut = length > WHY_SHOWN ? length - WHY_SHOWN : 0;
     core_log(out, CORE_ERROR, "checkpoint of ledger %llu failed: %s%s; %s",
              (unsigned long long)msg->index, cut ? "..." : "", why + cut,
@@ -104,7 +105,7 @@ void core_on_checkpoint_done(struct core *c, struct member *m,
     char url[PROTO_URL_BYTES_MAX + 1];
     if (!s) return;
     if (c->checkpoint_writing == msg->index) c->checkpoint_writing = 0;
-    if (!msg->written) {
+    if (!msg->written || core_is_behind(c)) {
         checkpoint_failed(c, msg, now_ms, out);
         return;
     }

@@ -401,6 +401,8 @@ void core_on_ledger(struct core *c, struct conn *k, const struct msg_ledger *msg
                     struct core_actions *out);
 /* Who shows nothing in time is let go: the run waits for it. */
 void core_check_takeover(struct core *c, uint64_t now_ms, struct core_actions *out);
+/* May members still show entries that this store lacks? One that we wrote now would be another history. */
+bool core_is_behind(const struct core *c);
 /* The connection that shows entries is gone; 0: whichever it is. */
 void core_forget_takeover(struct core *c, uint64_t conn);
 

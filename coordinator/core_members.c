@@ -161,6 +161,11 @@ void core_on_enrol(struct core *c, struct conn *k, const struct msg_enrol *msg,
         core_close(c, out, k->id, ERR_REFUSED, true, "%s", why);
         return;
     }
+    if (!k->member && core_is_behind(c)) {
+        core_close(c, out, k->id, ERR_STALE, false,
+                   "members may still show newer entries than this store has; come again");
+        return;
+    }
     if (!k->member) enrol(c, k, msg, invite, out);
     struct msg_enrolled answer = {.member = k->member->id};
     core_send_conn(out, k->id, 0, MSG_ENROLLED, 0, &answer);

@@ -30,6 +30,16 @@ static struct proto_bytes reason_of(const char *text) {
     return s;
 }
 
+/* The operator has to say it again: what a newer ledger holds is not known yet. */
+static bool is_too_early(struct core *c, const struct member *m, const char *what,
+                         struct core_actions *out) {
+    if (!core_is_behind(c)) return false;
+    core_log(out, CORE_ERROR,
+             WHO " is not %s: members may still show newer entries than this store has; try again later",
+             WHO_OF(m), what);
+    return true;
+}
+
 /* ---- revocation ----------------------------------------------------------------------------- */
 
 void core_on_revoke(struct core *c, uint32_t member, const char *why, struct core_actions *out) {
@@ -38,6 +48,7 @@ void core_on_revoke(struct core *c, uint32_t member, const char *why, struct cor
         core_log(out, CORE_WARNING, "member %u %s", member, m ? "is revoked already" : "is unknown");
         return;
     }
+    if (is_too_early(c, m, "revoked", out)) return;
     struct msg_revocation body = {.member = member, .reason = reason_of(why)};
     struct batch b = {0};
     uint64_t index;
@@ -104,6 +115,7 @@ void core_on_release(struct core *c, uint32_t member, const char *why, struct co
         core_log(out, CORE_WARNING, "member %u is not in quarantine", member);
         return;
     }
+    if (is_too_early(c, m, "released", out)) return;
     m->unfounded = m->missed = m->given_up = 0;
     m->distrusted = false;
     uint64_t index = append_quarantine(c, m, true, 0, (struct proto_bytes){0}, why, out);

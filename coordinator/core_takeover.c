@@ -37,6 +37,10 @@ static void restart(struct core *c, uint64_t term, struct core_actions *out) {
     c->over = true;
 }
 
+bool core_is_behind(const struct core *c) {
+    return c->takeover || c->tick_ms < c->hold_until_ms;
+}
+
 /* ---- a newer term --------------------------------------------------------------------------- */
 
 /* Our own node, two members, or one whose word has stood for a while. */

@@ -60,7 +60,13 @@ static int find_member(const struct core *core, const char *name, struct core_me
     return found ? 0 : no_such_member(core, name, err);
 }
 
-static int check_state(const struct kind *kind, const struct core_member_view *m, struct err *err) {
+static int check_state(const struct core *core, const struct kind *kind,
+                       const struct core_member_view *m, struct err *err) {
+    struct core_view v;
+    core_look(core, 0, &v);
+    if (v.behind)
+        return err_set(err, ERR_REFUSED,
+                       "members may still show newer entries than this store has; try again in some seconds");
     if (kind->type == CORE_EV_REVOKE && m->revoked)
         return err_set(err, ERR_REFUSED, "member %u (%s) is revoked already", m->member, m->name);
     if (kind->type == CORE_EV_RELEASE && !m->quarantined)
@@ -81,7 +87,7 @@ int operate_event(const struct core *core, const json_t *request, struct core_ev
         snprintf(text, size, "%s", kind->done);
         return 0;
     }
-    if (find_member(core, member ? member : "", &m, err) || check_state(kind, &m, err)) return -1;
+    if (find_member(core, member ? member : "", &m, err) || check_state(core, kind, &m, err)) return -1;
     ev->member = m.member;
     snprintf(text, size, "member %u (%s) %s", m.member, m.name, kind->done);
     return 0;

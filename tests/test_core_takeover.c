@@ -116,6 +116,16 @@ static struct copy *two_rounds_later(struct rig *r, struct keys *keys, uint64_t 
     return newer;
 }
 
+static void enrol_and_expect(struct rig *r, struct fake *f, bool enrolled) {
+    uint64_t head = look(r).head_index;
+    dial(r, f);
+    enrol(r, f);
+    assert_int_equal(look(r).head_index, head + enrolled);
+    if (enrolled) return;
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_STALE);
+    assert_false(action(r, CORE_ACT_CLOSE)->final);
+}
+
 /* ---- taking over ---------------------------------------------------------------------------- */
 
 static void entries_that_a_member_has_are_asked_for_checked_and_kept(void **state) {
@@ -155,6 +165,38 @@ static void entries_that_a_member_has_are_asked_for_checked_and_kept(void **stat
     ask(r, f, 8);
     assert_int_equal(f->leases[0].count, 8);
     assert_int_equal(f->leases[0].start, 32);
+    release(newer);
+}
+
+/* While others may show still more, any entry of ours could be another history: a checkpoint that our own
+ * node has just finished, a newcomer, the operator's word. They come again. */
+static void nothing_is_written_while_others_may_show_more(void **state) {
+    struct rig *r = *state;
+    struct keys keys;
+    uint64_t head;
+    struct copy *newer = two_rounds_later(r, &keys, &head);
+    hello_with_head(r, &r->fake[2], newer, head, r->term);
+    enrol_and_expect(r, &r->fake[5], false);
+    show(r, &r->fake[2], newer, &keys.online, head - 1, head);
+    assert_true(r->restart);
+    r->hold_ms = 2000;
+    load(r);
+    for (int i = 1; i <= 3; i++) dial(r, &r->fake[i]), hello(r, &r->fake[i]);
+    struct msg_checkpoint_done done = {
+        .index = r->fake[1].state, .written = 1, .manifest = root_at(1)};
+    say(r, &r->fake[1], MSG_CHECKPOINT_DONE, 0, &done);
+    assert_int_equal(look(r).head_index, head);
+    step(r, &(struct core_event){.type = CORE_EV_REVOKE, .member = r->fake[3].id, .text = "early"});
+    assert_int_equal(look(r).head_index, head);
+    assert_true(look(r).behind);
+    enrol_and_expect(r, &r->fake[5], false);
+    pass(r, 2100);
+    assert_false(look(r).behind);
+    enrol_and_expect(r, &r->fake[5], true);
+    say(r, &r->fake[1], MSG_CHECKPOINT_DONE, 0, &done);
+    assert_int_equal(look(r).head_index, head + 2);
+    step(r, &(struct core_event){.type = CORE_EV_REVOKE, .member = r->fake[3].id, .text = "now"});
+    assert_int_equal(look(r).head_index, head + 3);
     release(newer);
 }
 
@@ -404,6 +446,7 @@ static void a_member_with_the_whole_ledger_is_sent_none(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(entries_that_a_member_has_are_asked_for_checked_and_kept),
+        T(nothing_is_written_while_others_may_show_more),
         T(samples_of_lost_leases_are_free_again),
         T(claims_of_leases_that_were_lost_are_refused),
         T(a_key_that_a_newer_ledger_may_know_is_not_turned_away_for_ever),

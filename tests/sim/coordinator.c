@@ -347,6 +347,12 @@ static void on_operator(struct sim_world *w, struct sim_core *core, const struct
                             .member = m->id,
                             .text = "the operator of the simulator wants it"};
     if (ev.type == CORE_EV_REVOKE) {
+        struct core_view v;
+        core_look(core->core, w->now, &v);
+        if (v.behind) { /* as the command says */
+            sim_schedule(w, 1000, SIM_CORE_OPERATOR, e->member)->value = e->value;
+            return;
+        }
         if (!m->id) return;
         m->revoked = true;
     }
