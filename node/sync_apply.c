@@ -396,21 +396,26 @@ static bool result_is_right(struct sync *s, const struct commit *c, const struct
            0;
 }
 
+/* Also one that took longer than we wait for an answer. */
+static bool is_welcome(struct sync *s, const struct commit *c, uint32_t k) {
+    return proto_set_has(s->fetch.asked, k) ||
+           (needs(s, c, k) && !has_data(s, c, k) && s->fetch.window < SYNC_WINDOW_BYTES);
+}
+
 void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
                      const struct msg_result *msg) {
     struct fetch *f = &s->fetch;
     struct commit *c = fetched(s, frame, msg->fragment, msg->round);
-    if (!c || !f->verified || msg->chunk >= f->chunks ||
-        !proto_set_has(f->asked, msg->chunk))
-        return;
+    if (!c || !f->verified || msg->chunk >= f->chunks || !is_welcome(s, c, msg->chunk)) return;
     if (!result_is_right(s, c, msg)) {
         peer_close(s, p, "a result is not what was committed");
         return;
     }
     if (!(f->data[msg->chunk] = sync_alloc(s, msg->data.length, 1))) return;
     memcpy(f->data[msg->chunk], msg->data.data, msg->data.length);
+    if (proto_set_has(f->asked, msg->chunk)) f->outstanding--;
+    else f->window += msg->data.length;
     proto_set_del(f->asked, msg->chunk);
-    f->outstanding--;
     if (needs(s, c, msg->chunk)) f->ready++;
     note_answer(s, shard_of(c, msg->chunk));
 }

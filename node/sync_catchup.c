@@ -324,13 +324,22 @@ static bool keep_chunk(struct sync *s, const struct peer *p, const struct msg_st
     return true;
 }
 
+/* Also one that took longer than we wait for an answer: from a slow donor no other would ever come. */
+static bool is_welcome(struct sync *s, uint32_t chunk) {
+    const struct catchup *cu = &s->catchup;
+    return proto_set_has(cu->asked, chunk) ||
+           (apply_waits_for_donors(s, chunk) && !is_ready(cu, chunk) && cu->window < SYNC_WINDOW_BYTES);
+}
+
 void catchup_on_state(struct sync *s, struct peer *p, const struct msg_state *msg) {
     struct catchup *cu = &s->catchup;
-    if (!cu->asked || msg->chunk >= s->chunk_count || !proto_set_has(cu->asked, msg->chunk)) return;
-    proto_set_del(cu->asked, msg->chunk);
-    cu->outstanding--;
-    cu->window -= state_bytes(s, msg->chunk);
-    cu->asked_ms = s->now;
+    if (!cu->asked || msg->chunk >= s->chunk_count || !is_welcome(s, msg->chunk)) return;
+    if (proto_set_has(cu->asked, msg->chunk)) {
+        proto_set_del(cu->asked, msg->chunk);
+        cu->outstanding--;
+        cu->window -= state_bytes(s, msg->chunk);
+        cu->asked_ms = s->now;
+    }
     uint64_t have = s->state.version[msg->chunk];
     if (msg->data.length != state_bytes(s, msg->chunk) || msg->path_count > DIGEST_PATH_MAX) {
         peer_close(s, p, "a chunk of its state has another size");

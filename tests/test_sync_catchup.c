@@ -161,6 +161,33 @@ static bool results_never_come(struct rig *r, struct sent *m) {
     return m->to != 3 || m->frame.type != MSG_RESULT;
 }
 
+static bool no_state_yet(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->to != 4 || m->frame.type != MSG_STATE;
+}
+
+/* The only donor's uplink takes longer for a chunk than a question waits: what comes then is not thrown away,
+ * or nothing would ever come. */
+static void a_chunk_that_took_long_is_welcome(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    r->spoil = no_state_yet;
+    joins(r, (uint32_t[]){1}, 1);
+    for (int i = 0; i < 20 && count_sent(r, 1, MSG_STATE) < CHUNKS; i++) pass(r, 50);
+    pass(r, 450); /* over two heartbeats: it waits before it asks again */
+    assert_int_equal(count_sent(r, 4, MSG_STATE_GET), 1);
+    for (uint32_t i = 0; i < r->sent_count; i++) {
+        struct sent m = r->sent[i];
+        if (m.to != 4 || m.frame.type != MSG_STATE) continue;
+        step(r, 4,
+             &(struct sync_event){
+                 .type = SYNC_EV_PEER_MESSAGE, .peer = m.from, .frame = m.frame, .msg = m.msg});
+    }
+    settle(r);
+    assert_same_state(r, 1, 4);
+    assert_int_equal(count_sent(r, 4, MSG_STATE_GET), 1);
+}
+
 /* Everybody who is asked shows the leaves of the results, and nobody a chunk: that is no progress, however
  * often it is repeated, and the state is fetched in their place. */
 static void leaves_without_results_are_no_progress(void **state) {
@@ -226,6 +253,7 @@ int main(int argc, char **argv) {
         T(moments_do_not_overwrite_a_commit),
         T(moments_that_come_after_a_step_are_not_taken),
         T(missed_commit_keeps_the_work),
+        T(a_chunk_that_took_long_is_welcome),
         T(leaves_without_results_are_no_progress),
         T(resync_fetches_everything_anew),
         T(stuck_catch_up_asks_again),
