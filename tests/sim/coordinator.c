@@ -280,7 +280,7 @@ static bool perform_one(struct sim_world *w, struct sim_core *core, struct core_
         if (c) close_conn(w, core, c, a);
         break;
     case CORE_ACT_RESTART: restart(w, core, a); return false;
-    case CORE_ACT_FAIL: oracle_failed(w, a->text); return false;
+    case CORE_ACT_FAIL: oracle_failed(w, core, a->text); return false;
     case CORE_ACT_LOG: sim_trace(w, "coordinator: %s", a->text); break;
     }
     return true;

@@ -66,6 +66,10 @@ static void dial(struct sim_world *w, struct sim_member *m, const struct sync_ac
 
 static void on_bye(struct sim_world *w, struct sim_member *m, const struct sync_action *a) {
     sim_trace(w, "slot %u: BYE %s%s", m->slot, a->text, a->final ? " (final)" : "");
+    if (a->final && a->code == ERR_STALE && w->outer.fixed_membership) {
+        oracle_ended(w, a->text); /* its coordinator died before it ended by itself */
+        return;
+    }
     if (a->final && a->code != ERR_NONE && !m->revoked && !m->copy)
         sim_violation(w, "slot %u was turned away for ever: %s", m->slot, a->text);
     if (!a->final) return;

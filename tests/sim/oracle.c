@@ -642,6 +642,7 @@ void oracle_arrived(struct sim_world *w, const struct sim_event *e) {
     c->progress = b->progress;
     w->member[c->member].heard_at = c->heard_at;
     w->member[c->member].moved_at = c->moved_at;
+    w->member[c->member].heard_by = c->core;
     proto_decoded_release(RECORD_heartbeat, &record);
 }
 
@@ -653,20 +654,26 @@ void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code 
                   LLU(w->now - c->heard_at));
 }
 
-/* A trainer of a fixed membership is gone, and the store says that nobody goes on without it. */
-void oracle_failed(struct sim_world *w, const char *why) {
+/* The run has failed: the store says that nobody goes on. */
+void oracle_ended(struct sim_world *w, const char *why) {
     struct sim_row *paused = sim_row_find(&w->store.table[CORE_META], CORE_META_PAUSED);
-    uint64_t limit = w->outer.silence_ms_max;
-    bool gone = false;
-    for (uint32_t i = 1; i < w->members; i++) {
-        const struct sim_member *m = &w->member[i];
-        gone |= m->id && (m->left || w->now - m->heard_at >= limit || w->now - m->moved_at >= limit);
-    }
-    if (!w->outer.fixed_membership || !gone) sim_violation(w, "the run has failed: %s", why);
     if (!paused || !paused->length || !paused->value[0])
         sim_violation(w, "the run has failed and is not paused: %s", why);
     w->injected[SIM_FAILED]++;
     w->failed = true;
+}
+
+/* ... because a trainer of a fixed membership is gone, as this coordinator sees it. */
+void oracle_failed(struct sim_world *w, const struct sim_core *core, const char *why) {
+    uint64_t limit = w->outer.silence_ms_max;
+    bool gone = false;
+    for (uint32_t i = 1; i < w->members; i++) {
+        const struct sim_member *m = &w->member[i];
+        gone |= m->id && (m->left || m->heard_by != core->number ||
+                          w->now - m->heard_at >= limit || w->now - m->moved_at >= limit);
+    }
+    if (!w->outer.fixed_membership || !gone) sim_violation(w, "the run has failed: %s", why);
+    oracle_ended(w, why);
 }
 
 static bool goes_by_right(const struct sim_world *w, uint32_t id) {

@@ -127,7 +127,8 @@ struct sim_member {
     uint64_t uplink_clear;
     uint64_t versions[SIM_CHUNKS_MAX]; /* as the oracle saw them last */
     uint64_t rewound;                  /* newest rewind in its ledger */
-    uint64_t heard_at, moved_at; /* as of its connections, the newest */
+    uint64_t heard_at, moved_at; /* as of its newest connection, and whose that is */
+    uint32_t heard_by;
 };
 
 /* ---- the world ------------------------------------------------------------------------------ */
@@ -435,7 +436,8 @@ void oracle_received(struct sim_world *w, struct sim_member *m, const struct fra
 void oracle_arrived(struct sim_world *w, const struct sim_event *e);
 void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code);
 /* A coordinator says that the run has failed; or has carried out all that an event led to. */
-void oracle_failed(struct sim_world *w, const char *why);
+void oracle_ended(struct sim_world *w, const char *why); /* a member hears of that */
+void oracle_failed(struct sim_world *w, const struct sim_core *core, const char *why);
 void oracle_stepped(struct sim_world *w, const struct sim_core *core);
 const struct sim_contribution *oracle_contribution(struct sim_world *w, uint32_t member,
                                                    uint32_t fragment, uint64_t round,
