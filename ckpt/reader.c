@@ -34,6 +34,7 @@ int opened_stat(const struct ckpt *c, const char *name, uint64_t *bytes, struct 
 static bool has(struct ckpt *c, const char *name) {
     uint64_t bytes;
     struct err e = {0};
+    if (c->unseen.code == ERR_TIMEOUT) return false; /* not to wait for the same again */
     if (!opened_stat(c, name, &bytes, &e)) return true;
     if (e.code != ERR_NOT_FOUND && !c->unseen.code) c->unseen = e;
     return false;

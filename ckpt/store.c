@@ -33,6 +33,8 @@ struct ckpt_store *ckpt_store_open(const char *url, bool create, struct err *err
     return NULL;
 }
 
+bool ckpt_store_remote(const char *url) { return strstr(url, "://") && !begins(url, "file://"); }
+
 int ckpt_store_writable(const char *url, struct err *err) {
     struct s3_config ignored;
     if (begins(url, "s3://")) return s3_url_parse(url, &ignored, err);

@@ -100,6 +100,9 @@ struct ckpt_store {
  * URL or setting; msg says what is allowed), ERR_NOT_FOUND, ERR_IO. */
 struct ckpt_store *ckpt_store_open(const char *url, bool create, struct err *err);
 
+/* Is what this URL names behind a network? */
+bool ckpt_store_remote(const char *url);
+
 /* Can checkpoints be written to a store of this URL? Looks at the URL alone. ERR_CONFIG: no, and why. */
 int ckpt_store_writable(const char *url, struct err *err);
 

@@ -79,7 +79,8 @@ static const struct setting table[] = {
 
     { "model", "from", TEXT, AT(from), 0, PROTO_URL_BYTES_MAX, SEALED, "\"\"",
       "URL of a checkpoint whose parameters and outer momentum the run begins with, in place of the\n"
-      "seed's: file:///FOLDER, which the machine of the aggregate-only node must be able to read." },
+      "seed's: file:///FOLDER, s3://BUCKET/PREFIX or https://HOST/PATH, which the machine of the\n"
+      "aggregate-only node must be able to read." },
 
     { "corpus", "manifest", TEXT, AT(corpus), 1, PROTO_URL_BYTES_MAX, SEALED, "\"\"",
       "corpus.json as `intellect-node data` wrote it, or its folder: a path or file:// URL. A relative\n"
@@ -184,7 +185,10 @@ static const struct setting table[] = {
       "fall back to." },
 
     { "checkpoint", "url", TEXT, AT(checkpoint_url), 1, PROTO_URL_BYTES_MAX, SEALED, NULL,
-      "Where checkpoints go: file:///FOLDER, on the machine of the aggregate-only node." },
+      "Where checkpoints go: file:///FOLDER, on the machine of the aggregate-only node, or a bucket,\n"
+      "s3://BUCKET/PREFIX?endpoint=https://HOST&region=NAME. Everybody reads this URL, so no key is in\n"
+      "it: that stays in the environment or a file of the machine of the aggregate-only node, which\n"
+      "alone writes (docs/checkpoint.md)." },
 
     { "serve", "listen", TEXT, AT(listen), 1, PROTO_ADDRESS_BYTES_MAX + 7, FREE, NULL,
       "HOST:PORT to listen on; 0.0.0.0 is every IPv4 address of this machine, [::] also IPv6." },

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "ckpt/store.h"
 #include "coordinator/address.h"
 #include "coordinator/settings.h"
 #include "proto/model.h"
@@ -296,9 +297,10 @@ static int check_serve(const struct settings *s, struct err *err) {
         err_prefix(err, "serve.address");
         return -1;
     }
-    if (strncmp(s->checkpoint_url, "file:///", 8) != 0)
-        return err_set(err, ERR_CONFIG, "checkpoint.url is '%.100s'; allowed is file:///FOLDER",
-                       s->checkpoint_url);
+    if (ckpt_store_writable(s->checkpoint_url, err)) {
+        err_prefix(err, "checkpoint.url");
+        return -1;
+    }
     return 0;
 }
 

@@ -87,7 +87,7 @@ static int set_up_sync(struct agent *a, struct err *err) {
     char state[HOME_FILE_BYTES];
     home_file(&a->home, "state", state);
     if (disk_open(state, &a->disk, err)) return -1;
-    if (!(a->origin = origin_create(&a->genesis)))
+    if (!(a->origin = origin_create(&a->genesis, a->run.aggregate_only)))
         return err_set(err, ERR_MEMORY, "no memory for an origin");
     uint64_t instance;
     randombytes_buf(&instance, sizeof instance);

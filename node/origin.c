@@ -12,6 +12,7 @@
 
 struct origin {
     const struct msg_genesis *genesis;
+    bool network; /* stores behind one are read too */
     /* The checkpoint that was asked for last, by its manifest; open or failed. */
     bool asked;
     struct digest manifest;
@@ -20,9 +21,11 @@ struct origin {
     uint64_t failed_at_ms;
 };
 
-struct origin *origin_create(const struct msg_genesis *genesis) {
+struct origin *origin_create(const struct msg_genesis *genesis, bool network) {
     struct origin *o = calloc(1, sizeof *o);
-    if (o) o->genesis = genesis;
+    if (!o) return NULL;
+    o->genesis = genesis;
+    o->network = network;
     return o;
 }
 
@@ -56,10 +59,12 @@ static int check(const struct origin *o, const struct msg_checkpoint *from, stru
 static int open_checkpoint(struct origin *o, const struct msg_checkpoint *from, struct err *err) {
     char url[PROTO_URL_BYTES_MAX + 1];
     ckpt_close(o->ckpt);
+    o->ckpt = NULL;
     proto_str_copy(from->url, url, sizeof url);
     o->asked = true;
     o->manifest = from->manifest;
-    o->ckpt = ckpt_open(url, NULL, err);
+    if (o->network || !ckpt_store_remote(url)) o->ckpt = ckpt_open(url, NULL, err);
+    else err_set(err, ERR_NOT_FOUND, "is not on this machine");
     if (o->ckpt && !check(o, from, err)) return 0;
     ckpt_close(o->ckpt);
     o->ckpt = NULL;

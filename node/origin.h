@@ -4,6 +4,7 @@
 #ifndef INTELLECT_NODE_ORIGIN_H
 #define INTELLECT_NODE_ORIGIN_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -11,8 +12,11 @@
 
 struct origin;
 
-/* genesis is borrowed until origin_destroy. NULL: no memory. */
-struct origin *origin_create(const struct msg_genesis *genesis);
+/* genesis is borrowed until origin_destroy. NULL: no memory.
+ *
+ * network  read checkpoints in stores behind a network too. That takes as long as it takes, and nothing
+ *          else happens meanwhile: for the node without which nothing would, the coordinator's own. */
+struct origin *origin_create(const struct msg_genesis *genesis, bool network);
 void origin_destroy(struct origin *o); /* NULL is fine */
 
 /* Fill anchor[0..n) and momentum[0..n) from element `first` on.

@@ -147,7 +147,7 @@ static int load(struct origin *o, const struct msg_checkpoint *from, float *a, f
 static void assert_loads(const struct msg_genesis *g, const struct msg_checkpoint *from,
                          const float *a_wanted, const float *m_wanted) {
     float *a = malloc(elements * sizeof *a), *m = malloc(elements * sizeof *m);
-    struct origin *o = origin_create(g);
+    struct origin *o = origin_create(g, false);
     struct err err = {0};
     if (load(o, from, a, m, &err)) fail_msg("%s", err.msg);
     assert_memory_equal(a, a_wanted, elements * sizeof *a);
@@ -159,7 +159,7 @@ static void assert_loads(const struct msg_genesis *g, const struct msg_checkpoin
 
 static void assert_cannot_be_had(const struct msg_checkpoint *from, const char *word) {
     float *a = malloc(elements * sizeof *a), *m = malloc(elements * sizeof *m);
-    struct origin *o = origin_create(&genesis);
+    struct origin *o = origin_create(&genesis, false);
     struct err err = {0};
     assert_int_equal(load(o, from, a, m, &err), -1);
     assert_int_equal(err.code, ERR_NOT_FOUND);
@@ -202,8 +202,8 @@ static void a_checkpoint_elsewhere_is_left_to_others(void **state) {
     struct msg_checkpoint c = checkpoint;
     c.url = proto_str("file:///nonexistent/step-000000000001");
     assert_cannot_be_had(&c, "/nonexistent/");
-    c.url = proto_str("s3://bucket/step-000000000001");
-    assert_cannot_be_had(&c, "s3://");
+    c.url = proto_str("s3://bucket/step-000000000001"); /* nor are they stopped by a network */
+    assert_cannot_be_had(&c, "s3://bucket/step-000000000001: is not on this machine");
 }
 
 /* A good checkpoint of another moment or run at that place would be a state nobody agreed on. */

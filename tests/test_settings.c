@@ -191,7 +191,10 @@ static void settings_that_contradict_each_other_are_refused(void **state) {
         { "model: {vocabulary: 100}", "the corpus' tokenizer 'bytes' has 256 tokens" },
         { "model: {sequence: 64}", "the corpus has samples of 128 tokens, model.sequence is 64" },
         { "serve: {listen: nowhere}", "serve.listen: 'nowhere' has no port" },
-        { "checkpoint: {url: \"s3://x\"}", "checkpoint.url is 's3://x'; allowed is file:///FOLDER" },
+        { "checkpoint: {url: \"ftp://x\"}", "checkpoint.url: 'ftp://x': allowed are file:///FOLDER and s3://" },
+        { "checkpoint: {url: \"https://host/x\"}", "checkpoint.url: 'https://host/x': allowed are" },
+        { "checkpoint: {url: \"s3://x\"}", "checkpoint.url: s3: \"x\" cannot be a bucket" },
+        { "checkpoint: {url: \"s3://key:secret@bucket/x\"}", "checkpoint.url: s3: a key does not belong into a URL" },
     };
     struct settings s;
     struct err err;

@@ -2,8 +2,9 @@
 """proxy.py PORT_FILE UPSTREAM_PORT - an HTTP proxy on 127.0.0.1 before an S3 server there, which makes what networks
 and servers make of requests. Writes its port to PORT_FILE. Orders are requests to it:
 
-  /__fault/METHOD/FAULT/COUNT  the next COUNT requests with this method (ANY: all) meet the fault
+  /__fault/WHICH/FAULT/COUNT   the next COUNT requests meet the fault: of a method, ANY, or ~TEXT: with TEXT in the path
   /__random/PERCENT/SEED       so many of all requests meet a fault drawn at random
+  /__heal                      no more of either
   /__seen                      how many of which faults there were, as JSON
 
 Faults: reset (of a request half read), stall (nothing comes), truncate (half of the answer), lost (the server does it,
@@ -18,17 +19,17 @@ import threading
 
 FAULTS = ["reset", "stall", "truncate", "lost", "500", "503", "429", "away"]  # flip is for the reader's digests
 lock = threading.Lock()
-orders = []  # [method, fault, count]
+orders = []  # [which, fault, count]
 chance = 0
 draw = random.Random(0)
 seen = {}
 
 
-def fault_for(method):
+def fault_for(method, path):
     with lock:
         fault = None
         for o in orders:
-            if o[0] in (method, "ANY") and o[2] > 0:
+            if o[2] > 0 and (o[0] in (method, "ANY") or (o[0][0] == "~" and o[0][1:] in path)):
                 o[2] -= 1
                 fault = o[1]
                 break
@@ -46,6 +47,9 @@ def order(path):
     with lock:
         if words[0] == "__fault":
             orders.append([words[1], words[2], int(words[3])])
+        elif words[0] == "__heal":
+            orders.clear()
+            chance = 0
         elif words[0] == "__random":
             chance, draw = float(words[1]), random.Random(int(words[2]))
         return json.dumps(seen).encode()
@@ -106,7 +110,7 @@ def serve(client, upstream):
         text = order(path)
         client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(text), text))
         return client.close()
-    fault = fault_for(method)
+    fault = fault_for(method, path)
     if fault == "away":
         return client.close()
     if fault == "reset":
@@ -134,7 +138,7 @@ def serve(client, upstream):
         return hang_up(client)
     if fault == "truncate":
         answer = answer[: len(answer) // 2]
-    if fault == "flip":
+    if fault == "flip" and not answer.endswith(b"\r\n\r\n"):
         answer = answer[:-1] + bytes([answer[-1] ^ 16])
     client.sendall(answer)
     client.close()
