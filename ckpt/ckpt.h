@@ -100,7 +100,7 @@ struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ck
                                        uint64_t shard_bytes, struct err *err);
 
 /* Stop, wait for the thread (at most the fsync it is in) and free. What was not published is
- * removed from the store as far as possible without waiting for a network; ckpt_sweep finds the
+ * removed from the store as far as possible without waiting for a network; ckpt_prune finds the
  * rest. Where the store is behind one and the writer was still at it, the store can only be closed
  * afterwards. NULL is fine. */
 void ckpt_writer_destroy(struct ckpt_writer *w);
@@ -140,12 +140,42 @@ int ckpt_writer_publish(struct ckpt_writer *w, uint64_t term, const struct proto
                         const struct proto_key *key, struct proto_bytes delegation,
                         const struct proto_sig *delegation_signature, struct err *err);
 
-/* Remove what crashed writers left: folders step-* without a manifest in which nothing changed for
- * stale_s seconds (0 = all of them: only where nobody writes), and all but the `keep` newest
- * complete checkpoints (0 = keep all; the one that `latest` names stays in any case).
- * *removed, which may be NULL, receives the number of folders. Takes long; any thread. */
-int ckpt_sweep(struct ckpt_store *store, int64_t stale_s, uint32_t keep, uint32_t *removed,
-               struct err *err);
+/* ---- retention ---------------------------------------------------------------------------------
+ * Which checkpoints a store has, and which of them stay. All of it takes long; any thread. */
+
+/* One folder step-*; only some of it where a writer is at it or has crashed. */
+struct ckpt_entry {
+    char prefix[CKPT_PREFIX_BYTES_MAX + 1];
+    uint64_t index, bytes;
+    int64_t modified_s;     /* of its newest object, by the store's clock */
+    bool complete;          /* has its manifest */
+    bool latest, pinned;
+    bool kept;              /* by ckpt_retain */
+};
+
+/* All of them, newest index first, into *out, the caller's (free). */
+int ckpt_list(struct ckpt_store *store, struct ckpt_entry **out, uint32_t *count, struct err *err);
+
+/* Keep a checkpoint whatever ckpt_prune is told, by an object pins/step-*; or not any more. To do it
+ * twice is fine. ERR_NOT_FOUND: there is no such checkpoint to pin. */
+int ckpt_pin(struct ckpt_store *store, uint64_t index, bool pinned, struct err *err);
+
+struct ckpt_retention {
+    uint32_t last;   /* so many of the newest complete ones stay; 0: all */
+    uint64_t every;  /* of the complete ones in each so many ledger indices the oldest stays too; 0: none */
+    int64_t stale_s; /* an incomplete one stays until nothing in it has changed for so long: a writer may
+                        be at it. 0: only where nobody writes */
+};
+
+/* Decide, without a store: sets `kept`. What is pinned or `latest` stays in any case. The oldest of
+ * each `every` is one that stayed before, however often this is done. */
+void ckpt_retain(const struct ckpt_retention *how, int64_t now_s, struct ckpt_entry *e, uint32_t count);
+
+/* Remove what does not stay, the oldest first, each as a whole and its manifest first; half-done
+ * uploads of crashed writers among it. Right before, pin and `latest` are looked at once more.
+ * removed  may be NULL; called after each. */
+int ckpt_prune(struct ckpt_store *store, const struct ckpt_retention *how,
+               void (*removed)(void *arg, const struct ckpt_entry *e), void *arg, struct err *err);
 
 /* ---- reading ----------------------------------------------------------------------------------- */
 

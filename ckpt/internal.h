@@ -149,7 +149,7 @@ int ledger_parse(const struct ckpt_blob *blob, struct msg_signed_entry **entries
 int ledger_check(const struct msg_signed_entry *entries, uint32_t count, uint64_t index,
                  struct digest *head, struct err *err);
 
-/* ---- object.c: what reader, writer and sweep do with a store's objects ------------------------- */
+/* ---- object.c: what reader, writer and retention do with a store's objects ------------------------- */
 
 /* "prefix/name", or "name" where prefix is "". Cut names are refused by the store. */
 void object_name(const char *prefix, const char *name, char out[CKPT_NAME_BYTES_MAX + 1]);

@@ -1,12 +1,11 @@
-/* object.c - what writer, reader and sweep do with the objects of a store: whole small ones,
- * streams of large ones, folders. */
+/* object.c - what writer, reader and retention do with the objects of a store: names, whole small
+ * ones, folders. */
 #include "ckpt/internal.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 void ckpt_prefix(uint64_t index, char out[CKPT_PREFIX_BYTES_MAX + 1]) {
     snprintf(out, CKPT_PREFIX_BYTES_MAX + 1, "step-%012" PRIu64, index);
@@ -94,77 +93,8 @@ int object_remove_all(struct ckpt_store *s, const char *prefix, struct err *err)
     object_name(prefix, "", name);
     if (object_list(s, name, &l, err)) return -1;
     int r = 0;
-    for (size_t i = 0; !r && i < l.count; i++) r = s->ops->remove(s, l.object[i].name, err);
-    object_list_release(&l);
-    return r;
-}
-
-/* ---- sweep ------------------------------------------------------------------------------------- */
-
-struct folder {
-    char prefix[CKPT_PREFIX_BYTES_MAX + 1];
-    uint64_t index;
-    int64_t modified_s; /* of the newest object */
-    bool complete;
-};
-
-/* "step-<digits>/...": its index and the length of the folder's name; false for anything else. */
-static bool parse_prefix(const char *name, size_t *length, uint64_t *index) {
-    char *end, again[CKPT_PREFIX_BYTES_MAX + 1];
-    if (strncmp(name, "step-", 5) != 0 || name[5] < '0' || name[5] > '9') return false;
-    *index = strtoull(name + 5, &end, 10);
-    *length = (size_t)(end - name);
-    if (*end != '/' || *length > CKPT_PREFIX_BYTES_MAX) return false;
-    ckpt_prefix(*index, again);
-    return strlen(again) == *length && !strncmp(again, name, *length);
-}
-
-/* Group objects into folders, newest index first. Returns NULL when out of memory. */
-static struct folder *group(const struct object_list *l, uint32_t *count) {
-    struct folder *f = calloc(l->count + 1, sizeof *f);
-    *count = 0;
-    for (size_t i = 0; f && i < l->count; i++) {
-        const struct ckpt_object *o = &l->object[i];
-        uint64_t index;
-        size_t length;
-        uint32_t at = 0;
-        if (!parse_prefix(o->name, &length, &index)) continue;
-        while (at < *count && f[at].index > index) at++;
-        if (at == *count || f[at].index != index) {
-            memmove(&f[at + 1], &f[at], (*count - at) * sizeof *f);
-            f[at] = (struct folder){.index = index, .modified_s = INT64_MIN};
-            memcpy(f[at].prefix, o->name, length);
-            (*count)++;
-        }
-        if (o->modified_s > f[at].modified_s) f[at].modified_s = o->modified_s;
-        if (!o->unfinished && !strcmp(o->name + length, "/manifest.json")) f[at].complete = true;
-    }
-    return f;
-}
-
-int ckpt_sweep(struct ckpt_store *store, int64_t stale_s, uint32_t keep, uint32_t *removed,
-               struct err *err) {
-    struct object_list l;
-    struct latest latest = {0};
-    char version[CKPT_VERSION_BYTES_MAX + 1];
-    uint32_t folders, gone = 0, complete = 0;
-    struct err e = {0};
-    if (latest_read(store, &latest, version, &e) && e.code != ERR_NOT_FOUND && e.code != ERR_CORRUPT) {
-        if (err) *err = e;
-        return -1;
-    }
-    if (object_list(store, "step-", &l, err)) return -1;
-    struct folder *f = group(&l, &folders);
-    int r = f ? 0 : err_set(err, ERR_MEMORY, "out of memory for %zu objects", l.count);
-    for (uint32_t i = 0; !r && i < folders; i++) {
-        bool spare = f[i].complete ? !keep || complete++ < keep || !strcmp(f[i].prefix, latest.prefix)
-                                   : time(NULL) - f[i].modified_s < stale_s;
-        if (spare) continue;
-        r = object_remove_all(store, f[i].prefix, err);
-        gone += !r;
-    }
-    if (removed) *removed = gone;
-    free(f);
+    for (size_t i = 0; !r && i < l.count; i++) /* whatever a store lists: nothing of another folder */
+        if (!strncmp(l.object[i].name, name, strlen(name))) r = s->ops->remove(s, l.object[i].name, err);
     object_list_release(&l);
     return r;
 }

@@ -134,7 +134,7 @@ static void hide(const char *name, char out[CKPT_NAME_BYTES_MAX + HIDDEN_SUFFIX_
              name + folder, random);
 }
 
-/* A sweep may remove an empty folder between its making and the first file in it: try again. */
+/* A prune may remove an empty folder between its making and the first file in it: try again. */
 static int create_hidden(struct file_store *s, const char *name, char *hidden, struct err *err) {
     for (int i = 0; i < 4; i++) {
         if (make_parents(s, name, err)) return -1;

@@ -270,7 +270,7 @@ static int clear_folder(struct ckpt_writer *w, struct err *err) {
     return -1;
 }
 
-/* False where it is better to stop: each further call might wait as long as this one did. A sweep
+/* False where it is better to stop: each further call might wait as long as this one did. `prune`
  * finds the rest. */
 static bool drop(struct ckpt_writer *w, const char *name) {
     char full[CKPT_NAME_BYTES_MAX + 1];

@@ -16,6 +16,7 @@ int coordinator_status(int argc, char **argv);
 int coordinator_ledger(int argc, char **argv);
 int coordinator_rotate(int argc, char **argv);
 int coordinator_rewind(int argc, char **argv);
+int coordinator_checkpoints(int argc, char **argv);
 int coordinator_operate(int argc, char **argv); /* pause, resume, revoke, release */
 
 /* ---- what they share (commands.c) -------------------------------------------------------------- */

@@ -19,6 +19,7 @@ static const struct command {
     { "revoke", "put a member out for good", coordinator_operate },
     { "rotate", "give the coordinator a new online key", coordinator_rotate },
     { "rewind", "back to a checkpoint", coordinator_rewind },
+    { "checkpoints", "list the run's checkpoints, pin some, remove old ones", coordinator_checkpoints },
     { "release", "let a member out of quarantine", coordinator_operate },
 };
 #define COMMANDS (sizeof commands / sizeof *commands)
@@ -26,7 +27,7 @@ static const struct command {
 static void print_help(FILE *out) {
     fputs("intellect-coordinator COMMAND ... - the coordinator of an intellect run\n\n", out);
     for (size_t i = 0; i < COMMANDS; i++)
-        fprintf(out, "  %-8s %s\n", commands[i].name, commands[i].help);
+        fprintf(out, "  %-11s %s\n", commands[i].name, commands[i].help);
     fputs("\nintellect-coordinator COMMAND --help explains a command.\n"
           "example:\n"
           "  intellect-node data --out corpus --sequence 128 *.txt\n"

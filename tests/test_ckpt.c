@@ -596,7 +596,7 @@ static bool write_and_die(const char *name, int left) {
 }
 
 /* A writer may be killed between any two changes to the store. What `latest` names is then whole,
- * old or new; a sweep leaves nothing else; and the same checkpoint can be written again. */
+ * old or new; a prune leaves nothing else; and the same checkpoint can be written again. */
 static void a_crash_at_any_moment_leaves_whole_checkpoints_only(void **state) {
     (void)state;
     bool through = false;
@@ -616,10 +616,11 @@ static void a_crash_at_any_moment_leaves_whole_checkpoints_only(void **state) {
         ckpt_close(c);
         old += index == 1;
 
-        assert_int_equal(ckpt_sweep(s, 3600, 0, NULL, &err), 0); /* too young: may still be alive */
+        const struct ckpt_retention young = {.stale_s = 3600}, any = {.stale_s = 0};
+        assert_int_equal(ckpt_prune(s, &young, NULL, NULL, &err), 0); /* its writer may still be alive */
         snprintf(file, sizeof file, "%s/step-000000000002/manifest.json", folder(name));
         bool whole = access(file, F_OK) == 0;
-        assert_int_equal(ckpt_sweep(s, 0, 0, NULL, &err), 0);
+        assert_int_equal(ckpt_prune(s, &any, NULL, NULL, &err), 0);
         snprintf(file, sizeof file, "%s/step-000000000002", folder(name));
         if (whole) {
             if (check_all(file, &err)) fail_msg("died before change %d: %s", steps, err.msg);
@@ -672,23 +673,112 @@ static void a_writer_that_was_overtaken_harms_nothing(void **state) {
     s->ops->close(s);
 }
 
+static void count_removed(void *arg, const struct ckpt_entry *e) {
+    assert_false(e->kept || e->latest || e->pinned);
+    ++*(uint32_t *)arg;
+}
+
 /* `latest` is where a new member begins: it must not go back because an old writer was late. */
-static void latest_never_goes_back_and_old_checkpoints_can_be_swept(void **state) {
+static void latest_never_goes_back_and_old_checkpoints_can_be_pruned(void **state) {
     (void)state;
     struct err err = {0};
     struct latest l;
     char version[CKPT_VERSION_BYTES_MAX + 1];
-    uint32_t removed;
+    uint32_t removed = 0;
+    const struct ckpt_retention two = {.last = 2};
     struct ckpt_store *s = open_store("history");
     const uint64_t order[] = {3, 9, 4, 8};
     for (int i = 0; i < 4; i++) must_write(s, &run, order[i]);
     assert_int_equal(latest_read(s, &l, version, &err), 0);
     assert_int_equal(l.index, 9);
-    assert_int_equal(ckpt_sweep(s, 0, 2, &removed, &err), 0);
+    assert_int_equal(ckpt_prune(s, &two, count_removed, &removed, &err), 0);
     assert_int_equal(removed, 2);
     assert_int_equal(access(folder("history/step-000000000008/manifest.json"), F_OK), 0);
     assert_int_equal(access(folder("history/step-000000000004"), F_OK), -1);
     if (check_all(folder("history"), &err)) fail_msg("%s", err.msg);
+    s->ops->close(s);
+}
+
+static bool is_kept(const struct ckpt_entry *e, uint32_t count, uint64_t index) {
+    for (uint32_t i = 0; i < count; i++)
+        if (e[i].index == index) return e[i].kept;
+    return false;
+}
+
+/* Forget what was not kept, as a prune does. */
+static uint32_t drop_unkept(struct ckpt_entry *e, uint32_t count) {
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (e[i].kept) e[left++] = e[i];
+    return left;
+}
+
+/* A history thinned out again and again keeps the same checkpoints as one thinned out once. */
+static void what_stays_once_stays(void **state) {
+    (void)state;
+    const struct ckpt_retention how = {.last = 3, .every = 100, .stale_s = 50};
+    uint64_t random = 11;
+    for (int round = 0; round < 200; round++) {
+        struct ckpt_entry often[64] = {0}, once[64] = {0};
+        uint32_t count = 0, all = 0;
+        uint64_t index = 0, pinned = 0;
+        for (int i = 0; i < 40; i++) {
+            index += 1 + next_random(&random) % 60;
+            struct ckpt_entry e = {.index = index, .complete = next_random(&random) % 5 != 0, .modified_s = 1000 + i};
+            if (e.complete && next_random(&random) % 11 == 0) e.pinned = true, pinned = index;
+            memmove(&often[1], often, count++ * sizeof e);
+            memmove(&once[1], once, all++ * sizeof e);
+            often[0] = once[0] = e;
+            ckpt_retain(&how, 1000 + i, often, count);
+            count = drop_unkept(often, count);
+        }
+        ckpt_retain(&how, 1039, once, all);
+        assert_true(!pinned || is_kept(once, all, pinned));
+        uint32_t newest = 0;
+        for (uint32_t i = 0; i < all; i++) {
+            if (once[i].complete && newest++ < 3) assert_true(once[i].kept);
+            if (once[i].kept) assert_true(is_kept(often, count, once[i].index));
+        }
+        assert_int_equal(drop_unkept(once, all), count);
+    }
+    struct ckpt_entry left = {.index = 4, .modified_s = 100};
+    ckpt_retain(&how, 149, &left, 1);
+    assert_true(left.kept); /* its writer may be at it */
+    ckpt_retain(&how, 150, &left, 1);
+    assert_false(left.kept);
+}
+
+/* What was published with a paper stays, and everything that stays is whole. */
+static void a_pinned_checkpoint_survives_every_prune(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_entry *e;
+    uint32_t count, removed = 0;
+    char path[256];
+    const struct ckpt_retention how = {.last = 1, .every = 4};
+    struct ckpt_store *s = open_store("pinned");
+    for (uint64_t i = 1; i <= 10; i++) must_write(s, &run, i);
+    assert_int_equal(ckpt_pin(s, 6, true, &err), 0);
+    assert_int_equal(ckpt_pin(s, 6, true, &err), 0);
+    assert_int_equal(ckpt_pin(s, 77, true, &err), -1);
+    assert_int_equal(err.code, ERR_NOT_FOUND);
+    if (ckpt_prune(s, &how, count_removed, &removed, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(removed, 5);
+    if (ckpt_list(s, &e, &count, &err)) fail_msg("%s", err.msg);
+    static const uint64_t stay[] = {10, 8, 6, 4, 1}; /* newest; of 8..11, pinned; of 4..7; of 0..3 */
+    assert_int_equal(count, 5);
+    for (uint32_t i = 0; i < count; i++) {
+        assert_int_equal(e[i].index, stay[i]);
+        assert_true(e[i].complete && e[i].bytes > run.elements * 8);
+        assert_int_equal(e[i].pinned, e[i].index == 6);
+        assert_int_equal(e[i].latest, e[i].index == 10);
+        snprintf(path, sizeof path, "%s/%s", folder("pinned"), e[i].prefix);
+        if (check_all(path, &err)) fail_msg("%s", err.msg);
+    }
+    free(e);
+    assert_int_equal(ckpt_pin(s, 6, false, &err), 0);
+    if (ckpt_prune(s, &how, count_removed, &removed, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(removed, 6);
     s->ops->close(s);
 }
 
@@ -1382,7 +1472,9 @@ int main(void) {
         cmocka_unit_test(a_crash_at_any_moment_leaves_whole_checkpoints_only),
         cmocka_unit_test(destroying_an_unfinished_writer_leaves_nothing),
         cmocka_unit_test(a_writer_that_was_overtaken_harms_nothing),
-        cmocka_unit_test(latest_never_goes_back_and_old_checkpoints_can_be_swept),
+        cmocka_unit_test(latest_never_goes_back_and_old_checkpoints_can_be_pruned),
+        cmocka_unit_test(what_stays_once_stays),
+        cmocka_unit_test(a_pinned_checkpoint_survives_every_prune),
         cmocka_unit_test(a_conditional_put_loses_against_a_change),
         cmocka_unit_test(names_that_lead_out_of_the_store_are_refused),
         cmocka_unit_test_teardown(a_full_disk_is_an_error_and_leaves_no_half, unmount_small),

@@ -30,6 +30,14 @@ for c in init serve invite status pause resume revoke release rotate rewind; do
     says 2 "unknown option --bogus" $c r --bogus
 done
 says 2 "say what to do: verify or show" ledger
+check "checkpoints --help teaches with an example" sh -c "'$COORDINATOR' checkpoints --help | grep -q '^example: intellect-coordinator checkpoints'"
+says 2 "the run's folder is missing" checkpoints
+says 2 "say what to do: DIR list, pin, unpin or prune" checkpoints r
+says 2 "say what to do: DIR list, pin, unpin or prune" checkpoints r purge
+says 2 "which one: a ledger index" checkpoints r pin
+says 2 "the ledger index is '-3'; allowed are whole numbers from 0" checkpoints r pin -3
+says 2 "say how many of the newest stay: --last N" checkpoints r prune --every 3
+says 2 "--last is '0'; allowed are whole numbers from 1" checkpoints r prune --last 0
 says 2 "--set wants a value" init r --set
 
 # ---- init

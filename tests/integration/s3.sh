@@ -66,6 +66,11 @@ check "and the operator reads why there is no checkpoint" said 120 'checkpoint o
 order heal >/dev/null
 check "and checkpoints go on when it is back" await_published $((done_before + 2)) 200
 check "latest moved" test "$("$NODE" inspect "$URL" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["checkpoint"]["index"] > 0)')" = True
+# The writer dies in the middle of an upload; it comes back, and so do checkpoints.
+begun=$(grep -c 'checkpoint of ledger [0-9]* begins' "$W/coordinator.log") done_before=$(published)
+for _ in $(seq 600); do [ "$(grep -c 'checkpoint of ledger [0-9]* begins' "$W/coordinator.log")" -gt "$begun" ] && break; sleep 0.05; done
+kill -KILL "$(pgrep -P "${PID[coordinator]}" | head -n 1)"
+check "checkpoints go on after the writer was killed" await_published $((done_before + 2)) 120
 kill -TERM "${PID[alice]}" "${PID[bob]}"; wait "${PID[alice]}" "${PID[bob]}"; unset "PID[alice]" "PID[bob]"
 kill -TERM "${PID[coordinator]}"; wait "${PID[coordinator]}"; unset "PID[coordinator]"
 
@@ -113,6 +118,17 @@ check "and as a web page" anonymous "$NODE" verify "$S3_ENDPOINT/test/run"
 check "generate" anonymous "$NODE" generate "$S3_ENDPOINT/test/run" --prompt "The " --tokens 8 --threads 1
 check "eval" anonymous "$NODE" eval "$URL" --text "$(dirname "$(dpkg -L perl-doc | grep -m1 '/perlfaq1\.pod$')")/perlfaq1.pod" --threads 1
 check "export" anonymous "$NODE" export "$URL" "$W/exported"
+
+# ---- what stays
+listed() { "$COORDINATOR" checkpoints "$R" list --json | python3 -c 'import json, sys; print(eval(sys.argv[1], {"l": [json.loads(x) for x in sys.stdin]}))' "$1"; }
+first=$(listed 'min(x["index"] for x in l if x["complete"])')
+check "pin" "$COORDINATOR" checkpoints "$R" pin "$first"
+"$COORDINATOR" checkpoints "$R" prune --last 1 --dry-run >"$W/dry.txt"
+check "prune --dry-run says what would go: $(grep -c 'would go' "$W/dry.txt")" test "$(listed 'sum(x["complete"] for x in l) - 2')" = "$(grep -c 'would go' "$W/dry.txt")"
+"$COORDINATOR" checkpoints "$R" prune --last 1 >"$W/prune.txt" || { failures=$((failures + 1)); cat "$W/prune.txt"; }
+check "prune leaves the newest and the pinned" test "$(listed 'len([x for x in l if x["complete"]]) == 2 and all(x["pinned"] or x["latest"] for x in l if x["complete"])')" = True
+check "the pinned one verifies" "$NODE" verify "s3://test/run/$(printf 'step-%012d' "$first")?endpoint=$S3_ENDPOINT"
+check "and the latest" "$NODE" verify "$URL"
 
 # The run's machines are gone: another begins with its checkpoint, from the store alone.
 "$COORDINATOR" init "$W/second" --corpus "$W/corpus/corpus.json" --preset debug --set outer.inner_steps=10 --set outer.round_seconds=2 \

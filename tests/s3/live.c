@@ -226,7 +226,7 @@ static void what_is_given_up_is_gone(void **state) {
     count(s, "b/", there);
     assert_int_equal(there[0] + there[1], 0);
 
-    /* One whose process died, found by a later sweep. */
+    /* One whose process died, found by a later prune. */
     u = s->ops->upload_begin(s, "b/tensors", 2 * PART, &err);
     must(s->ops->upload_put(u, 0, bytes, PART, &err));
     must(s->ops->upload_sync(u, &err));
