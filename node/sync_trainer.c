@@ -164,8 +164,7 @@ static void void_work(struct sync *s, enum sync_loss by) {
 void trainer_lose_work(struct sync *s, enum sync_loss by, const char *why) {
     struct trainer *t = &s->trainer;
     if (t->state == TRAINER_TRAINING && t->samples)
-        sync_log(s, SYNC_WARNING, "back to the anchor: %s; %llu samples of work are lost", why,
-                 (unsigned long long)leases_unfrozen(s));
+        sync_log(s, SYNC_WARNING, "back to the anchor: %s", why);
     void_work(s, by);
     t->filling = false; /* what of the anchor is in the slot may be no more */
     if (!t->slot_busy) clear_ops(s);

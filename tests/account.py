@@ -10,7 +10,8 @@ COMMITTED  tokens that the run committed between them
 Every "round" line of a node says what its process did since it began; a process begins with a "start" line.
 Could have been trained: all that trainers did train, and for each millisecond that a trainer was up and had nothing
 to work on, what it trains in one while it has (its own rate, over the whole time). A trainer that is down or starts,
-or whose agent is stopped, could not have trained; one that was stopped itself has its rate lowered by that.
+or whose agent is stopped, could not have trained; one that was stopped itself has its rate lowered by that. What a
+process did after its last line, before it was killed, is in no row: about a second, for a line comes with each commit.
 Prints the account; the exit status is 1 if less than P percent of that was committed.
 """
 import json
