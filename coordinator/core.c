@@ -179,7 +179,7 @@ static void on_tick(struct core *c, uint64_t now_ms, struct core_actions *out) {
     c->tick_ms = now_ms;
     core_judge(c, stopped, now_ms, out);
     if (c->over) return;
-    core_renew_donors(c, out);
+    core_renew_donors(c, now_ms, out);
     core_check_takeover(c, now_ms, out);
     core_check_inquiries(c, now_ms, out);
     core_check_resum(c, now_ms, out);

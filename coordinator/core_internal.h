@@ -269,6 +269,7 @@ struct core {
     uint32_t chunks, sequence; /* chunks of the whole vector */
 
     uint64_t term, start_ms, tick_ms, hold_until_ms;
+    uint64_t hidden_ms; /* when members behind NAT were last told who lacks the state that only they have */
     struct digest seed;
     bool started, paused, over; /* over: RESTART or FAIL was emitted, nothing is done any more */
     uint32_t complaints;        /* since the last tick */
@@ -609,7 +610,7 @@ uint32_t core_pick_donors(const struct core *c, struct member *m, struct msg_add
 void core_send_resync(struct core *c, struct member *m, const struct state *s, const uint8_t *wrong,
                       struct core_actions *out);
 /* Members that catch up and whose donors are all gone get new ones. */
-void core_renew_donors(struct core *c, struct core_actions *out);
+void core_renew_donors(struct core *c, uint64_t now_ms, struct core_actions *out);
 void core_settle(struct core *c);
 /* This root is the right one of state s, whoever said another first. */
 void core_overrule(struct core *c, struct state *s, const struct digest *root, uint32_t reference,

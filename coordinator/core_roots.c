@@ -77,8 +77,34 @@ static bool has_donor_left(const struct core *c, const struct member *m) {
     return false;
 }
 
-void core_renew_donors(struct core *c, struct core_actions *out) {
+static bool has_newest(const struct core *c, const struct member *m) {
+    return core_serves(m) && m->has_root && m->root_index == core_state_now(c)->index;
+}
+
+/* Only members behind NAT have the newest state: nobody can dial them for it, so they dial those who lack
+ * it, and are asked over that link. */
+static void send_hidden_donors(struct core *c, uint64_t now_ms, struct core_actions *out) {
+    struct msg_address needy[CORE_DONORS_MAX];
+    const struct state *s = core_state_now(c);
+    struct msg_resync msg = {.index = s->index, .root = s->root, .donors = needy};
+    bool hidden = false;
+    for (uint32_t i = 0; i < c->member_count; i++) {
+        const struct member *m = &c->members[i];
+        if (has_newest(c, m) && m->port) return;
+        hidden |= has_newest(c, m);
+        if (m->conn && m->catching_up && msg.donors_count < CORE_DONORS_MAX)
+            msg.donors_count += core_address(NULL, m, &needy[msg.donors_count]);
+    }
+    if (!hidden || !msg.donors_count) return;
+    if (c->hidden_ms && now_ms - c->hidden_ms < c->outer->silence_ms_max) return;
+    c->hidden_ms = now_ms;
+    for (uint32_t i = 0; i < c->member_count; i++)
+        if (has_newest(c, &c->members[i])) core_send(out, &c->members[i], MSG_RESYNC, 0, &msg);
+}
+
+void core_renew_donors(struct core *c, uint64_t now_ms, struct core_actions *out) {
     if (core_is_initial(c)) return; /* everybody makes the initial state for himself */
+    send_hidden_donors(c, now_ms, out);
     for (uint32_t i = 0; i < c->member_count; i++) {
         struct member *m = &c->members[i];
         struct msg_address donors[CORE_DONORS_MAX];
@@ -196,16 +222,19 @@ static uint64_t applied_by(const struct core *c, const struct member *m) {
     return m->conn && c->state_count > kept ? c->states[c->state_count - kept].index : 0;
 }
 
-/* Settled is what every live member has applied: nobody will ask for its bytes any more. */
+/* Settled is what every live member has applied: nobody will ask for its bytes any more. One alone is not
+ * everybody, nor are those whom nobody can dial: the others come back, and have to get it from somewhere. */
 void core_settle(struct core *c) {
     uint64_t lowest = core_state_now(c)->index;
     uint32_t live = 0;
+    bool dialable = false;
     for (uint32_t i = 0; i < c->member_count; i++) {
         const struct member *m = &c->members[i];
         if (!m->here || !core_in_good_standing(m)) continue;
         uint64_t applied = applied_by(c, m);
         if (applied < lowest) lowest = applied;
+        dialable |= m->port > 0;
         live++;
     }
-    if (live && lowest > c->settled_index) c->settled_index = lowest;
+    if (live > 1 && dialable && lowest > c->settled_index) c->settled_index = lowest;
 }

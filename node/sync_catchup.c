@@ -143,7 +143,10 @@ int catchup_on_resync(struct sync *s, const struct msg_resync *msg) {
     const struct past_state *ours = state_past(s, msg->index);
     catchup_set_donors(s, msg->donors, msg->donors_count, true);
     ledger_note_root(s, msg->index, &msg->root);
-    if (!ours || digest_equal(&ours->root, &msg->root)) return 0;
+    if (!ours || digest_equal(&ours->root, &msg->root)) {
+        for (uint32_t i = 0; ours && i < msg->donors_count; i++) peer_link(s, msg->donors[i].member);
+        return 0; /* they may be who needs it from us, behind NAT: they ask when there is a link */
+    }
     bool some = msg->wrong.length == bitmap_bytes(s->chunk_count) &&
                 bitmap_next(msg->wrong.data, s->chunk_count) >= 0;
     sync_log(s, SYNC_ERROR, "our state at ledger index %llu is not the run's: fetching %s anew",

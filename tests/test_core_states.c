@@ -44,6 +44,51 @@ static void a_joiner_gets_donors_the_root_and_others_when_they_are_gone(void **s
     assert_int_equal(f->donors, 1);
 }
 
+/* Who is left alone with a state may be the next to go, and who is behind NAT gives it to nobody: what the others
+ * will need when they come back is kept until then. */
+static void what_one_member_has_is_not_settled(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 2);
+    commit_once(r);
+    uint64_t index = r->fake[2].state;
+    r->fake[1].muted = r->fake[3].muted = true;
+    pass(r, 3500);
+    assert_int_equal(look(r).members_live, 1);
+    say_root(r, &r->fake[2]);
+    assert_true(look(r).settled_index < index);
+    r->fake[1].muted = false;
+    dial(r, &r->fake[1]);
+    hello(r, &r->fake[1]);
+    say_root(r, &r->fake[1]);
+    assert_int_equal(look(r).settled_index, index);
+}
+
+/* Nobody can dial the only member that has the newest state: it is told who needs it, again and again, until
+ * somebody who can be dialled has it too. */
+static void who_is_behind_nat_is_told_who_needs_its_state(void **state) {
+    struct rig *r = *state;
+    r->fake[3].port = 0;
+    start_reducing(r, 2);
+    commit_once(r);
+    const struct msg_heartbeat behind = {.phase = PHASE_CATCHING_UP};
+    for (int i = 1; i <= 2; i++) say(r, &r->fake[i], MSG_HEARTBEAT, 0, &behind);
+    tick(r, 100);
+    assert_null(sent(r, &r->fake[3], MSG_RESYNC)); /* it has not shown the state yet */
+    say_root(r, &r->fake[3]);
+    tick(r, 100);
+    const struct core_action *a = sent(r, &r->fake[3], MSG_RESYNC);
+    assert_non_null(a);
+    const struct msg_resync *msg = a->msg;
+    assert_int_equal(msg->index, r->fake[3].state);
+    assert_int_equal(msg->donors_count, 2);
+    assert_int_equal(msg->donors[0].member, r->fake[1].id);
+    tick(r, 100);
+    assert_null(sent(r, &r->fake[3], MSG_RESYNC)); /* not at once again */
+    say_root(r, &r->fake[1]);
+    pass(r, 3500);
+    assert_null(sent(r, &r->fake[3], MSG_RESYNC));
+}
+
 /* The coordinator died after the commit was durable and before anybody heard of it. The results on
  * two disks are then all there is. */
 static void holders_are_named_again_after_a_restart(void **state) {
@@ -290,6 +335,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_joiner_gets_donors_the_root_and_others_when_they_are_gone),
         T(a_listener_without_a_state_holds_only_the_newest_rounds_up),
+        T(what_one_member_has_is_not_settled),
+        T(who_is_behind_nat_is_told_who_needs_its_state),
         T(holders_are_named_again_after_a_restart),
         T(a_checkpoint_is_written_signed_and_entered_in_the_ledger),
         T(paused_means_no_leases_and_no_plans_also_after_a_restart),

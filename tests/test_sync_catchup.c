@@ -188,6 +188,24 @@ static void a_chunk_that_took_long_is_welcome(void **state) {
     assert_int_equal(count_sent(r, 4, MSG_STATE_GET), 1);
 }
 
+/* Told that others need the state it has, a member behind NAT dials them, and they ask over that link. */
+static void state_behind_nat_dials_who_needs_it(void **state) {
+    struct rig *r = *state;
+    r->nat[3] = true;
+    two_rounds(r);
+    joins(r, NULL, 0);
+    pass(r, 300);
+    assert_int_equal(look(r, 4).chunks_missing, CHUNKS);
+    struct digest root = root_of(r, 3);
+    struct msg_address needy = {4, proto_str("10.0.0.1"), 7004};
+    struct msg_resync msg = {
+        .index = r->base_index, .root = root, .donors = &needy, .donors_count = 1};
+    say(r, 3, MSG_RESYNC, 0, &msg);
+    pass(r, 300);
+    assert_same_state(r, 3, 4);
+    assert_int_equal(count_sent(r, 3, MSG_STATE), CHUNKS);
+}
+
 /* Everybody who is asked shows the leaves of the results, and nobody a chunk: that is no progress, however
  * often it is repeated, and the state is fetched in their place. */
 static void leaves_without_results_are_no_progress(void **state) {
@@ -254,6 +272,7 @@ int main(int argc, char **argv) {
         T(moments_that_come_after_a_step_are_not_taken),
         T(missed_commit_keeps_the_work),
         T(a_chunk_that_took_long_is_welcome),
+        T(state_behind_nat_dials_who_needs_it),
         T(leaves_without_results_are_no_progress),
         T(resync_fetches_everything_anew),
         T(stuck_catch_up_asks_again),
