@@ -119,6 +119,7 @@ static void load_store(struct sim_world *w, struct sim_core *c) {
 
 static void start(struct sim_world *w, struct sim_core *c) {
     struct err err = {0};
+    if (oracle_has_ended(w)) return; /* the process before it died before it said so */
     struct core_event ev = {.type = CORE_EV_START, .hold_ms = w->hold_ms};
     w->store.term += 1 + (w->store.term ? sim_random(w, 1000) : 0); /* as store_raise_term() */
     c->term = ev.term = w->store.term;

@@ -411,7 +411,7 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
 /* The trainer takes over a chunk into which its work was summed: that work is the anchor's now. */
 void oracle_mix(struct sim_world *w, struct sim_member *m, uint32_t chunk) {
     uint32_t f = w->fragment_of[chunk], k = w->place_of[chunk];
-    uint64_t version = sync_chunk_version(m->sync, chunk);
+    uint64_t version = m->slot_versions[chunk];
     const struct digest *root = &m->freeze[f].root; /* a copied home has later ones of the same member */
     const struct sim_contribution *x = NULL;
     struct msg_entry e;
@@ -654,10 +654,20 @@ void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code 
                   LLU(w->now - c->heard_at));
 }
 
+static bool is_paused(struct sim_world *w) {
+    struct sim_row *paused = sim_row_find(&w->store.table[CORE_META], CORE_META_PAUSED);
+    return paused && paused->length && paused->value[0];
+}
+
+bool oracle_has_ended(struct sim_world *w) {
+    if (!w->outer.fixed_membership || sim_has(w, SIM_OPERATOR_PAUSE) || !is_paused(w)) return false;
+    w->injected[SIM_FAILED]++;
+    return w->failed = true;
+}
+
 /* The run has failed: the store says that nobody goes on. */
 void oracle_ended(struct sim_world *w, const char *why) {
-    struct sim_row *paused = sim_row_find(&w->store.table[CORE_META], CORE_META_PAUSED);
-    if (!paused || !paused->length || !paused->value[0])
+    if (!is_paused(w))
         sim_violation(w, "the run has failed and is not paused: %s", why);
     w->injected[SIM_FAILED]++;
     w->failed = true;

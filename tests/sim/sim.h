@@ -121,6 +121,7 @@ struct sim_member {
     float residual[SIM_ELEMENTS_MAX], residual_next[SIM_ELEMENTS_MAX];
     float slot_values[SIM_ELEMENTS_MAX];
     uint8_t slot_ops[SIM_CHUNKS_MAX];
+    uint64_t slot_versions[SIM_CHUNKS_MAX]; /* of the state, when the slot was handed over */
     uint64_t conn; /* connection to the coordinator, 0 = none */
     bool roster[SIM_MEMBERS_MAX + 1]; /* by id */
     uint32_t step_ms, uplink; /* uplink: bytes a millisecond */
@@ -436,6 +437,7 @@ void oracle_received(struct sim_world *w, struct sim_member *m, const struct fra
 void oracle_arrived(struct sim_world *w, const struct sim_event *e);
 void oracle_closed(struct sim_world *w, const struct sim_conn *c, enum err_code code);
 /* A coordinator says that the run has failed; or has carried out all that an event led to. */
+bool oracle_has_ended(struct sim_world *w); /* the store says so, and no operator */
 void oracle_ended(struct sim_world *w, const char *why); /* a member hears of that */
 void oracle_failed(struct sim_world *w, const struct sim_core *core, const char *why);
 void oracle_stepped(struct sim_world *w, const struct sim_core *core);

@@ -54,7 +54,7 @@ static void apply(struct sim_world *w, struct sim_member *m) {
     float *local = m->trainer.local;
     for (uint32_t c = 0; c < w->chunks; c++) {
         uint32_t first = c * w->chunk_elements, n = sim_chunk_elements(w, c);
-        if (m->slot_ops[c] != SYNC_OP_KEEP) m->trainer.base[c] = sync_chunk_version(m->sync, c);
+        if (m->slot_ops[c] != SYNC_OP_KEEP) m->trainer.base[c] = m->slot_versions[c];
         if (m->slot_ops[c] == SYNC_OP_ADD)
             for (uint32_t i = first; i < first + n; i++) local[i] += m->slot_values[i];
         if (m->slot_ops[c] != SYNC_OP_MIX) continue;
@@ -69,7 +69,7 @@ static void reset(struct sim_world *w, struct sim_member *m) {
     t->queued = 0;
     t->samples = 0;
     t->has_parameters = true;
-    for (uint32_t c = 0; c < w->chunks; c++) t->base[c] = sync_chunk_version(m->sync, c);
+    for (uint32_t c = 0; c < w->chunks; c++) t->base[c] = m->slot_versions[c];
     memset(t->trained, 0, sizeof t->trained);
     memset(t->effect, 0, sizeof t->effect);
     memset(t->fragment_effect, 0, sizeof t->fragment_effect);
@@ -134,6 +134,8 @@ void sim_trainer_action(struct sim_world *w, struct sim_member *m, const struct 
     if (a->type == SYNC_ACT_TRAINER_FREEZE && a->fragment >= w->fragments)
         sim_violation(w, "slot %u: FREEZE of fragment %u", m->slot, a->fragment);
     trace_command(w, m, a);
+    if (a->type == SYNC_ACT_TRAINER_APPLY || a->type == SYNC_ACT_TRAINER_RESET)
+        for (uint32_t c = 0; c < w->chunks; c++) m->slot_versions[c] = sync_chunk_version(m->sync, c);
     t->commands[t->command_count++] =
         (struct sim_command){a->type, a->fragment, a->wait, {a->start, a->count}};
 }
