@@ -306,7 +306,7 @@ void oracle_rollback(struct sim_world *w, uint64_t count) {
     memset(w->next_round, 0, sizeof w->next_round);
     memset(w->base_index, 0, sizeof w->base_index);
     memset(w->audits, 0, sizeof w->audits); /* they were judged when they counted */
-    w->tokens_committed = w->rewind_index = 0;
+    w->tokens_committed = w->rewind_index = w->rewind_count = 0;
     for (uint64_t i = 0; i < count; i++) {
         struct sim_row *r = sim_row_find(ledger, i);
         take_entry(w, i, r->value, r->length);

@@ -137,6 +137,9 @@ static void go_back(struct sim_world *w, uint64_t index, const struct msg_checkp
     w->tokens_committed = to->tokens_committed;
     w->root_seen[index] = to->state_root;
     w->rewind_index = index;
+    if (w->rewind_count == SIM_REWINDS_MAX)
+        sim_violation(w, "more than %d rewinds", SIM_REWINDS_MAX);
+    w->rewinds[w->rewind_count++] = index;
     memcpy(w->destroyed_rounds, w->next_round, sizeof w->destroyed_rounds);
 }
 
@@ -150,7 +153,9 @@ void oracle_rewind(struct sim_world *w, uint64_t index) {
 
 /* Error feedback of what never was is forgotten when a member hears of it. */
 void oracle_hears_of_rewind(struct sim_world *w, struct sim_member *m, bool starts) {
-    uint64_t knows = sync_ledger_count(m->sync) > w->rewind_index ? w->rewind_index : 0;
+    uint64_t knows = 0;
+    for (uint32_t i = 0; i < w->rewind_count; i++)
+        if (w->rewinds[i] < sync_ledger_count(m->sync)) knows = w->rewinds[i];
     if (knows > m->rewound && !starts) memset(m->residual, 0, sizeof m->residual);
     m->rewound = knows;
 }

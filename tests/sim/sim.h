@@ -39,6 +39,7 @@
 #define SIM_CORES          2
 #define SIM_REPORTS        256
 #define SIM_CHECKPOINTS_MAX 64
+#define SIM_REWINDS_MAX    64
 #define SIM_COMMANDS_MAX   300
 
 typedef uint8_t sim_samples[SIM_SAMPLES_MAX / 8]; /* a set of samples */
@@ -328,7 +329,8 @@ struct sim_world {
     uint32_t state_count, state_capacity;
     struct sim_checkpoint kept[SIM_CHECKPOINTS_MAX]; /* in the object store */
     uint32_t checkpoints_kept;
-    uint64_t rewind_index; /* of the newest, 0 = none */
+    uint64_t rewinds[SIM_REWINDS_MAX], rewind_index; /* in the ledger, ascending; the newest, 0 = none */
+    uint32_t rewind_count;
     struct sim_audit audits[64]; /* the newest */
     struct sim_report reports[SIM_REPORTS];
     uint64_t audit_count, report_count;
