@@ -405,6 +405,8 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     sync_look(m->sync, &v);
     z->valid = true;
     z->number = ++w->freezes;
+    z->work = m->trainer.work;
+    z->announced = false;
     z->known_head = v.head_index;
     for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++) {
         uint32_t chunk = w->chunk_at[fragment][k];
@@ -518,11 +520,15 @@ bool oracle_keeps_bytes(const struct sim_world *w, const struct sim_contribution
     return keeps_bytes(w, &w->member[x->slot], x->fragment, x->bytes);
 }
 
-/* What the trainer wrote is the anchor that the contribution is based on, and own work. */
+/* What the trainer wrote is the anchor that the contribution is based on, and own work. Where it is announced
+ * again, or the trainer has begun anew since, it may have missed the commit for which it was made: anchor - local
+ * is the same on the next base, but never across a rewind. */
 static void check_base(struct sim_world *w, const struct sim_member *m, const struct msg_ready *r) {
     const struct sim_freeze *z = &m->freeze[r->fragment];
+    bool again = z->announced || z->work != m->trainer.work;
     for (uint32_t k = 0; k < r->chunks; k++)
-        if (z->base[k] != r->base_index)
+        if (z->base[k] != r->base_index &&
+            !(again && z->base[k] == z->base[0] && z->base[k] < r->base_index && z->base[k] >= m->rewound))
             sim_violation(w,
                           "slot %u, fragment %u round %llu: its trainer has chunk %u of state %llu, "
                           "the contribution is based on %llu",
@@ -540,8 +546,21 @@ static void check_report(struct sim_world *w, struct sim_member *m,
                           m->slot, r->shard, r->fragment);
 }
 
-static void keep_contribution(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
-    const struct sim_freeze *z = &m->freeze[r->fragment];
+/* Of one that an older disk announces for a later round, the newest freeze says nothing. */
+static const struct sim_contribution *find_earlier(const struct sim_world *w, const struct sim_member *m,
+                                                   const struct msg_ready *r) {
+    for (uint32_t i = w->contribution_count; m->restored && i--;) {
+        const struct sim_contribution *x = &w->contributions[i];
+        if (x->member == m->id && x->fragment == r->fragment && x->round < r->round &&
+            digest_equal(&x->root, &r->root))
+            return x;
+    }
+    return NULL;
+}
+
+/* As frozen: `as` is by value, for it may be one of those kept. */
+static void keep_contribution(struct sim_world *w, struct sim_member *m, const struct msg_ready *r,
+                              struct sim_contribution as) {
     uint32_t chunks = w->fragment_chunks[r->fragment];
     size_t offset, length = sim_encoded(w, r->fragment, chunks - 1, r->codec, &offset);
     if (w->contribution_count == w->contribution_capacity) {
@@ -551,19 +570,23 @@ static void keep_contribution(struct sim_world *w, struct sim_member *m, const s
     }
     struct sim_contribution *x = &w->contributions[w->contribution_count++];
     sim_trace(w, "    %u announces fragment %u round %llu: %u samples, %llu of them counted", m->slot, r->fragment, LLU(r->round),
-              samples_count(z->all), LLU(r->samples));
-    *x = (struct sim_contribution){.member = m->id,
-                                   .slot = m->slot,
-                                   .fragment = r->fragment,
-                                   .round = r->round,
-                                   .root = r->root,
-                                   .freeze = z->number};
-    x->lies = !digest_equal(&r->root, &z->root);
+              samples_count(as.all), LLU(r->samples));
+    *x = as;
+    x->round = r->round;
+    x->root = r->root;
     x->bytes = malloc(offset + length);
-    memcpy(x->bytes, z->bytes, offset + length);
+    memcpy(x->bytes, as.bytes, offset + length);
     x->effect = malloc(chunks * sizeof *x->effect);
-    memcpy(x->effect, z->effect, chunks * sizeof *x->effect);
-    memcpy(x->all, z->all, sizeof x->all);
+    memcpy(x->effect, as.effect, chunks * sizeof *x->effect);
+}
+
+static struct sim_contribution newest_frozen(struct sim_member *m, const struct msg_ready *r) {
+    struct sim_freeze *z = &m->freeze[r->fragment];
+    struct sim_contribution as = {.member = m->id, .slot = m->slot, .fragment = r->fragment, .freeze = z->number,
+                                  .lies = !digest_equal(&r->root, &z->root), .bytes = z->bytes,
+                                  .effect = z->effect};
+    memcpy(as.all, z->all, sizeof as.all);
+    return as;
 }
 
 void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
@@ -574,6 +597,11 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
         oracle_contribution(w, m->id, r->fragment, r->round, &r->root);
     /* The same one is announced again; or another one that happens to have the same bytes. */
     if (old && (old->freeze == z->number || !digest_equal(&r->root, &z->root))) return;
+    const struct sim_contribution *earlier = digest_equal(&r->root, &z->root) ? NULL : find_earlier(w, m, r);
+    if (earlier) {
+        keep_contribution(w, m, r, *earlier);
+        return;
+    }
     if (!z->valid || r->chunks != w->fragment_chunks[r->fragment])
         sim_violation(w, "slot %u announces fragment %u, which its trainer never froze", m->slot,
                       r->fragment);
@@ -589,7 +617,8 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
             sim_violation(w, "slot %u announces a contribution to fragment %u that is not durable",
                           m->slot, r->fragment);
     }
-    keep_contribution(w, m, r);
+    keep_contribution(w, m, r, newest_frozen(m, r));
+    z->announced = true;
 }
 
 /* ---- what members tell the coordinator ------------------------------------------------------------- */
