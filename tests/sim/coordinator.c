@@ -257,6 +257,7 @@ static void restart(struct sim_world *w, struct sim_core *core, const struct cor
     sim_core_kill(w, core, false);
     if (seen > w->store.term) w->store.term = seen;
     w->hold_ms = w->outer.silence_ms_max;
+    if (w->now + w->hold_ms < w->shown_until) w->hold_ms = w->shown_until - w->now;
     w->taking_over = false;
     sim_core_start(w);
 }

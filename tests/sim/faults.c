@@ -196,6 +196,7 @@ static void older_store(struct sim_world *w) {
     memset(w->cut_until, 0, sizeof w->cut_until);
     for (uint32_t i = 0; i < w->members; i++) hang_up(w, &w->member[i]);
     w->hold_ms = 20000;
+    w->shown_until = w->now + w->hold_ms; /* also for one that takes over and starts again */
     w->calm_until = w->now + 25000;
     sim_schedule(w, 300, SIM_CORE_START, SIM_COORDINATOR);
 }

@@ -297,6 +297,7 @@ struct sim_world {
     bool has_store_image, paused_by_operator;
     uint64_t announced_head; /* highest ledger index that any member was sent */
     uint64_t hold_ms;        /* for the next START */
+    uint64_t shown_until;    /* until then all members have come to show an older store what they have */
     uint64_t calm_until;     /* no faults before */
     uint64_t destroyed_rounds[SIM_FRAGMENTS_MAX]; /* when something was last lost for good */
     /* network */
