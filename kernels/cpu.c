@@ -32,7 +32,7 @@ static int check(const struct kernels *k, struct err *err) {
     return -1;
 }
 
-static void destroy(struct kernels *k) {
+void cpu_destroy(struct kernels *k) {
     k->free(k, cpu_of(k)->scratch);
     free(k);
 }
@@ -61,7 +61,7 @@ void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float 
                 (int)status);
 }
 
-static void matmul_forward(const struct kernels *k, float *out, const float *x, const float *w,
+static void matmul_forward(const struct kernels *k, float *out, const float *x, const void *w,
                            int rows, int C, int OC) {
     int before = cpu_use_threads(cpu_of(k)->threads);
     cpu_gemm(cpu_of(k), 'N', 'T', rows, OC, C, 1.0f, x, C, w, C, 0.0f, out, OC);
@@ -69,7 +69,7 @@ static void matmul_forward(const struct kernels *k, float *out, const float *x, 
 }
 
 static void matmul_backward_input(const struct kernels *k, float *dx, const float *dout,
-                                  const float *w, int rows, int C, int OC,
+                                  const void *w, int rows, int C, int OC,
                                   enum kernels_write write) {
     int before = cpu_use_threads(cpu_of(k)->threads);
     float beta = write == KERNELS_ADD ? 1.0f : 0.0f;
@@ -127,8 +127,15 @@ WIDE static void adamw_slice(float *param, const float *grad, float *m, float *v
     }
 }
 
-static void adamw(const struct kernels *k, float *param, const float *grad, float *m, float *v,
-                  size_t n, const struct kernels_adamw *a) {
+void cpu_adamw_slice(float *param, const float *grad, float *m, float *v, size_t n,
+                     const struct kernels_adamw *a) {
+    adamw_slice(param, grad, m, v, n, a);
+}
+
+static void adamw(const struct kernels *k, void *w, uint16_t *rest, const float *grad, float *m,
+                  float *v, size_t n, const struct kernels_adamw *a) {
+    float *param = w;
+    assert(!rest);
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
     for (size_t i = 0; i < n; i += CPU_SLICE)
         adamw_slice(param + i, grad + i, m + i, v + i, slice_at(i, n), a);
@@ -164,6 +171,18 @@ static const char *instruction_set(void) {
     return (isa & avx2) == avx2 ? "AVX2" : "no AVX2";
 }
 
+void cpu_describe_bf16(struct cpu *cpu, int stochastic) {
+    unsigned isa = (unsigned)dnnl_get_effective_cpu_isa();
+    unsigned amx = (unsigned)dnnl_cpu_isa_avx512_core_amx, vector = (unsigned)dnnl_cpu_isa_avx512_core_bf16;
+    const dnnl_version_t *version = dnnl_version();
+    cpu->native_bf16 = (isa & vector) == vector;
+    snprintf(cpu->description, sizeof cpu->description, "oneDNN %d.%d.%d, bf16 weights%s, products by %s%s, %d "
+             "thread%s", version->major, version->minor, version->patch,
+             stochastic ? " rounded stochastically" : " with fp32 master",
+             (isa & amx) == amx ? "AMX" : cpu->native_bf16 ? "AVX512-BF16" : instruction_set(),
+             cpu->native_bf16 ? "" : " in fp32", cpu->threads, cpu->threads == 1 ? "" : "s");
+}
+
 static void describe(struct cpu *cpu) {
     const dnnl_version_t *version = dnnl_version();
     snprintf(cpu->description, sizeof cpu->description, "oneDNN %d.%d.%d, %s, %d thread%s",
@@ -185,7 +204,7 @@ struct kernels *kernels_cpu_create(int threads, struct err *err) {
     k->name = "cpu";
     k->description = cpu->description;
     k->check = check;
-    k->destroy = destroy;
+    k->destroy = cpu_destroy;
     k->matmul_forward = matmul_forward;
     k->matmul_backward_input = matmul_backward_input;
     k->matmul_backward_weight = matmul_backward_weight;

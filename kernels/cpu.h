@@ -14,6 +14,19 @@
 #define CPU_WORTH_IT_EXP(elements) ((size_t)(elements) >= 50000)
 #define CPU_SLICE 8192 /* elements one thread takes at a time in elementwise kernels */
 
+/* Of cpu_bf16.c: a matrix product that oneDNN has prepared for one shape and layout. A zeroed one is
+ * none, for no product has m = 0. */
+struct cpu_product_key {
+    int m, n, k, transposed_a, transposed_b, add;
+};
+struct cpu_product {
+    struct cpu_product_key key;
+    struct dnnl_primitive *primitive;
+    struct dnnl_memory *memory[3]; /* A, B, C; they borrow their bytes */
+};
+#define CPU_PRODUCTS_MAX 64
+enum cpu_buffer { CPU_NARROW_A, CPU_NARROW_B, CPU_WIDE_A, CPU_WIDE_B, CPU_BUFFERS };
+
 struct cpu {
     struct kernels table; /* first, so that a table is its backend */
     int threads;
@@ -21,6 +34,14 @@ struct cpu {
     size_t scratch_floats;
     struct err failure; /* the first since the last check(); ERR_NONE if none */
     char description[160];
+    /* bf16 weights only */
+    struct dnnl_engine *engine;
+    struct dnnl_stream *stream;
+    struct cpu_product product[CPU_PRODUCTS_MAX];
+    unsigned product_next;         /* which one to replace when all are taken */
+    void *buffer[CPU_BUFFERS];     /* operands on their way; they grow */
+    size_t buffer_bytes[CPU_BUFFERS];
+    int native_bf16;               /* the processor multiplies bf16 itself */
 };
 
 static inline struct cpu *cpu_of(const struct kernels *k) {
@@ -36,6 +57,12 @@ float *cpu_scratch(struct cpu *cpu, size_t floats);
 void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float alpha,
               const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C,
               size_t ldc);
+
+/* Fill native_bf16 and the description of a backend with bf16 weights. */
+void cpu_describe_bf16(struct cpu *cpu, int stochastic);
+
+/* Frees what kernels_cpu_create() took. */
+void cpu_destroy(struct kernels *k);
 
 /* oneDNN takes as many threads as OpenMP would; make that the backend's number and return what it
  * was, to be put back by another call. */
@@ -78,6 +105,10 @@ __attribute__((always_inline)) static inline float cpu_max(const float *x, int n
     return max;
 }
 
+/* AdamW on up to CPU_SLICE elements, one thread. */
+void cpu_adamw_slice(float *param, const float *grad, float *m, float *v, size_t n,
+                     const struct kernels_adamw *a);
+
 /* Entries of the table that live in other files than cpu.c. */
 void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
                            const int32_t *start, int B, int T, int H, int KV, int D);
@@ -85,13 +116,13 @@ void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *d
                             const float *qkv, const float *out, const float *lse,
                             const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_embedding_forward(const struct kernels *k, float *out, const int32_t *tokens,
-                           const float *w, int rows, int C, int V);
+                           const void *w, int rows, int C, int V);
 void cpu_embedding_backward(const struct kernels *k, float *dw, const float *dout,
                             const int32_t *tokens, int rows, int C, int V);
 void cpu_rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x,
-                         const float *w, float eps, int rows, int C);
+                         const void *w, float eps, int rows, int C);
 void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout,
-                          const float *x, const float *w, const float *rstd, int rows, int C);
+                          const float *x, const void *w, const float *rstd, int rows, int C);
 void cpu_rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
                       const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,

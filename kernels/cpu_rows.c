@@ -16,11 +16,12 @@ static int strip_at(int c, int C) {
 /* ---- embedding ---- */
 
 void cpu_embedding_forward(const struct kernels *k, float *out, const int32_t *tokens,
-                           const float *w, int rows, int C, int V) {
+                           const void *w, int rows, int C, int V) {
+    const float *table = w;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int r = 0; r < rows; r++) {
         assert(tokens[r] >= 0 && tokens[r] < V);
-        memcpy(out + (size_t)r * C, w + (size_t)tokens[r] * C, (size_t)C * sizeof *out);
+        memcpy(out + (size_t)r * C, table + (size_t)tokens[r] * C, (size_t)C * sizeof *out);
     }
 }
 
@@ -49,7 +50,7 @@ WIDE static float rmsnorm_row(float *out, const float *x, const float *w, float 
 }
 
 void cpu_rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x,
-                         const float *w, float eps, int rows, int C) {
+                         const void *w, float eps, int rows, int C) {
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int r = 0; r < rows; r++)
         rstd[r] = rmsnorm_row(out + (size_t)r * C, x + (size_t)r * C, w, eps, C);
@@ -78,7 +79,7 @@ WIDE static void rmsnorm_backward_strip(float *dw, const float *dout, const floa
 }
 
 void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout,
-                          const float *x, const float *w, const float *rstd, int rows, int C) {
+                          const float *x, const void *w, const float *rstd, int rows, int C) {
 #pragma omp parallel num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     {
 #pragma omp for nowait

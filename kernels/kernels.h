@@ -2,8 +2,8 @@
  *
  * 1. `struct kernels`, a backend: one table of functions with everything a Llama network needs
  *    forward and backward, its optimizer, and the memory its tensors live in. kernels_reference()
- *    is plain loops with double accumulators, the specification; kernels_cpu_create() is the fast
- *    CPU one, tested against it. A GPU backend is one more table of the same type.
+ *    is plain loops with double accumulators, the specification; kernels_cpu_create() and
+ *    kernels_cpu_bf16_create() are the fast CPU ones, tested against it. A GPU backend is one more table of the same type.
  * 2. `outer_*`, the arithmetic of the outer step: codec, exact sum, Nesterov, mixing, initial
  *    values. Same bytes in, same bits out, on every compiler and machine. CPU only, host memory.
  *
@@ -19,9 +19,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The type of weights and activations that a backend's entries take. */
-enum kernels_dtype { KERNELS_FP32 = 0, KERNELS_BF16 = 1 };
-
 /* Whether a gradient kernel replaces its output or adds to it. The first micro-batch of a step
  * writes, the others add, so nobody has to clear a gradient first. */
 enum kernels_write { KERNELS_SET = 0, KERNELS_ADD = 1 };
@@ -36,6 +33,9 @@ struct kernels_adamw {
     float m_correction; /* 1 - beta1^(steps that went into m), > 0 */
     float v_correction; /* 1 - beta2^(steps that went into v), > 0 */
     float grad_scale;   /* gradients are multiplied by it first: the clip factor, or 1 */
+    /* Where weights are rounded stochastically: the random bits of param[i] are those of this seed,
+     * another one for each step, and of the element `first` + i of the model. */
+    uint64_t seed, first;
 };
 
 /* What cross-entropy is multiplied by and what is added to it, against logits that drift away. */
@@ -67,7 +67,12 @@ struct kernels_rope {
 struct kernels {
     const char *name;         /* "reference", "cpu", "cuda" */
     const char *description;  /* one line for people: library version, instruction set, threads */
-    enum kernels_dtype dtype; /* KERNELS_FP32 so far */
+
+    /* How a weight is kept; activations, gradients and moments are fp32 always.
+     * 4, 0: fp32. 2, 2: bf16, and in a plane apart, `rest`, the lower half of the fp32 value that it
+     * stands for: 4 bytes in all, no bit is lost. 2, 0: bf16 alone, rounded stochastically when it
+     * is updated. Entries take weights as `const void *w`; they see bf16 where it is that. */
+    size_t weight_bytes, rest_bytes;
 
     /* Memory. alloc: `bytes` of zeroes aligned to 64, or NULL with ERR_MEMORY. free takes NULL. */
     void *(*alloc)(const struct kernels *k, size_t bytes, struct err *err);
@@ -75,18 +80,24 @@ struct kernels {
     void (*copy_in)(const struct kernels *k, void *to, const void *host, size_t bytes);
     void (*copy_out)(const struct kernels *k, void *host, const void *from, size_t bytes);
     void (*zero)(const struct kernels *k, void *p, size_t bytes);
+    /* n weights from and to fp32 in host memory. rest: NULL where rest_bytes is 0; bf16 alone is
+     * rounded to nearest. What comes out is what went in where there is a rest, bit for bit. */
+    void (*weights_in)(const struct kernels *k, void *w, uint16_t *rest, const float *host, size_t n);
+    void (*weights_out)(const struct kernels *k, float *host, const void *w, const uint16_t *rest,
+                        size_t n);
     /* Wait for everything asked for so far: 0, or -1 with the first failure since last time. */
     int (*check)(const struct kernels *k, struct err *err);
     void (*destroy)(struct kernels *k); /* frees k; does nothing for the reference */
 
-    /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. */
+    /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. A backend with bf16
+     * weights rounds the other operand to bf16 too, and adds in fp32. */
     /* out[rows,OC] = x[rows,C] * w[OC,C]^T. Adjacent weights (q,k,v or gate,up) are one w with a
      * larger OC, their outputs then lie side by side in each row. */
-    void (*matmul_forward)(const struct kernels *k, float *out, const float *x, const float *w,
+    void (*matmul_forward)(const struct kernels *k, float *out, const float *x, const void *w,
                            int rows, int C, int OC);
     /* dx[rows,C] = or += dout[rows,OC] * w[OC,C] */
     void (*matmul_backward_input)(const struct kernels *k, float *dx, const float *dout,
-                                  const float *w, int rows, int C, int OC,
+                                  const void *w, int rows, int C, int OC,
                                   enum kernels_write write);
     /* dw[OC,C] = or += dout[rows,OC]^T * x[rows,C] */
     void (*matmul_backward_weight)(const struct kernels *k, float *dw, const float *dout,
@@ -95,17 +106,17 @@ struct kernels {
 
     /* Embedding: out[rows,C] = w[V,C] at tokens[rows]; a token outside [0,V) is a caller bug. */
     void (*embedding_forward)(const struct kernels *k, float *out, const int32_t *tokens,
-                              const float *w, int rows, int C, int V);
+                              const void *w, int rows, int C, int V);
     /* dw[V,C] += dout[rows,C] at tokens; rows are added in order, so repeats give the same bits. */
     void (*embedding_backward)(const struct kernels *k, float *dw, const float *dout,
                                const int32_t *tokens, int rows, int C, int V);
 
     /* RMSNorm, arXiv:1910.07467: out = x * rstd * w; rstd[rows] = 1/sqrt(mean(x^2) + eps), kept. */
     void (*rmsnorm_forward)(const struct kernels *k, float *out, float *rstd, const float *x,
-                            const float *w, float eps, int rows, int C);
+                            const void *w, float eps, int rows, int C);
     /* dx[rows,C] += (dx holds the residual stream's gradient), dw[C] +=. */
     void (*rmsnorm_backward)(const struct kernels *k, float *dx, float *dw, const float *dout,
-                             const float *x, const float *w, const float *rstd, int rows, int C);
+                             const float *x, const void *w, const float *rstd, int rows, int C);
 
     /* Rotary embedding, arXiv:2104.09864, Hugging Face convention: element d of a head is
      * paired with d + D/2. In place on the query and key heads of qkv[B,T,H+2KV,D]; value heads
@@ -150,8 +161,8 @@ struct kernels {
                           const int32_t *targets, const struct kernels_loss *how, int rows, int V);
 
     /* Optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) */
-    void (*adamw)(const struct kernels *k, float *param, const float *grad, float *m, float *v,
-                  size_t n, const struct kernels_adamw *a);
+    void (*adamw)(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m,
+                  float *v, size_t n, const struct kernels_adamw *a);
     /* Sum of x[i]^2 in double, in an order that does not depend on the number of threads. Waits. An
      * element that is not finite makes the result not finite, so it also finds a lost gradient. */
     double (*sum_squares)(const struct kernels *k, const float *x, size_t n);
@@ -165,6 +176,12 @@ const struct kernels *kernels_reference(void);
  * End with k->destroy(k). The program should set OMP_WAIT_POLICY=passive before its first OpenMP
  * call where it shares its cores, else waiting threads spin. Returns NULL with ERR_MEMORY. */
 struct kernels *kernels_cpu_create(int threads, struct err *err);
+
+/* The same with weights in bf16: products on AMX or AVX512-BF16 where the processor has one of them
+ * (twice the rate of fp32 and more), else in fp32 on rounded operands, as `description` says.
+ * stochastic  0 keeps the rest of each weight, 1 has none.
+ * Returns NULL with ERR_MEMORY, or ERR_UNSUPPORTED from oneDNN. */
+struct kernels *kernels_cpu_bf16_create(int threads, int stochastic, struct err *err);
 
 /* Fill cos and sin [T,D/2], host memory, computed in double. (transformers computes angles in fp32:
  * at position 8192 its first pairs are off by up to 5e-4.) */

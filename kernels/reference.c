@@ -32,6 +32,16 @@ static void host_zero(SELF, void *p, size_t bytes) {
     memset(p, 0, bytes);
 }
 
+static void host_weights_in(SELF, void *w, uint16_t *rest, const float *host, size_t n) {
+    assert(!rest);
+    memcpy(w, host, n * sizeof *host);
+}
+
+static void host_weights_out(SELF, float *host, const void *w, const uint16_t *rest, size_t n) {
+    assert(!rest);
+    memcpy(host, w, n * sizeof *host);
+}
+
 static int host_check(SELF, struct err *err) {
     (void)err;
     return 0;
@@ -45,8 +55,9 @@ static void store(float *out, double value, enum kernels_write write) {
     *out = (float)(write == KERNELS_ADD ? *out + value : value);
 }
 
-static void matmul_forward(SELF, float *out, const float *x, const float *w, int rows, int C,
+static void matmul_forward(SELF, float *out, const float *x, const void *weights, int rows, int C,
                            int OC) {
+    const float *w = weights;
     for (size_t r = 0; r < (size_t)rows; r++)
         for (size_t o = 0; o < (size_t)OC; o++) {
             double sum = 0.0;
@@ -55,8 +66,9 @@ static void matmul_forward(SELF, float *out, const float *x, const float *w, int
         }
 }
 
-static void matmul_backward_input(SELF, float *dx, const float *dout, const float *w, int rows,
+static void matmul_backward_input(SELF, float *dx, const float *dout, const void *weights, int rows,
                                   int C, int OC, enum kernels_write write) {
+    const float *w = weights;
     for (size_t r = 0; r < (size_t)rows; r++)
         for (size_t c = 0; c < (size_t)C; c++) {
             double sum = 0.0;
@@ -76,8 +88,9 @@ static void matmul_backward_weight(SELF, float *dw, const float *dout, const flo
         }
 }
 
-static void embedding_forward(SELF, float *out, const int32_t *tokens, const float *w, int rows,
+static void embedding_forward(SELF, float *out, const int32_t *tokens, const void *weights, int rows,
                               int C, int V) {
+    const float *w = weights;
     for (int r = 0; r < rows; r++) {
         assert(tokens[r] >= 0 && tokens[r] < V);
         memcpy(out + (size_t)r * C, w + (size_t)tokens[r] * C, (size_t)C * sizeof *out);
@@ -92,8 +105,9 @@ static void embedding_backward(SELF, float *dw, const float *dout, const int32_t
     }
 }
 
-static void rmsnorm_forward(SELF, float *out, float *rstd, const float *x, const float *w,
+static void rmsnorm_forward(SELF, float *out, float *rstd, const float *x, const void *weights,
                             float eps, int rows, int C) {
+    const float *w = weights;
     for (int r = 0; r < rows; r++, x += C, out += C) {
         double sum_sq = 0.0;
         for (int c = 0; c < C; c++) sum_sq += (double)x[c] * x[c];
@@ -104,7 +118,8 @@ static void rmsnorm_forward(SELF, float *out, float *rstd, const float *x, const
 
 /* With n = x * rstd: d loss / dx = rstd * (w*dout - n * mean(w*dout*n)). */
 static void rmsnorm_backward(SELF, float *dx, float *dw, const float *dout, const float *x,
-                             const float *w, const float *rstd, int rows, int C) {
+                             const void *weights, const float *rstd, int rows, int C) {
+    const float *w = weights;
     for (int r = 0; r < rows; r++, x += C, dx += C, dout += C) {
         double mean = 0.0;
         for (int c = 0; c < C; c++) mean += (double)w[c] * dout[c] * x[c] * rstd[r];
@@ -307,8 +322,10 @@ static void cross_entropy(SELF, float *loss, float *penalty, float *logits, cons
     }
 }
 
-static void adamw(SELF, float *param, const float *grad, float *m, float *v, size_t n,
+static void adamw(SELF, void *weights, uint16_t *rest, const float *grad, float *m, float *v, size_t n,
                   const struct kernels_adamw *a) {
+    float *param = weights;
+    assert(!rest);
     for (size_t i = 0; i < n; i++) {
         double g = (double)grad[i] * a->grad_scale;
         double m_new = (double)a->beta1 * m[i] + (1.0 - a->beta1) * g;
@@ -330,12 +347,14 @@ const struct kernels *kernels_reference(void) {
     static const struct kernels reference = {
         .name = "reference",
         .description = "plain loops with double accumulators, one thread",
-        .dtype = KERNELS_FP32,
+        .weight_bytes = sizeof(float),
         .alloc = host_alloc,
         .free = host_free,
         .copy_in = host_copy,
         .copy_out = host_copy,
         .zero = host_zero,
+        .weights_in = host_weights_in,
+        .weights_out = host_weights_out,
         .check = host_check,
         .destroy = nothing_to_destroy,
         .matmul_forward = matmul_forward,

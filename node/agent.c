@@ -71,7 +71,8 @@ static int set_up_trainer(struct agent *a, struct err *err) {
     struct segment_setup setup = { .elements = a->elements,
                                    .chunk_elements = a->genesis.outer->chunk_elements,
                                    .genesis = { a->run.genesis, a->run.genesis_bytes },
-                                   .threads = a->options->threads, .nice = a->options->nice };
+                                   .threads = a->options->threads, .precision = a->options->precision,
+                                   .nice = a->options->nice };
     home_file(&a->home, "inner.state", state);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);
     corpus_of(a, setup.corpus, sizeof setup.corpus);

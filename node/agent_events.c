@@ -164,8 +164,8 @@ static void keep_corpus(struct agent *a) {
 static void on_trainer_up(struct agent *a, const struct segment_message *m) {
     a->trainer_up = true;
     keep_corpus(a);
-    console_say(a->console, SYNC_INFO, "trainer", "the trainer is ready (%s)",
-                m->steps ? "with the moments of its last life" : "starting with fresh moments");
+    console_say(a->console, SYNC_INFO, "trainer", "the trainer is ready (%s): %s",
+                m->steps ? "with the moments of its last life" : "starting with fresh moments", m->text);
     agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TRAINER_UP, .steps = m->steps });
 }
 

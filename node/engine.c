@@ -25,7 +25,9 @@ struct engine {
     struct model *model;
     uint32_t micro_batch; /* samples at once */
     size_t n;             /* elements */
-    float *params, *grads, *m, *v;
+    void *params;         /* as the backend keeps weights ... */
+    uint16_t *rest;       /* ... and what it keeps apart of them, or NULL */
+    float *grads, *m, *v;
     uint64_t steps, m_count, v_count;
 };
 
@@ -40,11 +42,16 @@ static uint32_t pick_micro_batch(const struct msg_model *m, uint32_t batch) {
 }
 
 static int take_memory(struct engine *e, struct err *err) {
-    float **vectors[] = { &e->params, &e->grads, &e->m, &e->v };
-    for (size_t i = 0; i < 4; i++)
-        if (!(*vectors[i] = e->k->alloc(e->k, e->n * sizeof(float), err))) {
-            err_prefix(err, "training %zu parameters takes %zu bytes and activations", e->n,
-                       4 * e->n * sizeof(float));
+    const struct { void **to; size_t bytes; } part[] = {
+        { &e->params, e->k->weight_bytes }, { (void **)&e->rest, e->k->rest_bytes },
+        { (void **)&e->grads, sizeof(float) }, { (void **)&e->m, sizeof(float) },
+        { (void **)&e->v, sizeof(float) },
+    };
+    size_t all = 0;
+    for (size_t i = 0; i < 5; i++) all += e->n * part[i].bytes;
+    for (size_t i = 0; i < 5; i++)
+        if (part[i].bytes && !(*part[i].to = e->k->alloc(e->k, e->n * part[i].bytes, err))) {
+            err_prefix(err, "training %zu parameters takes %zu bytes and activations", e->n, all);
             return -1;
         }
     e->micro_batch = pick_micro_batch(&e->config, e->inner.batch);
@@ -76,6 +83,7 @@ void engine_destroy(struct engine *e) {
     if (!e) return;
     model_destroy(e->model);
     e->k->free(e->k, e->params);
+    e->k->free(e->k, e->rest);
     e->k->free(e->k, e->grads);
     e->k->free(e->k, e->m);
     e->k->free(e->k, e->v);
@@ -106,14 +114,22 @@ uint64_t engine_steps(const struct engine *e) {
 
 /* ---- parameters and moments -------------------------------------------------------------------- */
 
+static void *param_at(const struct engine *e, size_t first) {
+    return (char *)e->params + first * e->k->weight_bytes;
+}
+
+static uint16_t *rest_at(const struct engine *e, size_t first) {
+    return e->rest ? e->rest + first : NULL;
+}
+
 void engine_params_read(const struct engine *e, size_t first, size_t n, float *out) {
     assert(first <= e->n && n <= e->n - first);
-    e->k->copy_out(e->k, out, e->params + first, n * sizeof *out);
+    e->k->weights_out(e->k, out, param_at(e, first), rest_at(e, first), n);
 }
 
 void engine_params_write(struct engine *e, size_t first, size_t n, const float *in) {
     assert(first <= e->n && n <= e->n - first);
-    e->k->copy_in(e->k, e->params + first, in, n * sizeof *in);
+    e->k->weights_in(e->k, param_at(e, first), rest_at(e, first), in, n);
 }
 
 void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,
@@ -186,7 +202,7 @@ static void adamw(struct engine *e, double lr, double grad_scale) {
         .lr = (float)lr, .beta1 = (float)in->beta1, .beta2 = (float)in->beta2, .eps = (float)in->eps,
         .m_correction = (float)(1 - pow(in->beta1, (double)++e->m_count)),
         .v_correction = (float)(1 - pow(in->beta2, (double)++e->v_count)),
-        .grad_scale = (float)grad_scale,
+        .grad_scale = (float)grad_scale, .seed = e->steps + 1,
     };
     uint32_t tensors = proto_model_tensor_count(&e->config);
     size_t first = 0;
@@ -198,7 +214,9 @@ static void adamw(struct engine *e, double lr, double grad_scale) {
         if (next.dims && decays == (next.dims == 2)) continue;
         size_t end = (size_t)(t.offset + t.count);
         a.weight_decay = decays ? (float)in->weight_decay : 0;
-        e->k->adamw(e->k, e->params + first, e->grads + first, e->m + first, e->v + first, end - first, &a);
+        a.first = first;
+        e->k->adamw(e->k, param_at(e, first), rest_at(e, first), e->grads + first, e->m + first, e->v + first,
+                    end - first, &a);
         first = end;
     }
 }
@@ -290,14 +308,15 @@ void engine_snapshot_destroy(struct engine_snapshot *s) {
 
 int engine_snapshot_take(struct engine_snapshot *s, const struct engine *e, uint64_t tag,
                          struct err *err) {
-    const float *vectors[] = { e->params, e->m, e->v };
+    const float *moments[] = { e->m, e->v };
     assert(s->n == e->n);
     s->header.steps = e->steps;
     s->header.m_count = e->m_count;
     s->header.v_count = e->v_count;
     s->header.tag = tag;
-    for (size_t i = 0; i < 3; i++)
-        e->k->copy_out(e->k, s->values + i * e->n, vectors[i], e->n * sizeof *s->values);
+    engine_params_read(e, 0, e->n, s->values);
+    for (size_t i = 0; i < 2; i++)
+        e->k->copy_out(e->k, s->values + (i + 1) * e->n, moments[i], e->n * sizeof *s->values);
     return e->k->check(e->k, err);
 }
 
@@ -363,14 +382,15 @@ static int check_state(const struct engine *e, int fd, const char *path, struct 
 
 /* Pass 2: into the engine. */
 static int read_state(struct engine *e, int fd, const char *path, float *block, struct err *err) {
-    float *vectors[] = { e->params, e->m, e->v };
+    float *moments[] = { e->m, e->v };
     if (lseek(fd, sizeof(struct state_header), SEEK_SET) < 0)
         return err_set_errno(err, "seek %.150s", path);
     for (int i = 0; i < 3; i++)
         for (size_t at = 0, n; at < e->n; at += n) {
             n = e->n - at < BLOCK_ELEMENTS ? e->n - at : BLOCK_ELEMENTS;
             if (file_read(fd, block, n * sizeof *block, path, err)) return -1;
-            e->k->copy_in(e->k, vectors[i] + at, block, n * sizeof *block);
+            if (i == 0) engine_params_write(e, at, n, block);
+            else e->k->copy_in(e->k, moments[i - 1] + at, block, n * sizeof *block);
             if (e->k->check(e->k, err)) return -1;
         }
     return 0;

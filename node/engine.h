@@ -2,8 +2,9 @@
  * tokens that somebody else chose. It knows no network, file server, round or lease; node/trainer
  * gives it batches and moves parameters in and out between steps.
  *
- * Parameters are one contiguous fp32 vector in canonical order (proto/model.h), in the backend's
- * memory; others read and write element ranges of it between steps.
+ * Parameters are one contiguous vector in canonical order (proto/model.h), in the backend's memory and
+ * as it keeps weights (fp32, bf16 with the rest of an fp32 apart, bf16 alone); others read and write
+ * element ranges of it between steps, as fp32. With bf16 alone what is written is rounded.
  *
  * AdamW: arXiv:1711.05101, bias-corrected; matrices decay, embedding and norm weights do not. The
  * learning rate is schedule_lr(inner, position), position = the run's committed tokens, because

@@ -37,6 +37,8 @@ static const char run_help[] =
 static const char node_help[] =
     "  --device DEVICE    auto, cpu or cuda (default: auto; this build has cpu)\n"
     "  --threads N        threads for training (default: all cores)\n"
+    "  --precision P      fp32 (default); bf16: matrix products in bf16, twice as fast and more where the\n"
+    "                     processor has AVX512-BF16 or AMX; bf16-stochastic: and half the memory for weights\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
     "  --corpus PATH      where this machine has the corpus (default: where the run says); it must be\n"
     "                     the very same\n"
@@ -121,12 +123,13 @@ static int check_name(const char *name, struct err *err) {
     return 0;
 }
 
-enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_NICE, OPT_CORPUS,
+enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_PRECISION, OPT_NICE, OPT_CORPUS,
        OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE, OPT_HELP };
 static const struct option node_options[] = {
     { "home", required_argument, NULL, OPT_HOME }, { "name", required_argument, NULL, OPT_NAME },
     { "device", required_argument, NULL, OPT_DEVICE },
     { "threads", required_argument, NULL, OPT_THREADS },
+    { "precision", required_argument, NULL, OPT_PRECISION },
     { "nice", required_argument, NULL, OPT_NICE }, { "corpus", required_argument, NULL, OPT_CORPUS },
     { "listen", required_argument, NULL, OPT_LISTEN },
     { "no-listen", no_argument, NULL, OPT_NO_LISTEN }, { "log-json", no_argument, NULL, OPT_JSON },
@@ -134,6 +137,15 @@ static const struct option node_options[] = {
     { "help", no_argument, NULL, OPT_HELP },
     { "aggregate-only", no_argument, NULL, OPT_AGGREGATE }, { 0 }
 };
+
+static int take_precision(const char *text, int *out) {
+    for (int i = 0; trainer_precision_name(i); i++)
+        if (!strcmp(text, trainer_precision_name(i))) {
+            *out = i;
+            return 0;
+        }
+    return -1;
+}
 
 /* One option into *o. Returns 0, or a complaint. */
 static const char *take_option(int c, struct agent_options *o) {
@@ -146,6 +158,8 @@ static const char *take_option(int c, struct agent_options *o) {
         return take_number(optarg, 1, THREADS_MAX, &o->threads)
                    ? "--threads: a number from 1 to 1024"
                    : NULL;
+    case OPT_PRECISION:
+        return take_precision(optarg, &o->precision) ? "--precision: fp32, bf16 or bf16-stochastic" : NULL;
     case OPT_NICE:
         return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
     case OPT_CORPUS: o->corpus = optarg; return NULL;

@@ -229,37 +229,42 @@ void model_destroy(struct model *m) {
     free(m);
 }
 
+/* The weight at an element offset. */
+static const void *at(const struct model *m, const void *params, size_t offset) {
+    return (const char *)params + offset * m->k->weight_bytes;
+}
+
 /* ---- forward ----------------------------------------------------------------------------------- */
 
-static void layer_forward(struct model *m, const float *w, const struct activations *l, float *out,
+static void layer_forward(struct model *m, const void *w, const struct activations *l, float *out,
                           const int32_t *start, int B, int T) {
     const struct kernels *k = m->k;
     int rows = B * T, C = m->C, F = m->F;
     float eps = (float)m->config.norm_eps;
     size_t stream = (size_t)rows * (size_t)C;
-    k->rmsnorm_forward(k, l->norm_att, l->rstd_att, l->in, w + m->at.norm_att, eps, rows, C);
-    k->matmul_forward(k, l->qkv, l->norm_att, w + m->at.qkv, rows, C, m->QKV);
+    k->rmsnorm_forward(k, l->norm_att, l->rstd_att, l->in, at(m, w, m->at.norm_att), eps, rows, C);
+    k->matmul_forward(k, l->qkv, l->norm_att, at(m, w, m->at.qkv), rows, C, m->QKV);
     k->rope_forward(k, l->qkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
     k->attention_forward(k, l->att, l->lse, l->qkv, start, B, T, m->H, m->KV, m->D);
-    k->matmul_forward(k, m->branch, l->att, w + m->at.o, rows, C, C);
+    k->matmul_forward(k, m->branch, l->att, at(m, w, m->at.o), rows, C, C);
     k->add(k, l->middle, l->in, m->branch, stream);
-    k->rmsnorm_forward(k, l->norm_ffn, l->rstd_ffn, l->middle, w + m->at.norm_ffn, eps, rows, C);
-    k->matmul_forward(k, l->gate_up, l->norm_ffn, w + m->at.gate_up, rows, C, 2 * F);
+    k->rmsnorm_forward(k, l->norm_ffn, l->rstd_ffn, l->middle, at(m, w, m->at.norm_ffn), eps, rows, C);
+    k->matmul_forward(k, l->gate_up, l->norm_ffn, at(m, w, m->at.gate_up), rows, C, 2 * F);
     k->swiglu_forward(k, l->swiglu, l->gate_up, rows, F);
-    k->matmul_forward(k, m->branch, l->swiglu, w + m->at.down, rows, F, C);
+    k->matmul_forward(k, m->branch, l->swiglu, at(m, w, m->at.down), rows, F, C);
     k->add(k, out, l->middle, m->branch, stream);
 }
 
 /* Everything but the head: m->norm holds the final norm's output. start: NULL or m->start. */
-static void forward(struct model *m, const float *params, const int32_t *start, int B, int T) {
+static void forward(struct model *m, const void *params, const int32_t *start, int B, int T) {
     const struct kernels *k = m->k;
     uint32_t layers = m->config.layers;
     int rows = B * T;
     k->embedding_forward(k, m->layer[0].in, m->tokens, params, rows, m->C, m->V);
     for (uint32_t i = 0; i < layers; i++)
-        layer_forward(m, params + m->at.layers + i * m->at.layer_size, &m->layer[i],
+        layer_forward(m, at(m, params, m->at.layers + i * m->at.layer_size), &m->layer[i],
                       i + 1 < layers ? m->layer[i + 1].in : m->out, start, B, T);
-    k->rmsnorm_forward(k, m->norm, m->rstd, m->out, params + m->at.norm, (float)m->config.norm_eps,
+    k->rmsnorm_forward(k, m->norm, m->rstd, m->out, at(m, params, m->at.norm), (float)m->config.norm_eps,
                        rows, m->C);
 }
 
@@ -305,14 +310,14 @@ static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, i
     return m->start;
 }
 
-int model_logits(struct model *m, const float *params, const int32_t *tokens, int T, int position,
+int model_logits(struct model *m, const void *params, const int32_t *tokens, int T, int position,
                  float *out, struct err *err) {
     assert(T >= 1 && T <= m->T && position >= 0 && position < T);
     const float *row = m->norm + (size_t)position * (size_t)m->C;
     memcpy(m->host_tokens, tokens, (size_t)T * sizeof *tokens);
     m->k->copy_in(m->k, m->tokens, m->host_tokens, (size_t)T * sizeof *tokens);
     forward(m, params, NULL, 1, T);
-    m->k->matmul_forward(m->k, m->logits, row, params + m->at.head, 1, m->C, m->V);
+    m->k->matmul_forward(m->k, m->logits, row, at(m, params, m->at.head), 1, m->C, m->V);
     m->k->copy_out(m->k, out, m->logits, (size_t)m->V * sizeof *out);
     return m->k->check(m->k, err);
 }
@@ -321,10 +326,10 @@ int model_logits(struct model *m, const float *params, const int32_t *tokens, in
 
 /* Head, cross-entropy and, where grads is not NULL, their gradients: the head's into grads, that of
  * the final norm's output into m->dbranch. */
-static void head(struct model *m, const float *params, float *grads, int rows, float grad_scale,
+static void head(struct model *m, const void *params, float *grads, int rows, float grad_scale,
                  enum kernels_write write) {
     const struct kernels *k = m->k;
-    const float *w = params + m->at.head;
+    const void *w = at(m, params, m->at.head);
     struct kernels_loss how = { .grad_scale = grads ? grad_scale : 0, .z = m->objective.z,
                                 .max_z = m->objective.max_z };
     for (size_t r = 0; r < (size_t)rows; r += m->head_rows) {
@@ -352,7 +357,7 @@ static int loss_sum(struct model *m, int rows, struct model_loss *loss, struct e
     return 0;
 }
 
-int model_loss(struct model *m, const float *params, const int32_t *tokens, int B, int T,
+int model_loss(struct model *m, const void *params, const int32_t *tokens, int B, int T,
                struct model_loss *loss, struct err *err) {
     assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
     forward(m, params, tokens_in(m, tokens, B, T), B, T);
@@ -361,24 +366,24 @@ int model_loss(struct model *m, const float *params, const int32_t *tokens, int 
 }
 
 /* m->dx comes in as the gradient of the layer's output and leaves as that of its input. */
-static void layer_backward(struct model *m, const float *w, float *g, const struct activations *l,
+static void layer_backward(struct model *m, const void *w, float *g, const struct activations *l,
                            const int32_t *start, int B, int T, enum kernels_write write) {
     const struct kernels *k = m->k;
     int rows = B * T, C = m->C, F = m->F;
     k->matmul_backward_weight(k, g + m->at.down, m->dx, l->swiglu, rows, F, C, write);
-    k->matmul_backward_input(k, m->dswiglu, m->dx, w + m->at.down, rows, F, C, KERNELS_SET);
+    k->matmul_backward_input(k, m->dswiglu, m->dx, at(m, w, m->at.down), rows, F, C, KERNELS_SET);
     k->swiglu_backward(k, l->gate_up, m->dswiglu, l->gate_up, rows, F);
     k->matmul_backward_weight(k, g + m->at.gate_up, l->gate_up, l->norm_ffn, rows, C, 2 * F, write);
-    k->matmul_backward_input(k, m->dbranch, l->gate_up, w + m->at.gate_up, rows, C, 2 * F, KERNELS_SET);
-    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, m->dbranch, l->middle, w + m->at.norm_ffn,
+    k->matmul_backward_input(k, m->dbranch, l->gate_up, at(m, w, m->at.gate_up), rows, C, 2 * F, KERNELS_SET);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, m->dbranch, l->middle, at(m, w, m->at.norm_ffn),
                         l->rstd_ffn, rows, C);
     k->matmul_backward_weight(k, g + m->at.o, m->dx, l->att, rows, C, C, write);
-    k->matmul_backward_input(k, m->dbranch, m->dx, w + m->at.o, rows, C, C, KERNELS_SET);
+    k->matmul_backward_input(k, m->dbranch, m->dx, at(m, w, m->at.o), rows, C, C, KERNELS_SET);
     k->attention_backward(k, m->dqkv, m->dbranch, l->qkv, l->att, l->lse, start, B, T, m->H, m->KV, m->D);
     k->rope_backward(k, m->dqkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
     k->matmul_backward_weight(k, g + m->at.qkv, m->dqkv, l->norm_att, rows, C, m->QKV, write);
-    k->matmul_backward_input(k, m->dbranch, m->dqkv, w + m->at.qkv, rows, C, m->QKV, KERNELS_SET);
-    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, m->dbranch, l->in, w + m->at.norm_att,
+    k->matmul_backward_input(k, m->dbranch, m->dqkv, at(m, w, m->at.qkv), rows, C, m->QKV, KERNELS_SET);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, m->dbranch, l->in, at(m, w, m->at.norm_att),
                         l->rstd_att, rows, C);
 }
 
@@ -396,7 +401,7 @@ static void zero_added_grads(struct model *m, float *grads) {
     if (!m->config.tied) k->zero(k, grads, (size_t)m->V * norm_bytes);
 }
 
-int model_backward(struct model *m, const float *params, float *grads, const int32_t *tokens, int B,
+int model_backward(struct model *m, const void *params, float *grads, const int32_t *tokens, int B,
                    int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
                    struct err *err) {
     assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
@@ -407,11 +412,11 @@ int model_backward(struct model *m, const float *params, float *grads, const int
     forward(m, params, start, B, T);
     head(m, params, grads, rows, grad_scale, write);
     k->zero(k, m->dx, (size_t)rows * (size_t)C * sizeof *m->dx);
-    k->rmsnorm_backward(k, m->dx, grads + m->at.norm, m->dbranch, m->out, params + m->at.norm,
+    k->rmsnorm_backward(k, m->dx, grads + m->at.norm, m->dbranch, m->out, at(m, params, m->at.norm),
                         m->rstd, rows, C);
     for (uint32_t i = m->config.layers; i-- > 0;) {
         size_t layer = m->at.layers + i * m->at.layer_size;
-        layer_backward(m, params + layer, grads + layer, &m->layer[i], start, B, T, write);
+        layer_backward(m, at(m, params, layer), grads + layer, &m->layer[i], start, B, T, write);
     }
     k->embedding_backward(k, grads, m->dx, m->tokens, rows, C, m->V);
     return loss_sum(m, rows, loss, err);

@@ -53,24 +53,24 @@ struct model_loss {
 size_t model_targets(const struct model *model, const int32_t *tokens, int B, int T);
 
 /* Logits of the token after tokens[position]: out [vocabulary], host memory.
- * params  canonical vector in the backend's memory.
+ * params  canonical vector in the backend's memory, as the backend keeps weights.
  * tokens  [T] host memory, each in [0, vocabulary): the caller checked. Nothing looks ahead, so
  *         those after `position` may be anything: callers that keep to a few values of T spare the
  *         backend from preparing itself for many.
  * The sequence is one document, whatever the objective.
  * Costs a whole forward pass over T: there is no cache of keys and values. */
-int model_logits(struct model *model, const float *params, const int32_t *tokens, int T,
+int model_logits(struct model *model, const void *params, const int32_t *tokens, int T,
                  int position, float *out, struct err *err);
 
 /* The loss of B*T targets. tokens [B,T+1]: position t predicts t+1. No gradient. Asks the backend
  * for its first failure. */
-int model_loss(struct model *model, const float *params, const int32_t *tokens, int B, int T,
+int model_loss(struct model *model, const void *params, const int32_t *tokens, int B, int T,
                struct model_loss *loss, struct err *err);
 
 /* Forward and backward: the same loss, and the gradient of (nats + penalty) * grad_scale.
  * grads  canonical vector in the backend's memory; replaced (KERNELS_SET) or added to.
  * The model must have been created for training. */
-int model_backward(struct model *model, const float *params, float *grads, const int32_t *tokens,
+int model_backward(struct model *model, const void *params, float *grads, const int32_t *tokens,
                    int B, int T, float grad_scale, enum kernels_write write,
                    struct model_loss *loss, struct err *err);
 

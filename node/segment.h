@@ -38,7 +38,8 @@ enum segment_type {
     SEGMENT_MOMENTS_IMPORT, /* take them from the in slot; steps = how many they average over */
     SEGMENT_STOP,           /* save the inner state and end with exit status 0 */
     /* trainer -> agent */
-    SEGMENT_UP = 64, /* ready for a RESET; steps = those in the inner state found on disk */
+    SEGMENT_UP = 64, /* ready for a RESET; steps = those in the inner state found on disk; text: what
+                      * it computes with */
     SEGMENT_STEP,    /* one inner step done: samples, steps, loss, tokens_per_s */
     SEGMENT_FROZEN,  /* the fragment's chunks of out[0] are filled; fragment, samples, steps */
     SEGMENT_APPLIED, /* an APPLY, RESET or MOMENTS_IMPORT is done: the in slot is free */
@@ -68,6 +69,7 @@ struct segment_setup {
     char corpus[SEGMENT_PATH_BYTES];      /* folder or file:// URL of the corpus */
     char inner_state[SEGMENT_PATH_BYTES]; /* file that moments and counters are saved to */
     int threads;             /* OpenMP threads; 0 = as many as cores */
+    int precision;           /* enum trainer_precision, trainer.h */
     int nice;                /* added to the scheduling priority, 0..19 */
     pid_t agent;             /* filled in by segment_create */
 };

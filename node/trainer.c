@@ -116,6 +116,16 @@ static void load_inner_state(struct trainer *t) {
         note(t, "starting without moments: %.200s", err.msg);
 }
 
+const char *trainer_precision_name(int precision) {
+    static const char *const names[] = { "fp32", "bf16", "bf16-stochastic" };
+    return precision >= 0 && precision < 3 ? names[precision] : NULL;
+}
+
+static struct kernels *create_kernels(const struct segment_setup *setup, struct err *err) {
+    if (setup->precision == TRAINER_FP32) return kernels_cpu_create(setup->threads, err);
+    return kernels_cpu_bf16_create(setup->threads, setup->precision == TRAINER_BF16_STOCHASTIC, err);
+}
+
 static int set_up(struct trainer *t, struct err *err) {
     const struct segment_setup *setup = segment_setup(t->segment);
     if (proto_decode(setup->genesis.data, setup->genesis.length, RECORD_genesis, &t->genesis, err))
@@ -129,7 +139,7 @@ static int set_up(struct trainer *t, struct err *err) {
         return -1;
     }
     if (check_corpus(t, err)) return -1;
-    if (!(t->kernels = kernels_cpu_create(setup->threads, err))) return -1;
+    if (!(t->kernels = create_kernels(setup, err))) return -1;
     if (!(t->engine = engine_create(g->model, g->inner, t->kernels, err))) return -1;
     engine_set_document_end(t->engine, data_info(t->data)->document_end);
     if (!(t->saver = saver_create(t->engine, setup->inner_state, err))) return -1;
@@ -330,7 +340,9 @@ static void save(struct trainer *t, int (*how)(struct saver *, uint64_t, struct 
 
 static int serve(struct trainer *t, struct err *err) {
     struct segment_message m;
-    tell(t, &(struct segment_message){ .type = SEGMENT_UP, .steps = engine_steps(t->engine) });
+    struct segment_message up = { .type = SEGMENT_UP, .steps = engine_steps(t->engine) };
+    snprintf(up.text, sizeof up.text, "%s", t->kernels->description);
+    tell(t, &up);
     t->saved_at_s = now_s();
     t->saved_steps = engine_steps(t->engine);
     for (;;) {

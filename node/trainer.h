@@ -18,6 +18,14 @@
  * the end of the trainer. */
 #define TRAINER_BAD_STEPS_MAX 8
 
+/* What this member computes in. The run's state is fp32 whatever its members choose: bf16 keeps the rest
+ * of every weight beside it, so nothing of an update or of a new anchor is lost; bf16-stochastic keeps
+ * half of the bytes, and rounds both. */
+enum trainer_precision { TRAINER_FP32 = 0, TRAINER_BF16 = 1, TRAINER_BF16_STOCHASTIC = 2 };
+
+/* "fp32", "bf16", "bf16-stochastic", or NULL past the last. */
+const char *trainer_precision_name(int precision);
+
 /* The trainer's main: serves the segment behind descriptor `fd` (segment.h) until told to stop.
  * Returns the exit status: 0, 1 (it said why through the segment), 2 (`fd` is no segment). */
 int trainer_main(int fd);

@@ -195,7 +195,7 @@ static void adamw_like_pytorch(const struct kernels *k) {
                                    .grad_scale = 0.5f,
                                    .m_correction = (float)(1.0 - pow(0.9, step + 1)),
                                    .v_correction = (float)(1.0 - pow(0.95, step + 1)) };
-        k->adamw(k, param, grad, m, v, 40, &a);
+        k->adamw(k, param, NULL, grad, m, v, 40, &a);
     }
     assert_close("adamw.after", param, vector("adamw.after", 40), 40);
     assert_close("adamw.m", m, vector("adamw.m", 40), 40);
@@ -390,8 +390,8 @@ static void compare_elementwise(const struct kernels *k, size_t n) {
                                   .grad_scale = 0.5f };
     float *p = copy_of(out, n), *m = copy_of(b, n), *v_want = copy_of(v, n),
           *m_want = copy_of(b, n);
-    k->adamw(k, p, a, m, v, n, &step);
-    ref->adamw(ref, out, a, m_want, v_want, n, &step);
+    k->adamw(k, p, NULL, a, m, v, n, &step);
+    ref->adamw(ref, out, NULL, a, m_want, v_want, n, &step);
     assert_close("adamw param", p, out, n);
     assert_close("adamw m", m, m_want, n);
     assert_close("adamw v", v, v_want, n);

@@ -91,15 +91,19 @@ static int tear_down(void **state) {
     return system(command);
 }
 
-static struct segment *make_segment(void) {
+static struct segment *make_segment_for(int precision) {
     struct segment_setup setup = { .elements = elements, .chunk_elements = CHUNK,
                                    .genesis = { genesis.data, (uint32_t)genesis.length },
-                                   .threads = 1 };
+                                   .threads = 1, .precision = precision };
     snprintf(setup.corpus, sizeof setup.corpus, "%s/corpus", folder);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s/inner.state", folder);
     struct segment *s = segment_create(&setup, NULL);
     assert_non_null(s);
     return s;
+}
+
+static struct segment *make_segment(void) {
+    return make_segment_for(TRAINER_FP32);
 }
 
 static pid_t start(struct segment *s) {
@@ -179,6 +183,33 @@ static void it_trains_on_what_it_was_given_and_counts_it(void **state) {
                             elements * sizeof(float));
     stop(s, pid);
     segment_destroy(s);
+}
+
+/* The run's state is fp32 for all: a member that computes in bf16 gives an anchor back as it came, bit for
+ * bit, and one without the rest of its weights what is nearest to it. */
+static void precision_is_a_members_own_affair(void **state) {
+    (void)state;
+    for (int precision = TRAINER_FP32; precision <= TRAINER_BF16_STOCHASTIC; precision++) {
+        struct segment *s = make_segment_for(precision);
+        pid_t pid = start(s);
+        const float *out = segment_out(s, SEGMENT_OUT_PARAMETERS);
+        struct segment_message up = expect(s, SEGMENT_UP, NULL);
+        assert_int_equal(!strstr(up.text, "bf16"), precision == TRAINER_FP32);
+        assert_int_equal(!strstr(up.text, "stochastic"), precision != TRAINER_BF16_STOCHASTIC);
+        reset(s);
+        freeze(s, NULL);
+        size_t same = 0;
+        for (size_t i = 0; i < elements; i++) {
+            same += out[i] == initial[i];
+            assert_true(fabsf(out[i] - initial[i]) <= fabsf(initial[i]) / 256);
+        }
+        assert_int_equal(same == elements, precision != TRAINER_BF16_STOCHASTIC);
+        tell(s, (struct segment_message){ .type = SEGMENT_CONTINUE });
+        tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = 0, .count = BATCH });
+        assert_true(expect(s, SEGMENT_STEP, NULL).loss < 6); /* ln 256 is 5.5 */
+        stop(s, pid);
+        segment_destroy(s);
+    }
 }
 
 /* Without overlap a frozen member must not train on: its work would be in no contribution. */
@@ -420,6 +451,7 @@ static void it_dies_with_its_agent(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(it_trains_on_what_it_was_given_and_counts_it),
+        cmocka_unit_test(precision_is_a_members_own_affair),
         cmocka_unit_test(a_frozen_trainer_waits_until_it_is_told),
         cmocka_unit_test(apply_mixes_adds_and_keeps),
         cmocka_unit_test(a_freeze_that_does_not_wait_lets_training_go_on),
