@@ -23,9 +23,12 @@ struct cpu_product {
     struct cpu_product_key key;
     struct dnnl_primitive *primitive;
     struct dnnl_memory *memory[3]; /* A, B, C; they borrow their bytes */
+    struct dnnl_primitive *pack;   /* NULL: B is taken as it lies; else from `plain` into memory[1] ... */
+    struct dnnl_memory *plain;
+    size_t packed_bytes;           /* ... which is so large */
 };
 #define CPU_PRODUCTS_MAX 64
-enum cpu_buffer { CPU_NARROW_A, CPU_NARROW_B, CPU_WIDE_A, CPU_WIDE_B, CPU_BUFFERS };
+enum cpu_buffer { CPU_NARROW_A, CPU_NARROW_B, CPU_WIDE_A, CPU_WIDE_B, CPU_PACKED, CPU_BUFFERS };
 
 struct cpu {
     struct kernels table; /* first, so that a table is its backend */

@@ -78,6 +78,32 @@ static void *buffer(struct cpu *cpu, int which, size_t bytes) {
     return cpu->buffer[which] = grown;
 }
 
+/* oneDNN packs B for itself in each block of rows, so that with many rows it is cheaper to hand it over
+ * packed: on AVX512-BF16 the backward product gains 6 to 12 % of its time and the forward one 4 %, and
+ * packing takes 1 % of 2048 rows. A copy kept from one optimizer step to the next would save that one
+ * percent for two bytes a weight. */
+#define PACK_ROWS_MIN 128
+
+#if DNNL_VERSION_MAJOR >= 3
+typedef const_dnnl_memory_desc_t desc_pointer;
+#define DESC(d) (d)
+#define DESC_DESTROY(d) dnnl_memory_desc_destroy(d)
+#else
+typedef const dnnl_memory_desc_t *desc_pointer;
+#define DESC(d) (&(d))
+#define DESC_DESTROY(d) ((void)0)
+#endif
+
+/* B in whatever layout suits the product. */
+static int describe_any(dnnl_memory_desc_t *d, int rows, int columns) {
+    dnnl_dims_t dims = { rows, columns };
+#if DNNL_VERSION_MAJOR >= 3
+    return dnnl_memory_desc_create_with_tag(d, 2, dims, dnnl_bf16, dnnl_format_tag_any) != dnnl_success;
+#else
+    return dnnl_memory_desc_init_by_tag(d, 2, dims, dnnl_bf16, dnnl_format_tag_any) != dnnl_success;
+#endif
+}
+
 static int describe_operand(dnnl_memory_desc_t *d, dnnl_data_type_t type, int rows, int columns,
                             int transposed) {
     dnnl_dims_t dims = { rows, columns }, strides = { transposed ? 1 : columns, transposed ? rows : 1 };
@@ -104,14 +130,6 @@ static int describe_sum(dnnl_primitive_attr_t *attr, int add) {
     return failed ? -1 : 0;
 }
 
-#if DNNL_VERSION_MAJOR >= 3
-#define DESC(d) (d)
-#define DESC_DESTROY(d) dnnl_memory_desc_destroy(d)
-#else
-#define DESC(d) (&(d))
-#define DESC_DESTROY(d) ((void)0)
-#endif
-
 static int describe_product(dnnl_primitive_desc_t *out, dnnl_engine_t engine, const dnnl_memory_desc_t d[3],
                             dnnl_primitive_attr_t attr) {
 #if DNNL_VERSION_MAJOR >= 3
@@ -126,25 +144,45 @@ static int describe_product(dnnl_primitive_desc_t *out, dnnl_engine_t engine, co
 static void product_release(struct cpu_product *p) {
     for (int i = 0; i < 3; i++)
         if (p->memory[i]) dnnl_memory_destroy(p->memory[i]);
+    if (p->plain) dnnl_memory_destroy(p->plain);
+    if (p->pack) dnnl_primitive_destroy(p->pack);
     if (p->primitive) dnnl_primitive_destroy(p->primitive);
     *p = (struct cpu_product){ 0 };
 }
 
+/* Where the product wants B otherwise than it lies: how to get it there. */
+static int pack_prepare(struct cpu *cpu, struct cpu_product *p, desc_pointer plain, desc_pointer packed) {
+    dnnl_primitive_desc_t description = NULL;
+    if (dnnl_memory_desc_equal(plain, packed)) return 0;
+    p->packed_bytes = dnnl_memory_desc_get_size(packed);
+    int failed = dnnl_reorder_primitive_desc_create(&description, plain, cpu->engine, packed, cpu->engine, NULL) ||
+                 dnnl_primitive_create(&p->pack, description) ||
+                 dnnl_memory_create(&p->plain, plain, cpu->engine, DNNL_MEMORY_NONE);
+    if (description) dnnl_primitive_desc_destroy(description);
+    return failed ? -1 : 0;
+}
+
 /* [m,k] x [k,n], each stored as it is or transposed. */
 static int product_prepare(struct cpu *cpu, struct cpu_product *p, struct cpu_product_key key) {
-    dnnl_memory_desc_t d[3] = { 0 };
+    dnnl_memory_desc_t d[3] = { 0 }, plain = { 0 };
     dnnl_primitive_attr_t attr = NULL;
     dnnl_primitive_desc_t description = NULL;
     int failed = describe_operand(&d[0], dnnl_bf16, key.m, key.k, key.transposed_a) ||
-                 describe_operand(&d[1], dnnl_bf16, key.k, key.n, key.transposed_b) ||
+                 describe_operand(&plain, dnnl_bf16, key.k, key.n, key.transposed_b) ||
+                 (key.m < PACK_ROWS_MIN ? describe_operand(&d[1], dnnl_bf16, key.k, key.n, key.transposed_b)
+                                        : describe_any(&d[1], key.k, key.n)) ||
                  describe_operand(&d[2], dnnl_f32, key.m, key.n, 0) || describe_sum(&attr, key.add) ||
                  describe_product(&description, cpu->engine, d, attr) ||
                  dnnl_primitive_create(&p->primitive, description);
-    for (int i = 0; i < 3 && !failed; i++)
-        failed = dnnl_memory_create(&p->memory[i], DESC(d[i]), cpu->engine, DNNL_MEMORY_NONE) != dnnl_success;
+    desc_pointer B = failed ? NULL : dnnl_primitive_desc_query_md(description, dnnl_query_weights_md, 0);
+    failed = !B || pack_prepare(cpu, p, DESC(plain), B) ||
+             dnnl_memory_create(&p->memory[0], DESC(d[0]), cpu->engine, DNNL_MEMORY_NONE) ||
+             dnnl_memory_create(&p->memory[1], B, cpu->engine, DNNL_MEMORY_NONE) ||
+             dnnl_memory_create(&p->memory[2], DESC(d[2]), cpu->engine, DNNL_MEMORY_NONE);
     if (description) dnnl_primitive_desc_destroy(description);
     if (attr) dnnl_primitive_attr_destroy(attr);
     for (int i = 0; i < 3; i++) DESC_DESTROY(d[i]);
+    DESC_DESTROY(plain);
     if (failed) product_release(p);
     else p->key = key;
     return failed ? -1 : 0;
@@ -159,11 +197,24 @@ static struct cpu_product *product_of(struct cpu *cpu, struct cpu_product_key ke
     return product_prepare(cpu, p, key) ? NULL : p;
 }
 
+/* B as the product wants it; NULL where that failed. */
+static const void *packed(struct cpu *cpu, const struct cpu_product *p, const uint16_t *B) {
+    if (!p->pack) return B;
+    void *to = buffer(cpu, CPU_PACKED, p->packed_bytes);
+    dnnl_exec_arg_t args[] = { { DNNL_ARG_FROM, p->plain }, { DNNL_ARG_TO, p->memory[1] } };
+    if (!to || dnnl_memory_set_data_handle(p->plain, (void *)(uintptr_t)B) ||
+        dnnl_memory_set_data_handle(p->memory[1], to) || dnnl_primitive_execute(p->pack, cpu->stream, 2, args))
+        return NULL;
+    return to;
+}
+
 static int multiply(struct cpu *cpu, struct cpu_product_key key, const uint16_t *A, const uint16_t *B,
                     float *C) {
     struct cpu_product *p = product_of(cpu, key);
     if (!p) return -1;
-    void *at[3] = { (void *)(uintptr_t)A, (void *)(uintptr_t)B, C };
+    const void *b = packed(cpu, p, B);
+    if (!b) return -1;
+    void *at[3] = { (void *)(uintptr_t)A, (void *)(uintptr_t)b, C };
     for (int i = 0; i < 3; i++)
         if (dnnl_memory_set_data_handle(p->memory[i], at[i])) return -1;
     dnnl_exec_arg_t args[] = { { DNNL_ARG_SRC, p->memory[0] }, { DNNL_ARG_WEIGHTS, p->memory[1] },

@@ -3,7 +3,8 @@
  * 1. `struct kernels`, a backend: one table of functions with everything a Llama network needs
  *    forward and backward, its optimizer, and the memory its tensors live in. kernels_reference()
  *    is plain loops with double accumulators, the specification; kernels_cpu_create() and
- *    kernels_cpu_bf16_create() are the fast CPU ones, tested against it. A GPU backend is one more table of the same type.
+ *    kernels_cpu_bf16_create() are the fast CPU ones, tested against it. A GPU backend is one more
+ *    table of the same type.
  * 2. `outer_*`, the arithmetic of the outer step: codec, exact sum, Nesterov, mixing, initial
  *    values. Same bytes in, same bits out, on every compiler and machine. CPU only, host memory.
  *
