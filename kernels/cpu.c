@@ -173,11 +173,12 @@ static const char *instruction_set(void) {
 
 void cpu_describe_bf16(struct cpu *cpu, int stochastic) {
     unsigned isa = (unsigned)dnnl_get_effective_cpu_isa();
-    unsigned amx = (unsigned)dnnl_cpu_isa_avx512_core_amx, vector = (unsigned)dnnl_cpu_isa_avx512_core_bf16;
+    unsigned amx = (unsigned)dnnl_cpu_isa_avx512_core_amx;
+    unsigned vector = (unsigned)dnnl_cpu_isa_avx512_core_bf16;
     const dnnl_version_t *version = dnnl_version();
     cpu->native_bf16 = (isa & vector) == vector;
-    snprintf(cpu->description, sizeof cpu->description, "oneDNN %d.%d.%d, bf16 weights%s, products by %s%s, %d "
-             "thread%s", version->major, version->minor, version->patch,
+    snprintf(cpu->description, sizeof cpu->description,
+             "oneDNN %d.%d.%d, bf16 weights%s, products by %s%s, %d thread%s", version->major, version->minor, version->patch,
              stochastic ? " rounded stochastically" : " with fp32 master",
              (isa & amx) == amx ? "AMX" : cpu->native_bf16 ? "AVX512-BF16" : instruction_set(),
              cpu->native_bf16 ? "" : " in fp32", cpu->threads, cpu->threads == 1 ? "" : "s");

@@ -155,7 +155,8 @@ static int pack_prepare(struct cpu *cpu, struct cpu_product *p, desc_pointer pla
     dnnl_primitive_desc_t description = NULL;
     if (dnnl_memory_desc_equal(plain, packed)) return 0;
     p->packed_bytes = dnnl_memory_desc_get_size(packed);
-    int failed = dnnl_reorder_primitive_desc_create(&description, plain, cpu->engine, packed, cpu->engine, NULL) ||
+    int failed = dnnl_reorder_primitive_desc_create(&description, plain, cpu->engine, packed, cpu->engine,
+                                                    NULL) ||
                  dnnl_primitive_create(&p->pack, description) ||
                  dnnl_memory_create(&p->plain, plain, cpu->engine, DNNL_MEMORY_NONE);
     if (description) dnnl_primitive_desc_destroy(description);
@@ -203,7 +204,8 @@ static const void *packed(struct cpu *cpu, const struct cpu_product *p, const ui
     void *to = buffer(cpu, CPU_PACKED, p->packed_bytes);
     dnnl_exec_arg_t args[] = { { DNNL_ARG_FROM, p->plain }, { DNNL_ARG_TO, p->memory[1] } };
     if (!to || dnnl_memory_set_data_handle(p->plain, (void *)(uintptr_t)B) ||
-        dnnl_memory_set_data_handle(p->memory[1], to) || dnnl_primitive_execute(p->pack, cpu->stream, 2, args))
+        dnnl_memory_set_data_handle(p->memory[1], to) ||
+        dnnl_primitive_execute(p->pack, cpu->stream, 2, args))
         return NULL;
     return to;
 }
@@ -230,8 +232,8 @@ static void gemm(struct cpu *cpu, int transposed_a, int transposed_b, int m, int
     int before = cpu_use_threads(cpu->threads);
     if (cpu->native_bf16) {
         if (multiply(cpu, key, A, B, C) && cpu->failure.code == ERR_NONE)
-            err_set(&cpu->failure, ERR_UNSUPPORTED, "oneDNN's bf16 product of [%d,%d] and [%d,%d] failed", m, k,
-                    k, n);
+            err_set(&cpu->failure, ERR_UNSUPPORTED, "oneDNN's bf16 product of [%d,%d] and [%d,%d] failed",
+                    m, k, k, n);
     } else {
         size_t a = (size_t)m * (size_t)k, b = (size_t)k * (size_t)n;
         float *wide_a = buffer(cpu, CPU_WIDE_A, a * sizeof *wide_a);
