@@ -48,6 +48,7 @@ HOSTILE_O := $(call objects,tests/hostile) $(KERNELS_O) $(PROTO_O)
 # The S3 store against a real server, for tests/integration/s3.sh.
 LIVE_O := $(call objects,tests/s3) $(CKPT_O) $(PROTO_O)
 BENCH_O := $(call objects,tests/bench) $(LIB_O)
+LAB_O := $(call objects,tests/lab) $(LIB_O)
 
 # Parsers of outside bytes, each in tests/fuzz/fuzz_NAME.c: libFuzzer programs, and a replayer for any compiler.
 FUZZ_SECONDS ?= 60
@@ -197,6 +198,10 @@ $(BUILD)/fuzz_%: tests/fuzz/libfuzzer.c $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_SHAR
 	$(Q)$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -DFUZZ_TARGET=fuzz_$* -o $@ $^ $(ALL_LIBS) -lcmocka
 
 $(BUILD)/bench: $(BENCH_O)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+
+$(BUILD)/outer-lab: $(LAB_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
