@@ -121,7 +121,7 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
 # What clang-tidy reads; the test programs are left to the compilers.
-SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build

@@ -196,7 +196,8 @@ static const struct mode *find_mode(const char *name, struct err *err) {
 static int default_outer(struct settings *s, struct err *err) {
     DEFAULT_TEXT(mode, "diloco");
     const struct mode *mode = find_mode(s->mode, err);
-    if (!mode) return -1;
+    float lr, momentum;
+    if (!mode || proto_outer_preset(s->preset, &lr, &momentum, err)) return -1;
     DEFAULT(outer.inner_steps, 100);
     DEFAULT(outer.round_ms, 600000);
     DEFAULT(outer.quorum, mode->quorum);
@@ -207,8 +208,8 @@ static int default_outer(struct settings *s, struct err *err) {
     DEFAULT(outer.audits, 1);
     DEFAULT(outer.lr_rule, LR_CONSTANT);
     DEFAULT(outer.fixed_membership, 0);
-    DEFAULT(outer.lr, 0.7f); /* INTELLECT-1, arXiv:2412.01152 */
-    DEFAULT(outer.momentum, 0.9f);
+    DEFAULT(outer.lr, lr);
+    DEFAULT(outer.momentum, momentum);
     DEFAULT(outer.contribution_codec, 1);
     DEFAULT(outer.result_codec, 1);
     DEFAULT(outer.chunk_elements, 1u << 18);

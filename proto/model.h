@@ -63,6 +63,9 @@ const char *proto_model_preset_names(void);
 int proto_inner_preset(const char *name, uint64_t total_tokens, struct msg_inner *inner,
                        float *init_std, struct err *err);
 
+/* Rate and momentum of the outer step that suit a preset, with the same sources. 0, or -1 with ERR_CONFIG. */
+int proto_outer_preset(const char *name, float *lr, float *momentum, struct err *err);
+
 /* Can this network be built: nothing is zero, heads divide width, kv_heads divide heads, the head
  * is even (rotation works on pairs), rope_theta > 1, norm_eps > 0, rope_scaling has what its type
  * needs and nothing else, sizes fit the wire's limits.

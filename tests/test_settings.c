@@ -150,6 +150,18 @@ static void an_empty_file_means_every_default(void **state) {
     resolved(&s, "outer:\nmodel:\n"); /* sections without keys */
 }
 
+/* A run of debug has too few outer steps for the momentum of the long ones; what is given counts. */
+static void the_outer_rate_is_the_presets(void **state) {
+    struct settings s;
+    (void)state;
+    resolved(&s, "");
+    assert_true(s.outer.lr == 1 && s.outer.momentum == 0);
+    resolved(&s, "model: {preset: 10m, sequence: 128}\n");
+    assert_true(s.outer.lr == 0.7f && s.outer.momentum == 0.9f);
+    resolved(&s, "outer: {momentum: 0.5}\n");
+    assert_true(s.outer.lr == 1 && s.outer.momentum == 0.5f);
+}
+
 /* A method by its name is a set of defaults, which what is given replaces. */
 static void a_mode_is_a_set_of_defaults(void **state) {
     struct settings s;
@@ -344,6 +356,7 @@ int main(void) {
         cmocka_unit_test(what_is_no_yaml_is_named_with_its_line),
         cmocka_unit_test(the_command_line_is_checked_like_the_file),
         cmocka_unit_test(an_empty_file_means_every_default),
+        cmocka_unit_test(the_outer_rate_is_the_presets),
         cmocka_unit_test(a_mode_is_a_set_of_defaults),
         cmocka_unit_test(defaults_follow_what_was_given),
         cmocka_unit_test(settings_that_contradict_each_other_are_refused),
