@@ -162,8 +162,8 @@ static const struct setting table[] = {
       "Chunks of each round, drawn after it was summed, that somebody else sums again before it counts.\n"
       "0: a lying aggregator is not found; many: that much more traffic." },
     { "outer", "lr_rule", U8_RULE, AT(outer.lr_rule), 0, 1, SEALED, NULL,
-      "constant, or sqrt: when a third or more of the samples of a round vanish or appear, lr is scaled by\n"
-      "the square root of the change, at most to lr itself." },
+      "constant, or sqrt: while a round has under two thirds of the samples that the last ones had, lr is\n"
+      "scaled by the square root of that share. docs/results.md has both measured: constant was better." },
     { "outer", "fixed_membership", U8_SWITCH, AT(outer.fixed_membership), 0, 1, SEALED, NULL,
       "The run stops with an error when a member is lost: for experiments that must stay comparable." },
     { "outer", "clip_factor", F32, AT(outer.clip_factor), 0, 1e6, SEALED, NULL,

@@ -1,11 +1,11 @@
-/* main.c - outer-lab: what the settings of the outer step do to the loss, without a network. All replicas
- * train in one process, in turns; the outer step is that of a run (kernels/outer.h, its exact sums and codecs)
- * with a coordinator's weights and rules. A run of real processes with the same settings gives the same
- * loss but for the noise of its timing, at a third of the cost; tests/quality.sh does that.
+/* main.c - outer-lab: what the settings of the outer step do to the loss, without a network. All
+ * replicas train in one process, in turns. The outer step is that of a run (kernels/kernels.h: codecs,
+ * error feedback, exact sums, Nesterov), with weights as the coordinator gives them. Left out are clips,
+ * ramps, late members, and whatever else timing does; tests/quality.sh has real processes.
  *
- * What happens at which inner step: fragment f is frozen at the first multiple of H past (f + 1) / P * H, as
- * node/sync does, its mean is applied `overlap` steps later, and mixed into every replica. Members that
- * --phases sends away stop; those that it brings back start from the anchor with the moments they left with. */
+ * Fragment f is frozen first after (f + 1) / P * H inner steps and then each H, as node/sync does; its
+ * mean is applied `overlap` steps later and mixed into every replica. Members that --phases sends away
+ * stop; those that it brings back start from the anchor with the moments they left with. */
 #include <getopt.h>
 #include <math.h>
 #include <stdbool.h>
@@ -34,8 +34,8 @@ static const char *const rule_names[] = {"constant", "sqrt", "linear"};
 static const char help[] =
     "outer-lab --corpus CORPUS [options]\n"
     "\n"
-    "Train replicas in one process, with the outer step of a run between them, and print the held-out loss as\n"
-    "one JSON object.\n"
+    "Train replicas in one process, with the outer step of a run between them, and print the held-out loss\n"
+    "as one JSON object.\n"
     "\n"
     "  --nodes N            replicas (4)\n"
     "  --phases N,N,...     how many of them train, in equal shares of the tokens (all); the loss is taken\n"
@@ -43,14 +43,14 @@ static const char help[] =
     "  --batch N            samples per inner step of one replica (the preset's)\n"
     "  --tokens N           of all replicas together (2000000)\n"
     "  --steps N            inner steps between outer steps (20)\n"
-    "  --lr X --warmup X --decay X --weight-decay X --beta2 X   inner; warm-up and decay as shares of the tokens\n"
+    "  --lr X --weight-decay X --beta2 X --warmup X --decay X   inner; these two as shares of the tokens\n"
     "  --outer-lr X --momentum X --rule constant|sqrt|linear    outer\n"
     "  --fragments N --overlap N --alpha X                      streaming (1, 0, 0)\n"
     "  --codec fp32|int8    of contributions and results (int8)\n"
     "  --seed N             of initial parameters and the order of samples (1)\n"
     "  --preset NAME        (debug)\n"
     "  --width N --ffn N --heads N --kv-heads N                 of the model (the preset's)\n"
-    "  --trace N            evaluate each N outer steps of fragment 0 too, on a sixteenth of the held-out text\n";
+    "  --trace N            the loss each N outer steps of fragment 0 too, on a sixteenth of the text\n";
 
 struct options {
     const char *corpus, *preset;
@@ -175,8 +175,8 @@ static int grid_exponent(const struct lab *l, const struct fragment *f, size_t c
     int bits = 0;
     for (uint32_t i = 0; i < l->o.nodes; i++) {
         if (!f->in_plan[i]) continue;
-        if (outer_measure(l->bytes[i] + c * stride, outer_encoded_bytes(l->o.codec, n), n, l->o.codec, &absmax,
-                          &norm2, &err))
+        if (outer_measure(l->bytes[i] + c * stride, outer_encoded_bytes(l->o.codec, n), n, l->o.codec,
+                          &absmax, &norm2, &err))
             die(&err);
         largest = absmax > largest ? absmax : largest;
     }
@@ -262,8 +262,8 @@ static void set_members(struct lab *l) {
     }
 }
 
-/* One inner step of every replica. Each draws a whole round's samples at once, as a lease does: the union of
- * all draws is the order in which one worker with the sum of the batches would read. */
+/* One inner step of every replica. Each draws a whole round's samples at once, as a lease does: together they
+ * have in each round what one worker with the sum of their batches would have. */
 static void inner_step(struct lab *l, uint64_t *cursor, uint64_t own[FRAGMENTS_MAX][NODES_MAX]) {
     struct err err = {0};
     struct engine_result r;
@@ -274,7 +274,6 @@ static void inner_step(struct lab *l, uint64_t *cursor, uint64_t own[FRAGMENTS_M
             if (cursor[i] % (l->o.batch * l->o.steps) == 0) {
                 cursor[i] = l->next_sample;
                 l->next_sample += l->o.batch * l->o.steps;
-                /* leases begin at multiples of their length */
             }
             uint64_t sample = cursor[i]++ % data_info(l->data)->samples;
             if (data_sample(l->data, sample, l->tokens + s * (l->model.sequence + 1), &err)) die(&err);
@@ -389,7 +388,8 @@ static int phases_of(struct options *o, const char *text) {
         o->phases[o->phase_count++] = (uint32_t)n;
         if (!*end) return 0;
     }
-    fprintf(stderr, "--phases are up to %d numbers from 1 to %d, with commas between\n", PHASES_MAX, NODES_MAX);
+    fprintf(stderr, "--phases are up to %d numbers from 1 to %d, with commas between\n", PHASES_MAX,
+            NODES_MAX);
     return -1;
 }
 
@@ -457,8 +457,8 @@ static int take_options(struct options *o, int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
-    static struct lab l = {.o = {.preset = "debug", .nodes = 4, .tokens = 2000000, .steps = 20, .fragments = 1,
-                                 .seed = 1, .warmup = -1, .decay = -1, .weight_decay = -1, .outer_lr = 1,
+    static struct lab l = {.o = {.preset = "debug", .nodes = 4, .tokens = 2000000, .steps = 20,
+                                 .fragments = 1, .seed = 1, .warmup = -1, .decay = -1, .weight_decay = -1, .outer_lr = 1,
                                  .codec = OUTER_INT8}};
     if (take_options(&l.o, argc, argv)) return 2;
     set_up(&l);
