@@ -314,7 +314,7 @@ struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *er
           : has(c, "latest")        ? open_latest(c, run, err)
                                     : open_plain(c, run, err);
         if (r && err && err->code == ERR_NOT_FOUND && c->unseen.code) *err = c->unseen;
-        if (r && !c->store->remote) err_prefix(err, "%.100s", c->where); /* the others name it themselves */
+        if (r && err && !strstr(err->msg, c->store->url)) err_prefix(err, "%.100s", c->where);
     }
     if (!r) return c;
     ckpt_close(c);

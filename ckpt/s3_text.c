@@ -92,7 +92,7 @@ bool s3_passes(const struct http_answer *a) {
 }
 
 static int no_key(const struct s3_config *c, const char *what, struct err *err) {
-    return err_set(err, ERR_REFUSED, "%s: %s is not public, and there is no key here: AWS_ACCESS_KEY_ID and "
+    return err_set(err, ERR_REFUSED, "%.70s: %.40s is not public, and there is no key here: AWS_ACCESS_KEY_ID and "
                    "AWS_SECRET_ACCESS_KEY, INTELLECT_S3_KEY_FILE or ~/.aws/credentials", what, c->bucket);
 }
 
