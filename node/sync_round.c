@@ -47,6 +47,19 @@ void contribution_abort(struct sync *s, uint32_t fragment) {
 
 static float *part(float *array, size_t first) { return array ? array + first : NULL; }
 
+#define PIECE ((size_t)8 * OUTER_BLOCK) /* elements that stay in the nearest cache */
+
+/* Elements [first, first + n) of the state, which stand at `bytes` when they are encoded. */
+static int encode_piece(struct sync *s, uint32_t fragment, size_t first, size_t n, uint8_t *bytes,
+                        struct err *err) {
+    outer_pseudo_gradient(s->scratch, s->state.anchor + first,
+                          s->trainer.turn[fragment].local + first, part(s->residual, first), n);
+    if (outer_encode(bytes, s->scratch, n, s->codec, err)) return -1;
+    return s->residual ? outer_residual(s->residual_next + first, s->scratch, bytes,
+                                        outer_encoded_bytes(s->codec, n), n, s->codec, err)
+                       : 0;
+}
+
 /* -1: the local parameters cannot be encoded (err), or an element of them is no number. */
 static int encode_chunk(struct sync *s, uint32_t fragment, uint32_t k, struct err *err) {
     struct contribution *c = &s->contribution[fragment];
@@ -56,13 +69,11 @@ static int encode_chunk(struct sync *s, uint32_t fragment, uint32_t k, struct er
     uint8_t *bytes = encoded_chunk(s, fragment, k);
     float absmax;
     double norm2;
-    outer_pseudo_gradient(s->scratch, s->state.anchor + first,
-                          s->trainer.turn[fragment].local + first, part(s->residual, first), n);
-    if (outer_encode(bytes, s->scratch, n, s->codec, err)) return -1;
+    for (size_t at = 0; at < n; at += PIECE)
+        if (encode_piece(s, fragment, first + at, n - at < PIECE ? n - at : PIECE,
+                         bytes + outer_encoded_bytes(s->codec, at), err))
+            return -1;
     if (outer_measure(bytes, length, n, s->codec, &absmax, &norm2, err)) return -1;
-    if (s->residual &&
-        outer_residual(s->residual_next + first, s->scratch, bytes, length, n, s->codec, err))
-        return -1;
     if (absmax > c->absmax) c->absmax = absmax;
     c->norm2 += norm2;
     if (SYNC_HAS_FAULT(LIES_NAN)) memset(bytes, 0xff, length);

@@ -1,7 +1,7 @@
 /* sync_state.c - anchor and momentum as mapped arrays, with a version and a digest per chunk,
  * and the journal that makes a change of several chunks safe against a crash at any moment:
  *
- *   1. the old bytes of the chunks are put in the blob "journal"
+ *   1. the old bytes of the chunks are put in the array "journal" and flushed
  *   2. the arrays are changed and flushed
  *   3. their entries in the index are changed and flushed
  *
@@ -33,6 +33,7 @@ _Static_assert(sizeof(struct index_entry) == 64 && sizeof(struct index_header) =
 struct journal_head {
     char magic[8];
     uint64_t count;
+    struct digest digest; /* of what stands above and of all struct journal_chunk */
 };
 struct journal_chunk {
     uint64_t chunk, version;
@@ -110,13 +111,23 @@ static int for_runs(struct sync *s, const uint32_t *chunks, uint32_t count,
 
 /* ---- the journal ------------------------------------------------------------------------ */
 
-static size_t journal_bytes(struct sync *s, const uint32_t *chunks, uint32_t count) {
-    size_t bytes = sizeof(struct journal_head) + sizeof(struct digest);
-    for (uint32_t i = 0; i < count; i++)
-        if (s->state.version[chunks[i]] != SYNC_MISSING)
-            bytes += sizeof(struct journal_chunk) +
-                     2 * sizeof(float) * chunk_elements(s, chunks[i]);
-    return bytes;
+/* It is overwritten from change to change: when one begins, the one before is durable. One that is torn has
+ * another digest, or values that are not those of their leaves; then no chunk has been changed under it. */
+
+static uint32_t journal_chunks_max(const struct sync *s) {
+    uint32_t n = SYNC_BATCH_ELEMENTS / s->chunk_elements + 1;
+    if (n > SYNC_BATCH_CHUNKS) n = SYNC_BATCH_CHUNKS;
+    return n < s->chunk_count ? n : s->chunk_count;
+}
+
+static size_t journal_bytes_max(const struct sync *s) {
+    return sizeof(struct journal_head) +
+           journal_chunks_max(s) *
+               (sizeof(struct journal_chunk) + 2 * sizeof(float) * (size_t)s->chunk_elements);
+}
+
+static uint8_t *journal_map(struct sync *s, bool *created) {
+    return s->disk.map(s->disk.arg, "journal", journal_bytes_max(s), created, &s->failure);
 }
 
 static uint8_t *append(uint8_t *at, const void *bytes, size_t length) {
@@ -137,26 +148,25 @@ static bool journal_next(const struct sync *s, const uint8_t *at, const uint8_t 
 }
 
 /* Of all but the values, for which each chunk's leaf stands. False: it is no journal. */
-static bool journal_digest(const struct sync *s, const uint8_t *journal, size_t length,
-                           struct digest *out) {
+static bool journal_digest(const struct sync *s, const uint8_t *journal, struct digest *out) {
     struct journal_head head;
     struct journal_chunk jc;
     struct digest_stream d;
-    const uint8_t *at = journal + sizeof head;
+    const uint8_t *at = journal + sizeof head, *end = journal + journal_bytes_max(s);
     memcpy(&head, journal, sizeof head);
     digest_stream_init(&d);
-    digest_stream_update(&d, &head, sizeof head);
+    digest_stream_update(&d, &head, offsetof(struct journal_head, digest));
     for (uint64_t i = 0; i < head.count; i++) {
-        if (!journal_next(s, at, journal + length, &jc, &at)) return false;
+        if (!journal_next(s, at, end, &jc, &at)) return false;
         digest_stream_update(&d, &jc, sizeof jc);
     }
     *out = digest_stream_final(&d);
-    return at == journal + length;
+    return true;
 }
 
-/* Returns how many chunks are in it. */
-static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *chunks,
-                             uint32_t count) {
+/* Returns how long it is. */
+static size_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *chunks,
+                           uint32_t count) {
     struct journal_head head = {.magic = "ITLJRNL"};
     uint8_t *at = journal + sizeof head;
     for (uint32_t i = 0; i < count; i++) {
@@ -171,24 +181,27 @@ static uint64_t fill_journal(struct sync *s, uint8_t *journal, const uint32_t *c
         head.count++;
     }
     append(journal, &head, sizeof head);
-    struct digest d;
-    bool ours = journal_digest(s, journal, (size_t)(at - journal), &d);
+    bool ours = journal_digest(s, journal, &head.digest);
     assert(ours);
-    append(at, &d, sizeof d);
-    return head.count;
+    append(journal, &head, sizeof head);
+    return (size_t)(at - journal);
+}
+
+static bool has_something(const struct sync *s, const uint32_t *chunks, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        if (s->state.version[chunks[i]] != SYNC_MISSING) return true;
+    return false;
 }
 
 int state_change_begin(struct sync *s, const uint32_t *chunks, uint32_t count) {
+    bool created;
     for (uint32_t i = 0; s->before_change && i < count; i++)
         s->before_change(s->before_change_arg, chunks[i]);
-    size_t bytes = journal_bytes(s, chunks, count);
-    uint8_t *journal = sync_alloc(s, bytes, 1);
+    if (!has_something(s, chunks, count)) return 0;
+    assert(count <= journal_chunks_max(s));
+    uint8_t *journal = journal_map(s, &created);
     if (!journal) return -1;
-    int rc = 0;
-    if (fill_journal(s, journal, chunks, count))
-        rc = s->disk.put(s->disk.arg, "journal", journal, bytes, &s->failure);
-    free(journal);
-    return rc;
+    return s->disk.flush(s->disk.arg, "journal", 0, fill_journal(s, journal, chunks, count), &s->failure);
 }
 
 int state_change_end(struct sync *s, const uint32_t *chunks, const uint64_t *versions,
@@ -218,11 +231,20 @@ static int restore_chunk(struct sync *s, const struct journal_chunk *jc, const u
     return flush_index(s, c, 1);
 }
 
-/* Chunks of a journal whose digest is right, those that are missing now. */
-static int restore_from(struct sync *s, const uint8_t *journal, size_t length) {
+/* Chunks of the journal that are missing now. */
+static int restore(struct sync *s) {
+    struct journal_head head;
     struct journal_chunk jc;
-    const uint8_t *at = journal + sizeof(struct journal_head), *next;
-    for (; journal_next(s, at, journal + length, &jc, &next); at = next) {
+    struct digest d;
+    bool created;
+    const uint8_t *journal = journal_map(s, &created);
+    if (!journal) return -1;
+    memcpy(&head, journal, sizeof head);
+    if (memcmp(head.magic, "ITLJRNL", sizeof head.magic) || !journal_digest(s, journal, &d) ||
+        !digest_equal(&d, &head.digest))
+        return 0;
+    const uint8_t *at = journal + sizeof head, *end = journal + journal_bytes_max(s), *next;
+    for (uint64_t i = 0; i < head.count && journal_next(s, at, end, &jc, &next); i++, at = next) {
         const uint8_t *anchor = at + sizeof jc;
         size_t bytes = chunk_elements(s, (uint32_t)jc.chunk) * sizeof(float);
         if (s->state.version[jc.chunk] == SYNC_MISSING &&
@@ -230,26 +252,6 @@ static int restore_from(struct sync *s, const uint8_t *journal, size_t length) {
             return -1;
     }
     return 0;
-}
-
-static int restore(struct sync *s) {
-    uint8_t *journal;
-    size_t length;
-    struct err err = {0};
-    if (s->disk.get(s->disk.arg, "journal", &journal, &length, &err)) {
-        if (err.code == ERR_NOT_FOUND) return 0;
-        s->failure = err;
-        return -1;
-    }
-    int rc = 0;
-    if (length >= sizeof(struct journal_head) + sizeof(struct digest)) {
-        size_t body = length - sizeof(struct digest);
-        struct digest d;
-        if (journal_digest(s, journal, body, &d) && !memcmp(&d, journal + body, sizeof d))
-            rc = restore_from(s, journal, body);
-    }
-    free(journal);
-    return rc;
 }
 
 /* Believe the index only where the arrays say the same. */
