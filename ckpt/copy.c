@@ -109,7 +109,9 @@ struct fetching {
 };
 
 /* ".NAME.part": no object has such a name, and the next call finds it again. */
-static void part_name(const char *name, char out[PART_NAME_BYTES]) { snprintf(out, PART_NAME_BYTES, ".%s.part", name); }
+static void part_name(const char *name, char out[PART_NAME_BYTES]) {
+    snprintf(out, PART_NAME_BYTES, ".%s.part", name);
+}
 
 static int fetch_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
     struct fetching *f = arg;
@@ -128,10 +130,12 @@ static int take_local(struct fetching *f, int fd, uint64_t n, struct err *err) {
     if (!buffer) return err_set(err, ERR_MEMORY, "%.100s: out of memory", f->path);
     int r = 0;
     for (uint64_t at = 0; !r && at < n;) {
-        ssize_t got = pread(fd, buffer, n - at < CKPT_BLOCK_BYTES ? (size_t)(n - at) : CKPT_BLOCK_BYTES, (off_t)at);
+        ssize_t got = pread(fd, buffer, n - at < CKPT_BLOCK_BYTES ? (size_t)(n - at) : CKPT_BLOCK_BYTES,
+                            (off_t)at);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) r = err_set_errno(err, "%.100s/%.60s: read", f->path, f->k.now.object);
-        else if (got == 0) r = err_set(err, ERR_TRUNCATED, "%.100s/%.60s: grows shorter", f->path, f->k.now.object);
+        else if (got == 0) r = err_set(err, ERR_TRUNCATED, "%.100s/%.60s: grows shorter", f->path,
+                                       f->k.now.object);
         else digest_stream_update(&f->k.stream, buffer, (size_t)got);
         at += got > 0 ? (uint64_t)got : 0;
         if (!r) show(&f->k, at, 0);
@@ -157,7 +161,8 @@ static int look_local(struct fetching *f, const struct manifest_object *o, struc
     if (fd >= 0) close(fd);
     if (r) return -1;
     if (same && digest_is(f, o, &is)) return 1;
-    return err_set(err, ERR_REFUSED, "%.100s/%.60s: is there, and is not the checkpoint's: remove it, or give another folder",
+    return err_set(err, ERR_REFUSED,
+                   "%.100s/%.60s: is there, and is not the checkpoint's: remove it, or give another folder",
                    f->path, o->name);
 }
 
@@ -176,10 +181,13 @@ static int fill_right(struct fetching *f, const struct manifest_object *o, struc
     struct stat st;
     struct digest is;
     if (fstat(f->fd, &st)) return err_set_errno(err, "%.100s/%.60s", f->path, o->name);
-    if (!S_ISREG(st.st_mode)) return err_set(err, ERR_REFUSED, "%.100s: .%.60s.part is no file", f->path, o->name);
+    if (!S_ISREG(st.st_mode))
+        return err_set(err, ERR_REFUSED, "%.100s: .%.60s.part is no file", f->path, o->name);
     uint64_t have = !f->believed && (uint64_t)st.st_size <= o->bytes ? (uint64_t)st.st_size : 0;
-    if (o->bytes && fallocate(f->fd, FALLOC_FL_KEEP_SIZE, 0, (off_t)o->bytes) && (errno == ENOSPC || errno == EDQUOT))
-        return err_set_errno(err, "%.100s/%.60s: cannot reserve %" PRIu64 " bytes", f->path, o->name, o->bytes);
+    if (o->bytes && fallocate(f->fd, FALLOC_FL_KEEP_SIZE, 0, (off_t)o->bytes) &&
+        (errno == ENOSPC || errno == EDQUOT))
+        return err_set_errno(err, "%.100s/%.60s: cannot reserve %" PRIu64 " bytes", f->path, o->name,
+                             o->bytes);
     for (;; have = 0) {
         if (have == 0 && ftruncate(f->fd, 0)) return err_set_errno(err, "%.100s/%.60s", f->path, o->name);
         if (fill(f, o, have, err)) return -1;
@@ -210,7 +218,8 @@ static int fetch_object(struct fetching *f, const struct manifest_object *o, str
 }
 
 /* manifest.sig and manifest.json, as they were believed when the checkpoint was opened. */
-static int put_believed(struct fetching *f, const char *name, const struct ckpt_blob *bytes, struct err *err) {
+static int put_believed(struct fetching *f, const char *name, const struct ckpt_blob *bytes,
+                        struct err *err) {
     struct manifest_object o = {.bytes = bytes->length, .digest = digest_of(bytes->data, bytes->length)};
     snprintf(o.name, sizeof o.name, "%s", name);
     f->believed = bytes;
@@ -241,8 +250,10 @@ static int list_plain(const struct ckpt *c, struct manifest *list, struct err *e
 }
 
 static int fetch_plain(struct fetching *f, struct err *err) {
-    struct manifest list = {.object = calloc(CKPT_OBJECTS_MAX + sizeof hf_names / sizeof *hf_names, sizeof *list.object)};
-    int r = list.object ? list_plain(f->c, &list, err) : err_set(err, ERR_MEMORY, "%.100s: out of memory", f->path);
+    struct manifest list = {.object = calloc(CKPT_OBJECTS_MAX + sizeof hf_names / sizeof *hf_names,
+                                             sizeof *list.object)};
+    int r = list.object ? list_plain(f->c, &list, err) : err_set(err, ERR_MEMORY, "%.100s: out of memory",
+                                                                 f->path);
     for (uint32_t i = 0; !r && i < list.count; i++) f->k.now.total += list.object[i].bytes;
     for (uint32_t i = 0; !r && i < list.count; f->k.before += list.object[i++].bytes)
         r = fetch_object(f, &list.object[i], err);
@@ -270,7 +281,8 @@ static int fetch_signed(struct fetching *f, struct err *err) {
     return put_believed(f, "manifest.json", &f->c->manifest_bytes, err);
 }
 
-int ckpt_fetch(const struct ckpt *c, const char *dir, ckpt_progress_fn *progress, void *arg, struct err *err) {
+int ckpt_fetch(const struct ckpt *c, const char *dir, ckpt_progress_fn *progress, void *arg,
+               struct err *err) {
     struct fetching f = {.c = c, .path = dir, .k = {.progress = progress, .arg = arg}};
     struct ckpt_store *made = store_file_open(dir, true, err); /* makes the folder, on the way to it too */
     if (!made) return -1;
@@ -302,7 +314,8 @@ static int export_all(const struct ckpt *c, struct ckpt_store *to, struct err *e
     const struct tensors *t = &c->tensors[CKPT_ANCHOR];
     uint64_t ignored;
     for (size_t i = 0; i < sizeof hf_names / sizeof *hf_names; i++)
-        if ((c->plain ? !opened_stat(c, hf_names[i], &ignored, NULL) : !!manifest_find(&c->manifest, hf_names[i])) &&
+        if ((c->plain ? !opened_stat(c, hf_names[i], &ignored, NULL)
+                      : !!manifest_find(&c->manifest, hf_names[i])) &&
             export_object(c, to, hf_names[i], err))
             return -1;
     for (uint32_t i = 0; i < t->file_count; i++)
@@ -316,7 +329,8 @@ static int check_empty(const char *dir, struct err *err) {
     int r = 0;
     for (struct dirent *e; !r && (e = readdir(d));)
         if (strcmp(e->d_name, ".") && strcmp(e->d_name, ".."))
-            r = err_set(err, ERR_REFUSED, "%.100s: has \"%.64s\" in it; give a new or empty folder", dir, e->d_name);
+            r = err_set(err, ERR_REFUSED, "%.100s: has \"%.64s\" in it; give a new or empty folder", dir,
+                        e->d_name);
     closedir(d);
     return r;
 }

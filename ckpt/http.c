@@ -251,11 +251,13 @@ static size_t take_header(char *bytes, size_t size, size_t count, void *arg) {
     if (!strncmp(line, "HTTP/", 5)) clear_answer(a); /* "100 Continue" and redirections come before the last one */
     else if ((v = value_of(line, "ETag"))) snprintf(a->etag, sizeof a->etag, "%s", v);
     else if ((v = value_of(line, "Content-Length"))) a->length = number_of(v);
-    else if ((v = value_of(line, "Content-Range")) && (slash = strchr(v, '/'))) a->total = number_of(slash + 1);
+    else if ((v = value_of(line, "Content-Range")) && (slash = strchr(v, '/')))
+        a->total = number_of(slash + 1);
     else if ((v = value_of(line, "Last-Modified"))) a->modified_s = curl_getdate(v, NULL);
     else if ((v = value_of(line, "Date"))) a->date_s = curl_getdate(v, NULL);
     else if ((v = value_of(line, "x-amz-bucket-region"))) snprintf(a->region, sizeof a->region, "%s", v);
-    else if ((v = value_of(line, "Retry-After"))) a->retry_after_s = number_of(v) == UINT64_MAX ? 0 : number_of(v);
+    else if ((v = value_of(line, "Retry-After")))
+        a->retry_after_s = number_of(v) == UINT64_MAX ? 0 : number_of(v);
     return n;
 }
 
@@ -304,7 +306,8 @@ static size_t give_body(char *to, size_t size, size_t count, void *arg) {
 
 static int rewind_body(void *arg, curl_off_t offset, int origin) {
     struct transfer *t = arg;
-    if (origin != SEEK_SET || offset < 0 || (size_t)offset > t->request->body_bytes) return CURL_SEEKFUNC_FAIL;
+    if (origin != SEEK_SET || offset < 0 || (size_t)offset > t->request->body_bytes)
+        return CURL_SEEKFUNC_FAIL;
     t->sent = (size_t)offset;
     return CURL_SEEKFUNC_OK;
 }
@@ -422,9 +425,11 @@ static bool cut_short(const struct http_request *r, const struct http_answer *a)
 /* What went wrong for good, as an error. */
 static int failed(const struct transfer *t, CURLcode rc, uint32_t tries, struct err *err) {
     const char *why = t->why[0] ? t->why : curl_easy_strerror(rc);
-    if (cancelled(t->client, t->request)) return err_set(err, ERR_REFUSED, "given up: the store is being closed");
+    if (cancelled(t->client, t->request))
+        return err_set(err, ERR_REFUSED, "given up: the store is being closed");
     if (t->too_much)
-        return err_set(err, ERR_CORRUPT, "the server answers with other bytes than the range that was asked for");
+        return err_set(err, ERR_CORRUPT,
+                       "the server answers with other bytes than the range that was asked for");
     if (rc == CURLE_OUT_OF_MEMORY) return err_set(err, ERR_MEMORY, "libcurl: out of memory");
     if (http_failure_passes((int)rc))
         return err_set(err, ERR_TIMEOUT, "%.120s (tried %u times)", why, tries);

@@ -49,7 +49,8 @@ static void take_object(struct ckpt_entry *e, uint32_t *count, const struct ckpt
 static void take_pin(struct ckpt_entry *e, uint32_t count, const struct ckpt_object *o) {
     uint64_t index;
     size_t length;
-    if (o->unfinished || !parse_prefix(o->name + strlen(PINS), &length, &index) || o->name[strlen(PINS) + length]) return;
+    if (o->unfinished || !parse_prefix(o->name + strlen(PINS), &length, &index) ||
+        o->name[strlen(PINS) + length]) return;
     for (uint32_t i = 0; i < count; i++)
         if (e[i].index == index) e[i].pinned = true;
 }

@@ -36,7 +36,8 @@ static bool all_of(const char *text, const char *more) {
 /* "http://host:port" or https, and nothing after it. */
 static int take_endpoint(const char *text, size_t n, struct s3_config *c, struct err *err) {
     while (n > 0 && text[n - 1] == '/') n--;
-    size_t scheme = n > 8 && !strncmp(text, "https://", 8) ? 8 : n > 7 && !strncmp(text, "http://", 7) ? 7 : 0;
+    size_t scheme = n > 8 && !strncmp(text, "https://", 8) ? 8
+                  : n > 7 && !strncmp(text, "http://", 7)  ? 7 : 0;
     if (!scheme || !copy(text, n, c->endpoint, sizeof c->endpoint) || !all_of(c->endpoint + scheme, ".-:[]_"))
         return wrong(text, n, "cannot be an endpoint", err);
     return 0;
@@ -64,7 +65,8 @@ static int parse(const char *url, struct s3_config *c, char *style, struct err *
     url += 5;
     size_t path = strcspn(url, "?"), bucket = strcspn(url, "/?");
     if (memchr(url, '@', path))
-        return err_set(err, ERR_CONFIG, "s3: a key does not belong into a URL, which others read; put it into "
+        return err_set(err, ERR_CONFIG,
+                       "s3: a key does not belong into a URL, which others read; put it into "
                        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a file: INTELLECT_S3_KEY_FILE");
     if (bucket < 3 || !copy(url, bucket, c->bucket, sizeof c->bucket) || !all_of(c->bucket, ".-_") ||
         strstr(c->bucket, "..") || c->bucket[0] == '.')
@@ -72,7 +74,8 @@ static int parse(const char *url, struct s3_config *c, char *style, struct err *
     size_t end = path, begin = bucket;
     while (begin < end && url[begin] == '/') begin++;
     while (end > begin && url[end - 1] == '/') end--;
-    if (!copy(url + begin, end - begin, c->prefix, sizeof c->prefix) || (*c->prefix && !ckpt_name_valid(c->prefix)))
+    if (!copy(url + begin, end - begin, c->prefix, sizeof c->prefix) ||
+        (*c->prefix && !ckpt_name_valid(c->prefix)))
         return wrong(url + begin, end - begin, "cannot be a prefix: A-Z a-z 0-9 . _ - and /", err);
     if (!copy(url + path, strlen(url + path), c->query, sizeof c->query))
         return wrong(url + path, strlen(url + path), "is too long", err);
@@ -160,7 +163,8 @@ static int take_key(struct s3_config *c, const char *key, const char *secret, co
     snprintf(c->source, sizeof c->source, "%s", source);
     if (*key && *secret && copy(key, strlen(key), c->key, sizeof c->key) &&
         copy(secret, strlen(secret), c->secret, sizeof c->secret) &&
-        copy(token, strlen(token), c->token, sizeof c->token) && all_of(key, "-_.+/=:@") && !strpbrk(token, "\r\n"))
+        copy(token, strlen(token), c->token, sizeof c->token) && all_of(key, "-_.+/=:@") &&
+        !strpbrk(token, "\r\n"))
         return 0;
     c->key[0] = 0;
     return err_set(err, ERR_CONFIG, "%.120s: %s", source,
@@ -168,7 +172,8 @@ static int take_key(struct s3_config *c, const char *key, const char *secret, co
                    : !*key  ? "a secret key without its access key" : "this is no access key");
 }
 
-static int key_from_file(struct s3_config *c, const char *path, const char *section, bool needed, struct err *err) {
+static int key_from_file(struct s3_config *c, const char *path, const char *section, bool needed,
+                         struct err *err) {
     char key[129] = "", secret[129] = "", token[2049] = "", source[257];
     struct err e = {0};
     char *text = read_file(path, needed, &e);
@@ -185,7 +190,8 @@ static int key_from_file(struct s3_config *c, const char *path, const char *sect
     snprintf(source, sizeof source, "%.180s [%.60s]", path, section);
     if (any) return take_key(c, key, secret, token, source, err);
     if (!needed) return 0;
-    return err_set(err, ERR_CONFIG, "%.150s: no aws_access_key_id and aws_secret_access_key of [%.40s]", path, section);
+    return err_set(err, ERR_CONFIG, "%.150s: no aws_access_key_id and aws_secret_access_key of [%.40s]",
+                   path, section);
 }
 
 static const char *env(const char *name) {
@@ -221,11 +227,13 @@ int s3_config_load(const char *url, struct s3_config *out, struct err *err) {
         s3_ini_value(text, profile, "endpoint_url", endpoint, sizeof endpoint);
         free(text);
     }
-    const char *r = *out->region ? out->region : first_of(env("AWS_REGION"), env("AWS_DEFAULT_REGION"), region);
+    const char *r = *out->region ? out->region : first_of(env("AWS_REGION"), env("AWS_DEFAULT_REGION"),
+                                                          region);
     if (!*out->region && take_region(*r ? r : "us-east-1", *r ? strlen(r) : 9, out, err)) return -1;
     const char *given = first_of(env("AWS_ENDPOINT_URL_S3"), env("AWS_ENDPOINT_URL"), endpoint);
     if (!*out->endpoint && *given && take_endpoint(given, strlen(given), out, err)) return -1;
-    if (!*out->endpoint) snprintf(out->endpoint, sizeof out->endpoint, "https://s3.%s.amazonaws.com", out->region);
+    if (!*out->endpoint) snprintf(out->endpoint, sizeof out->endpoint, "https://s3.%s.amazonaws.com",
+                                  out->region);
     const char *host = strstr(out->endpoint, "//") + 2;
     size_t n = strcspn(host, ":");
     bool aws = n > 14 && !strncmp(host + n - 14, ".amazonaws.com", 14);

@@ -92,29 +92,36 @@ bool s3_passes(const struct http_answer *a) {
 }
 
 static int no_key(const struct s3_config *c, const char *what, struct err *err) {
-    return err_set(err, ERR_REFUSED, "%.70s: %.40s is not public, and there is no key here: AWS_ACCESS_KEY_ID and "
+    return err_set(err, ERR_REFUSED,
+                   "%.70s: %.40s is not public, and there is no key here: AWS_ACCESS_KEY_ID and "
                    "AWS_SECRET_ACCESS_KEY, INTELLECT_S3_KEY_FILE or ~/.aws/credentials", what, c->bucket);
 }
 
-static int forbidden(const struct s3_config *c, const struct http_answer *a, const char *code, const char *what,
+static int forbidden(const struct s3_config *c, const struct http_answer *a, const char *code,
+                     const char *what,
                      struct err *err) {
     if (is(code, "SignatureDoesNotMatch"))
-        return err_set(err, ERR_REFUSED, "%.90s: wrong secret key: it is not that of access key %.24s (from %.60s)",
+        return err_set(err, ERR_REFUSED,
+                       "%.90s: wrong secret key: it is not that of access key %.24s (from %.60s)",
                        what, c->key, c->source);
     if (is(code, "InvalidAccessKeyId"))
-        return err_set(err, ERR_REFUSED, "%.80s: access key %.24s (from %.50s) is not known at %.50s", what, c->key,
+        return err_set(err, ERR_REFUSED, "%.80s: access key %.24s (from %.50s) is not known at %.50s", what,
+                       c->key,
                        c->source, c->endpoint);
     if (is(code, "ExpiredToken InvalidToken TokenRefreshRequired"))
-        return err_set(err, ERR_REFUSED, "%.80s: the session token (from %.50s) is not valid any more (%s)", what,
+        return err_set(err, ERR_REFUSED, "%.80s: the session token (from %.50s) is not valid any more (%s)",
+                       what,
                        c->source, code);
     if (is(code, "RequestTimeTooSkewed RequestExpired")) {
         int64_t off = a->date_s < 0 ? 0 : (int64_t)time(NULL) - a->date_s;
-        return err_set(err, ERR_CONFIG, "%.80s: the clock of this machine is %" PRId64 " s %s that of the store: set it "
+        return err_set(err, ERR_CONFIG,
+                       "%.80s: the clock of this machine is %" PRId64 " s %s that of the store: set it "
                        "right (NTP); signatures hold for 15 minutes", what, off < 0 ? -off : off,
                        off < 0 ? "behind" : "ahead of");
     }
     if (!*c->key) return no_key(c, what, err);
-    return err_set(err, ERR_REFUSED, "%.90s: access key %.24s (from %.50s) has no right to do that (%s)", what, c->key,
+    return err_set(err, ERR_REFUSED, "%.90s: access key %.24s (from %.50s) has no right to do that (%s)",
+                   what, c->key,
                    c->source, *code ? code : "403");
 }
 
@@ -129,26 +136,32 @@ int s3_refusal(const struct s3_config *c, const struct http_answer *a, const cha
     char code[64], what[128], region[64] = "";
     s3_code(a, code);
     snprintf(what, sizeof what, "%s s3://%.63s%s%.48s", verb, c->bucket, *name ? "/" : "", name);
-    if (a->status == 507 || is(code, "QuotaExceeded XMinioStorageFull InsufficientCapacity InsufficientStorage"))
-        return err_set(err, ERR_FULL, "%s: the store is full, or its quota used up (%s)", what, *code ? code : "507");
+    if (a->status == 507 ||
+        is(code, "QuotaExceeded XMinioStorageFull InsufficientCapacity InsufficientStorage"))
+        return err_set(err, ERR_FULL, "%s: the store is full, or its quota used up (%s)", what,
+                       *code ? code : "507");
     if (is(code, "NoSuchBucket"))
         return err_set(err, ERR_CONFIG, "there is no bucket %.63s at %.100s", c->bucket, c->endpoint);
     if (other_region(a, code)) {
         if (!s3_xml_text(a->text, a->text + a->text_bytes, "Region", region, sizeof region))
             snprintf(region, sizeof region, "%.63s", a->region);
-        return err_set(err, ERR_CONFIG, "%.80s: the bucket is in region %.40s, not in %.40s: set AWS_REGION, or "
+        return err_set(err, ERR_CONFIG,
+                       "%.80s: the bucket is in region %.40s, not in %.40s: set AWS_REGION, or "
                        "?region= in the URL", what, *region ? region : "(unknown)", c->region);
     }
     if (a->status == 401 || a->status == 403 || is(code, "ExpiredToken InvalidToken TokenRefreshRequired"))
         return forbidden(c, a, code, what, err); /* some say 400 to an old token */
     if (a->status == 404) return err_set(err, ERR_NOT_FOUND, "%s: not there", what);
     if (a->status == 412) return err_set(err, ERR_STALE, "%s: somebody else put it first", what);
-    if (a->status == 416) return err_set(err, ERR_TRUNCATED, "%s: ends before the range that was asked for", what);
+    if (a->status == 416)
+        return err_set(err, ERR_TRUNCATED, "%s: ends before the range that was asked for", what);
     if (is(code, "XAmzContentSHA256Mismatch BadDigest InvalidDigest"))
         return err_set(err, ERR_CORRUPT, "%s: the bytes changed on their way to the store (%s)", what, code);
     if (http_status_passes(a->status) || s3_passes(a))
-        return err_set(err, ERR_TIMEOUT, "%s: the store answers %ld %s (tried %u times)", what, a->status, code,
+        return err_set(err, ERR_TIMEOUT, "%s: the store answers %ld %s (tried %u times)", what, a->status,
+                       code,
                        a->tries);
-    if (a->status == 501) return err_set(err, ERR_UNSUPPORTED, "%s: the store cannot do that (%s)", what, code);
+    if (a->status == 501)
+        return err_set(err, ERR_UNSUPPORTED, "%s: the store cannot do that (%s)", what, code);
     return err_set(err, ERR_IO, "%s: the store at %.60s answers %ld %s", what, c->endpoint, a->status, code);
 }

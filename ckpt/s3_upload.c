@@ -110,9 +110,11 @@ static int send_part(struct s3_upload *u, uint32_t i, uint8_t *buffer, char etag
         return -1;
     snprintf(etag, 96, "%s", a.etag);
     http_answer_release(&a);
-    if (!*etag) return err_set(err, ERR_IO, "%.120s/%.64s: part %u: no ETag", u->store->base.url, u->name, i + 1);
+    if (!*etag) return err_set(err, ERR_IO, "%.120s/%.64s: part %u: no ETag", u->store->base.url, u->name,
+                               i + 1);
     /* The spool needs that space no more. Where it cannot be given back, the file just stays large. */
-    int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * u->part_bytes), (off_t)n);
+    int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * u->part_bytes),
+                      (off_t)n);
     (void)r;
     return 0;
 }
@@ -131,7 +133,8 @@ static char *complete_body(const struct s3_upload *u) {
     if (!xml) return NULL;
     n += (size_t)snprintf(xml + n, size - n, "<CompleteMultipartUpload>");
     for (uint32_t i = 0; i < u->part_count; i++)
-        n += (size_t)snprintf(xml + n, size - n, "<Part><PartNumber>%u</PartNumber><ETag>%s</ETag></Part>", i + 1,
+        n += (size_t)snprintf(xml + n, size - n, "<Part><PartNumber>%u</PartNumber><ETag>%s</ETag></Part>",
+                              i + 1,
                               u->part[i].etag);
     snprintf(xml + n, size - n, "</CompleteMultipartUpload>");
     return xml;
@@ -145,21 +148,23 @@ static int complete_multipart(struct s3_upload *u, struct err *err) {
     struct err e = {0};
     struct http_answer a;
     if (!s3_stat(&u->store->base, u->name, &o, &e))
-        return err_set(err, ERR_STALE, "%.120s/%.64s: somebody else put it first", u->store->base.url, u->name);
+        return err_set(err, ERR_STALE, "%.120s/%.64s: somebody else put it first", u->store->base.url,
+                       u->name);
     if (e.code != ERR_NOT_FOUND) {
         if (err) *err = e;
         return -1;
     }
     char *body = complete_body(u);
-    struct s3_call c = {.method = HTTP_POST, .name = u->name, .query = query, .header = "If-None-Match: *", .body = body,
+    struct s3_call c = {.method = HTTP_POST, .name = u->name, .query = query, .header = "If-None-Match: *",
+                        .body = body,
                         .body_bytes = body ? strlen(body) : 0, .stall_s = COMPLETE_STALL_S, .cancel = &u->cancelled};
     int r = !body ? err_set(err, ERR_MEMORY, "%.64s: out of memory", u->name)
                   : query_of(u, "", query, sizeof query, err) || s3_call(u->store, &c, &a, err) ? -1 : 0;
     free(body);
     if (r) return -1;
     s3_code(&a, code);
-    bool good = a.status / 100 == 2 && !*code, perhaps = a.may_repeat && (a.status == 404 || a.status == 412 ||
-                                                                        a.status >= 500);
+    bool good = a.status / 100 == 2 && !*code;
+    bool perhaps = a.may_repeat && (a.status == 404 || a.status == 412 || a.status >= 500);
     struct err refused = {0};
     if (!good) {
         if (a.status / 100 == 2) a.status = 500; /* of an error in the body */
@@ -321,7 +326,8 @@ static int open_spool(struct err *err) {
     return fd;
 }
 
-struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, uint64_t bytes, struct err *err) {
+struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, uint64_t bytes,
+                                    struct err *err) {
     struct s3_store *s = (struct s3_store *)base;
     if (!ckpt_name_valid(name)) {
         err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", base->url, name);
@@ -330,7 +336,8 @@ struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, u
     struct s3_sender *p = sender_of(s, err);
     struct s3_upload *u = p ? calloc(1, sizeof *u) : NULL;
     if (!p) return NULL;
-    uint64_t part_bytes = s3_part_bytes(bytes, s->limits.part_mib), parts = (bytes + part_bytes - 1) / part_bytes;
+    uint64_t part_bytes = s3_part_bytes(bytes, s->limits.part_mib);
+    uint64_t parts = (bytes + part_bytes - 1) / part_bytes;
     if (u) u->part = calloc((size_t)parts + 1, sizeof *u->part);
     if (!u || !u->part) {
         free(u);
@@ -355,11 +362,13 @@ struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, u
     return (struct ckpt_upload *)u;
 }
 
-static int write_spool(struct s3_upload *u, uint64_t offset, const uint8_t *bytes, size_t n, struct err *err) {
+static int write_spool(struct s3_upload *u, uint64_t offset, const uint8_t *bytes, size_t n,
+                       struct err *err) {
     for (size_t done = 0; done < n;) {
         ssize_t put = pwrite(u->spool, bytes + done, n - done, (off_t)(offset + done));
         if (put < 0 && errno == EINTR) continue;
-        if (put < 0) return err_set_errno(err, "%.64s: write to the spool folder (INTELLECT_STORE_SPOOL)", u->name);
+        if (put < 0) return err_set_errno(err, "%.64s: write to the spool folder (INTELLECT_STORE_SPOOL)",
+                                          u->name);
         done += (size_t)put;
     }
     return 0;
@@ -423,7 +432,8 @@ int s3_upload_complete(struct ckpt_upload *upload, struct err *err) {
     for (uint32_t i = 0; i < u->part_count; i++)
         if (u->part[i].filled != bytes_of(u, i))
             return err_set(err, ERR_TRUNCATED, "%.64s: bytes of part %u are missing", u->name, i + 1);
-    if (s3_upload_sync(upload, err) || (is_small(u) ? put_small(u, err) : complete_multipart(u, err))) return -1;
+    if (s3_upload_sync(upload, err) || (is_small(u) ? put_small(u, err) : complete_multipart(u, err)))
+        return -1;
     u->done = true;
     return 0;
 }

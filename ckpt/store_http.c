@@ -16,15 +16,18 @@ struct http_store {
     struct http_client *http;
 };
 
-static int refusal(const struct http_store *s, const char *name, const struct http_answer *a, struct err *err) {
+static int refusal(const struct http_store *s, const char *name, const struct http_answer *a,
+                   struct err *err) {
     long status = a->status;
     if (status == 404 || status == 410)
         return err_set(err, ERR_NOT_FOUND, "%.120s/%.64s: not there", s->base.url, name);
     if (status == 401 || status == 403)
         return err_set(err, ERR_REFUSED, "%.120s/%.64s: not public (%ld)", s->base.url, name, status);
-    if (status == 416) return err_set(err, ERR_TRUNCATED, "%.120s/%.64s: ends before the range", s->base.url, name);
+    if (status == 416) return err_set(err, ERR_TRUNCATED, "%.120s/%.64s: ends before the range", s->base.url,
+                                      name);
     if (http_status_passes(status))
-        return err_set(err, ERR_TIMEOUT, "%.120s/%.64s: the server answers %ld (tried %u times)", s->base.url, name,
+        return err_set(err, ERR_TIMEOUT, "%.120s/%.64s: the server answers %ld (tried %u times)",
+                       s->base.url, name,
                        status, a->tries);
     return err_set(err, ERR_IO, "%.120s/%.64s: the server answers %ld", s->base.url, name, status);
 }
@@ -33,7 +36,8 @@ static int perform(struct http_store *s, const char *name, struct http_request *
                    struct err *err) {
     char url[URL_BYTES_MAX];
     if (!ckpt_name_valid(name))
-        return err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", s->base.url, name);
+        return err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", s->base.url,
+                       name);
     snprintf(url, sizeof url, "%s/%s%s", s->base.url, name, s->base.query);
     r->url = url;
     r->follow = true;
@@ -57,7 +61,8 @@ static int http_stat(struct ckpt_store *base, const char *name, struct ckpt_obje
         bytes = a.status == 206 ? a.total : a.status == 200 ? a.length : a.status == 416 ? 0 : UINT64_MAX;
     }
     int r = bytes != UINT64_MAX ? 0
-          : a.status / 100 == 2 ? err_set(err, ERR_UNSUPPORTED, "%.120s/%.64s: the server does not say how long it is",
+          : a.status / 100 == 2 ? err_set(err, ERR_UNSUPPORTED,
+                                          "%.120s/%.64s: the server does not say how long it is",
                                           s->base.url, name)
                                 : refusal(s, name, &a, err);
     if (!r) {
@@ -79,7 +84,8 @@ static int http_get(struct ckpt_store *base, const char *name, uint64_t offset, 
     if (perform(s, name, &get, &a, err)) return -1;
     int r = a.status / 100 != 2 ? refusal(s, name, &a, err)
           : a.data_bytes == n   ? 0
-                                : err_set(err, ERR_TRUNCATED, "%.120s/%.64s: ends at byte %" PRIu64 ", wanted %" PRIu64,
+                                : err_set(err, ERR_TRUNCATED,
+                                          "%.120s/%.64s: ends at byte %" PRIu64 ", wanted %" PRIu64,
                                           s->base.url, name, offset + a.data_bytes, offset + n);
     http_answer_release(&a);
     return r;
@@ -95,14 +101,16 @@ static int http_put(struct ckpt_store *s, const char *name, const void *bytes, s
     (void)name, (void)bytes, (void)n, (void)version;
     return read_only(s, err);
 }
-static struct ckpt_upload *http_begin(struct ckpt_store *s, const char *name, uint64_t bytes, struct err *err) {
+static struct ckpt_upload *http_begin(struct ckpt_store *s, const char *name, uint64_t bytes,
+                                      struct err *err) {
     (void)name, (void)bytes;
     read_only(s, err);
     return NULL;
 }
 static void http_upload_destroy(struct ckpt_upload *u) { (void)u; } /* there is none but NULL */
 static int http_list(struct ckpt_store *s, const char *prefix,
-                     int (*visit)(void *arg, const struct ckpt_object *o, struct err *err), void *arg, struct err *err) {
+                     int (*visit)(void *arg, const struct ckpt_object *o, struct err *err), void *arg,
+                     struct err *err) {
     (void)prefix, (void)visit, (void)arg;
     return err_set(err, ERR_UNSUPPORTED, "%.150s: a web server does not list", s->url);
 }
@@ -132,12 +140,14 @@ static int take_url(struct http_store *s, const char *url, struct err *err) {
     size_t n = strcspn(url, "?#"), q = strlen(url + n);
     const char *host = strstr(url, "//") + 2;
     if (!strncmp(url, "http://", 7) && !http_loopback(host))
-        return err_set(err, ERR_CONFIG, "%.100s: what comes over http can be changed on its way; use https", url);
+        return err_set(err, ERR_CONFIG, "%.100s: what comes over http can be changed on its way; use https",
+                       url);
     if (memchr(host, '@', strcspn(host, "/?#")))
         return err_set(err, ERR_CONFIG, "https: a password does not belong into a URL, which others read");
     while (n > 0 && url[n - 1] == '/') n--;
     if (url + n <= host || n >= sizeof s->base.url || q >= sizeof s->base.query)
-        return err_set(err, ERR_CONFIG, "%.100s: not a URL of at most %zu bytes", url, sizeof s->base.url - 1);
+        return err_set(err, ERR_CONFIG, "%.100s: not a URL of at most %zu bytes", url,
+                       sizeof s->base.url - 1);
     snprintf(s->base.url, sizeof s->base.url, "%.*s", (int)n, url);
     snprintf(s->base.query, sizeof s->base.query, "%s", url + strcspn(url, "?#"));
     return 0;

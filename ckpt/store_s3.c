@@ -79,7 +79,8 @@ static const char *verb_of(enum http_method m) {
     return verbs[m];
 }
 
-static int refusal(struct s3_store *s, const struct s3_call *c, const struct http_answer *a, struct err *err) {
+static int refusal(struct s3_store *s, const struct s3_call *c, const struct http_answer *a,
+                   struct err *err) {
     char key[KEY_BYTES_MAX + 1];
     key_of(s, c->name ? c->name : "", key);
     return s3_refusal(&s->config, a, verb_of(c->method), key, err);
@@ -119,7 +120,8 @@ int s3_stat(struct ckpt_store *base, const char *name, struct ckpt_object *out, 
     if (a.status != 200) {
         why_not(s, name, &a, err);
     } else if (a.length == UINT64_MAX) {
-        err_set(err, ERR_UNSUPPORTED, "%.120s/%.64s: the store does not say how long it is", s->base.url, name);
+        err_set(err, ERR_UNSUPPORTED, "%.120s/%.64s: the store does not say how long it is", s->base.url,
+                name);
     } else {
         *out = (struct ckpt_object){.bytes = a.length, .modified_s = a.modified_s};
         snprintf(out->name, sizeof out->name, "%s", name);
@@ -139,7 +141,8 @@ static int s3_get(struct ckpt_store *base, const char *name, uint64_t offset, vo
     if (n == 0) return s3_stat(base, name, &o, err);
     if (check_name(s, name, err) || s3_call_ok(s, &c, &a, err)) return -1;
     int r = a.data_bytes == n ? 0
-          : err_set(err, ERR_TRUNCATED, "%.120s/%.64s: ends at byte %" PRIu64 ", wanted %" PRIu64, s->base.url, name,
+          : err_set(err, ERR_TRUNCATED, "%.120s/%.64s: ends at byte %" PRIu64 ", wanted %" PRIu64,
+                    s->base.url, name,
                     offset + a.data_bytes, offset + n);
     http_answer_release(&a);
     return r;
@@ -251,7 +254,8 @@ static const char *name_in(const struct s3_store *s, const char *key) {
 static int take_object(const struct listing *l, const char *from, const char *end, struct err *err) {
     char key[KEY_BYTES_MAX + 1], size[32], modified[64];
     struct ckpt_object o = {0};
-    if (!s3_xml_text(from, end, "Key", key, sizeof key) || !s3_xml_text(from, end, "Size", size, sizeof size)) return 0;
+    if (!s3_xml_text(from, end, "Key", key, sizeof key) ||
+        !s3_xml_text(from, end, "Size", size, sizeof size)) return 0;
     const char *name = name_in(l->store, key);
     if (!name) return 0;
     snprintf(o.name, sizeof o.name, "%s", name);
@@ -264,7 +268,8 @@ static int take_object(const struct listing *l, const char *from, const char *en
 static int take_upload(const struct listing *l, const char *from, const char *end, struct err *err) {
     char key[KEY_BYTES_MAX + 1], id[S3_UPLOAD_ID_MAX + 1], begun[64];
     struct ckpt_object o = {.unfinished = true};
-    if (!s3_xml_text(from, end, "Key", key, sizeof key) || !s3_xml_text(from, end, "UploadId", id, sizeof id)) return 0;
+    if (!s3_xml_text(from, end, "Key", key, sizeof key) ||
+        !s3_xml_text(from, end, "UploadId", id, sizeof id)) return 0;
     const char *name = name_in(l->store, key);
     if (!name || !hide(name, id, o.name)) return 0;
     o.modified_s = s3_xml_text(from, end, "Initiated", begun, sizeof begun) ? s3_time(begun) : -1;
@@ -293,17 +298,20 @@ static int page_query(const struct s3_store *s, const struct page_kind *k, const
     if (!*prefix && *s->config.prefix) snprintf(key, sizeof key, "%s/", s->config.prefix);
     bool failed = http_escape(key, escaped, sizeof escaped) != 0;
     for (int i = 0; i < 2; i++) failed |= http_escape(next[i], token[i], sizeof token[i]) != 0;
-    int n = snprintf(out, size, "%s%s%s%s%s%s", *token[0] ? k->parameter[0] : "", *token[0] ? "=" : "", token[0],
+    int n = snprintf(out, size, "%s%s%s%s%s%s", *token[0] ? k->parameter[0] : "", *token[0] ? "=" : "",
+                     token[0],
                      *token[0] ? "&" : "", k->first, escaped);
     if (n < (int)size && k->parameter[1]) {
         if (*token[1])
             n += snprintf(out + n, size - (size_t)n, "&%s=%s", k->parameter[1], token[1]);
         if (n < (int)size) n += snprintf(out + n, size - (size_t)n, "&uploads=");
     }
-    return !failed && n < (int)size ? 0 : err_set(err, ERR_UNSUPPORTED, "%.120s: a list's page is too far", s->base.url);
+    return !failed && n < (int)size ? 0 : err_set(err, ERR_UNSUPPORTED, "%.120s: a list's page is too far",
+                                                  s->base.url);
 }
 
-static int list_pages(struct s3_store *s, const struct page_kind *k, const char *prefix, const struct listing *l,
+static int list_pages(struct s3_store *s, const struct page_kind *k, const char *prefix,
+                      const struct listing *l,
                       struct err *err) {
     char next[2][2048] = {"", ""}, query[URL_BYTES_MAX / 2];
     for (int page = 0; page < PAGES_MAX; page++) {
@@ -311,7 +319,8 @@ static int list_pages(struct s3_store *s, const struct page_kind *k, const char 
         struct http_answer a;
         char more[8] = "";
         int r = 0;
-        if (page_query(s, k, prefix, (const char (*)[2048])next, query, sizeof query, err) || s3_call_ok(s, &c, &a, err))
+        if (page_query(s, k, prefix, (const char (*)[2048])next, query, sizeof query, err) ||
+            s3_call_ok(s, &c, &a, err))
             return -1;
         const char *end = a.text + a.text_bytes, *item;
         size_t n;
@@ -322,7 +331,8 @@ static int list_pages(struct s3_store *s, const struct page_kind *k, const char 
             if (!k->next[i] || !s3_xml_text(a.text, end, k->next[i], next[i], sizeof next[i])) next[i][0] = 0;
         http_answer_release(&a);
         if (r || !truncated) return r;
-        if (!*next[0]) return err_set(err, ERR_IO, "%.120s: the store lists a part and not where it goes on", s->base.url);
+        if (!*next[0]) return err_set(err, ERR_IO, "%.120s: the store lists a part and not where it goes on",
+                                      s->base.url);
     }
     return err_set(err, ERR_FULL, "%.120s: more than %d pages of objects", s->base.url, PAGES_MAX);
 }
@@ -353,7 +363,8 @@ static int match_upload(const struct listing *l, const char *from, const char *e
     struct abortion *b = l->arg;
     char key[KEY_BYTES_MAX + 1], id[S3_UPLOAD_ID_MAX + 1], hidden[CKPT_NAME_BYTES_MAX + 1];
     (void)err;
-    if (!s3_xml_text(from, end, "Key", key, sizeof key) || !s3_xml_text(from, end, "UploadId", id, sizeof id)) return 0;
+    if (!s3_xml_text(from, end, "Key", key, sizeof key) ||
+        !s3_xml_text(from, end, "UploadId", id, sizeof id)) return 0;
     const char *name = name_in(l->store, key);
     if (name && hide(name, id, hidden) && !strcmp(hidden, b->want)) {
         snprintf(b->name, sizeof b->name, "%s", name);
@@ -380,7 +391,8 @@ static int abort_hidden(struct s3_store *s, const char *hidden, struct err *err)
     const char *slash = strrchr(hidden, '/');
     int folder = slash ? (int)(slash - hidden) + 1 : 0;
     size_t n = strlen(hidden + folder);
-    if (n < 19) return err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" is no object's name", s->base.url, hidden);
+    if (n < 19) return err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" is no object's name", s->base.url,
+                               hidden);
     snprintf(prefix, sizeof prefix, "%.*s%.*s", folder, hidden, (int)n - 18, hidden + folder + 1);
     kind.take = match_upload;
     if (list_pages(s, &kind, prefix, &l, err)) return -1;
@@ -434,7 +446,8 @@ struct ckpt_store *store_s3_open(const char *url, struct err *err) {
         (s->http = http_client_create(&s->limits, s->config.loopback, err))) {
         s->base = (struct ckpt_store){.ops = &s3_ops, .remote = true, .streams = s->limits.streams,
                                       .block_bytes = (size_t)s->limits.part_mib << 20};
-        snprintf(s->base.url, sizeof s->base.url, "s3://%s%s%s", s->config.bucket, *s->config.prefix ? "/" : "",
+        snprintf(s->base.url, sizeof s->base.url, "s3://%s%s%s", s->config.bucket,
+                 *s->config.prefix ? "/" : "",
                  s->config.prefix);
         snprintf(s->base.query, sizeof s->base.query, "%s", s->config.query);
         s->auth = (struct http_auth){s->config.key, s->config.secret, s->config.region};

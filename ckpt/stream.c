@@ -46,7 +46,8 @@ static void *fetch_main(void *arg) {
         uint8_t *to = s->out ? s->out + i * s->block_bytes : s->slot[i % s->slots].bytes;
         struct err e = {0};
         pthread_mutex_unlock(&s->mutex);
-        int r = s->store->ops->get(s->store, s->name, s->offset + i * s->block_bytes, to, length_of(s, i), &e);
+        int r = s->store->ops->get(s->store, s->name, s->offset + i * s->block_bytes, to, length_of(s, i),
+                                   &e);
         pthread_mutex_lock(&s->mutex);
         if (r && !s->stop) s->failure = e;
         if (r) s->stop = true;
@@ -89,7 +90,8 @@ static int make_slots(struct stream *s, uint32_t threads, struct err *err) {
     s->slots = threads + AHEAD;
     s->slot = calloc(s->slots, sizeof *s->slot);
     for (uint32_t i = 0; s->slot && i < s->slots; i++)
-        if (!(s->slot[i].bytes = malloc(s->block_bytes))) return err_set(err, ERR_MEMORY, "%s: out of memory", s->name);
+        if (!(s->slot[i].bytes = malloc(s->block_bytes)))
+            return err_set(err, ERR_MEMORY, "%s: out of memory", s->name);
     return s->slot ? 0 : err_set(err, ERR_MEMORY, "%s: out of memory", s->name);
 }
 
@@ -131,13 +133,16 @@ static bool parallel(const struct ckpt_store *s, uint64_t bytes) {
     return s->streams > 1 && s->block_bytes && bytes > s->block_bytes;
 }
 
-int object_get(struct ckpt_store *s, const char *name, uint64_t offset, void *out, size_t n, struct err *err) {
-    struct stream stream = {.store = s, .name = name, .offset = offset, .bytes = n, .block_bytes = s->block_bytes,
+int object_get(struct ckpt_store *s, const char *name, uint64_t offset, void *out, size_t n,
+               struct err *err) {
+    struct stream stream = {.store = s, .name = name, .offset = offset, .bytes = n,
+                            .block_bytes = s->block_bytes,
                             .out = out};
     return parallel(s, n) ? run(&stream, NULL, NULL, err) : s->ops->get(s, name, offset, out, n, err);
 }
 
-int object_stream(struct ckpt_store *s, const char *name, uint64_t from, uint64_t bytes, block_taker *block, void *arg,
+int object_stream(struct ckpt_store *s, const char *name, uint64_t from, uint64_t bytes, block_taker *block,
+                  void *arg,
                   struct err *err) {
     struct stream stream = {.store = s, .name = name, .offset = from, .bytes = bytes - from,
                             .block_bytes = s->block_bytes};

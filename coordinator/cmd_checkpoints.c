@@ -56,7 +56,8 @@ static int number(const char *what, const char *text, uint64_t min, uint64_t max
     unsigned long long value = strtoull(text, &end, 10);
     *out = value;
     if (*text >= '0' && *text <= '9' && !*end && !errno && value >= min && value <= max) return 0;
-    return coordinator_misused("checkpoints", "%s is '%.40s'; allowed are whole numbers from %" PRIu64 " to %" PRIu64,
+    return coordinator_misused("checkpoints",
+                               "%s is '%.40s'; allowed are whole numbers from %" PRIu64 " to %" PRIu64,
                                what, text, min, max);
 }
 
@@ -82,7 +83,8 @@ static void show(const struct ckpt_entry *e, const char *what, bool json) {
     time_t t = (time_t)e->modified_s;
     strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", gmtime_r(&t, &tm));
     if (json) {
-        json_t *o = json_pack("{sI ss sI sI sb sb sb ss}", "index", (json_int_t)e->index, "folder", e->prefix, "bytes",
+        json_t *o = json_pack("{sI ss sI sI sb sb sb ss}", "index", (json_int_t)e->index, "folder",
+                              e->prefix, "bytes",
                               (json_int_t)e->bytes, "modified", (json_int_t)e->modified_s, "complete", (int)e->complete,
                               "latest", (int)e->latest, "pinned", (int)e->pinned, "what", what);
         json_dumpf(o, stdout, JSON_COMPACT);
@@ -94,7 +96,8 @@ static void show(const struct ckpt_entry *e, const char *what, bool json) {
     }
 }
 
-static void show_removed(void *arg, const struct ckpt_entry *e) { show(e, "removed", ((struct options *)arg)->json); }
+static void show_removed(void *arg,
+                         const struct ckpt_entry *e) { show(e, "removed", ((struct options *)arg)->json); }
 
 static int list(struct ckpt_store *store, const struct options *o, struct err *err) {
     struct ckpt_entry *e;
@@ -129,10 +132,12 @@ static int take_words(int *argc, char **argv, struct order *order) {
     if (*argc < 2 || argv[1][0] == '-') return 0; /* --help, or nothing at all */
     for (size_t i = 0; *argc > 2 && i < sizeof verbs / sizeof *verbs; i++)
         if (!strcmp(argv[2], verbs[i])) order->verb = verbs[i];
-    if (!order->verb) return coordinator_misused("checkpoints", "say what to do: DIR list, pin, unpin or prune");
+    if (!order->verb) return coordinator_misused("checkpoints",
+                                                 "say what to do: DIR list, pin, unpin or prune");
     int words = 1;
     if (strstr(order->verb, "pin")) {
-        if (*argc < 4) return coordinator_misused("checkpoints", "which one: a ledger index, as list shows it");
+        if (*argc < 4) return coordinator_misused("checkpoints",
+                                                  "which one: a ledger index, as list shows it");
         if (number("the ledger index", argv[3], 0, INT64_MAX, &order->index)) return 2;
         words = 2;
     }
@@ -141,7 +146,8 @@ static int take_words(int *argc, char **argv, struct order *order) {
     return 0;
 }
 
-static int carry_out(const struct order *order, struct options *o, struct ckpt_store *store, struct err *err) {
+static int carry_out(const struct order *order, struct options *o, struct ckpt_store *store,
+                     struct err *err) {
     if (!strcmp(order->verb, "list")) return list(store, o, err);
     if (strcmp(order->verb, "prune") != 0) {
         bool pin = !strcmp(order->verb, "pin");
@@ -162,7 +168,8 @@ int coordinator_checkpoints(int argc, char **argv) {
     char url[PROTO_URL_BYTES_MAX + 1];
     int code = take_words(&argc, argv, &order);
     if (code || !command_line_parse(&line, argc, argv, &dir, &code)) return code;
-    if (!order.verb) return coordinator_misused("checkpoints", "say what to do: DIR list, pin, unpin or prune");
+    if (!order.verb) return coordinator_misused("checkpoints",
+                                                "say what to do: DIR list, pin, unpin or prune");
     if (!strcmp(order.verb, "prune") && !o.how.last)
         return coordinator_misused("checkpoints", "say how many of the newest stay: --last N");
     if (run_open(&run, dir, &err)) return coordinator_failed(&err);

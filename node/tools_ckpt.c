@@ -126,7 +126,8 @@ static json_t *facts_object(const struct ckpt *c) {
                      "index", (json_int_t)f->index, "round", (json_int_t)f->round,
                      "tokens_committed", (json_int_t)f->tokens_committed, "term",
                      (json_int_t)f->term, "state_root", hex(&f->state_root, root), "ledger_head",
-                     hex(&f->ledger_head, head), "manifest", hex(&f->manifest, manifest), "signer", hex(&key, signer));
+                     hex(&f->ledger_head, head), "manifest", hex(&f->manifest,
+                                                                 manifest), "signer", hex(&key, signer));
 }
 
 static json_t *tensor_list(const struct ckpt *c) {
@@ -148,7 +149,8 @@ static json_t *object_list(const struct ckpt *c) {
         struct digest d;
         char text[DIGEST_HEX_BYTES];
         const char *name = ckpt_object(c, i, &bytes, &d);
-        json_array_append_new(list, json_pack("{ss sI ss}", "name", name, "bytes", (json_int_t)bytes, "blake2b",
+        json_array_append_new(list,
+                              json_pack("{ss sI ss}", "name", name, "bytes", (json_int_t)bytes, "blake2b",
                                               hex(&d, text)));
     }
     return list;
@@ -169,7 +171,8 @@ static void print_list(const char *key, const json_t *list) {
     json_array_foreach((json_t *)list, i, item) {
         char *text = json_dumps(json_object_get(item, "shape"), JSON_ENCODE_ANY | JSON_COMPACT);
         if (text) printf("  %-56s %s\n", json_string_value(json_object_get(item, "name")), text);
-        else printf("  %-56s %" JSON_INTEGER_FORMAT " bytes, %s\n", json_string_value(json_object_get(item, "name")),
+        else printf("  %-56s %" JSON_INTEGER_FORMAT " bytes, %s\n",
+                    json_string_value(json_object_get(item, "name")),
                     json_integer_value(json_object_get(item, "bytes")),
                     json_string_value(json_object_get(item, "blake2b")));
         free(text);
