@@ -405,13 +405,12 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     sync_look(m->sync, &v);
     z->valid = true;
     z->number = ++w->freezes;
-    z->work = m->trainer.work;
-    z->announced = false;
     z->known_head = v.head_index;
     for (uint32_t k = 0; k < w->fragment_chunks[fragment]; k++) {
         uint32_t chunk = w->chunk_at[fragment][k];
         memcpy(z->effect[k], m->trainer.effect[chunk], sizeof z->effect[k]);
         z->base[k] = m->trainer.base[chunk];
+        z->anchor[k] = sync_chunk_version(m->sync, chunk);
     }
     memcpy(z->all, m->trainer.fragment_effect[fragment], sizeof z->all);
     z->samples = samples_count(z->all);
@@ -520,20 +519,20 @@ bool oracle_keeps_bytes(const struct sim_world *w, const struct sim_contribution
     return keeps_bytes(w, &w->member[x->slot], x->fragment, x->bytes);
 }
 
-/* What the trainer wrote is the anchor that the contribution is based on, and own work. Where it is announced
- * again, or the trainer has begun anew since, it may have missed the commit for which it was made: anchor - local
- * is the same on the next base, but never across a rewind. */
+/* What the trainer wrote is own work on the very anchor that it was subtracted from, and that is the one which the
+ * contribution is based on. Or an older one: a contribution may miss the commit for which it was made, and anchor -
+ * local is the same on the next base, but never across a rewind. */
 static void check_base(struct sim_world *w, const struct sim_member *m, const struct msg_ready *r) {
     const struct sim_freeze *z = &m->freeze[r->fragment];
-    bool again = z->announced || z->work != m->trainer.work;
-    for (uint32_t k = 0; k < r->chunks; k++)
-        if (z->base[k] != r->base_index &&
-            !(again && z->base[k] == z->base[0] && z->base[k] < r->base_index && z->base[k] >= m->rewound))
-            sim_violation(w,
-                          "slot %u, fragment %u round %llu: its trainer has chunk %u of state %llu, "
-                          "the contribution is based on %llu",
-                          m->slot, r->fragment, LLU(r->round), k, LLU(z->base[k]),
-                          LLU(r->base_index));
+    for (uint32_t k = 0; k < r->chunks; k++) {
+        bool older = z->base[k] == z->base[0] && z->base[k] < r->base_index && z->base[k] >= m->rewound;
+        if (z->base[k] == z->anchor[k] && (z->base[k] == r->base_index || older)) continue;
+        sim_violation(w,
+                      "slot %u, fragment %u round %llu: its trainer has chunk %u of state %llu, the contribution is "
+                      "based on %llu and made with %llu",
+                      m->slot, r->fragment, LLU(r->round), k, LLU(z->base[k]), LLU(r->base_index),
+                      LLU(z->anchor[k]));
+    }
 }
 
 /* The leaves of what a shard's report promises stand in the file with its chunks. */
@@ -618,7 +617,6 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
                           m->slot, r->fragment);
     }
     keep_contribution(w, m, r, newest_frozen(m, r));
-    z->announced = true;
 }
 
 /* ---- what members tell the coordinator ------------------------------------------------------------- */

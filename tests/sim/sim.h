@@ -86,7 +86,6 @@ struct sim_command { /* to the trainer, carried out in order at a step boundary 
 struct sim_trainer {
     bool alive, has_parameters, stepping, replying, waits;
     uint32_t generation; /* events of an earlier life are void */
-    uint64_t work;       /* counts beginnings from the anchor, over all trainers; 0: none yet */
     float local[SIM_ELEMENTS_MAX], moments[SIM_ELEMENTS_MAX];
     float frozen[SIM_FRAGMENTS_MAX][SIM_ELEMENTS_MAX];
     struct sim_range queue[SIM_COMMANDS_MAX];
@@ -101,9 +100,9 @@ struct sim_trainer {
 struct sim_freeze { /* what the newest freeze of a fragment must lead to */
     bool valid;
     sim_samples effect[SIM_CHUNKS_MAX], all; /* by chunk of the fragment; by fragment */
-    uint64_t base[SIM_CHUNKS_MAX], samples, known_head, number;
-    uint64_t work; /* its trainer's */
-    bool encodes, announced;
+    uint64_t base[SIM_CHUNKS_MAX], anchor[SIM_CHUNKS_MAX]; /* versions of the trainer's, and of what it is subtracted from */
+    uint64_t samples, known_head, number;
+    bool encodes;
     uint8_t bytes[8 * SIM_ELEMENTS_MAX]; /* all chunks, one after the other */
     struct digest root;                  /* over them; and of the READY that came of it */
 };
@@ -339,7 +338,7 @@ struct sim_world {
     uint64_t audit_count, report_count;
     uint64_t checked_sums, unchecked_sums, checkpoints, twice;
     uint64_t planned[SIM_FRAGMENTS_MAX][2]; /* number and round of the newest plan */
-    uint64_t freezes, resets, events, injected[SIM_INJECTED];
+    uint64_t freezes, events, injected[SIM_INJECTED];
     uint8_t *current_payload; /* of the event being delivered */
     char violation[512];
     jmp_buf stop;

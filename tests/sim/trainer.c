@@ -69,7 +69,6 @@ static void reset(struct sim_world *w, struct sim_member *m) {
     t->queued = 0;
     t->samples = 0;
     t->has_parameters = true;
-    t->work = ++w->resets;
     for (uint32_t c = 0; c < w->chunks; c++) t->base[c] = m->slot_versions[c];
     memset(t->trained, 0, sizeof t->trained);
     memset(t->effect, 0, sizeof t->effect);
