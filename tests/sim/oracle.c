@@ -412,6 +412,7 @@ void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment)
         z->base[k] = m->trainer.base[chunk];
         z->anchor[k] = sync_chunk_version(m->sync, chunk);
     }
+    z->based = z->anchor[0];
     memcpy(z->all, m->trainer.fragment_effect[fragment], sizeof z->all);
     z->samples = samples_count(z->all);
     sim_trace(w, "    %u: trainer freezes fragment %u with %llu samples", m->slot, fragment,
@@ -592,6 +593,7 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
     struct sim_freeze *z = &m->freeze[r->fragment < w->fragments ? r->fragment : 0];
     if (r->fragment >= w->fragments)
         sim_violation(w, "slot %u is ready with fragment %u", m->slot, r->fragment);
+    if (m->lie || digest_equal(&r->root, &z->root)) z->based = r->base_index;
     const struct sim_contribution *old =
         oracle_contribution(w, m->id, r->fragment, r->round, &r->root);
     /* The same one is announced again; or another one that happens to have the same bytes. */

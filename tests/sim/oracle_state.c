@@ -102,7 +102,7 @@ static bool sums(const struct msg_commit *c, uint32_t k, const struct sim_member
 }
 
 /* A member that was summed here keeps what its encoding lost for the next contribution, however the
- * chunk came to it. */
+ * chunk came to it. (Not of what a copy of its home announced for a later round.) */
 static void follow_residual(struct sim_world *w, struct sim_member *m, uint32_t chunk,
                             uint64_t from, uint64_t to) {
     uint32_t first = chunk * w->chunk_elements, f = w->fragment_of[chunk];
@@ -111,7 +111,7 @@ static void follow_residual(struct sim_world *w, struct sim_member *m, uint32_t 
     bool summed = false;
     if (from == UINT64_MAX || !m->freeze[f].valid) return;
     while (!summed && to > from && oracle_commit(w, to, &e, &c)) {
-        summed = sums(&c, w->place_of[chunk], m, &m->freeze[f].root);
+        summed = c.base_index == m->freeze[f].based && sums(&c, w->place_of[chunk], m, &m->freeze[f].root);
         to = c.base_index;
         proto_decoded_release(RECORD_commit, &c);
     }

@@ -102,6 +102,7 @@ struct sim_freeze { /* what the newest freeze of a fragment must lead to */
     sim_samples effect[SIM_CHUNKS_MAX], all; /* by chunk of the fragment; by fragment */
     uint64_t base[SIM_CHUNKS_MAX];   /* versions: of what the trainer has, */
     uint64_t anchor[SIM_CHUNKS_MAX]; /* ... and of what that is subtracted from */
+    uint64_t based;                  /* as announced last */
     uint64_t samples, known_head, number;
     bool encodes;
     uint8_t bytes[8 * SIM_ELEMENTS_MAX]; /* all chunks, one after the other */
