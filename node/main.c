@@ -37,7 +37,7 @@ static const char run_help[] =
 static const char node_help[] =
     "  --device DEVICE    auto, cpu or cuda (default: auto; this build has cpu)\n"
     "  --threads N        threads for training (default: all cores)\n"
-    "  --precision P      fp32 (default); bf16: matrix products in bf16, twice as fast and more where the\n"
+    "  --precision P      fp32 (default); bf16: matrix products in bf16, about 1.5 times as fast where the\n"
     "                     processor has AVX512-BF16 or AMX; bf16-stochastic: and half the memory for weights\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
     "  --corpus PATH      where this machine has the corpus (default: where the run says); it must be\n"
