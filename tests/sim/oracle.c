@@ -546,10 +546,10 @@ static void check_report(struct sim_world *w, struct sim_member *m,
                           m->slot, r->shard, r->fragment);
 }
 
-/* Of one that an older disk announces for a later round, the newest freeze says nothing. */
+/* Of one that an older disk, or a copy, announces for a later round, the newest freeze says nothing. */
 static const struct sim_contribution *find_earlier(const struct sim_world *w, const struct sim_member *m,
                                                    const struct msg_ready *r) {
-    for (uint32_t i = w->contribution_count; m->restored && i--;) {
+    for (uint32_t i = w->contribution_count; (m->restored || m->copy) && i--;) {
         const struct sim_contribution *x = &w->contributions[i];
         if (x->member == m->id && x->fragment == r->fragment && x->round < r->round &&
             digest_equal(&x->root, &r->root))
