@@ -172,16 +172,15 @@ static bool is_claimed(const struct core *c, const struct member *m, const struc
         const struct part *p = &m->parts[f];
         for (uint32_t i = 0; p->present && i < p->msg.ranges_count; i++) {
             const struct msg_lease *k = &p->msg.ranges[i];
-            if (k->lease == l->id && k->generation == l->generation &&
-                k->start + k->count >= l->start + l->count)
-                return true;
+            if (k->lease == l->id && k->generation == l->generation) return true;
         }
     }
     return false;
 }
 
-/* All it has is in contributions that it announced a while ago: if its trainer died since, nothing is left to
- * contribute to the other fragments with, and each would wait for another one's quorum. */
+/* All its leases are claimed by contributions that it announced a while ago: if its trainer died since, nothing is
+ * left to contribute to the other fragments with (what of a lease is behind a claim waits for it too), and each
+ * would wait for another one's quorum. */
 static bool is_spent_out(const struct core *c, const struct member *m) {
     uint64_t newest = 0;
     for (uint32_t f = 0; f < c->fragments; f++)

@@ -254,6 +254,25 @@ static void no_round_begins_after_the_last_ones(void **state) {
     assert_string_equal(look(r).phase, "complete");
 }
 
+/* The data is out, each trainer has died since it announced, and what is behind its claims waits for them: each
+ * fragment would wait for the other's contributor for ever (simulator, seed 61495). */
+static void claims_without_trainers_wait_for_nobody_at_the_end(void **state) {
+    struct rig *r = *state;
+    r->corpus.samples = 32;
+    r->outer.fragments = 2;
+    start_with(r, 2);
+    for (uint32_t f = 0; f < 2; f++) {
+        ask(r, &r->fake[2 + f], 16);
+        be_ready_in(r, &r->fake[2 + f], f, 12); /* of a lease of 16 */
+    }
+    for (uint32_t f = 0; f < 2; f++) assert_string_equal(fragment(r, f).phase, "train");
+    pass(r, 2 * r->outer.silence_ms_max);
+    for (uint32_t f = 0; f < 2; f++) {
+        assert_string_equal(fragment(r, f).phase, "reduce");
+        assert_int_equal(fragment(r, f).contributors, 1);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_run_completes_with_every_sample_spent_exactly_once),
@@ -263,6 +282,7 @@ int main(void) {
         T(a_restart_at_every_point_of_a_fragmented_run_loses_nothing),
         T(the_last_rounds_take_what_is_ready_in_every_fragment),
         T(no_round_begins_after_the_last_ones),
+        T(claims_without_trainers_wait_for_nobody_at_the_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
