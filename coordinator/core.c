@@ -103,6 +103,7 @@ void core_destroy(struct core *c) {
     interval_release(&c->spent);
     interval_release(&c->leased_at_load);
     free(c->stale);
+    free(c->regrants);
     free(c->rounds);
     free(c->entries);
     free(c->members);

@@ -86,6 +86,10 @@ struct lease {
 
 /* Samples of a member that a commit spent a short while ago: a contribution that was frozen before
  * may still claim them. */
+struct regrant {
+    uint64_t lease;
+    uint32_t generation; /* under which samples of it were spent */
+};
 struct recent {
     uint64_t lease, start, count, index;
     uint32_t generation;
@@ -291,6 +295,8 @@ struct core {
     struct interval_set spent, leased_at_load;
     uint64_t *stale; /* leases whose rows hold samples that are spent */
     uint32_t stale_count, stale_capacity;
+    struct regrant *regrants; /* what the ledger says of leases that were granted again; gone after the start */
+    uint32_t regrant_count, regrant_capacity;
 
     struct state *states;
     uint32_t state_count, state_capacity;

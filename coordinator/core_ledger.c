@@ -177,6 +177,16 @@ static int take_checkpoint(struct core *c, uint64_t index, const struct msg_chec
 
 /* ---- commits -------------------------------------------------------------------------------- */
 
+/* A row of an older store may name a former holder. */
+static void note_regrants(struct core *c, const struct msg_commit *commit) {
+    for (uint32_t i = 0; i < commit->spent_count && !c->started; i++) {
+        const struct msg_spend *s = &commit->spent[i];
+        if (s->generation < 2) continue;
+        c->regrants = core_grow32(c->regrants, c->regrant_count, &c->regrant_capacity, sizeof *c->regrants);
+        c->regrants[c->regrant_count++] = (struct regrant){s->lease, s->generation};
+    }
+}
+
 /* Do these claims lie inside the corpus and overlap neither each other nor what is spent? Adds
  * them to the spent set one by one, and takes them out again when one fails. */
 static int spend_all(struct core *c, const struct msg_commit *commit, struct err *err) {
@@ -278,6 +288,7 @@ static double credit_contributors(struct core *c, const struct msg_commit *commi
 int core_take_commit(struct core *c, uint64_t index, uint64_t term, const struct msg_commit *commit,
                      struct err *err) {
     if (check_commit(c, index, commit, err) || spend_all(c, commit, err)) return -1;
+    note_regrants(c, commit);
     struct round *r = &c->rounds[commit->fragment];
     struct state *named = core_find_state(c, commit->state_index);
     named->root = commit->state_root;

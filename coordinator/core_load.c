@@ -7,15 +7,22 @@
 
 #define LLU(x) ((unsigned long long)(x))
 
-/* The row as it is, or what of it nobody has spent: pieces, the first of which keeps the id. The
- * others are found as gaps, and become returned leases, when the core starts. */
+static bool was_granted_again(const struct core *c, const struct lease *l) {
+    for (uint32_t i = 0; i < c->regrant_count; i++)
+        if (c->regrants[i].lease == l->id && c->regrants[i].generation > l->generation) return true;
+    return false;
+}
+
+/* The row as it is, or what of it nobody has spent: pieces, the first of which keeps the id, unless somebody else
+ * had it since: what its former holder makes of it holds samples that the other one spent. The others are found as
+ * gaps, and become returned leases, when the core starts. */
 static void add_unspent(struct core *c, struct lease *l) {
     uint64_t start = l->start, count = 0, end = l->start + l->count;
     if (interval_overlaps(&c->spent, l->start, l->count)) {
         c->stale = core_grow32(c->stale, c->stale_count, &c->stale_capacity, sizeof *c->stale);
         c->stale[c->stale_count++] = l->id;
     }
-    if (!interval_gap(&c->spent, end, &start, &count)) return;
+    if (was_granted_again(c, l) || !interval_gap(&c->spent, end, &start, &count)) return;
     interval_add(&c->leased_at_load, start, count);
     l->start = start;
     l->count = count;
@@ -121,4 +128,5 @@ void core_put_right(struct core *c, struct core_actions *out) {
     core_return_leases(c, &b); /* of who was put aside a moment before we died */
     core_emit_persist(out, &b);
     interval_release(&c->leased_at_load);
+    c->regrant_count = 0;
 }

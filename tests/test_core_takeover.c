@@ -443,6 +443,35 @@ static void a_member_with_the_whole_ledger_is_sent_none(void **state) {
     assert_null(action(r, CORE_ACT_SEND_LEDGER));
 }
 
+/* The older store names a holder that was lost since; the ledger says that another one was granted the lease again
+ * and spent samples of it. Were the rest still the first one's, its work on those samples would count once more
+ * (simulator, seed 83925). */
+static void a_lease_that_was_granted_again_is_not_its_former_holders(void **state) {
+    struct rig *r = *state;
+    r->corpus.samples = 32;
+    start_with(r, 3);
+    for (int i = 2; i <= 3; i++) ask(r, &r->fake[i], 16);
+    struct copy *older = copy_store(r);
+    uint64_t lease = r->fake[2].leases[0].lease;
+    r->fake[2].muted = true;
+    pass(r, 2 * r->outer.silence_ms_max);
+    ask(r, &r->fake[4], 16);
+    assert_int_equal(r->fake[4].leases[0].lease, lease);
+    assert_int_equal(r->fake[4].leases[0].generation, 2);
+    for (int i = 3; i <= 4; i++) be_ready(r, &r->fake[i], 8);
+    commit_in(r, 0);
+    for (uint32_t i = 0; i < older->count; i++)
+        if (older->rows[i].table == CORE_LEASE)
+            put_row(r, CORE_LEASE, older->rows[i].key, older->rows[i].value, older->rows[i].length);
+    release(older);
+    load(r);
+    r->fake[2].muted = false;
+    for (int i = 1; i <= 4; i++) join(r, &r->fake[i]);
+    assert_int_equal(r->fake[2].lease_count, 0);
+    assert_int_equal(r->fake[3].leases[0].start + r->fake[3].leases[0].count, 32); /* it goes on */
+    assert_int_equal(look(r).samples_free, 8); /* those behind what was spent */
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(entries_that_a_member_has_are_asked_for_checked_and_kept),
@@ -458,6 +487,7 @@ int main(void) {
         T(our_own_nodes_word_for_a_term_is_enough),
         T(one_members_word_for_a_term_is_enough_after_a_while),
         T(a_member_with_the_whole_ledger_is_sent_none),
+        T(a_lease_that_was_granted_again_is_not_its_former_holders),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
