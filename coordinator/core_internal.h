@@ -84,12 +84,14 @@ struct lease {
     uint64_t claimed; /* scratch of core_leases.c: end of the furthest claim */
 };
 
-/* Samples of a member that a commit spent a short while ago: a contribution that was frozen before
- * may still claim them. */
+/* A lease that the ledger says was granted again, or more often. */
 struct regrant {
     uint64_t lease;
     uint32_t generation; /* under which samples of it were spent */
 };
+
+/* Samples of a member that a commit spent a short while ago: a contribution that was frozen before
+ * may still claim them. */
 struct recent {
     uint64_t lease, start, count, index;
     uint32_t generation;
