@@ -84,6 +84,18 @@ static void the_lost_shards_go_to_others_under_a_plan_of_their_own(void **state)
     assert_null(wait_for_resum(r, &r->fake[2]));
 }
 
+/* No round comes after it, but nobody may go before it is applied (simulator, seed 56461). */
+static void the_commit_that_completes_a_run_is_summed_again_too(void **state) {
+    struct rig *r = *state;
+    uint64_t index;
+    r->inner.total_tokens = 4 * 8 * SEQUENCE;
+    start_with_lost_pair(r, &index);
+    assert_string_equal(look(r).phase, "complete");
+    const struct core_action *a = wait_for_resum(r, &r->fake[2]);
+    assert_non_null(a);
+    assert_int_equal(((const struct msg_plan *)a->msg)->resum, index);
+}
+
 /* Whoever sums others than the commit names makes another result, under which nobody's leaves fit. */
 static void a_resum_of_other_contributors_is_done_once_more(void **state) {
     struct rig *r = *state;
@@ -153,6 +165,7 @@ static void a_contributor_that_is_missed_is_named_each_minute(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(the_lost_shards_go_to_others_under_a_plan_of_their_own),
+        T(the_commit_that_completes_a_run_is_summed_again_too),
         T(a_resum_of_other_contributors_is_done_once_more),
         T(results_that_nobody_gets_are_summed_again),
         T(nothing_is_summed_again_where_a_member_has_the_state),
