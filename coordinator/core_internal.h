@@ -295,7 +295,7 @@ struct core {
     uint32_t lease_count, lease_capacity;
     uint64_t next_sample, next_lease, returned_samples;
     struct interval_set spent, leased_at_load;
-    uint64_t *stale; /* leases whose rows hold samples that are spent */
+    uint64_t *stale; /* leases whose rows the ledger contradicts */
     uint32_t stale_count, stale_capacity;
     struct regrant *regrants; /* what the ledger says of leases that were granted again; gone after the start */
     uint32_t regrant_count, regrant_capacity;

@@ -18,11 +18,12 @@ static bool was_granted_again(const struct core *c, const struct lease *l) {
  * gaps, and become returned leases, when the core starts. */
 static void add_unspent(struct core *c, struct lease *l) {
     uint64_t start = l->start, count = 0, end = l->start + l->count;
-    if (interval_overlaps(&c->spent, l->start, l->count)) {
+    bool again = was_granted_again(c, l);
+    if (again || interval_overlaps(&c->spent, l->start, l->count)) {
         c->stale = core_grow32(c->stale, c->stale_count, &c->stale_capacity, sizeof *c->stale);
         c->stale[c->stale_count++] = l->id;
     }
-    if (was_granted_again(c, l) || !interval_gap(&c->spent, end, &start, &count)) return;
+    if (again || !interval_gap(&c->spent, end, &start, &count)) return;
     interval_add(&c->leased_at_load, start, count);
     l->start = start;
     l->count = count;
