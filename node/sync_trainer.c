@@ -210,12 +210,22 @@ static void count_samples(struct sync *s, uint64_t samples) {
     if (!is_current(t)) s->account.lost[t->lost_by] += more;
 }
 
+/* Time it stood for one fragment is not time it trained the others: without this, rounds that take longer
+ * than round_ms leave every fragment due after one step. */
+static void stand(struct sync *s, uint64_t ms) {
+    s->account.standing_ms += ms;
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        uint64_t *from = &s->trainer.turn[f].from_ms;
+        *from = *from + ms < s->now ? *from + ms : s->now;
+    }
+}
+
 void trainer_spend(struct sync *s, uint64_t ms) {
     struct trainer *t = &s->trainer;
     struct sync_account *a = &s->account;
     if (!s->config.trains || t->state == TRAINER_DOWN) return;
     if (t->state == TRAINER_BLANK || t->need_reset || t->resetting || t->importing) a->no_state_ms += ms;
-    else if (t->standing) a->standing_ms += ms;
+    else if (t->standing) stand(s, ms);
     else if (leases_queued(s)) a->working_ms += ms;
     else a->no_data_ms += ms;
 }

@@ -107,6 +107,21 @@ static void without_overlap_it_stands_still(void **state) {
     assert_local_is_anchor(r, 2); /* alpha is 0 */
 }
 
+/* Standing for one fragment is not training of another: its time by the clock does not run meanwhile. */
+static void standing_counts_for_no_round(void **state) {
+    struct rig *r = *state;
+    set_fragments(r, 2, 0, 0);
+    r->outer.round_ms = 1000;
+    three_members(r);
+    train(r, 2);
+    pass(r, 500);
+    assert_true(r->node[2].frozen);
+    pass(r, 3000);
+    for (uint32_t i = 0; i < r->sent_count; i++)
+        if (r->sent[i].frame.type == MSG_READY)
+            assert_int_equal(((const struct msg_ready *)r->sent[i].msg)->fragment, 0);
+}
+
 /* The work of a fragment that was not summed is shown again at once, the others keep their turns. */
 static void not_summed_is_due_at_once(void **state) {
     struct rig *r = *state;
@@ -779,6 +794,7 @@ int main(int argc, char **argv) {
         T(fragments_take_turns),
         T(due_freezes_what_there_is),
         T(without_overlap_it_stands_still),
+        T(standing_counts_for_no_round),
         T(not_summed_is_due_at_once),
         T(overlapping_claims_are_spent_once),
         T(one_commits_and_the_other_is_refused),
