@@ -191,7 +191,7 @@ static void fetch_begin(struct sync *s, struct commit *c) {
     if (!base_is_right(s)) return;
     uint32_t n = s->fragment[c->body.fragment].count;
     *f = (struct fetch){
-        .active = true, .index = c->index, .chunks = n, .progress_ms = s->now};
+        .active = true, .index = c->index, .chunks = n, .progress_ms = s->now, .came_ms = s->now};
     f->leaves = sync_alloc(s, n, sizeof *f->leaves);
     f->leaf_have = sync_alloc(s, bitmap_bytes(n), 1);
     f->shard = sync_alloc(s, c->body.shards_count, sizeof *f->shard);
@@ -417,6 +417,7 @@ void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
     else f->window += msg->data.length;
     proto_set_del(f->asked, msg->chunk);
     if (needs(s, c, msg->chunk)) f->ready++;
+    f->came_ms = s->now;
     note_answer(s, shard_of(c, msg->chunk));
 }
 
@@ -437,11 +438,21 @@ void apply_on_peer_closed(struct sync *s, const struct peer *p) {
 
 /* ---- applying --------------------------------------------------------------------------- */
 
-static bool is_batch_ready(const struct sync *s) {
+/* Is half the window here, and would applying it let more come? */
+static bool has_much(struct sync *s) {
     const struct fetch *f = &s->fetch;
-    return f->ready &&
-           (f->outstanding == 0 || (uint64_t)f->ready * s->chunk_elements >= SYNC_BATCH_ELEMENTS ||
-            f->ready >= SYNC_BATCH_CHUNKS);
+    const struct commit *c = ledger_commit_at(s, f->index);
+    enum outer_codec codec = c ? (enum outer_codec)c->body.codec : OUTER_INT8;
+    size_t coming = f->outstanding * outer_encoded_bytes(codec, s->chunk_elements);
+    return f->window > coming && f->window - coming >= SYNC_WINDOW_BYTES / 2;
+}
+
+/* Where results come fast, nobody is kept waiting for his by what another does with its own. */
+static bool is_batch_ready(struct sync *s) {
+    const struct fetch *f = &s->fetch;
+    if (!f->ready || f->outstanding == 0) return f->ready;
+    if (s->now - f->came_ms < SYNC_FAST_MS && !has_much(s)) return false;
+    return (uint64_t)f->ready * s->chunk_elements >= SYNC_BATCH_ELEMENTS || f->ready >= SYNC_BATCH_CHUNKS;
 }
 
 bool apply_has_work(struct sync *s) {

@@ -44,6 +44,7 @@
 #define SYNC_RESULTS_BYTES   700u
 #define SYNC_BATCH_CHUNKS    4u
 #endif
+#define SYNC_FAST_MS           50u /* results that follow each other sooner come before what is done with them */
 #define SYNC_COMMITS_KEPT      64u /* decoded; the ledger itself is kept whole */
 #define SYNC_ROOTS_KEPT        64u /* agreed roots of states */
 #define SYNC_STATES_KEPT       8u  /* whose leaves are kept */
@@ -327,7 +328,7 @@ struct fetch {
     uint8_t *asked;                 /* bitmap: asked for, not received */
     uint32_t ready, outstanding;
     size_t window; /* bytes asked for or received */
-    uint64_t progress_ms;
+    uint64_t progress_ms, came_ms; /* came: the last result, or the begin */
 };
 
 /* A chunk as a donor showed it. Its state may be newer than the ledger we have or the roots we know: then

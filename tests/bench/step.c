@@ -187,8 +187,8 @@ static double last_of(const struct fleet *f, uint32_t round, enum fleet_step ste
 }
 
 struct measured {
-    struct series reduced, commit, fetched, applied, ready, frozen, cpu, cpu_encode, cpu_sum, cpu_apply,
-        disk, sent;
+    struct series reduced, commit, fetched, applied, ready, frozen, cpu, cpu_encode, cpu_sum, cpu_fetch,
+        cpu_apply, disk, sent;
 };
 
 static void measure_member(const struct fleet_moment *step, struct measured *m) {
@@ -196,6 +196,8 @@ static void measure_member(const struct fleet_moment *step, struct measured *m) 
     series_add(&m->cpu, end->cpu_s - begin->cpu_s);
     series_add(&m->cpu_encode, step[FLEET_READY].cpu_s - begin->cpu_s);
     series_add(&m->cpu_sum, step[FLEET_COMMITTED].cpu_s - step[FLEET_READY].cpu_s);
+    if (step[FLEET_FETCHED].at_s > 0)
+        series_add(&m->cpu_fetch, step[FLEET_FETCHED].cpu_s - step[FLEET_COMMITTED].cpu_s);
     series_add(&m->cpu_apply, end->cpu_s - step[FLEET_COMMITTED].cpu_s);
     series_add(&m->disk, end->disk_s - begin->disk_s);
     series_add(&m->sent, (double)(end->sent_bytes - begin->sent_bytes) / MB);
@@ -281,6 +283,7 @@ static void add_costs(struct bench *b, const struct fleet *f, const struct floor
     row_time(b, "        frozen to READY", "s", 1, &m->cpu_encode, "its parts alone", &ready);
     row_time(b, "        READY to commit", "s", 1, &m->cpu_sum, "its parts alone", &commit);
     note_profile(b, f, 0);
+    if (m->cpu_fetch.count) row_value(b, "        commit to its last result", "s", &m->cpu_fetch, 0);
     row_time(b, "        commit to applied", "s", 1, &m->cpu_apply, "its parts alone", &apply);
     note_profile(b, f, 1);
     row_note(b,
