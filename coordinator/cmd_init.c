@@ -190,8 +190,9 @@ static int add_entry(struct sealing *w, const struct keys *k, uint64_t index, en
     return 0;
 }
 
-/* The genesis names the checkpoint by its manifest, so that no other can take its place. */
-static int name_checkpoint(const struct settings *s, struct settings_genesis *g, struct err *err) {
+/* The genesis names the checkpoint by its manifest, so that no other can take its place; a store's URL becomes
+ * that of the checkpoint which was its latest. */
+static int name_checkpoint(struct settings *s, struct settings_genesis *g, struct err *err) {
     struct ckpt *c = ckpt_open(s->from, NULL, err);
     if (!c) {
         err_prefix(err, "model.from");
@@ -209,8 +210,12 @@ static int name_checkpoint(const struct settings *s, struct settings_genesis *g,
                          "model.from: the checkpoint has %u layers of width %u, %u heads, %u kv_heads, ffn "
                          "%u, vocabulary %u; set --preset or model.* to that", m->layers, m->width, m->heads,
                          m->kv_heads, m->ffn, m->vocabulary);
+    else if (strlen(ckpt_where(c)) >= sizeof s->from)
+        result = err_set(err, ERR_CONFIG, "model.from: the checkpoint's URL has %zu characters, %zu are the most",
+                         strlen(ckpt_where(c)), sizeof s->from - 1);
     if (!result) {
         const struct ckpt_facts *f = ckpt_facts(c);
+        snprintf(s->from, sizeof s->from, "%s", ckpt_where(c));
         g->from = (struct msg_checkpoint){ .at_index = f->index, .state_root = f->state_root,
                                            .url = proto_str(s->from), .manifest = f->manifest,
                                            .tokens_committed = f->tokens_committed };
@@ -221,7 +226,7 @@ static int name_checkpoint(const struct settings *s, struct settings_genesis *g,
     return result;
 }
 
-static int seal(struct store *store, const struct keys *k, const struct settings *s,
+static int seal(struct store *store, const struct keys *k, struct settings *s,
                 const struct corpus_facts *corpus, struct digest *run, struct err *err) {
     struct sealing w;
     struct settings_genesis g;
@@ -305,7 +310,7 @@ static int decide(struct store *store, const char *dir, const struct settings *s
                    "new run in another folder", what);
 }
 
-static int make_keys_and_seal(struct store *store, const char *dir, const struct settings *s,
+static int make_keys_and_seal(struct store *store, const char *dir, struct settings *s,
                               const struct corpus_facts *corpus, struct digest *run,
                               struct err *err) {
     struct keys k;
@@ -389,7 +394,7 @@ static int write_files(const struct init *in, struct err *err) {
     return 0;
 }
 
-static int init_sealed(const struct init *in, struct err *err) {
+static int init_sealed(struct init *in, struct err *err) {
     enum outcome outcome;
     struct digest run;
     struct store *store = store_open(in->dir, true, err);

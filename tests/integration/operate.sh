@@ -55,7 +55,8 @@ check "the ledger holds over a rewind" ledger_holds
 newest=$(ls -d "$R"/checkpoints/step-* | sort -V | tail -n 1)
 stop_coordinator; kill_now alice; kill_now carol
 R2=$W/second
-"$COORDINATOR" init "$R2" --corpus "$W/corpus/corpus.json" "${settings[@]}" --from "file://$newest" >"$W/init2.log" 2>&1 || fail "init --from: $(tail -n 1 "$W/init2.log")"
+"$COORDINATOR" init "$R2" --corpus "$W/corpus/corpus.json" "${settings[@]}" --from "file://$R/checkpoints" >"$W/init2.log" 2>&1 || fail "init --from: $(tail -n 1 "$W/init2.log")"
+check "the checkpoint that was the newest is sealed, not the store" grep -q "from: .*$(basename "$newest")" "$R2/run.yaml"
 start_coordinator "$R2" "$P"
 start_node dave "$R2"
 check "a run that begins with a checkpoint commits" wait_for 60 "$R2" 'round >= 4'
