@@ -2,7 +2,7 @@
 # Overridable: CC, CXX, NVCC, CFLAGS, LDFLAGS, PREFIX, BUILD, SEEDS.
 
 CC ?= cc
-NVCC ?= $(shell command -v nvcc 2>/dev/null)
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 PREFIX ?= /usr/local
 BUILD ?= build
 SEEDS ?= 1000
@@ -50,6 +50,13 @@ LIVE_O := $(call objects,tests/s3) $(CKPT_O) $(PROTO_O)
 BENCH_O := $(call objects,tests/bench) $(LIB_O)
 LAB_O := $(call objects,tests/lab) $(LIB_O)
 
+# The CUDA backend: a plugin, where nvcc is; and everywhere the same kernels on an emulator, for the tests.
+CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
+CUDA_ARCHS ?= 80 89 90 100
+PLUGIN := $(if $(NVCC),$(BUILD)/libintellect-cuda.so)
+EMULATED_O := $(patsubst %,$(BUILD)/emulated/%.o,$(filter-out %/matmul.cu,$(CUDA_SOURCES)) $(wildcard tests/cuda/*.cpp)) $(BUILD)/tests/cuda/staged.o
+EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16
+
 # Parsers of outside bytes, each in tests/fuzz/fuzz_NAME.c: libFuzzer programs, and a replayer for any compiler.
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
@@ -60,7 +67,7 @@ FUZZ_O := $(filter-out %/main.o %/libfuzzer.o,$(call objects,tests/fuzz))
 # Keep the test programs' objects.
 .SECONDARY:
 
-all: $(PROGRAMS) ## build both programs
+all: $(PROGRAMS) $(PLUGIN) ## build both programs, and the CUDA plugin where nvcc is
 
 help: ## this list, and what was found
 	@echo "make TARGET [CC=clang] [CFLAGS=...] [BUILD=dir]"; echo
@@ -80,7 +87,7 @@ demo: setup ## set up, build, and watch four nodes train, one die, one join, the
 	@BUILD=$(BUILD) tests/demo.sh
 
 .PHONY: unit-build
-unit-build: $(PROGRAMS) $(TESTS) $(BUILD)/sim $(BUILD)/hostile $(BUILD)/s3_live
+unit-build: $(PROGRAMS) $(PLUGIN) $(TESTS) $(BUILD)/sim $(BUILD)/hostile $(BUILD)/s3_live
 
 unit: unit-build ## unit, twin and reference-vector tests only
 	@tests/run.sh $(BUILD) unit
@@ -168,7 +175,32 @@ install: all ## install both programs under PREFIX (/usr/local)
 clean: ## remove what was built
 	rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-clang $(BUILD)-fuzz
 
-# nvcc is optional: the CUDA backend will be a plugin that the CPU build does not need.
+# Exact arithmetic is asked for: no flushing of subnormals, true division and roots, as nvcc does by default.
+NVCC_FLAGS := -std=c++17 -O3 -I. -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings
+newest_arch := $(lastword $(CUDA_ARCHS))
+GENCODE := $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(newest_arch),code=compute_$(newest_arch)
+$(BUILD)/cuda/%.o: kernels/cuda/%.cu $(wildcard kernels/*.h kernels/cuda/*.h) proto/err.h
+	@mkdir -p $(@D)
+	$(call say,NVCC)
+	$(Q)$(NVCC) $(NVCC_FLAGS) $(GENCODE) -c -o $@ $<
+
+$(BUILD)/cuda/err.o: proto/err.c proto/err.h
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -fvisibility=hidden -c -o $@ $<
+
+# Its libraries: beside it, or where this machine's toolkit has them.
+$(BUILD)/libintellect-cuda.so: $(CUDA_SOURCES:kernels/cuda/%.cu=$(BUILD)/cuda/%.o) $(BUILD)/cuda/err.o
+	$(call say,LINK)
+	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -rpath,'$$ORIGIN:$(abspath $(dir $(NVCC))../lib64)'
+
+$(BUILD)/emulated/%.o: % $(wildcard kernels/*.h kernels/cuda/*.h tests/cuda/*.h) proto/err.h
+	@mkdir -p $(@D)
+	$(call say,CXX)
+	$(Q)$(CXX) -std=c++17 -I. -Wall -Wextra -Werror $(CFLAGS) -x c++ -c -o $@ $<
+
+$(EMULATED_TESTS): $(EMULATED_O)
+$(EMULATED_TESTS): ALL_LIBS += -lstdc++
+
 $(BUILD)/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)

@@ -17,7 +17,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __CUDACC__
+#define BF16_INLINE __host__ __device__ static inline
+#else
 #define BF16_INLINE __attribute__((always_inline)) static inline
+#endif
 
 BF16_INLINE uint32_t bf16_bits(float x) {
     uint32_t bits;

@@ -184,6 +184,12 @@ struct kernels *kernels_cpu_create(int threads, struct err *err);
  * Returns NULL with ERR_MEMORY, or ERR_UNSUPPORTED from oneDNN. */
 struct kernels *kernels_cpu_bf16_create(int threads, int stochastic, struct err *err);
 
+/* The CUDA backend on a device, from libintellect-cuda.so beside the program (INTELLECT_CUDA_PLUGIN names another
+ * file). weight_bytes, rest_bytes: how weights are kept, as in the table. Returns NULL with ERR_UNSUPPORTED (no
+ * plugin, one of another release, driver or device too old; msg has the versions), ERR_NOT_FOUND (no device),
+ * ERR_CONFIG (no such device) or ERR_MEMORY. */
+struct kernels *kernels_cuda_create(int device, size_t weight_bytes, size_t rest_bytes, struct err *err);
+
 /* Fill cos and sin [T,D/2], host memory, computed in double. (transformers computes angles in fp32:
  * at position 8192 its first pairs are off by up to 5e-4.) */
 void kernels_rope_tables(float *cos, float *sin, int T, int D, const struct kernels_rope *rope);

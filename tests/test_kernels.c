@@ -1,5 +1,5 @@
-/* test_kernels.c - both backends against vectors saved from PyTorch, and the CPU backend against
- * the reference on odd shapes. Gradients against finite differences are in test_gradients.c. */
+/* test_kernels.c - the backends against vectors saved from PyTorch, and the fast ones against the reference
+ * on odd shapes; CUDA's on the emulator of tests/cuda, or on a GPU. Gradients against finite differences are in test_gradients.c. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,6 +13,8 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "kernels/plugin.h"
+#include "tests/cuda/staged.h"
 
 /* An fp32 sum of n terms in any order is off by about sqrt(n) * 2^-24 of its terms' size, here at
  * most 3e-6; the rest is room for values that cancel. A wrong term is off by 1e-2. */
@@ -51,6 +53,16 @@ static struct kernels *cpu_with(int threads) {
     struct kernels *k = kernels_cpu_create(threads, &err);
     if (!k) fail_msg("%s", err.msg);
     return k;
+}
+
+/* The CUDA kernels: on a GPU where `make gpu` runs this, else on the emulator. */
+static struct kernels *cuda(void) {
+    struct err err;
+    struct kernels *k = getenv("INTELLECT_TEST_GPU")
+                            ? kernels_cuda_create(0, sizeof(float), 0, &err)
+                            : intellect_cuda_create(KERNELS_PLUGIN_ABI, 0, sizeof(float), 0, &err);
+    if (!k) fail_msg("%s", err.msg);
+    return staged_create(k);
 }
 
 static void finish(struct kernels *k) {
@@ -400,44 +412,64 @@ static void compare_elementwise(const struct kernels *k, size_t n) {
     free(a), free(b), free(out), free(v), free(p), free(m), free(v_want), free(m_want);
 }
 
+static void compare_on_odd_shapes(struct kernels *k) {
+    static const int shape[][3] = { { 1, 1, 1 }, { 1, 64, 3 }, { 37, 19, 1 }, { 129, 65, 130 } };
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
+        const int *s = shape[i];
+        compare_matmul(k, s[0], s[1], s[2]);
+        compare_embedding(k, s[0], s[1], s[2]);
+        compare_rmsnorm(k, s[0], s[1]);
+        compare_swiglu(k, s[0], s[1]);
+        compare_cross_entropy(k, s[0], s[2], 4.0f, 0, 0);
+        compare_cross_entropy(k, s[0], s[2], 4.0f, 1e-2f, 0);
+        compare_cross_entropy(k, s[0], s[2], 4.0f, 0, 2e-2f);
+        compare_elementwise(k, (size_t)s[0] * s[1] * s[2]);
+    }
+    finish(k);
+}
+
 static void cpu_backend_agrees_with_the_reference_on_odd_shapes(void **state) {
     (void)state;
-    static const int shape[][3] = { { 1, 1, 1 }, { 1, 64, 3 }, { 37, 19, 1 }, { 129, 65, 130 } };
-    for (int threads = 1; threads <= 3; threads++) {
-        struct kernels *k = cpu_with(threads);
-        for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
-            const int *s = shape[i];
-            compare_matmul(k, s[0], s[1], s[2]);
-            compare_embedding(k, s[0], s[1], s[2]);
-            compare_rmsnorm(k, s[0], s[1]);
-            compare_swiglu(k, s[0], s[1]);
-            compare_cross_entropy(k, s[0], s[2], 4.0f, 0, 0);
-            compare_cross_entropy(k, s[0], s[2], 4.0f, 1e-2f, 0);
-            compare_cross_entropy(k, s[0], s[2], 4.0f, 0, 2e-2f);
-            compare_elementwise(k, (size_t)s[0] * s[1] * s[2]);
-        }
-        finish(k);
-    }
+    for (int threads = 1; threads <= 3; threads++) compare_on_odd_shapes(cpu_with(threads));
+}
+
+static void cuda_backend_agrees_with_the_reference_on_odd_shapes(void **state) {
+    (void)state;
+    compare_on_odd_shapes(cuda());
 }
 
 /* One token; a group of one and of all heads; one below, at and one above the block of 64 queries;
  * a short sequence after a long one, which reuses a scratch that is larger than it needs. */
-static void cpu_attention_agrees_with_the_reference_on_odd_shapes(void **state) {
-    (void)state;
+static void compare_attention_on_odd_shapes(struct kernels *k) {
     static const int shape[][5] = { { 1, 1, 1, 1, 2 },   { 2, 63, 4, 2, 6 },   { 1, 64, 2, 2, 16 },
                                     { 3, 65, 3, 1, 10 }, { 1, 130, 4, 2, 32 }, { 2, 5, 6, 3, 4 },
                                     { 3, 150, 4, 2, 16 } };
-    for (int threads = 1; threads <= 3; threads += 2) { /* the last shape is worth threads */
-        struct kernels *k = cpu_with(threads);
-        for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
-            const int *s = shape[i];
-            for (int documents = 0; documents <= 1; documents++) {
-                compare_attention(k, documents, s[0], s[1], s[2], s[3], s[4]);
-                compare_rope(k, documents, s[0], s[1], s[2], s[3], s[4]);
-            }
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
+        const int *s = shape[i];
+        for (int documents = 0; documents <= 1; documents++) {
+            compare_attention(k, documents, s[0], s[1], s[2], s[3], s[4]);
+            compare_rope(k, documents, s[0], s[1], s[2], s[3], s[4]);
         }
-        finish(k);
     }
+    finish(k);
+}
+
+static void cpu_attention_agrees_with_the_reference_on_odd_shapes(void **state) {
+    (void)state;
+    compare_attention_on_odd_shapes(cpu_with(1));
+    compare_attention_on_odd_shapes(cpu_with(3)); /* the last shape is worth threads */
+}
+
+/* Heads of more than 64 and of more than 128 values have kernels of their own. */
+static void cuda_attention_agrees_with_the_reference_on_odd_shapes(void **state) {
+    (void)state;
+    compare_attention_on_odd_shapes(cuda());
+    struct kernels *k = cuda();
+    compare_attention(k, 1, 1, 40, 2, 1, 66);
+    compare_attention(k, 0, 1, 33, 2, 1, 128);
+    compare_attention(k, 1, 1, 40, 1, 1, 130);
+    compare_attention(k, 0, 1, 33, 1, 1, 256);
+    finish(k);
 }
 
 /* A document in the middle of a sequence gives the bits that it gives alone; on the CPU backend,
@@ -567,6 +599,8 @@ int main(void) {
         cmocka_unit_test(outer_nesterov_agrees_with_pytorch),
         cmocka_unit_test(cpu_backend_agrees_with_the_reference_on_odd_shapes),
         cmocka_unit_test(cpu_attention_agrees_with_the_reference_on_odd_shapes),
+        cmocka_unit_test(cuda_backend_agrees_with_the_reference_on_odd_shapes),
+        cmocka_unit_test(cuda_attention_agrees_with_the_reference_on_odd_shapes),
         cmocka_unit_test(a_document_is_computed_as_if_it_stood_alone),
         cmocka_unit_test(exponential_is_accurate_everywhere),
         cmocka_unit_test(cpu_backend_agrees_with_the_reference_on_large_shapes),

@@ -1,0 +1,303 @@
+/* attention.cu - causal grouped-query attention in tiles that stay on the chip, FlashAttention
+ * (arXiv:2205.14135), in fp32 without tensor cores: the fallback and the check of faster ones.
+ *
+ * Forward: a block has TILE queries of one head and walks over the keys that they see. Backward: one kernel
+ * for dq, block by block as forward, and one for dk and dv, whose blocks have TILE keys of one key/value head
+ * and walk over the queries of all heads that read it. Scores are computed twice; nothing is added by two
+ * blocks, so there are no atomics.
+ *
+ * A tile's rows are shared by QUAD neighbouring threads: each has every QUAD-th key of a row's scores and
+ * every QUAD-th column of a row's output, in registers. */
+#include "kernels/cuda/cuda.h"
+
+#define TILE 32
+#define QUAD 4 /* threads of a row; they are in one warp */
+#define BLOCK (TILE * QUAD)
+#define EACH (TILE / QUAD) /* scores of a row that a thread has */
+#define HEAD_MAX 256
+
+struct attention {
+    int T, H, KV, D;
+    float scale;
+    const int32_t *start;
+};
+
+/* Rows of qkv are `row` floats apart; offsets of head h's query, key and value in one. */
+__device__ static size_t row_floats(const struct attention &a) { return (size_t)(a.H + 2 * a.KV) * a.D; }
+__device__ static int query_at(const struct attention &a, int h) { return h * a.D; }
+__device__ static int key_at(const struct attention &a, int kv) { return (a.H + kv) * a.D; }
+__device__ static int value_at(const struct attention &a, int kv) { return (a.H + a.KV + kv) * a.D; }
+
+/* TILE rows of D floats from the row `first` of `x` on, rows of which are `apart` floats apart, into shared
+ * memory with rows D + 1 apart (so that a column lies in different banks); zeroes after row `rows`. */
+__device__ static void load_tile(float *tile, const float *x, size_t apart, int first, int rows, int D) {
+    for (int i = (int)threadIdx.x; i < TILE * D; i += BLOCK) {
+        int r = i / D, d = i % D;
+        tile[r * (D + 1) + d] = first + r < rows ? x[(size_t)(first + r) * apart + d] : 0.0f;
+    }
+}
+
+__device__ static float dot(const float *a, const float *b, int D) {
+    float sum = 0.0f;
+    for (int d = 0; d < D; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+__device__ static float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ static float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+/* A thread's columns of a row: every QUAD-th of D, from `part` on. */
+template <int COLUMNS> __device__ static void clear(float (&acc)[COLUMNS]) {
+    UNROLL
+    for (int i = 0; i < COLUMNS; i++) acc[i] = 0.0f;
+}
+
+template <int COLUMNS>
+__device__ static void add_row(float (&acc)[COLUMNS], float factor, const float *row, int part, int D) {
+    UNROLL
+    for (int i = 0; i < COLUMNS; i++)
+        if (i * QUAD + part < D) acc[i] += factor * row[i * QUAD + part];
+}
+
+template <int COLUMNS>
+__device__ static void store_row(float *to, const float (&acc)[COLUMNS], float factor, int part, int D) {
+    UNROLL
+    for (int i = 0; i < COLUMNS; i++)
+        if (i * QUAD + part < D) to[i * QUAD + part] = acc[i] * factor;
+}
+
+__device__ static int document_of(const struct attention &a, int b, int t) {
+    return a.start && t < a.T ? a.start[(size_t)b * a.T + t] : 0;
+}
+
+/* ---- forward ---------------------------------------------------------------------------------------- */
+
+/* COLUMNS: of a row's output that a thread has, at least D / QUAD. */
+template <int COLUMNS>
+__global__ void __launch_bounds__(BLOCK)
+attend(float *out, float *lse, const float *qkv, struct attention a) {
+    SHARED_MEMORY(memory);
+    int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
+    int row = (int)threadIdx.x / QUAD, part = (int)threadIdx.x % QUAD, t = first + row;
+    float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1), *p = value + TILE * (D + 1);
+    const float *rows = qkv + (size_t)b * a.T * row_floats(a);
+    float sum = 0.0f, max = -INFINITY, acc[COLUMNS];
+    clear(acc);
+    load_tile(q, rows + query_at(a, h), row_floats(a), first, a.T, D);
+    int begin = document_of(a, b, t), last = first + TILE < a.T ? first + TILE : a.T;
+    for (int k0 = document_of(a, b, first) / TILE * TILE; k0 < last; k0 += TILE) {
+        __syncthreads(); /* the tile before is done with */
+        load_tile(key, rows + key_at(a, kv), row_floats(a), k0, a.T, D);
+        load_tile(value, rows + value_at(a, kv), row_floats(a), k0, a.T, D);
+        __syncthreads();
+        float score[EACH], most = -INFINITY, here = 0.0f;
+        for (int j = 0; j < EACH; j++) {
+            int u = k0 + j * QUAD + part;
+            score[j] = u < begin || u > t ? -INFINITY
+                                          : a.scale * dot(q + row * (D + 1), key + (j * QUAD + part) * (D + 1), D);
+            most = fmaxf(most, score[j]);
+        }
+        most = fmaxf(max, quad_max(most));
+        /* A row of another document may have seen no key yet. */
+        float keep = most == -INFINITY ? 1.0f : expf(max - most);
+        for (int j = 0; j < EACH; j++) {
+            float e = score[j] == -INFINITY ? 0.0f : expf(score[j] - most);
+            here += e;
+            p[row * (TILE + 1) + j * QUAD + part] = e;
+        }
+        sum = sum * keep + quad_sum(here);
+        max = most;
+        __syncwarp(); /* the row's p is there */
+        UNROLL
+        for (int i = 0; i < COLUMNS; i++) acc[i] *= keep;
+        for (int u = 0; u < TILE; u++)
+            add_row(acc, p[row * (TILE + 1) + u], value + u * (D + 1), part, D);
+    }
+    if (t >= a.T) return;
+    store_row(out + (((size_t)b * a.T + t) * a.H + h) * D, acc, 1.0f / sum, part, D);
+    if (part == 0) lse[((size_t)b * a.H + h) * a.T + t] = max + logf(sum);
+}
+
+/* ---- backward --------------------------------------------------------------------------------------- */
+
+/* delta = dout . out, of each row and head. A warp each. */
+__global__ void attention_delta(float *delta, const float *dout, const float *out, size_t heads, int T, int H,
+                                int D) {
+    size_t i = grid_index() / CUDA_WARP; /* [B,T,H] */
+    if (i >= heads) return;
+    float sum = 0.0f;
+    for (int d = (int)threadIdx.x % CUDA_WARP; d < D; d += CUDA_WARP) sum += dout[i * D + d] * out[i * D + d];
+    sum = warp_sum(sum);
+    size_t b = i / H / T, t = i / H % T, h = i % H;
+    if (threadIdx.x % CUDA_WARP == 0) delta[(b * H + h) * T + t] = sum;
+}
+
+/* With p = exp(score - lse): dscore = p * (dout.value - delta) * scale; dq = sum of dscore * key. */
+template <int COLUMNS>
+__global__ void __launch_bounds__(BLOCK)
+query_gradient(float *dqkv, const float *dout, const float *qkv, const float *lse, const float *delta,
+               struct attention a) {
+    SHARED_MEMORY(memory);
+    int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
+    int row = (int)threadIdx.x / QUAD, part = (int)threadIdx.x % QUAD, t = first + row;
+    float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
+          *grad = value + TILE * (D + 1), *ds = grad + TILE * (D + 1);
+    const float *rows = qkv + (size_t)b * a.T * row_floats(a);
+    size_t at = ((size_t)b * a.H + h) * a.T + t;
+    float acc[COLUMNS], row_lse = t < a.T ? lse[at] : 0.0f, row_delta = t < a.T ? delta[at] : 0.0f;
+    clear(acc);
+    load_tile(q, rows + query_at(a, h), row_floats(a), first, a.T, D);
+    load_tile(grad, dout + ((size_t)b * a.T * a.H + h) * D, (size_t)a.H * D, first, a.T, D);
+    int begin = document_of(a, b, t), last = first + TILE < a.T ? first + TILE : a.T;
+    for (int k0 = document_of(a, b, first) / TILE * TILE; k0 < last; k0 += TILE) {
+        __syncthreads();
+        load_tile(key, rows + key_at(a, kv), row_floats(a), k0, a.T, D);
+        load_tile(value, rows + value_at(a, kv), row_floats(a), k0, a.T, D);
+        __syncthreads();
+        for (int j = 0; j < EACH; j++) {
+            int n = j * QUAD + part, u = k0 + n;
+            float d = 0.0f;
+            if (u >= begin && u <= t && t < a.T) {
+                float p = expf(a.scale * dot(q + row * (D + 1), key + n * (D + 1), D) - row_lse);
+                d = p * (dot(grad + row * (D + 1), value + n * (D + 1), D) - row_delta) * a.scale;
+            }
+            ds[row * (TILE + 1) + n] = d;
+        }
+        __syncwarp();
+        for (int u = 0; u < TILE; u++)
+            add_row(acc, ds[row * (TILE + 1) + u], key + u * (D + 1), part, D);
+    }
+    if (t >= a.T) return;
+    store_row(dqkv + ((size_t)b * a.T + t) * row_floats(a) + query_at(a, h), acc, 1.0f, part, D);
+}
+
+/* Of one key tile and the heads h of its group: dv = sum of p * dout, dk = sum of dscore * q, in the order of
+ * heads and queries. A thread's row is a key here. */
+template <int COLUMNS>
+__global__ void __launch_bounds__(BLOCK)
+key_gradient(float *dqkv, const float *dout, const float *qkv, const float *lse, const float *delta,
+             struct attention a) {
+    SHARED_MEMORY(memory);
+    int D = a.D, first = (int)blockIdx.x * TILE, kv = (int)blockIdx.y, b = (int)blockIdx.z, group = a.H / a.KV;
+    int row = (int)threadIdx.x / QUAD, part = (int)threadIdx.x % QUAD, u = first + row;
+    float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
+          *grad = value + TILE * (D + 1), *ds = grad + TILE * (D + 1), *ps = ds + TILE * (TILE + 1);
+    const float *rows = qkv + (size_t)b * a.T * row_floats(a);
+    float dk[COLUMNS], dv[COLUMNS];
+    clear(dk);
+    clear(dv);
+    load_tile(key, rows + key_at(a, kv), row_floats(a), first, a.T, D);
+    load_tile(value, rows + value_at(a, kv), row_floats(a), first, a.T, D);
+    for (int step = 0; step < group; step++) {
+        int h = kv * group + step;
+        const float *head_lse = lse + ((size_t)b * a.H + h) * a.T, *head_delta = delta + ((size_t)b * a.H + h) * a.T;
+        for (int q0 = first; q0 < a.T; q0 += TILE) { /* queries before the tile see none of its keys */
+            if (document_of(a, b, q0) >= first + TILE) break; /* and later documents neither */
+            __syncthreads();
+            load_tile(q, rows + query_at(a, h), row_floats(a), q0, a.T, D);
+            load_tile(grad, dout + ((size_t)b * a.T * a.H + h) * D, (size_t)a.H * D, q0, a.T, D);
+            __syncthreads();
+            for (int j = 0; j < EACH; j++) {
+                int n = j * QUAD + part, t = q0 + n;
+                float p = 0.0f, d = 0.0f;
+                if (t < a.T && u <= t && u >= document_of(a, b, t)) {
+                    p = expf(a.scale * dot(q + n * (D + 1), key + row * (D + 1), D) - head_lse[t]);
+                    d = p * (dot(grad + n * (D + 1), value + row * (D + 1), D) - head_delta[t]) * a.scale;
+                }
+                ps[row * (TILE + 1) + n] = p;
+                ds[row * (TILE + 1) + n] = d;
+            }
+            __syncwarp();
+            for (int n = 0; n < TILE; n++) {
+                add_row(dv, ps[row * (TILE + 1) + n], grad + n * (D + 1), part, D);
+                add_row(dk, ds[row * (TILE + 1) + n], q + n * (D + 1), part, D);
+            }
+        }
+    }
+    if (u >= a.T) return;
+    float *to = dqkv + ((size_t)b * a.T + u) * row_floats(a);
+    store_row(to + key_at(a, kv), dk, 1.0f, part, D);
+    store_row(to + value_at(a, kv), dv, 1.0f, part, D);
+}
+
+/* ---- entries ------------------------------------------------------------------------------------------ */
+
+/* Shared memory of `tiles` tiles of rows and `squares` of scores. */
+static size_t shared_bytes(int tiles, int squares, int D) {
+    return ((size_t)tiles * TILE * (D + 1) + (size_t)squares * TILE * (TILE + 1)) * sizeof(float);
+}
+
+/* Over 48 KB a kernel must be allowed its shared memory. */
+template <class K> static int allow(struct cuda *c, K *kernel, size_t bytes) {
+    return cuda_note(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+                     "shared memory for attention");
+}
+
+static int refuse_head(struct cuda *c, int D) {
+    if (D <= HEAD_MAX) return 0;
+    if (c->failure.code == ERR_NONE)
+        err_set(&c->failure, ERR_UNSUPPORTED, "a head of %d values; the CUDA backend has %d at most", D, HEAD_MAX);
+    return -1;
+}
+
+static struct attention shape_of(const int32_t *start, int T, int H, int KV, int D) {
+    struct attention a = { T, H, KV, D, 1.0f / sqrtf((float)D), start };
+    return a;
+}
+
+template <int COLUMNS>
+static void forward(struct cuda *c, float *out, float *lse, const float *qkv, struct attention a, int B) {
+    size_t bytes = shared_bytes(3, 1, a.D);
+    if (allow(c, attend<COLUMNS>, bytes)) return;
+    RUN(c, attend<COLUMNS>, dim3(cuda_blocks((size_t)a.T, TILE), (unsigned)a.H, (unsigned)B), BLOCK, bytes, out, lse,
+        qkv, a);
+}
+
+static void attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
+                              const int32_t *start, int B, int T, int H, int KV, int D) {
+    struct cuda *c = cuda_of(k);
+    struct attention a = shape_of(start, T, H, KV, D);
+    if (refuse_head(c, D)) return;
+    if (D <= 64) forward<16>(c, out, lse, qkv, a, B);
+    else if (D <= 128) forward<32>(c, out, lse, qkv, a, B);
+    else forward<64>(c, out, lse, qkv, a, B);
+}
+
+template <int COLUMNS>
+static void backward(struct cuda *c, float *dqkv, const float *dout, const float *qkv, const float *lse,
+                     const float *delta, struct attention a, int B) {
+    size_t for_query = shared_bytes(4, 1, a.D), for_key = shared_bytes(4, 2, a.D);
+    unsigned tiles = cuda_blocks((size_t)a.T, TILE);
+    if (allow(c, query_gradient<COLUMNS>, for_query) || allow(c, key_gradient<COLUMNS>, for_key)) return;
+    RUN(c, query_gradient<COLUMNS>, dim3(tiles, (unsigned)a.H, (unsigned)B), BLOCK, for_query, dqkv, dout, qkv, lse,
+        delta, a);
+    RUN(c, key_gradient<COLUMNS>, dim3(tiles, (unsigned)a.KV, (unsigned)B), BLOCK, for_key, dqkv, dout, qkv, lse,
+        delta, a);
+}
+
+static void attention_backward(const struct kernels *k, float *dqkv, const float *dout, const float *qkv,
+                               const float *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
+                               int D) {
+    struct cuda *c = cuda_of(k);
+    struct attention a = shape_of(start, T, H, KV, D);
+    size_t heads = (size_t)B * T * H;
+    float *delta = (float *)cuda_scratch(c, heads * sizeof *delta);
+    if (refuse_head(c, D) || !delta) return;
+    RUN(c, attention_delta, cuda_blocks(heads * CUDA_WARP, CUDA_THREADS), CUDA_THREADS, 0, delta, dout, out, heads, T,
+        H, D);
+    if (D <= 64) backward<16>(c, dqkv, dout, qkv, lse, delta, a, B);
+    else if (D <= 128) backward<32>(c, dqkv, dout, qkv, lse, delta, a, B);
+    else backward<64>(c, dqkv, dout, qkv, lse, delta, a, B);
+}
+
+void cuda_fill_attention(struct kernels *k) {
+    k->attention_forward = attention_forward;
+    k->attention_backward = attention_backward;
+}

@@ -1,0 +1,157 @@
+/* backend.cu - the CUDA backend's memory, errors and table. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "kernels/cuda/cuda.h"
+#include "kernels/plugin.h"
+
+int cuda_note(struct cuda *c, cudaError_t result, const char *what) {
+    if (result == cudaSuccess) return 0;
+    if (c->failure.code == ERR_NONE)
+        err_set(&c->failure, result == cudaErrorMemoryAllocation ? ERR_MEMORY : ERR_UNSUPPORTED,
+                "CUDA device %d: %s: %s", c->device, what, cudaGetErrorString(result));
+    return -1;
+}
+
+/* ---- memory ------------------------------------------------------------------------------------ */
+
+static void *cuda_alloc(const struct kernels *k, size_t bytes, struct err *err) {
+    struct cuda *c = cuda_of(k);
+    void *p = NULL;
+    size_t free_bytes = 0, all_bytes = 0;
+    cudaError_t result = cudaMalloc(&p, bytes ? bytes : 1);
+    if (result == cudaSuccess) result = cudaMemsetAsync(p, 0, bytes, c->stream);
+    if (result == cudaSuccess) return p;
+    cudaGetLastError(); /* it is reported here */
+    cudaFree(p);
+    cudaMemGetInfo(&free_bytes, &all_bytes);
+    err_set(err, ERR_MEMORY, "CUDA device %d: no memory for a tensor of %zu bytes, %zu of %zu are free: %s",
+            c->device, bytes, free_bytes, all_bytes, cudaGetErrorString(result));
+    return NULL;
+}
+
+static void cuda_free(const struct kernels *k, void *p) {
+    if (p) cuda_note(cuda_of(k), cudaFree(p), "free");
+}
+
+static void copy_in(const struct kernels *k, void *to, const void *host, size_t bytes) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, c->stream), "copy in");
+    cuda_note(c, cudaStreamSynchronize(c->stream), "copy in"); /* host may change now */
+}
+
+static void copy_out(const struct kernels *k, void *host, const void *from, size_t bytes) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, c->stream), "copy out");
+    cuda_note(c, cudaStreamSynchronize(c->stream), "copy out");
+}
+
+static void zero(const struct kernels *k, void *p, size_t bytes) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaMemsetAsync(p, 0, bytes, c->stream), "zero");
+}
+
+void *cuda_scratch(struct cuda *c, size_t bytes) {
+    if (bytes <= c->scratch_bytes) return c->scratch;
+    /* cudaFree waits for what uses it. */
+    if (cuda_note(c, cudaFree(c->scratch), "free scratch")) return NULL;
+    c->scratch = NULL;
+    c->scratch_bytes = 0;
+    if (cuda_note(c, cudaMalloc(&c->scratch, bytes), "scratch")) return NULL;
+    c->scratch_bytes = bytes;
+    return c->scratch;
+}
+
+/* ---- the table ---------------------------------------------------------------------------------- */
+
+static int check(const struct kernels *k, struct err *err) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaStreamSynchronize(c->stream), "training");
+    if (c->failure.code == ERR_NONE) return 0;
+    if (err) *err = c->failure;
+    c->failure.code = ERR_NONE;
+    return -1;
+}
+
+static void destroy(struct kernels *k) {
+    struct cuda *c = cuda_of(k);
+    cuda_products_destroy(c);
+    cudaFree(c->scratch);
+    if (c->stream) cudaStreamDestroy(c->stream);
+    free(c);
+}
+
+static int find_device(struct cuda *c, struct cudaDeviceProp *found, struct err *err) {
+    int count = 0, driver = 0, runtime = 0;
+    cudaError_t result = cudaGetDeviceCount(&count);
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0)
+        return err_set(err, ERR_NOT_FOUND, "there is no CUDA device: no NVIDIA driver is installed");
+    if (result == cudaErrorInsufficientDriver || driver / 1000 < runtime / 1000)
+        return err_set(err, ERR_UNSUPPORTED,
+                       "the NVIDIA driver is for CUDA %d.%d, this plugin for CUDA %d.%d: update the driver",
+                       driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    if (result != cudaSuccess || count == 0)
+        return err_set(err, ERR_NOT_FOUND, "there is no CUDA device: %s", cudaGetErrorString(result));
+    if (c->device < 0 || c->device >= count)
+        return err_set(err, ERR_CONFIG, "there is no CUDA device %d; %d are here, from 0", c->device, count);
+    if ((result = cudaSetDevice(c->device)) != cudaSuccess ||
+        (result = cudaGetDeviceProperties(found, c->device)) != cudaSuccess)
+        return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
+    if (found->major < 8)
+        return err_set(err, ERR_UNSUPPORTED, "CUDA device %d, %s, has compute capability %d.%d, 8.0 is the least",
+                       c->device, found->name, found->major, found->minor);
+    return 0;
+}
+
+static int open_device(struct cuda *c, struct err *err) {
+    struct cudaDeviceProp p;
+    int runtime = 0;
+    if (find_device(c, &p, err)) return -1;
+    cudaError_t result = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+    if (result != cudaSuccess)
+        return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
+    if (cuda_products_create(c, err)) return -1;
+    cudaRuntimeGetVersion(&runtime);
+    snprintf(c->description, sizeof c->description, "CUDA %d.%d, %.60s (%d.%d, %zu MB), %s", runtime / 1000,
+             runtime % 1000 / 10, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
+             c->table.weight_bytes == sizeof(float) ? "fp32"
+             : c->table.rest_bytes                  ? "bf16 weights with fp32 master"
+                                                    : "bf16 weights rounded stochastically");
+    return 0;
+}
+
+extern "C" __attribute__((visibility("default"))) struct kernels *intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes,
+                                                 size_t rest_bytes, struct err *err) {
+    if (abi != KERNELS_PLUGIN_ABI) {
+        err_set(err, ERR_UNSUPPORTED, "the CUDA plugin is for interface %u, the program has %u: take both from "
+                "one release", KERNELS_PLUGIN_ABI, abi);
+        return NULL;
+    }
+    struct cuda *c = (struct cuda *)calloc(1, sizeof *c);
+    if (!c) {
+        err_set(err, ERR_MEMORY, "no memory for the CUDA backend");
+        return NULL;
+    }
+    struct kernels *k = &c->table;
+    c->device = device;
+    k->name = "cuda";
+    k->description = c->description;
+    k->weight_bytes = weight_bytes;
+    k->rest_bytes = rest_bytes;
+    k->alloc = cuda_alloc;
+    k->free = cuda_free;
+    k->copy_in = copy_in;
+    k->copy_out = copy_out;
+    k->zero = zero;
+    k->check = check;
+    k->destroy = destroy;
+    cuda_fill_products(k);
+    cuda_fill_rows(k);
+    cuda_fill_attention(k);
+    cuda_fill_update(k);
+    if (!open_device(c, err)) return k;
+    destroy(k);
+    return NULL;
+}

@@ -1,0 +1,274 @@
+/* rows.cu - kernels that treat each row by itself: embedding, RMSNorm, RoPE, SwiGLU, cross-entropy. */
+#include "kernels/cuda/cuda.h"
+
+/* ---- embedding ------------------------------------------------------------------------------------ */
+
+template <class W>
+__global__ void embed(float *out, const int32_t *tokens, const W *w, size_t n, int C) {
+    size_t i = grid_index();
+    if (i < n) out[i] = wide(w[(size_t)tokens[i / C] * C + i % C]);
+}
+
+static void embedding_forward(const struct kernels *k, float *out, const int32_t *tokens, const void *w,
+                              int rows, int C, int V) {
+    size_t n = (size_t)rows * C;
+    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
+    (void)V;
+    if (k->weight_bytes == sizeof(float))
+        RUN(cuda_of(k), embed<float>, blocks, CUDA_THREADS, 0, out, tokens, (const float *)w, n, C);
+    else
+        RUN(cuda_of(k), embed<uint16_t>, blocks, CUDA_THREADS, 0, out, tokens, (const uint16_t *)w, n, C);
+}
+
+/* A block for each row; that of a token's first row adds all of them, in order. Comparing every row with
+ * every other is a thousandth of the products' work, and needs no sorting. */
+__global__ void embed_gradient(float *dw, const float *dout, const int32_t *tokens, int rows, int C) {
+    __shared__ int found[CUDA_THREADS]; /* one flag a row of the window */
+    int own = (int)blockIdx.x, token = tokens[own], earlier = 0;
+    for (int r = (int)threadIdx.x; r < own; r += CUDA_THREADS) earlier |= tokens[r] == token;
+    if (__syncthreads_or(earlier)) return;
+    for (int window = own; window < rows; window += CUDA_THREADS) {
+        int r = window + (int)threadIdx.x;
+        found[threadIdx.x] = r < rows && tokens[r] == token;
+        __syncthreads();
+        for (int i = 0; i < CUDA_THREADS && window + i < rows; i++) {
+            if (!found[i]) continue;
+            for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS)
+                dw[(size_t)token * C + c] += dout[(size_t)(window + i) * C + c];
+        }
+        __syncthreads();
+    }
+}
+
+static void embedding_backward(const struct kernels *k, float *dw, const float *dout, const int32_t *tokens,
+                               int rows, int C, int V) {
+    (void)V;
+    RUN(cuda_of(k), embed_gradient, (unsigned)rows, CUDA_THREADS, 0, dw, dout, tokens, rows, C);
+}
+
+/* ---- RMSNorm --------------------------------------------------------------------------------------- */
+
+template <class W>
+__global__ void rmsnorm(float *out, float *rstd, const float *x, const W *w, float eps, int C) {
+    __shared__ float parts[CUDA_WARP];
+    size_t row = blockIdx.x;
+    float sum = 0.0f;
+    x += row * C;
+    out += row * C;
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += x[c] * x[c];
+    float scale = 1.0f / sqrtf(block_sum(sum, parts) / C + eps);
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) out[c] = x[c] * scale * wide(w[c]);
+    if (threadIdx.x == 0) rstd[row] = scale;
+}
+
+static void rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x, const void *w,
+                            float eps, int rows, int C) {
+    if (k->weight_bytes == sizeof(float))
+        RUN(cuda_of(k), rmsnorm<float>, (unsigned)rows, CUDA_THREADS, 0, out, rstd, x, (const float *)w, eps, C);
+    else
+        RUN(cuda_of(k), rmsnorm<uint16_t>, (unsigned)rows, CUDA_THREADS, 0, out, rstd, x, (const uint16_t *)w, eps,
+            C);
+}
+
+/* dx += rstd * (w*dout - n * mean(w*dout*n)), n = x*rstd */
+template <class W>
+__global__ void rmsnorm_gradient(float *dx, const float *dout, const float *x, const W *w, const float *rstd,
+                                 int C) {
+    __shared__ float parts[CUDA_WARP];
+    size_t row = blockIdx.x;
+    float scale = rstd[row], sum = 0.0f;
+    dx += row * C;
+    dout += row * C;
+    x += row * C;
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += wide(w[c]) * dout[c] * x[c] * scale;
+    float mean = block_sum(sum, parts) / C;
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS)
+        dx[c] += scale * (wide(w[c]) * dout[c] - x[c] * scale * mean);
+}
+
+#define NORM_SLICES 128 /* at most; so many partial sums of dw */
+
+__global__ void norm_weight_parts(float *part, const float *dout, const float *x, const float *rstd, int rows,
+                                  int each, int C) {
+    int c = (int)grid_index(), begin = (int)blockIdx.y * each, end = begin + each < rows ? begin + each : rows;
+    if (c >= C) return;
+    float sum = 0.0f;
+    for (int r = begin; r < end; r++) sum += dout[(size_t)r * C + c] * x[(size_t)r * C + c] * rstd[r];
+    part[(size_t)blockIdx.y * C + c] = sum;
+}
+
+__global__ void add_parts(float *dw, const float *part, int slices, int C) {
+    int c = (int)grid_index();
+    if (c >= C) return;
+    float sum = 0.0f;
+    for (int s = 0; s < slices; s++) sum += part[(size_t)s * C + c];
+    dw[c] += sum;
+}
+
+static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout, const float *x,
+                             const void *w, const float *rstd, int rows, int C) {
+    struct cuda *c = cuda_of(k);
+    int each = (rows + NORM_SLICES - 1) / NORM_SLICES, slices = (rows + each - 1) / each;
+    float *part = (float *)cuda_scratch(c, (size_t)slices * C * sizeof *part);
+    unsigned columns = cuda_blocks((size_t)C, CUDA_THREADS);
+    if (!part) return;
+    if (k->weight_bytes == sizeof(float))
+        RUN(c, rmsnorm_gradient<float>, (unsigned)rows, CUDA_THREADS, 0, dx, dout, x, (const float *)w, rstd, C);
+    else
+        RUN(c, rmsnorm_gradient<uint16_t>, (unsigned)rows, CUDA_THREADS, 0, dx, dout, x, (const uint16_t *)w, rstd,
+            C);
+    RUN(c, norm_weight_parts, dim3(columns, (unsigned)slices), CUDA_THREADS, 0, part, dout, x, rstd, rows, each, C);
+    RUN(c, add_parts, columns, CUDA_THREADS, 0, dw, part, slices, C);
+}
+
+/* ---- RoPE ------------------------------------------------------------------------------------------- */
+
+/* A thread for each pair of the query and key heads of each row. */
+__global__ void rotate(float *qkv, const float *cosine, const float *sine, const int32_t *start, size_t pairs,
+                       int T, int H, int KV, int D, float direction) {
+    size_t i = grid_index();
+    int half = D / 2;
+    if (i >= pairs) return;
+    int d = (int)(i % half), head = (int)(i / half % (H + KV));
+    size_t row = i / half / (H + KV), position = row % T - (start ? start[row] : 0);
+    float *x = qkv + (row * (H + 2 * KV) + head) * D + d;
+    float c = cosine[position * half + d], s = direction * sine[position * half + d], a = x[0], b = x[half];
+    x[0] = a * c - b * s;
+    x[half] = b * c + a * s;
+}
+
+static void turn(const struct kernels *k, float *qkv, const float *cosine, const float *sine, const int32_t *start,
+                 int B, int T, int H, int KV, int D, float direction) {
+    size_t pairs = (size_t)B * T * (H + KV) * (D / 2);
+    RUN(cuda_of(k), rotate, cuda_blocks(pairs, CUDA_THREADS), CUDA_THREADS, 0, qkv, cosine, sine, start, pairs, T,
+        H, KV, D, direction);
+}
+
+static void rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
+                         const int32_t *start, int B, int T, int H, int KV, int D) {
+    turn(k, qkv, cosine, sine, start, B, T, H, KV, D, 1.0f);
+}
+
+static void rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
+                          const int32_t *start, int B, int T, int H, int KV, int D) {
+    turn(k, dqkv, cosine, sine, start, B, T, H, KV, D, -1.0f);
+}
+
+/* ---- SwiGLU ------------------------------------------------------------------------------------------ */
+
+__global__ void swiglu(float *out, const float *gate_up, size_t n, int F) {
+    size_t i = grid_index();
+    if (i >= n) return;
+    size_t at = i / F * 2 * F + i % F;
+    float gate = gate_up[at], up = gate_up[at + F];
+    out[i] = gate / (1.0f + expf(-gate)) * up;
+}
+
+static void swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows, int F) {
+    size_t n = (size_t)rows * F;
+    RUN(cuda_of(k), swiglu, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, gate_up, n, F);
+}
+
+__global__ void swiglu_gradient(float *dgate_up, const float *dout, const float *gate_up, size_t n, int F) {
+    size_t i = grid_index();
+    if (i >= n) return;
+    size_t at = i / F * 2 * F + i % F;
+    float gate = gate_up[at], up = gate_up[at + F], sigmoid = 1.0f / (1.0f + expf(-gate)), d = dout[i];
+    dgate_up[at] = d * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
+    dgate_up[at + F] = d * gate * sigmoid;
+}
+
+static void swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout, const float *gate_up,
+                            int rows, int F) {
+    size_t n = (size_t)rows * F;
+    RUN(cuda_of(k), swiglu_gradient, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, dgate_up, dout, gate_up, n, F);
+}
+
+/* ---- cross-entropy ------------------------------------------------------------------------------------ */
+
+/* What one pass over a row finds: the largest logit, where it comes first, the sum of exponentials below it. */
+struct peak {
+    float max, sum;
+    int at;
+};
+
+__device__ static struct peak merge(struct peak a, struct peak b) {
+    bool second = b.max > a.max || (b.max == a.max && b.at < a.at);
+    struct peak p = second ? b : a, q = second ? a : b;
+    /* Of a part without any logit the sum is 0, and exp(-inf - max) too. */
+    p.sum += q.sum == 0.0f ? 0.0f : q.sum * expf(q.max - p.max);
+    return p;
+}
+
+__device__ static struct peak shuffled(struct peak p, int step) {
+    struct peak q;
+    q.max = __shfl_xor_sync(0xffffffffu, p.max, step);
+    q.sum = __shfl_xor_sync(0xffffffffu, p.sum, step);
+    q.at = __shfl_xor_sync(0xffffffffu, p.at, step);
+    return q;
+}
+
+/* Of a NaN the sum is NaN: it is larger than nothing and exp() of it is NaN. */
+__device__ static struct peak peak_of(const float *logits, int V) {
+    struct peak p = { -INFINITY, 0.0f, V };
+    for (int v = (int)threadIdx.x; v < V; v += CUDA_THREADS) {
+        float x = logits[v];
+        if (x > p.max) {
+            p.sum = p.sum * expf(p.max - x) + 1.0f;
+            p.max = x;
+            p.at = v;
+        } else {
+            p.sum += x == -INFINITY ? 0.0f : expf(x - p.max);
+        }
+    }
+    return p;
+}
+
+__global__ void entropy(float *loss, float *penalty, float *logits, const int32_t *targets, struct kernels_loss how,
+                        int V) {
+    __shared__ struct peak parts[CUDA_THREADS / CUDA_WARP];
+    size_t row = blockIdx.x;
+    int target = targets[row];
+    logits += row * V;
+    if (target < 0) {
+        for (int v = (int)threadIdx.x; v < V; v += CUDA_THREADS) logits[v] = 0.0f;
+        if (threadIdx.x == 0) loss[row] = penalty[row] = 0.0f;
+        return;
+    }
+    struct peak p = peak_of(logits, V);
+    for (int step = CUDA_WARP / 2; step; step /= 2) p = merge(p, shuffled(p, step));
+    if (threadIdx.x % CUDA_WARP == 0) parts[threadIdx.x / CUDA_WARP] = p;
+    float at_target = logits[target];
+    __syncthreads();
+    p = parts[0];
+    for (int i = 1; i < CUDA_THREADS / CUDA_WARP; i++) p = merge(p, parts[i]);
+    float below = logf(p.sum), lse = below + p.max;
+    if (threadIdx.x == 0) {
+        loss[row] = below + (p.max - at_target);
+        penalty[row] = how.z * lse * lse + how.max_z * p.max * p.max;
+    }
+    float unit = 1.0f / p.sum, pull = 1.0f + 2.0f * how.z * lse, peak = 2.0f * how.max_z * p.max;
+    for (int v = (int)threadIdx.x; v < V; v += CUDA_THREADS) {
+        float d = expf(logits[v] - p.max) * unit * pull;
+        if (v == target) d -= 1.0f;
+        if (v == p.at) d += peak;
+        logits[v] = d * how.grad_scale;
+    }
+}
+
+static void cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
+                          const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
+    RUN(cuda_of(k), entropy, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, logits, targets, *how, V);
+}
+
+void cuda_fill_rows(struct kernels *k) {
+    k->embedding_forward = embedding_forward;
+    k->embedding_backward = embedding_backward;
+    k->rmsnorm_forward = rmsnorm_forward;
+    k->rmsnorm_backward = rmsnorm_backward;
+    k->rope_forward = rope_forward;
+    k->rope_backward = rope_backward;
+    k->swiglu_forward = swiglu_forward;
+    k->swiglu_backward = swiglu_backward;
+    k->cross_entropy = cross_entropy;
+}

@@ -1,0 +1,222 @@
+/* emulator.cpp - a block's threads take turns on one CPU thread, each on a stack of its own once it waits at a barrier. */
+#include "tests/cuda/emulator.h"
+
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#define THREADS_MAX 1024
+#define STACK_BYTES ((size_t)128 << 10)
+#define EXCHANGE_BYTES 16
+#define CUDA_LANES 32 /* of a warp */
+#define SHARED_BYTES ((size_t)227 << 10)
+
+enum wait { RUNS, AT_BLOCK, AT_WARP, ENDED };
+
+static struct thread {
+    jmp_buf at; /* where it gave way */
+    enum wait wait;
+    int flag;
+    unsigned char value[EXCHANGE_BYTES];
+} threads[THREADS_MAX];
+static char *stacks;
+static jmp_buf scheduler;
+static const std::function<void(void)> *body;
+static unsigned char *shared; /* allocated for each launch, so that a sanitizer sees its end */
+static unsigned now;          /* the thread that runs */
+static unsigned begun, ended, count; /* of the block's threads */
+
+static void die(const char *why) {
+    fprintf(stderr, "CUDA emulator: block %u,%u,%u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now, why);
+    abort();
+}
+
+/* On a stack of its own: one thread after the other, until one gives way; another stack then goes on with the
+ * next. */
+static void run_threads(void) {
+    while (begun < count) {
+        now = begun++;
+        threadIdx = dim3(now);
+        threads[now].wait = RUNS;
+        (*body)();
+        threads[now].wait = ENDED;
+        ended++;
+    }
+    _longjmp(scheduler, 1);
+}
+
+static void begin_threads(void) {
+    ucontext_t fresh;
+    getcontext(&fresh);
+    fresh.uc_stack.ss_sp = stacks + begun * STACK_BYTES;
+    fresh.uc_stack.ss_size = STACK_BYTES;
+    fresh.uc_link = NULL;
+    makecontext(&fresh, run_threads, 0);
+    if (!_setjmp(scheduler)) setcontext(&fresh);
+}
+
+static void give_way(enum wait wait) {
+    unsigned me = now;
+    threads[me].wait = wait;
+    if (!_setjmp(threads[me].at)) _longjmp(scheduler, 1);
+    now = me;
+    threadIdx = dim3(me);
+}
+
+static void go_on(unsigned i) {
+    if (!_setjmp(scheduler)) _longjmp(threads[i].at, 1);
+}
+
+void emulator_sync_block(void) { give_way(AT_BLOCK); }
+void emulator_sync_warp(void) { give_way(AT_WARP); }
+unsigned char *emulator_shared(void) { return shared; }
+
+void emulator_exchange(void *mine, size_t bytes, unsigned from) {
+    unsigned warp = now / CUDA_LANES * CUDA_LANES;
+    if (bytes > EXCHANGE_BYTES || from >= CUDA_LANES || warp + from >= blockDim.x) die("a shuffle out of the warp");
+    memcpy(threads[now].value, mine, bytes);
+    emulator_sync_warp();
+    memcpy(mine, threads[warp + from].value, bytes);
+    emulator_sync_warp();
+}
+
+int emulator_any(int flag) {
+    int any = 0;
+    threads[now].flag = flag;
+    emulator_sync_block();
+    for (unsigned i = 0; i < blockDim.x; i++) any |= threads[i].flag;
+    emulator_sync_block();
+    return any;
+}
+
+/* Let go those that wait for each other. */
+static void release(unsigned first, unsigned threads_there, enum wait wait) {
+    unsigned there = 0;
+    for (unsigned i = first; i < first + threads_there; i++) there += threads[i].wait == wait;
+    for (unsigned i = first; i < first + threads_there && there == threads_there; i++) threads[i].wait = RUNS;
+}
+
+static void run_block(void) {
+    begun = ended = 0;
+    while (begun < count) begin_threads();
+    while (ended < count) {
+        for (unsigned i = 0; i < count; i += CUDA_LANES)
+            release(i, count - i < CUDA_LANES ? count - i : CUDA_LANES, AT_WARP);
+        release(0, count, AT_BLOCK);
+        bool moved = false;
+        for (unsigned i = 0; i < count; i++) {
+            if (threads[i].wait != RUNS) continue;
+            moved = true;
+            go_on(i);
+        }
+        if (!moved) die("some threads wait at a barrier that others do not reach");
+    }
+}
+
+void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void(void)> &kernel) {
+    if (block.y != 1 || block.z != 1 || block.x > THREADS_MAX || !grid.x || !grid.y || !grid.z ||
+        grid.y > 65535 || grid.z > 65535 || shared_bytes > SHARED_BYTES)
+        die("a launch that no device takes");
+    if (!stacks) stacks = (char *)malloc(THREADS_MAX * STACK_BYTES);
+    shared = (unsigned char *)aligned_alloc(16, (shared_bytes + 15) / 16 * 16 + 16);
+    body = &kernel;
+    gridDim = grid;
+    blockDim = block;
+    count = block.x;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                memset(shared, 0xff, shared_bytes); /* NaN: what nobody wrote shows */
+                blockIdx = dim3(x, y, z);
+                run_block();
+            }
+    free(shared);
+    shared = NULL;
+}
+
+/* ---- the runtime -------------------------------------------------------------------------------------- */
+
+static cudaError_t last;
+
+cudaError_t cudaMalloc(void **p, size_t bytes) {
+    *p = bytes > ((size_t)1 << 36) ? NULL : aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (*p) memset(*p, 0xff, bytes);
+    return *p ? cudaSuccess : last = cudaErrorMemoryAllocation;
+}
+
+cudaError_t cudaFree(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    (void)kind, (void)stream;
+    if (bytes) memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
+    (void)stream;
+    if (bytes) memset(p, value, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes) {
+    *free_bytes = *all_bytes = (size_t)1 << 36;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
+    (void)flags;
+    *stream = NULL;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    (void)stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    (void)stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError(void) {
+    cudaError_t e = last;
+    last = cudaSuccess;
+    return e;
+}
+
+const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "out of memory" : error == cudaSuccess ? "no error" : "an error";
+}
+
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorNoDevice; }
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
+    (void)device;
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, "emulated on a CPU");
+    p->totalGlobalMem = (size_t)1 << 36;
+    p->major = 9;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}

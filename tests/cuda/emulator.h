@@ -1,0 +1,88 @@
+/* emulator.h - enough of CUDA to run the kernels of kernels/cuda/ on a CPU, one thread at a time: launches,
+ * block and warp synchronisation, shuffles, shared memory, and the few calls of the runtime that the backend
+ * makes. What it finds: wrong indices, tiles and reductions; with a sanitizer, accesses out of bounds; a
+ * barrier that not all threads reach. What it cannot find: races between two barriers (threads run in turn,
+ * from the first to the last), and anything about speed. Device memory is host memory. */
+#ifndef INTELLECT_TESTS_CUDA_EMULATOR_H
+#define INTELLECT_TESTS_CUDA_EMULATOR_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(threads)
+#define UNROLL
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+/* Run `kernel` in every thread of the grid, block after block. Blocks are one-dimensional. Aborts where the
+ * threads of a block or warp do not come to the same barrier. */
+void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void(void)> &kernel);
+unsigned char *emulator_shared(void);
+void emulator_sync_block(void);
+void emulator_sync_warp(void);
+/* Lane `from`'s bytes; all lanes of the warp call. */
+void emulator_exchange(void *mine, size_t bytes, unsigned from);
+int emulator_any(int flag);
+
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+    ((void)(stream), emulator_launch(dim3(grid), dim3(block), shared, [=] { kernel(__VA_ARGS__); }))
+#define SHARED_MEMORY(name) unsigned char *name = emulator_shared()
+
+static inline void __syncthreads(void) { emulator_sync_block(); }
+static inline void __syncwarp(void) { emulator_sync_warp(); }
+static inline int __syncthreads_or(int flag) { return emulator_any(flag); }
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T x, int lanes) {
+    (void)mask;
+    emulator_exchange(&x, sizeof x, (threadIdx.x % 32) ^ (unsigned)lanes);
+    return x;
+}
+
+/* ---- the runtime ------------------------------------------------------------------------------------ */
+
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum { cudaStreamNonBlocking = 1 };
+typedef struct emulator_stream *cudaStream_t;
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem;
+    int major, minor;
+};
+
+cudaError_t cudaMalloc(void **p, size_t bytes);
+cudaError_t cudaFree(void *p);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaGetLastError(void);
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device);
+cudaError_t cudaDriverGetVersion(int *version);
+cudaError_t cudaRuntimeGetVersion(int *version);
+template <class K> static inline cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute what, int value) {
+    (void)kernel, (void)what;
+    return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue; /* of an H100 */
+}
+
+#endif
