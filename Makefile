@@ -48,6 +48,7 @@ HOSTILE_O := $(call objects,tests/hostile) $(KERNELS_O) $(PROTO_O)
 # The S3 store against a real server, for tests/integration/s3.sh.
 LIVE_O := $(call objects,tests/s3) $(CKPT_O) $(PROTO_O)
 BENCH_O := $(call objects,tests/bench) $(LIB_O)
+BENCH_TRAIN_O := $(call objects,tests/bench_train) $(LIB_O)
 LAB_O := $(call objects,tests/lab) $(LIB_O)
 
 # The CUDA backend: a plugin, where nvcc is; and everywhere the same kernels on an emulator, for the tests.
@@ -128,7 +129,7 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
 # What clang-tidy reads; the test programs are left to the compilers.
-SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/bench_train tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
@@ -167,6 +168,15 @@ bitexact: ## the outer step's bits: gcc, clang, vector widths, x86-64, aarch64 (
 
 bench: all $(BUILD)/bench ## rates beside their floors, as a table and JSON
 	@$(BUILD)/bench --json $(BUILD)/bench.json
+
+.PHONY: bench-train
+bench-train: $(BUILD)/bench-train ## training steps of 10m, 150m and 4 layers of 1b, fp32 and bf16, beside oneDNN's rate
+	@$(BUILD)/bench-train --json $(BUILD)/bench-train.json
+
+.PHONY: bench-torch
+bench-torch: $(BUILD)/bench-train ## the same steps in the newest PyTorch of PyPI, in turn with ours (30 minutes)
+	@tests/reference/venv.sh $(BUILD)/reference-venv
+	@$(BUILD)/reference-venv/bin/python tests/reference/bench_torch.py --json $(BUILD)/bench-torch.json
 
 install: all ## install both programs under PREFIX (/usr/local)
 	install -d $(DESTDIR)$(PREFIX)/bin
@@ -230,6 +240,10 @@ $(BUILD)/fuzz_%: tests/fuzz/libfuzzer.c $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_SHAR
 	$(Q)$(CC) $(ALL_CFLAGS) -fsanitize=fuzzer -DFUZZ_TARGET=fuzz_$* -o $@ $^ $(ALL_LIBS) -lcmocka
 
 $(BUILD)/bench: $(BENCH_O)
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+
+$(BUILD)/bench-train: $(BENCH_TRAIN_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 

@@ -1,0 +1,69 @@
+/* bench_train.h - what a training step takes, beside what its floor is: the program of `make bench-train`.
+ *
+ *   main.c      options, the cases, a process for each, the table, JSON
+ *   measure.c   one case: steps, with the time of each entry of the kernel table
+ *   entries.c   a kernel table whose entries are timed, and the products they were asked for
+ *   products.c  the same products by oneDNN alone, and a copy of memory: the floors
+ *
+ * Each case is a process of its own, because its peak of memory is asked for. It judges nothing. */
+#ifndef INTELLECT_BENCH_TRAIN_H
+#define INTELLECT_BENCH_TRAIN_H
+
+#include <jansson.h>
+#include <stddef.h>
+
+#include "kernels/kernels.h"
+
+double now_s(void);
+
+/* ---- measure.c ------------------------------------------------------------------------------- */
+
+struct bench_case {
+    const char *name, *preset;
+    int layers;    /* 0: the preset's */
+    int precision; /* 0: fp32, 1: bf16 with an fp32 master */
+    int samples;   /* of SEQUENCE tokens in a step */
+};
+#define SEQUENCE 1024
+
+/* One warm step, `steps` that count, in turns with the products by oneDNN. NULL: err says why. */
+json_t *measure(const struct bench_case *c, int steps, struct err *err);
+
+/* ---- entries.c ------------------------------------------------------------------------------- */
+
+/* [m,k] x [k,n], asked for `count` times. */
+struct product {
+    int m, n, k, count;
+};
+#define PRODUCTS_MAX 64
+
+/* What entries took since entries_reset(). */
+struct entries {
+    struct {
+        const char *name;
+        double seconds;
+    } entry[40];
+    int count;
+    struct product product[PRODUCTS_MAX];
+    int products;
+};
+
+/* Change the entries of a table, in place, to timed ones; for one table at a time. */
+void entries_time(struct kernels *k);
+void entries_reset(void);
+const struct entries *entries_taken(void);
+/* Is it one of the matrix products? */
+int entries_is_product(const char *name);
+
+/* ---- products.c ------------------------------------------------------------------------------ */
+
+/* The best time of each product by oneDNN alone, operands as it likes them; several calls keep the best. */
+struct floors;
+struct floors *floors_create(const struct product *product, int count, int bf16, struct err *err);
+void floors_destroy(struct floors *f);
+int floors_run(struct floors *f, struct err *err);
+double floors_seconds(const struct floors *f, int product); /* of one such product */
+/* Bytes read and written a second by all threads together. */
+double floors_memory(void);
+
+#endif

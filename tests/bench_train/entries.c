@@ -1,0 +1,125 @@
+/* entries.c - a kernel table whose entries are timed. The original is kept aside; what is handed to it is
+ * the table itself, which to a backend is its own. */
+#include <string.h>
+
+#include "tests/bench_train/bench_train.h"
+
+static struct kernels original;
+static struct entries taken;
+
+static double *seconds_of(const char *name) {
+    for (int i = 0; i < taken.count; i++)
+        if (!strcmp(taken.entry[i].name, name)) return &taken.entry[i].seconds;
+    taken.entry[taken.count].name = name;
+    return &taken.entry[taken.count++].seconds;
+}
+
+static void count_product(int m, int n, int k) {
+    for (int i = 0; i < taken.products; i++) {
+        struct product *p = &taken.product[i];
+        if (p->m == m && p->n == n && p->k == k) {
+            p->count++;
+            return;
+        }
+    }
+    if (taken.products < PRODUCTS_MAX) taken.product[taken.products++] = (struct product){ m, n, k, 1 };
+}
+
+/* An entry's parameters, and its arguments once more. */
+#define TIMED(entry, parameters, arguments) \
+    static void entry parameters { \
+        double begin = now_s(); \
+        original.entry arguments; \
+        *seconds_of(#entry) += now_s() - begin; \
+    }
+#define K const struct kernels *k
+
+TIMED(copy_in, (K, void *to, const void *host, size_t bytes), (k, to, host, bytes))
+TIMED(copy_out, (K, void *host, const void *from, size_t bytes), (k, host, from, bytes))
+TIMED(zero, (K, void *p, size_t bytes), (k, p, bytes))
+TIMED(embedding_forward, (K, float *out, const int32_t *tokens, const void *w, int rows, int C, int V),
+      (k, out, tokens, w, rows, C, V))
+TIMED(embedding_backward, (K, float *dw, const float *dout, const int32_t *tokens, int rows, int C, int V),
+      (k, dw, dout, tokens, rows, C, V))
+TIMED(rmsnorm_forward,
+      (K, float *out, float *rstd, const float *x, const void *w, float eps, int rows, int C),
+      (k, out, rstd, x, w, eps, rows, C))
+TIMED(rmsnorm_backward,
+      (K, float *dx, float *dw, const float *dout, const float *x, const void *w, const float *rstd,
+       int rows, int C),
+      (k, dx, dw, dout, x, w, rstd, rows, C))
+TIMED(rope_forward,
+      (K, float *qkv, const float *cos, const float *sin, const int32_t *start, int B, int T, int H, int KV,
+       int D),
+      (k, qkv, cos, sin, start, B, T, H, KV, D))
+TIMED(rope_backward,
+      (K, float *dqkv, const float *cos, const float *sin, const int32_t *start, int B, int T, int H,
+       int KV, int D),
+      (k, dqkv, cos, sin, start, B, T, H, KV, D))
+TIMED(attention_forward,
+      (K, float *out, float *lse, const float *qkv, const int32_t *start, int B, int T, int H, int KV,
+       int D),
+      (k, out, lse, qkv, start, B, T, H, KV, D))
+TIMED(attention_backward,
+      (K, float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+       const int32_t *start, int B, int T, int H, int KV, int D),
+      (k, dqkv, dout, qkv, out, lse, start, B, T, H, KV, D))
+TIMED(swiglu_forward, (K, float *out, const float *gate_up, int rows, int F), (k, out, gate_up, rows, F))
+TIMED(swiglu_backward, (K, float *dgate_up, const float *dout, const float *gate_up, int rows, int F),
+      (k, dgate_up, dout, gate_up, rows, F))
+TIMED(add, (K, float *out, const float *a, const float *b, size_t n), (k, out, a, b, n))
+TIMED(cross_entropy,
+      (K, float *loss, float *penalty, float *logits, const int32_t *targets,
+       const struct kernels_loss *how, int rows, int V),
+      (k, loss, penalty, logits, targets, how, rows, V))
+TIMED(adamw,
+      (K, void *param, uint16_t *rest, const float *grad, float *m, float *v, size_t n,
+       const struct kernels_adamw *a),
+      (k, param, rest, grad, m, v, n, a))
+TIMED(matmul_forward, (K, float *out, const float *x, const void *w, int rows, int C, int OC),
+      (k, out, x, w, rows, C, OC);
+      count_product(rows, OC, C))
+TIMED(matmul_backward_input,
+      (K, float *dx, const float *dout, const void *w, int rows, int C, int OC, enum kernels_write write),
+      (k, dx, dout, w, rows, C, OC, write);
+      count_product(rows, C, OC))
+TIMED(matmul_backward_weight,
+      (K, float *dw, const float *dout, const float *x, int rows, int C, int OC, enum kernels_write write),
+      (k, dw, dout, x, rows, C, OC, write);
+      count_product(OC, C, rows))
+
+static double sum_squares(K, const float *x, size_t n) {
+    double begin = now_s(), sum = original.sum_squares(k, x, n);
+    *seconds_of("sum_squares") += now_s() - begin;
+    return sum;
+}
+
+void entries_time(struct kernels *k) {
+    original = *k;
+    k->copy_in = copy_in;
+    k->copy_out = copy_out;
+    k->zero = zero;
+    k->embedding_forward = embedding_forward;
+    k->embedding_backward = embedding_backward;
+    k->rmsnorm_forward = rmsnorm_forward;
+    k->rmsnorm_backward = rmsnorm_backward;
+    k->rope_forward = rope_forward;
+    k->rope_backward = rope_backward;
+    k->attention_forward = attention_forward;
+    k->attention_backward = attention_backward;
+    k->swiglu_forward = swiglu_forward;
+    k->swiglu_backward = swiglu_backward;
+    k->add = add;
+    k->cross_entropy = cross_entropy;
+    k->adamw = adamw;
+    k->matmul_forward = matmul_forward;
+    k->matmul_backward_input = matmul_backward_input;
+    k->matmul_backward_weight = matmul_backward_weight;
+    k->sum_squares = sum_squares;
+}
+
+void entries_reset(void) { taken = (struct entries){ 0 }; }
+
+const struct entries *entries_taken(void) { return &taken; }
+
+int entries_is_product(const char *name) { return !strncmp(name, "matmul_", 7); }

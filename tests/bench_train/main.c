@@ -1,0 +1,169 @@
+/* main.c - options, the cases, a process for each, the table and the same as JSON. */
+#include <errno.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "proto/proto.h"
+#include "tests/bench_train/bench_train.h"
+
+static const struct bench_case cases[] = {
+    { "10m.fp32", "10m", 0, 0, 4 },   { "10m.bf16", "10m", 0, 1, 4 }, { "150m.fp32", "150m", 0, 0, 4 },
+    { "150m.bf16", "150m", 0, 1, 4 }, { "1b4.fp32", "1b", 4, 0, 1 },  { "1b4.bf16", "1b", 4, 1, 1 },
+};
+#define CASES (int)(sizeof cases / sizeof *cases)
+
+static const char help[] =
+    "bench-train [options]\n"
+    "\n"
+    "Measure a whole training step (forward, backward, optimizer) on all cores, at sequence 1024.\n"
+    "\n"
+    "tokens/s   of the fastest step\n"
+    "products   share of the time that is spent in matrix products (attention's own not among them)\n"
+    "oneDNN     what oneDNN alone reaches on the same products, measured in turns with the steps\n"
+    "share      of that rate: the step's FLOP (products, causal attention) per second over it\n"
+    "floor      tokens/s if products and attention took what oneDNN takes for the former, AdamW what a\n"
+    "           copy of as many bytes takes, and all else nothing\n"
+    "peak       the most memory the process held\n"
+    "\n"
+    "  --only NAME    these cases only; NAME may end at a dot: \"150m\"\n"
+    "  --steps N      steps that count (default 3)\n"
+    "  --json FILE    write the table, and the time of each kernel, to FILE too; - is the output, then\n"
+    "                 without the table\n"
+    "  --kernels      print the time of each kernel too\n"
+    "  --help         this text\n"
+    "\n"
+    "NAME is one of: ";
+
+struct options {
+    const char *only, *json;
+    int steps, kernels;
+};
+
+static int picked(const char *name, const char *only) {
+    size_t n = only ? strlen(only) : 0;
+    return !only || (!strncmp(name, only, n) && (name[n] == 0 || name[n] == '.'));
+}
+
+/* In the child: the JSON to its output. */
+static int child(const char *name, int steps) {
+    struct err err = { 0 };
+    for (int i = 0; i < CASES; i++) {
+        if (strcmp(cases[i].name, name) != 0) continue;
+        json_t *o = measure(&cases[i], steps, &err);
+        if (!o) fprintf(stderr, "bench-train: %s: %s\n", name, err.msg);
+        else json_dumpf(o, stdout, JSON_COMPACT | JSON_REAL_PRECISION(6));
+        return o ? 0 : 1;
+    }
+    return 2;
+}
+
+/* NULL: the child said why. */
+static json_t *run_child(const char *name, int steps) {
+    char count[16];
+    int ends[2], status;
+    snprintf(count, sizeof count, "%d", steps);
+    if (pipe(ends)) return NULL;
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(ends[1], STDOUT_FILENO);
+        close(ends[0]);
+        execl("/proc/self/exe", "bench-train", "measure", name, count, (char *)NULL);
+        _exit(127);
+    }
+    close(ends[1]);
+    FILE *f = fdopen(ends[0], "r");
+    json_t *o = pid > 0 && f ? json_loadf(f, 0, NULL) : NULL;
+    if (f) fclose(f);
+    if (pid > 0) waitpid(pid, &status, 0);
+    return o;
+}
+
+static double number(const json_t *o, const char *key) {
+    return json_number_value(json_object_get(o, key));
+}
+
+static void print_head(void) {
+    printf("%-10s %9s %8s %9s %6s %9s %8s %8s %8s\n", "case", "tokens/s", "products", "oneDNN", "share",
+           "floor", "TFLOP", "GB moved", "peak GB");
+}
+
+static void print_row(const json_t *o, const struct options *options) {
+    double tokens = number(o, "samples") * number(o, "sequence");
+    printf("%-10s %9.0f %7.0f%% %5.0f GF/s %4.0f%% %9.0f %8.2f %8.1f %8.2f\n",
+           json_string_value(json_object_get(o, "name")), number(o, "tokens_per_s"),
+           100 * number(o, "product_share_of_time"), number(o, "onednn_gflop_per_s"),
+           100 * number(o, "share_of_onednn"), tokens / number(o, "floor_seconds"),
+           (number(o, "gflop_products") + number(o, "gflop_attention")) / 1e3,
+           28e-9 * number(o, "parameters"), number(o, "peak_bytes") / 1e9);
+    const char *name;
+    json_t *seconds;
+    if (options->kernels)
+        json_object_foreach(json_object_get(o, "entries"), name, seconds)
+            printf("    %-24s %8.1f ms\n", name, 1e3 * json_number_value(seconds));
+    fflush(stdout);
+}
+
+static int write_json(const char *path, json_t *rows) {
+    int to_output = !strcmp(path, "-");
+    FILE *f = to_output ? stdout : fopen(path, "we");
+    int failed = !f || json_dumpf(rows, f, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) || fputc('\n', f) < 0;
+    if (f && !to_output && fclose(f)) failed = 1;
+    if (failed) fprintf(stderr, "bench-train: --json %s: %s\n", path, strerror(errno));
+    return failed;
+}
+
+static void print_help(void) {
+    printf("%s", help);
+    for (int i = 0; i < CASES; i++) printf("%s%s", i ? ", " : "", cases[i].name);
+    printf("\n");
+}
+
+/* -1 to go on, or the program's exit status. */
+static int take_options(int argc, char **argv, struct options *o) {
+    static const struct option known[] = {
+        { "only", required_argument, NULL, 'o' }, { "steps", required_argument, NULL, 's' },
+        { "json", required_argument, NULL, 'j' }, { "kernels", no_argument, NULL, 'k' },
+        { "help", no_argument, NULL, 'h' },       { 0 }
+    };
+    int c;
+    while ((c = getopt_long(argc, argv, "h", known, NULL)) != -1) {
+        if (c == 'o') o->only = optarg;
+        else if (c == 's') o->steps = atoi(optarg);
+        else if (c == 'j') o->json = optarg;
+        else if (c == 'k') o->kernels = 1;
+        else if (c == 'h') return print_help(), 0;
+        else return 2;
+    }
+    return o->steps >= 1 && optind == argc ? -1 : (fprintf(stderr, "bench-train: see --help\n"), 2);
+}
+
+int main(int argc, char **argv) {
+    struct options o = { .steps = 3 };
+    struct err err;
+    int failed = 0;
+    setenv("OMP_WAIT_POLICY", "passive", 0); /* as in a trainer; for the children */
+    if (proto_init(&err)) return fprintf(stderr, "bench-train: %s\n", err.msg), 1;
+    if (argc == 4 && !strcmp(argv[1], "measure")) return child(argv[2], atoi(argv[3]));
+    int status = take_options(argc, argv, &o), quiet = o.json && !strcmp(o.json, "-");
+    if (status >= 0) return status;
+    json_t *rows = json_array();
+    if (!quiet) print_head();
+    for (int i = 0; i < CASES; i++) {
+        if (!picked(cases[i].name, o.only)) continue;
+        json_t *row = run_child(cases[i].name, o.steps);
+        if (!row) {
+            failed = 1;
+            continue;
+        }
+        if (!quiet) print_row(row, &o);
+        json_array_append_new(rows, row);
+    }
+    if (o.json && write_json(o.json, rows)) failed = 1;
+    if (!json_array_size(rows)) failed = 1;
+    json_decref(rows);
+    return failed;
+}

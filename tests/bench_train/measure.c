@@ -1,0 +1,157 @@
+/* measure.c - one case: a network of a preset's shape at random weights, stepped on random tokens. */
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "node/engine.h"
+#include "node/model.h"
+#include "proto/model.h"
+#include "tests/bench_train/bench_train.h"
+
+#define STEPS_MAX 100
+
+double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The most this process ever held, in bytes. */
+static double peak_bytes(void) {
+    char line[256];
+    double kb = 0;
+    FILE *f = fopen("/proc/self/status", "re");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "VmHWM: %lf", &kb) == 1) break;
+    if (f) fclose(f);
+    return 1024 * kb;
+}
+
+static uint64_t next_random(uint64_t *state) { /* xorshift64 */
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    return *state ^= *state << 17;
+}
+
+/* Block by block, so that the peak is the engine's. */
+static void fill_params(struct engine *e, const struct msg_model *m, float std) {
+    enum { BLOCK = 1 << 18 };
+    static float block[BLOCK];
+    size_t n = engine_elements(e);
+    for (size_t at = 0; at < n; at += BLOCK) {
+        size_t here = n - at < BLOCK ? n - at : BLOCK;
+        model_init_elements(m, std, 1, at, here, block);
+        engine_params_write(e, at, here, block);
+    }
+}
+
+struct run {
+    struct kernels *k;
+    struct engine *e;
+    struct msg_model m;
+    int32_t *tokens;
+    int samples;
+};
+
+static int run_init(struct run *r, const struct bench_case *c, struct err *err) {
+    struct msg_inner inner;
+    float std;
+    uint64_t random = 1;
+    if (proto_model_preset(c->preset, &r->m, err) ||
+        proto_inner_preset(c->preset, 1000000000, &inner, &std, err))
+        return -1;
+    r->m.sequence = SEQUENCE;
+    if (c->layers) r->m.layers = (uint32_t)c->layers;
+    inner.batch = (uint32_t)c->samples;
+    r->samples = c->samples;
+    r->k = c->precision ? kernels_cpu_bf16_create(0, 0, err) : kernels_cpu_create(0, err);
+    if (!r->k) return -1;
+    entries_time(r->k);
+    if (!(r->e = engine_create(&r->m, &inner, r->k, err))) return -1;
+    fill_params(r->e, &r->m, std);
+    size_t ids = (size_t)c->samples * (SEQUENCE + 1);
+    if (!(r->tokens = malloc(ids * sizeof *r->tokens)))
+        return err_set(err, ERR_MEMORY, "no memory for tokens");
+    for (size_t i = 0; i < ids; i++) r->tokens[i] = (int32_t)(next_random(&random) % r->m.vocabulary);
+    return 0;
+}
+
+static int step(struct run *r, double *seconds, struct err *err) {
+    struct engine_result result;
+    double begin = now_s();
+    if (engine_step(r->e, r->tokens, (uint32_t)r->samples, 1000000000 / 2, &result, err)) return -1;
+    *seconds = now_s() - begin;
+    return 0;
+}
+
+static double product_flop(const struct product *p) { return 2.0 * p->m * p->n * p->k * p->count; }
+
+/* Causal, forward and backward: a token sees (T + 1) / 2 keys on average. */
+static double attention_flop(const struct run *r) {
+    return 12.0 * r->m.width * r->m.layers * (SEQUENCE + 1) / 2 * SEQUENCE * r->samples;
+}
+
+/* What AdamW must move: weights and both moments in and out, gradients in. */
+static double optimizer_bytes(const struct run *r) { return 28.0 * (double)engine_elements(r->e); }
+
+static json_t *entries_json(const struct entries *t, int steps) {
+    json_t *o = json_object();
+    for (int i = 0; i < t->count; i++)
+        json_object_set_new(o, t->entry[i].name, json_real(t->entry[i].seconds / steps));
+    return o;
+}
+
+static json_t *report(const struct run *r, const struct bench_case *c, const double *seconds, int steps,
+                      double peak, const struct floors *f) {
+    const struct entries *t = entries_taken();
+    double best = seconds[0], sum = 0, in_products = 0, flop = 0, floor = 0,
+           tokens = (double)c->samples * SEQUENCE;
+    json_t *list = json_array();
+    for (int i = 0; i < steps; i++) {
+        if (seconds[i] < best) best = seconds[i];
+        sum += seconds[i];
+        json_array_append_new(list, json_real(seconds[i]));
+    }
+    for (int i = 0; i < t->count; i++)
+        if (entries_is_product(t->entry[i].name)) in_products += t->entry[i].seconds;
+    for (int i = 0; i < t->products; i++) {
+        flop += product_flop(&t->product[i]) / steps;
+        floor += floors_seconds(f, i) * t->product[i].count / steps;
+    }
+    double memory = floors_memory(), rate = flop / floor, all = flop + attention_flop(r);
+    return json_pack("{ss ss si sI si si sf sf sf sf sf sf sf sf sf sf sf so so ss}", "name", c->name,
+                     "precision", c->precision ? "bf16" : "fp32", "layers", (int)r->m.layers, "parameters",
+                     (json_int_t)engine_elements(r->e), "samples", c->samples, "sequence", SEQUENCE,
+                     "tokens_per_s", tokens / best, "tokens_per_s_mean", tokens * steps / sum,
+                     "product_share_of_time", in_products / sum, "gflop_products", flop / 1e9,
+                     "gflop_attention", attention_flop(r) / 1e9, "onednn_gflop_per_s", rate / 1e9,
+                     "share_of_onednn", all / best / rate, "share_of_onednn_products_only", floor / best,
+                     "memory_gb_per_s", memory / 1e9, "floor_seconds",
+                     all / rate + optimizer_bytes(r) / memory, "peak_bytes", peak, "seconds", list,
+                     "entries", entries_json(t, steps), "kernels", r->k->description);
+}
+
+json_t *measure(const struct bench_case *c, int steps, struct err *err) {
+    struct run r = { 0 };
+    struct floors *f = NULL;
+    double seconds[STEPS_MAX] = { 0 }, warm;
+    steps = steps < 1 ? 1 : steps > STEPS_MAX ? STEPS_MAX : steps;
+    if (run_init(&r, c, err) || step(&r, &warm, err)) return NULL;
+    double peak = 0;
+    entries_reset();
+    for (int i = 0; i < steps; i++) {
+        if (step(&r, &seconds[i], err)) return NULL;
+        if (i == 0) peak = peak_bytes();
+        const struct entries *t = entries_taken();
+        if (!f && !(f = floors_create(t->product, t->products, c->precision, err))) return NULL;
+        if (floors_run(f, err)) return NULL;
+    }
+    json_t *out = report(&r, c, seconds, steps, peak, f);
+    floors_destroy(f);
+    free(r.tokens);
+    engine_destroy(r.e);
+    r.k->destroy(r.k);
+    return out;
+}
