@@ -1,0 +1,581 @@
+/* comm_shm.c - the communicator over shared memory; see comm.h.
+ *
+ * Each member of a group has a slot in the area: a counter of the times it has arrived somewhere, and two
+ * windows. A piece of a collective is: copy what is to be sent into the own window, arrive, wait until all
+ * have arrived at least as often, read the others' windows. Pieces use the two windows in turn, so no
+ * second meeting is needed before the next piece: whoever begins piece p knows that all have arrived at
+ * piece p - 1, hence are done with p - 2. A large all_reduce meets once more, between everybody summing a
+ * share and everybody copying all shares.
+ *
+ * What a member calls stands in its slot before it arrives; all compare before they read anything. */
+#define _GNU_SOURCE /* memfd_create */
+#include "kernels/comm.h"
+
+#include "kernels/bf16.h"
+#include "kernels/wide.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAGIC 0x314d4d4f43544e49ull /* "INTCOMM1" in memory */
+#define WINDOW_BYTES ((size_t)1 << 20)
+#define WINDOW_BYTES_MAX ((size_t)64 << 20)
+#define LINE 64u
+#define PAGE 4096u
+#define SPINS 2000 /* some microseconds, where every rank has a core of its own */
+#define SMALL_BYTES 4096u /* an all_reduce up to this meets once: each rank sums all of it */
+
+_Static_assert(ATOMIC_INT_LOCK_FREE == 2, "atomics in shared memory must not use hidden locks");
+
+enum kind { ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, BARRIER, SUM };
+static const char *const kind_names[] = { "all_reduce", "all_gather", "reduce_scatter",
+                                          "broadcast", "barrier", "sum" };
+static const char *const type_names[] = { "fp32", "bf16", "bytes" };
+static const size_t type_bytes[] = { 4, 2, 1 };
+
+/* What a member calls, for the others to compare. */
+struct call {
+    uint32_t kind, type, root, padding;
+    uint64_t n, number;
+};
+
+struct slot {
+    _Alignas(LINE) _Atomic uint32_t arrived;
+    _Alignas(LINE) struct call call[2];
+};
+
+/* A group in shared memory; its windows are elsewhere. */
+struct group {
+    _Alignas(LINE) _Atomic uint32_t sleepers;
+    struct slot slot[COMM_RANKS_MAX];
+};
+
+enum presence { ABSENT = 0, HERE, LEFT };
+
+struct member {
+    _Alignas(LINE) _Atomic uint32_t presence;
+    _Atomic int32_t pid;
+};
+
+struct shared {
+    uint64_t magic, bytes;
+    struct comm_shape shape;
+    _Alignas(LINE) _Atomic uint32_t failed; /* 0, 1: being written, 2: `failure` can be read */
+    struct err failure;
+    struct member member[COMM_RANKS_MAX];
+    struct group group[]; /* [1 + dp + tp]: the world, each replica's tp ranks, each piece's dp ranks */
+};
+
+/* A group as this rank sees it; comm is first, so that one is the other. */
+struct view {
+    struct comm comm;
+    struct comm_area *area;
+    struct group *group;
+    int first, stride;   /* member i is rank first + i * stride */
+    char *windows;       /* [2][size + 1][window_bytes]; the last is for shares of an all_reduce */
+    uint64_t calls;
+    uint32_t meetings;   /* how often the own counter has been raised */
+    uint32_t piece;      /* whose lowest bit says which windows */
+};
+
+struct comm_area {
+    struct shared *shared;
+    size_t bytes;
+    int fd, rank; /* -1: not joined */
+    int spins;
+    struct view view[COMM_GROUPS];
+    struct pollfd life[COMM_RANKS_MAX]; /* pidfds, readable once a process has ended; fd -1: none yet, or the
+                                           * system has none: ask kill() */
+};
+
+/* ---- layout ------------------------------------------------------------------------------------ */
+
+static size_t page_up(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+static size_t windows_bytes(const struct comm_shape *s, int size) {
+    return 2 * (size_t)(size + 1) * s->window_bytes;
+}
+
+/* Where the windows of group g begin: behind the header, the world's first. */
+static size_t windows_at(const struct comm_shape *s, int g) {
+    int groups = 1 + s->dp + s->tp;
+    size_t at = page_up(sizeof(struct shared) + (size_t)groups * sizeof(struct group));
+    if (g > 0) at += windows_bytes(s, s->tp * s->dp);
+    if (g > 1) at += (size_t)(g - 1 < s->dp ? g - 1 : s->dp) * windows_bytes(s, s->tp);
+    if (g > 1 + s->dp) at += (size_t)(g - 1 - s->dp) * windows_bytes(s, s->dp);
+    return at;
+}
+
+static int check_shape(const struct comm_shape *s, struct err *err) {
+    if (s->tp < 1 || s->dp < 1 || s->tp > COMM_RANKS_MAX || s->dp > COMM_RANKS_MAX / s->tp)
+        return err_set(err, ERR_CONFIG, "%d tensor-parallel by %d data-parallel ranks; each at least 1, "
+                       "at most %d in all", s->tp, s->dp, COMM_RANKS_MAX);
+    size_t w = s->window_bytes, least = LINE * COMM_RANKS_MAX;
+    if (w % LINE || w < least || w > WINDOW_BYTES_MAX)
+        return err_set(err, ERR_CONFIG, "windows of %zu bytes; a multiple of %u from %zu to %zu", w, LINE,
+                       least, WINDOW_BYTES_MAX);
+    return 0;
+}
+
+/* ---- failures ---------------------------------------------------------------------------------- */
+
+static void fail_with(struct comm_area *a, const struct err *why) {
+    uint32_t none = 0;
+    if (!atomic_compare_exchange_strong(&a->shared->failed, &none, 1)) return; /* the first one counts */
+    a->shared->failure = *why;
+    atomic_store(&a->shared->failed, 2);
+}
+
+static int has_failed(const struct comm_area *a) { return atomic_load(&a->shared->failed) != 0; }
+
+void comm_area_fail(struct comm_area *a, const struct err *why) {
+    struct err said = *why;
+    err_prefix(&said, "rank %d", a->rank);
+    fail_with(a, &said);
+}
+
+static int check(const struct comm *c, struct err *err) {
+    const struct comm_area *a = ((const struct view *)(const void *)c)->area;
+    if (!has_failed(a)) return 0;
+    /* Whoever writes it copies a line of text and has not died of that; if it did, say so. */
+    for (int i = 0; i < 1000 && atomic_load(&a->shared->failed) != 2; i++) usleep(100);
+    if (atomic_load(&a->shared->failed) != 2) return err_set(err, ERR_IO, "another rank failed");
+    if (err) *err = a->shared->failure;
+    return -1;
+}
+
+static int is_dead(struct comm_area *a, int rank) {
+    if (a->life[rank].fd >= 0) return poll(&a->life[rank], 1, 0) == 1;
+    return kill(atomic_load(&a->shared->member[rank].pid), 0) && errno == ESRCH;
+}
+
+/* A rank that ended without leaving ends the mesh. */
+static void look_for_the_dead(struct comm_area *a) {
+    int ranks = a->shared->shape.tp * a->shared->shape.dp;
+    struct err err;
+    for (int r = 0; r < ranks; r++) {
+        const struct member *m = &a->shared->member[r];
+        int pid = atomic_load(&m->pid);
+        if (r == a->rank || pid == 0 || atomic_load(&m->presence) == LEFT) continue;
+        if (a->life[r].fd < 0) a->life[r].fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
+        if (!is_dead(a, r) || atomic_load(&m->presence) == LEFT) continue; /* it left before it ended */
+        err_set(&err, ERR_IO, "rank %d of %d (process %d) died", r, ranks, pid);
+        fail_with(a, &err);
+    }
+}
+
+/* ---- meeting ----------------------------------------------------------------------------------- */
+
+static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct timespec *timeout) {
+    return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
+}
+
+static int rank_of(const struct view *v, int member) { return v->first + member * v->stride; }
+
+/* Until member m has arrived `meetings` times as well: a while at full speed, then asleep. */
+static int await_member(struct view *v, int m) {
+    _Atomic uint32_t *arrived = &v->group->slot[m].arrived;
+    const struct timespec look = { .tv_nsec = COMM_LOOK_MS * 1000000L };
+    struct comm_area *a = v->area;
+    for (int i = 0; i < a->spins; i++)
+        if ((int32_t)(atomic_load_explicit(arrived, memory_order_acquire) - v->meetings) >= 0) return 0;
+    for (;;) {
+        /* Whoever arrives raises its counter, then looks for sleepers; here it is the other way round. */
+        atomic_fetch_add(&v->group->sleepers, 1);
+        uint32_t value = atomic_load(arrived);
+        if ((int32_t)(value - v->meetings) < 0) futex(arrived, FUTEX_WAIT, value, &look);
+        atomic_fetch_sub(&v->group->sleepers, 1);
+        if ((int32_t)(atomic_load(arrived) - v->meetings) >= 0) return 0;
+        look_for_the_dead(a);
+        if (atomic_load(&a->shared->member[rank_of(v, m)].presence) == LEFT &&
+            (int32_t)(atomic_load(arrived) - v->meetings) < 0) {
+            struct err err;
+            err_set(&err, ERR_IO, "rank %d left while rank %d waits for it in a %s call of the %s group",
+                    rank_of(v, m), a->rank, kind_names[v->group->slot[v->comm.rank].call[v->piece & 1].kind],
+                    v->comm.name);
+            fail_with(a, &err);
+        }
+        if (has_failed(a)) return -1;
+    }
+}
+
+static int meet(struct view *v) {
+    _Atomic uint32_t *own = &v->group->slot[v->comm.rank].arrived;
+    v->meetings++;
+    atomic_store(own, v->meetings);
+    if (atomic_load(&v->group->sleepers)) futex(own, FUTEX_WAKE, INT_MAX, NULL);
+    for (int m = 0; m < v->comm.size; m++)
+        if (m != v->comm.rank && await_member(v, m)) return -1;
+    return 0;
+}
+
+static void describe(const struct call *c, char *out, size_t size) {
+    const char *kind = kind_names[c->kind], *type = type_names[c->type];
+    unsigned long long n = c->n;
+    if (c->kind == BARRIER) snprintf(out, size, "%s", kind);
+    else if (c->kind == SUM) snprintf(out, size, "sum of %llu", n);
+    else if (c->kind == BROADCAST) snprintf(out, size, "broadcast of %llu %s from %u", n, type, c->root);
+    else snprintf(out, size, "%s of %llu %s", kind, n, type);
+}
+
+/* All members compare with the first, so all find the same. */
+static int compare_calls(struct view *v) {
+    const struct call *first = &v->group->slot[0].call[v->piece & 1];
+    for (int m = 1; m < v->comm.size; m++) {
+        const struct call *other = &v->group->slot[m].call[v->piece & 1];
+        if (!memcmp(first, other, sizeof *first)) continue;
+        char a[64], b[64];
+        struct err err;
+        describe(first, a, sizeof a);
+        describe(other, b, sizeof b);
+        err_set(&err, ERR_PROTOCOL, "call %llu of the %s group is %s on rank %d and %s on rank %d: a bug",
+                (unsigned long long)first->number, v->comm.name, a, rank_of(v, 0), b, rank_of(v, m));
+        fail_with(v->area, &err);
+        return -1;
+    }
+    return 0;
+}
+
+static char *window(const struct view *v, int member) {
+    size_t index = (size_t)(v->piece & 1) * (size_t)(v->comm.size + 1) + (size_t)member;
+    return v->windows + index * v->area->shared->shape.window_bytes;
+}
+
+/* Where a rank leaves its share of a large sum for all. */
+static char *shares(const struct view *v) { return window(v, v->comm.size); }
+
+/* What was sent with the piece before has been read by all. 0xff is a NaN in both types. */
+static void poison_before(struct view *v) {
+    if (!v->area->shared->shape.poison || v->piece == 0) return;
+    v->piece--;
+    memset(window(v, v->comm.rank), 0xff, v->area->shared->shape.window_bytes);
+    if (v->comm.rank == 0) memset(shares(v), 0xff, v->area->shared->shape.window_bytes);
+    v->piece++;
+}
+
+/* The own window is filled: show what is called, and meet. */
+static int meet_for(struct view *v, enum kind kind, size_t n, enum comm_type type, int root) {
+    v->group->slot[v->comm.rank].call[v->piece & 1] =
+        (struct call){ .kind = kind, .type = type, .root = (uint32_t)root, .n = n, .number = v->calls };
+    if (meet(v) || compare_calls(v)) return -1;
+    poison_before(v);
+    return 0;
+}
+
+/* ---- sums -------------------------------------------------------------------------------------- */
+
+/* sum over members of the elements [first, first + n) of their windows */
+WIDE static void add_fp32(float *out, const float *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] += x[i];
+}
+
+static void sum_fp32(const struct view *v, float *out, size_t first, size_t n) {
+    memcpy(out, (const float *)(const void *)window(v, 0) + first, n * sizeof *out);
+    for (int m = 1; m < v->comm.size; m++)
+        add_fp32(out, (const float *)(const void *)window(v, m) + first, n);
+}
+
+#define BLOCK 1024u
+
+WIDE static void widen(float *out, const uint16_t *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = bf16_widen(x[i]);
+}
+
+WIDE static void add_bf16(float *out, const uint16_t *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] += bf16_widen(x[i]);
+}
+
+WIDE static void narrow(uint16_t *out, const float *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = bf16_nearest(x[i]);
+}
+
+static void sum_bf16(const struct view *v, uint16_t *out, size_t first, size_t n) {
+    float sum[BLOCK];
+    for (size_t at = 0, some; at < n; at += some) {
+        some = n - at < BLOCK ? n - at : BLOCK;
+        widen(sum, (const uint16_t *)(const void *)window(v, 0) + first + at, some);
+        for (int m = 1; m < v->comm.size; m++)
+            add_bf16(sum, (const uint16_t *)(const void *)window(v, m) + first + at, some);
+        narrow(out + at, sum, some);
+    }
+}
+
+static void sum_windows(const struct view *v, void *out, size_t first, size_t n, enum comm_type type) {
+    assert(type == COMM_FP32 || type == COMM_BF16);
+    if (type == COMM_FP32) sum_fp32(v, out, first, n);
+    else sum_bf16(v, out, first, n);
+}
+
+/* ---- the calls --------------------------------------------------------------------------------- */
+
+/* The table hands out const pointers; what changes belongs to this file. */
+static struct view *begin(const struct comm *c) {
+    struct view *v = (struct view *)(void *)(uintptr_t)c;
+    v->calls++;
+    return v;
+}
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+/* Elements of a window of which each member has `parts`. */
+static size_t piece_elements(const struct view *v, enum comm_type type, size_t parts) {
+    return v->area->shared->shape.window_bytes / type_bytes[type] / parts;
+}
+
+/* Members sum a share each, leave it for all, and copy them all. */
+static int all_reduce_piece(struct view *v, char *x, size_t some, enum comm_type type) {
+    size_t e = type_bytes[type], size = (size_t)v->comm.size, me = (size_t)v->comm.rank;
+    if (some * e <= SMALL_BYTES) {
+        sum_windows(v, x, 0, some, type);
+        return 0;
+    }
+    size_t first = some * me / size, end = some * (me + 1) / size;
+    sum_windows(v, shares(v) + first * e, first, end - first, type);
+    if (meet(v)) return -1;
+    memcpy(x, shares(v), some * e);
+    return 0;
+}
+
+static void all_reduce(const struct comm *c, void *x, size_t n, enum comm_type type) {
+    struct view *v = begin(c);
+    size_t e = type_bytes[type], most = piece_elements(v, type, 1);
+    if (c->size == 1) return;
+    for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
+        char *part = (char *)x + at * e;
+        size_t some = smaller(n - at, most);
+        if (has_failed(v->area)) return;
+        memcpy(window(v, c->rank), part, some * e);
+        if (meet_for(v, ALL_REDUCE, n, type, 0) || all_reduce_piece(v, part, some, type)) return;
+    }
+}
+
+static void all_gather(const struct comm *c, void *out, const void *in, size_t n, enum comm_type type) {
+    struct view *v = begin(c);
+    size_t e = type_bytes[type], most = piece_elements(v, type, 1);
+    char *own = (char *)out + (size_t)c->rank * n * e;
+    if (own != in) memcpy(own, in, n * e);
+    if (c->size == 1) return;
+    for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
+        size_t some = smaller(n - at, most);
+        if (has_failed(v->area)) return;
+        memcpy(window(v, c->rank), own + at * e, some * e);
+        if (meet_for(v, ALL_GATHER, n, type, 0)) return;
+        for (int m = 0; m < c->size; m++)
+            if (m != c->rank) memcpy((char *)out + ((size_t)m * n + at) * e, window(v, m), some * e);
+    }
+}
+
+/* A window holds a part of every row. */
+static void reduce_scatter(const struct comm *c, void *out, const void *in, size_t n, enum comm_type type) {
+    struct view *v = begin(c);
+    size_t e = type_bytes[type], size = (size_t)c->size, most = piece_elements(v, type, size);
+    if (size == 1 && out != in) memcpy(out, in, n * e);
+    if (size == 1) return;
+    for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
+        size_t some = smaller(n - at, most);
+        if (has_failed(v->area)) return;
+        for (size_t m = 0; m < size; m++)
+            memcpy(window(v, c->rank) + m * some * e, (const char *)in + (m * n + at) * e, some * e);
+        if (meet_for(v, REDUCE_SCATTER, n, type, 0)) return;
+        sum_windows(v, (char *)out + at * e, (size_t)c->rank * some, some, type);
+    }
+}
+
+static void broadcast(const struct comm *c, void *x, size_t n, enum comm_type type, int root) {
+    struct view *v = begin(c);
+    size_t e = type_bytes[type], most = piece_elements(v, type, 1);
+    assert(root >= 0 && root < c->size);
+    if (c->size == 1) return;
+    for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
+        char *part = (char *)x + at * e;
+        size_t some = smaller(n - at, most);
+        if (has_failed(v->area)) return;
+        if (root == c->rank) memcpy(window(v, root), part, some * e);
+        if (meet_for(v, BROADCAST, n, type, root)) return;
+        if (root != c->rank) memcpy(part, window(v, root), some * e);
+    }
+}
+
+static void barrier(const struct comm *c) {
+    struct view *v = begin(c);
+    if (c->size == 1 || has_failed(v->area)) return;
+    if (!meet_for(v, BARRIER, 0, COMM_BYTES, 0)) v->piece++;
+}
+
+static void sum(const struct comm *c, double *x, size_t n) {
+    struct view *v = begin(c);
+    assert(n <= COMM_SUM_MAX);
+    if (c->size == 1 || has_failed(v->area)) return;
+    memcpy(window(v, c->rank), x, n * sizeof *x);
+    if (meet_for(v, SUM, n, COMM_BYTES, 0)) return;
+    memcpy(x, window(v, 0), n * sizeof *x);
+    for (int m = 1; m < c->size; m++)
+        for (size_t i = 0; i < n; i++) x[i] += ((const double *)(const void *)window(v, m))[i];
+    v->piece++;
+}
+
+/* ---- life -------------------------------------------------------------------------------------- */
+
+static struct comm_area *new_area(struct err *err) {
+    struct comm_area *a = calloc(1, sizeof *a);
+    if (!a) {
+        err_set(err, ERR_MEMORY, "no memory for a communicator");
+        return NULL;
+    }
+    a->fd = a->rank = -1;
+    for (int r = 0; r < COMM_RANKS_MAX; r++) a->life[r] = (struct pollfd){ .fd = -1, .events = POLLIN };
+    return a;
+}
+
+static int map(struct comm_area *a, struct err *err) {
+    void *p = mmap(NULL, a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, a->fd, 0);
+    if (p == MAP_FAILED) return err_set_errno(err, "shared memory of %zu bytes between ranks", a->bytes);
+    a->shared = p;
+    return 0;
+}
+
+static int make(struct comm_area *a, const struct comm_shape *shape, struct err *err) {
+    struct comm_shape s = *shape;
+    if (s.window_bytes == 0) s.window_bytes = WINDOW_BYTES;
+    if (check_shape(&s, err)) return -1;
+    a->bytes = windows_at(&s, 1 + s.dp + s.tp);
+    a->fd = memfd_create("intellect-ranks", MFD_CLOEXEC);
+    if (a->fd < 0 || ftruncate(a->fd, (off_t)a->bytes))
+        return err_set_errno(err, "shared memory of %zu bytes between ranks", a->bytes);
+    if (map(a, err)) return -1;
+    a->shared->shape = s;
+    a->shared->bytes = a->bytes;
+    a->shared->magic = MAGIC;
+    return 0;
+}
+
+struct comm_area *comm_area_create(const struct comm_shape *shape, struct err *err) {
+    struct comm_area *a = new_area(err);
+    if (!a || !make(a, shape, err)) return a;
+    comm_area_destroy(a);
+    return NULL;
+}
+
+static int adopt(struct comm_area *a, int fd, struct err *err) {
+    struct stat st;
+    a->fd = fd;
+    if (fstat(fd, &st)) return err_set_errno(err, "descriptor %d", fd);
+    a->bytes = (size_t)st.st_size;
+    if (a->bytes < sizeof(struct shared))
+        return err_set(err, ERR_CORRUPT, "descriptor %d is no memory of ranks (%zu bytes)", fd, a->bytes);
+    if (map(a, err)) return -1;
+    const struct comm_shape *s = &a->shared->shape;
+    if (a->shared->magic != MAGIC || a->shared->bytes != a->bytes || check_shape(s, NULL) ||
+        a->bytes != windows_at(s, 1 + s->dp + s->tp))
+        return err_set(err, ERR_CORRUPT, "descriptor %d is no memory of ranks of this build", fd);
+    return 0;
+}
+
+struct comm_area *comm_area_open(int fd, struct err *err) {
+    struct comm_area *a = new_area(err);
+    if (!a || !adopt(a, fd, err)) return a;
+    comm_area_destroy(a);
+    return NULL;
+}
+
+int comm_area_fd(const struct comm_area *a) { return a->fd; }
+const struct comm_shape *comm_area_shape(const struct comm_area *a) { return &a->shared->shape; }
+
+static void set_view(struct comm_area *a, enum comm_group which, int group, int rank, int size) {
+    static const char *const names[COMM_GROUPS] = { "world", "tensor-parallel", "data-parallel" };
+    const struct comm_shape *s = &a->shared->shape;
+    int tp_rank = a->rank % s->tp, dp_rank = a->rank / s->tp;
+    a->view[which] = (struct view){
+        .comm = { .name = names[which], .rank = rank, .size = size, .all_reduce = all_reduce,
+                  .all_gather = all_gather, .reduce_scatter = reduce_scatter, .broadcast = broadcast,
+                  .barrier = barrier, .sum = sum, .check = check },
+        .area = a, .group = &a->shared->group[group], .windows = (char *)a->shared + windows_at(s, group),
+        .first = which == COMM_TP ? dp_rank * s->tp : which == COMM_DP ? tp_rank : 0,
+        .stride = which == COMM_DP ? s->tp : 1,
+    };
+}
+
+static int64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Until rank r has joined; its process is then watched. */
+static int await_rank(struct comm_area *a, int r, int64_t until_ms, struct err *err) {
+    struct member *m = &a->shared->member[r];
+    const struct timespec look = { .tv_nsec = COMM_LOOK_MS * 1000000L };
+    for (uint32_t seen; (seen = atomic_load(&m->presence)) == ABSENT;) {
+        if (check(&a->view[COMM_WORLD].comm, err)) return -1;
+        if (now_ms() > until_ms)
+            return err_set(err, ERR_TIMEOUT, "rank %d of %d has not come up in %d s", r,
+                           a->shared->shape.tp * a->shared->shape.dp, COMM_JOIN_MS / 1000);
+        futex(&m->presence, FUTEX_WAIT, seen, &look);
+        look_for_the_dead(a);
+    }
+    return 0;
+}
+
+void comm_area_expect(struct comm_area *a, int rank, int pid) {
+    atomic_store(&a->shared->member[rank].pid, (int32_t)pid);
+}
+
+int comm_area_join(struct comm_area *a, int rank, struct err *err) {
+    const struct comm_shape *s = &a->shared->shape;
+    int ranks = s->tp * s->dp;
+    uint32_t absent = ABSENT;
+    if (rank < 0 || rank >= ranks) return err_set(err, ERR_CONFIG, "rank %d of %d", rank, ranks);
+    a->rank = rank;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    a->spins = ranks <= cores ? SPINS : 0;
+    set_view(a, COMM_WORLD, 0, rank, ranks);
+    set_view(a, COMM_TP, 1 + rank / s->tp, rank % s->tp, s->tp);
+    set_view(a, COMM_DP, 1 + s->dp + rank % s->tp, rank / s->tp, s->dp);
+    struct member *me = &a->shared->member[rank];
+    if (atomic_load(&me->presence) != ABSENT) {
+        a->rank = -1;
+        return err_set(err, ERR_CONFIG, "rank %d of %d is there already", rank, ranks);
+    }
+    atomic_store(&me->pid, (int32_t)getpid());
+    if (!atomic_compare_exchange_strong(&me->presence, &absent, HERE)) {
+        a->rank = -1;
+        return err_set(err, ERR_CONFIG, "rank %d of %d is there already", rank, ranks);
+    }
+    futex(&me->presence, FUTEX_WAKE, INT_MAX, NULL);
+    int64_t until_ms = now_ms() + COMM_JOIN_MS;
+    for (int r = 0; r < ranks; r++)
+        if (r != rank && await_rank(a, r, until_ms, err)) return -1;
+    return 0;
+}
+
+const struct comm *comm_area_group(const struct comm_area *a, enum comm_group group) {
+    assert(a->rank >= 0 && group < COMM_GROUPS);
+    return &a->view[group].comm;
+}
+
+void comm_area_destroy(struct comm_area *a) {
+    if (!a) return;
+    if (a->shared && a->rank >= 0) atomic_store(&a->shared->member[a->rank].presence, LEFT);
+    for (int r = 0; r < COMM_RANKS_MAX; r++)
+        if (a->life[r].fd >= 0) close(a->life[r].fd);
+    if (a->shared) munmap(a->shared, a->bytes);
+    if (a->fd >= 0) close(a->fd);
+    free(a);
+}
