@@ -13,7 +13,12 @@
  * The loss is a mean over the targets that count (node/model.h) of the whole batch, however it is cut
  * into micro-batches.
  *
- * Same parameters, same moments, same batches, same kernels and thread count: same bits. */
+ * An engine may be one rank of several that train one network together (struct engine_mesh). Each then makes
+ * the same calls in the same order; what an entry says about parameters, moments and the saved state is
+ * about those that the rank holds, and "the batch" is the batch of all. What is read is what the rank alone
+ * answers for: buffers that all ranks write to hold everything once all have.
+ *
+ * Same parameters, same moments, same batches, same kernels, thread count and mesh: same bits. */
 #ifndef INTELLECT_NODE_ENGINE_H
 #define INTELLECT_NODE_ENGINE_H
 
@@ -23,6 +28,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct comm;
 struct engine;
 struct kernels;
 
@@ -49,6 +55,29 @@ struct engine *engine_create(const struct msg_model *model, const struct msg_inn
                              const struct kernels *kernels, struct err *err);
 void engine_destroy(struct engine *e); /* NULL is fine */
 
+/* What data-parallel ranks share out among them; the result is the same to rounding, and for none and
+ * optimizer bit for bit. */
+enum engine_shard {
+    ENGINE_SHARD_NONE = 0,  /* nothing: each holds all and updates all */
+    ENGINE_SHARD_OPTIMIZER, /* moments, and the update: ZeRO-1, arXiv:1910.02054 */
+};
+/* "none", "optimizer", or NULL past the last. */
+const char *engine_shard_name(int shard);
+
+/* Where a rank stands; the groups are borrowed until engine_destroy. An engine of a mesh is made by
+ * engine_create_rank() in every rank at once. ERR_CONFIG where the network cannot be cut so, as
+ * well. A failure of the mesh ends a call with comm->check()'s error, and the engine is of no more use. */
+struct engine_mesh {
+    const struct comm *world, *tensor, *data;
+    enum engine_shard shard;
+};
+struct engine *engine_create_rank(const struct msg_model *model, const struct msg_inner *inner,
+                                  const struct kernels *kernels, const struct engine_mesh *mesh,
+                                  struct err *err);
+
+/* Which of a batch's samples this rank trains on: [*first, *first + *count), maybe none. Alone: all. */
+void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uint32_t *count);
+
 /* The token that ends a document, -1 (as after create) for none; struct model_objective. */
 void engine_set_document_end(struct engine *e, int32_t token);
 
@@ -63,9 +92,10 @@ void engine_params_write(struct engine *e, size_t first, size_t n, const float *
 
 /* One inner step: forward, backward, clip to inner.clip, AdamW.
  *
- * tokens    [samples, sequence + 1], row i is one sample; the last column is only a target. Ids are
+ * tokens    [share, sequence + 1], row i is one sample; the last column is only a target. Ids are
  *           checked against the vocabulary.
- * samples   in [1, inner.batch]: the rest of a lease may be less than a batch.
+ * samples   in [1, inner.batch]: the rest of a lease may be less than a batch. The rank's share of
+ *           them, engine_share(), is in `tokens`: alone, all.
  * position  the run's committed tokens, for the learning rate.
  *
  * Returns 0 with *result filled. Returns -1 and leaves parameters, moments and step count as they
@@ -75,7 +105,7 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
                 struct engine_result *result, struct err *err);
 
 /* Mean loss in nats per target of `samples` sequences under the current parameters; changes nothing
- * but scratch memory. tokens as in engine_step, samples > 0 may pass inner.batch. */
+ * but scratch memory. tokens as in engine_step (a share of them), samples > 0 may pass inner.batch. */
 int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
                      struct err *err);
 
@@ -98,9 +128,12 @@ void engine_reset_moments(struct engine *e);
 
 /* Parameters, moments and counters at one moment, in memory of its own (12 bytes a parameter, taken
  * by _create), so that they are written while training goes on. The engine may go before it.
- * _create, _take return NULL, -1 with ERR_MEMORY or the device's error. */
+ * _create, _take return NULL, -1 with ERR_MEMORY or the device's error.
+ *
+ * shared  [3 * engine_elements] that all ranks of a mesh see, borrowed; each writes its part in _take(),
+ *         and one rank writes the file, before any takes the next. NULL: taken here. */
 struct engine_snapshot;
-struct engine_snapshot *engine_snapshot_create(const struct engine *e, struct err *err);
+struct engine_snapshot *engine_snapshot_create(const struct engine *e, float *shared, struct err *err);
 void engine_snapshot_destroy(struct engine_snapshot *s); /* NULL is fine */
 
 /* Copy the state, between steps; the first time costs more (the memory is touched).
@@ -110,7 +143,8 @@ int engine_snapshot_take(struct engine_snapshot *s, const struct engine *e, uint
 
 /* Write it to `path`, so that a trainer that was killed goes on bit for bit: a temporary name beside
  * it, BLAKE2b digest at the end, fsync, rename, fsync of the folder. A crash at any moment leaves
- * the old file or the new one, never a half. From any thread; the snapshot is only read.
+ * the old file or the new one, never a half. From any thread; the snapshot is only read. The file is the
+ * same whatever the mesh: one may go on where another ended.
  * Returns 0, or -1 with ERR_IO or ERR_FULL. */
 int engine_snapshot_write(const struct engine_snapshot *s, const char *path, struct err *err);
 

@@ -1,6 +1,7 @@
 /* model.c - the Llama network as a sequence of kernel calls on one arena; see model.h. */
 #include "node/model.h"
 
+#include "node/layout.h"
 #include "proto/model.h"
 
 #include <assert.h>
@@ -126,27 +127,28 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     return a.used;
 }
 
-static size_t tensor_offset(const struct msg_model *m, uint32_t i) {
-    struct proto_tensor t;
-    proto_model_tensor(m, i, &t);
-    return (size_t)t.offset;
+static size_t piece_at(const struct layout *l, uint32_t i) {
+    struct layout_piece p;
+    layout_piece(l, i, &p);
+    return p.at;
 }
 
-static struct offsets offsets_of(const struct msg_model *m) {
-    uint32_t last = m->layers * PROTO_MODEL_TENSORS_PER_LAYER;
-    struct offsets at = { .layers = tensor_offset(m, 1), .norm = tensor_offset(m, last + 1) };
-    at.layer_size = (at.norm - at.layers) / m->layers;
-    at.norm_att = tensor_offset(m, 1 + MODEL_INPUT_NORM) - at.layers;
-    at.qkv = tensor_offset(m, 1 + MODEL_Q) - at.layers;
-    at.o = tensor_offset(m, 1 + MODEL_O) - at.layers;
-    at.norm_ffn = tensor_offset(m, 1 + MODEL_POST_NORM) - at.layers;
-    at.gate_up = tensor_offset(m, 1 + MODEL_GATE) - at.layers;
-    at.down = tensor_offset(m, 1 + MODEL_DOWN) - at.layers;
-    at.head = m->tied ? 0 : tensor_offset(m, last + 2);
+static struct offsets offsets_of(const struct layout *l) {
+    uint32_t last = l->model.layers * PROTO_MODEL_TENSORS_PER_LAYER;
+    struct offsets at = { .layers = layout_unit_at(l, 1), .norm = piece_at(l, last + 1) };
+    at.layer_size = layout_unit_at(l, 2) - at.layers;
+    at.norm_att = piece_at(l, 1 + MODEL_INPUT_NORM) - at.layers;
+    at.qkv = piece_at(l, 1 + MODEL_Q) - at.layers;
+    at.o = piece_at(l, 1 + MODEL_O) - at.layers;
+    at.norm_ffn = piece_at(l, 1 + MODEL_POST_NORM) - at.layers;
+    at.gate_up = piece_at(l, 1 + MODEL_GATE) - at.layers;
+    at.down = piece_at(l, 1 + MODEL_DOWN) - at.layers;
+    at.head = l->model.tied ? 0 : piece_at(l, last + 2);
     return at;
 }
 
-static void set_shape(struct model *m, const struct msg_model *c, int B, int T, int training) {
+static void set_shape(struct model *m, const struct layout *l, int B, int T, int training) {
+    const struct msg_model *c = &l->model;
     m->config = *c;
     m->B = B;
     m->T = T;
@@ -161,12 +163,12 @@ static void set_shape(struct model *m, const struct msg_model *c, int B, int T, 
     m->QKV = (m->H + 2 * m->KV) * m->D;
     size_t rows = (size_t)B * (size_t)T, head_rows = HEAD_ELEMENTS_MAX / c->vocabulary;
     m->head_rows = head_rows < rows ? head_rows : rows;
-    m->at = offsets_of(c);
+    m->at = offsets_of(l);
 }
 
-size_t model_arena_bytes(const struct msg_model *c, int B, int T, int training) {
+size_t model_arena_bytes(const struct layout *l, int B, int T, int training) {
     struct model m = { 0 };
-    set_shape(&m, c, B, T, training);
+    set_shape(&m, l, B, T, training);
     return carve_all(&m, NULL, NULL);
 }
 
@@ -191,17 +193,25 @@ static int fill_rope(struct model *m, struct err *err) {
 
 struct model *model_create(const struct msg_model *config, const struct kernels *kernels, int B,
                            int T, int training, struct err *err) {
+    struct layout alone;
+    layout_init(&alone, config, 1, 0, 1, 0);
+    return model_create_piece(&alone, kernels, B, T, training, err);
+}
+
+struct model *model_create_piece(const struct layout *layout, const struct kernels *kernels, int B, int T,
+                                 int training, struct err *err) {
+    const struct msg_model *config = &layout->model;
     assert(B > 0 && T > 0 && (uint32_t)T <= config->sequence);
     struct model *m = calloc(1, sizeof *m);
     size_t rows = (size_t)B * (size_t)T;
     if (!m) goto no_memory;
     m->k = kernels;
-    set_shape(m, config, B, T, training);
+    set_shape(m, layout, B, T, training);
     m->layer = calloc(config->layers, sizeof *m->layer);
     m->host_loss = malloc(2 * rows * sizeof *m->host_loss);
     m->host_tokens = malloc(3 * rows * sizeof *m->host_tokens);
     if (!m->layer || !m->host_loss || !m->host_tokens) goto no_memory;
-    size_t bytes = model_arena_bytes(config, B, T, training);
+    size_t bytes = model_arena_bytes(layout, B, T, training);
     if (!(m->arena = kernels->alloc(kernels, bytes, err))) {
         err_prefix(err, "activations of %d x %d tokens, %zu bytes", B, T, bytes);
         goto fail;

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct layout;
 struct model;
 
 /* Take the arena of activations for B sequences of T tokens, once.
@@ -25,8 +26,12 @@ struct model *model_create(const struct msg_model *m, const struct kernels *kern
                            int training, struct err *err);
 void model_destroy(struct model *model); /* NULL is fine */
 
-/* Bytes that model_create takes for its arena. */
-size_t model_arena_bytes(const struct msg_model *m, int B, int T, int training);
+/* The same where parameters and gradients lie as a rank of a mesh holds them (layout.h; copied). */
+struct model *model_create_piece(const struct layout *layout, const struct kernels *kernels, int B, int T,
+                                 int training, struct err *err);
+
+/* Bytes that model_create_piece takes for its arena. */
+size_t model_arena_bytes(const struct layout *layout, int B, int T, int training);
 
 /* What is trained on; until it is set, all tokens and cross-entropy alone.
  *

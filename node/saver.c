@@ -20,7 +20,8 @@ struct saver {
     pthread_t thread;
 };
 
-struct saver *saver_create(const struct engine *engine, const char *path, struct err *err) {
+struct saver *saver_create(const struct engine *engine, const char *path, float *shared,
+                           struct err *err) {
     struct saver *s = calloc(1, sizeof *s);
     if (!s) {
         err_set(err, ERR_MEMORY, "no memory for a saver");
@@ -28,7 +29,7 @@ struct saver *saver_create(const struct engine *engine, const char *path, struct
     }
     s->engine = engine;
     s->path = path;
-    if ((s->snapshot = engine_snapshot_create(engine, err))) return s;
+    if ((s->snapshot = engine_snapshot_create(engine, shared, err))) return s;
     free(s);
     return NULL;
 }

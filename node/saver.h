@@ -11,8 +11,9 @@ struct engine;
 struct saver;
 
 /* engine and path are borrowed until saver_destroy. Takes 12 bytes a parameter, which are touched by
- * the first save. NULL with ERR_MEMORY. */
-struct saver *saver_create(const struct engine *engine, const char *path, struct err *err);
+ * the first save, unless ranks of a mesh share such memory (engine_snapshot_create). NULL with ERR_MEMORY. */
+struct saver *saver_create(const struct engine *engine, const char *path, float *shared,
+                           struct err *err);
 
 /* Waits for what is being written. NULL is fine. */
 void saver_destroy(struct saver *s);

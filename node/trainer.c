@@ -142,7 +142,7 @@ static int set_up(struct trainer *t, struct err *err) {
     if (!(t->kernels = create_kernels(setup, err))) return -1;
     if (!(t->engine = engine_create(g->model, g->inner, t->kernels, err))) return -1;
     engine_set_document_end(t->engine, data_info(t->data)->document_end);
-    if (!(t->saver = saver_create(t->engine, setup->inner_state, err))) return -1;
+    if (!(t->saver = saver_create(t->engine, setup->inner_state, NULL, err))) return -1;
     if (make_fragments(t, err)) return -1;
     t->tokens = calloc((size_t)g->inner->batch * (g->model->sequence + 1), sizeof *t->tokens);
     t->scratch = calloc(setup->chunk_elements, sizeof *t->scratch);

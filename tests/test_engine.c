@@ -405,7 +405,7 @@ static void a_loaded_state_goes_on_bit_for_bit(void **state) {
 static void a_state_saved_beside_training_is_of_one_moment(void **state) {
     (void)state;
     struct engine *e = create(kernels_reference()), *twin = create(kernels_reference());
-    struct saver *saver = saver_create(e, saved, NULL);
+    struct saver *saver = saver_create(e, saved, NULL, NULL);
     struct err err = { 0 };
     uint64_t tag;
     assert_non_null(saver);
@@ -427,7 +427,7 @@ static void a_state_saved_beside_training_is_of_one_moment(void **state) {
 static void a_save_that_failed_beside_training_is_told_later(void **state) {
     (void)state;
     struct engine *e = create(kernels_reference());
-    struct saver *saver = saver_create(e, "/nonexistent/inner.state", NULL);
+    struct saver *saver = saver_create(e, "/nonexistent/inner.state", NULL, NULL);
     struct err err = { 0 };
     assert_int_equal(saver_begin(saver, 0, &err), 0);
     for (int i = 0; i < 1000 && !saver_begin(saver, 0, &err); i++) usleep(1000);

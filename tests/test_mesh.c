@@ -1,0 +1,348 @@
+/* Training as several rank processes: the same network, batches and settings must give the same losses
+ * whatever the mesh. Every mesh is real processes, started from a fresh one, as a trainer starts its. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "kernels/kernels.h"
+#include "node/engine.h"
+#include "node/layout.h"
+#include "node/mesh.h"
+#include "node/model.h"
+#include "proto/model.h"
+#include "proto/proto.h"
+
+#define SEQUENCE 16
+#define BATCH 6
+#define VOCABULARY 48
+#define STEPS_MAX 50
+#define ELEMENTS_MAX 40000u
+#define WATCHDOG_S 120
+
+enum backend { FP32, BF16, STOCHASTIC };
+
+struct job {
+    int tp, dp, shard;
+    enum backend backend;
+    uint32_t steps;
+    int untied, documents;
+    uint32_t samples;                /* of a batch; 0: BATCH */
+    uint32_t bad_step;               /* in this step sample 0 has a token that is none; 0: never */
+    const char *load, *save;         /* a saved state to begin with and to leave; NULL: neither */
+};
+
+/* What rank 0 found, and the parameters, to which all ranks write. */
+struct outcome {
+    int rc;
+    struct err err;
+    double loss[STEPS_MAX], norm[STEPS_MAX];
+    float params[ELEMENTS_MAX];
+};
+static struct outcome *shared;
+
+static struct msg_model network(const struct job *j) {
+    return (struct msg_model){ .layers = 2, .width = 32, .heads = 8, .kv_heads = 8, .ffn = 48,
+                               .vocabulary = VOCABULARY, .sequence = SEQUENCE, .rope_theta = 1e4,
+                               .norm_eps = 1e-5, .tied = !j->untied };
+}
+
+static struct msg_inner settings(void) {
+    return (struct msg_inner){ .batch = BATCH, .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+                               .weight_decay = 0.1, .clip = 1, .z_loss = 1e-3, .max_z_loss = 1e-3,
+                               .warmup_tokens = 200, .decay_tokens = 2000, .total_tokens = 100000 };
+}
+
+static struct kernels *kernels_of(enum backend b, struct err *err) {
+    return b == FP32 ? kernels_cpu_create(1, err) : kernels_cpu_bf16_create(1, b == STOCHASTIC, err);
+}
+
+/* A language with something to learn. */
+static void fill_batch(int32_t *tokens, uint32_t samples, uint32_t number) {
+    for (uint32_t s = 0; s < samples; s++) {
+        uint32_t a = (number * 7 + s * 5) % VOCABULARY;
+        for (uint32_t t = 0; t <= SEQUENCE; t++) {
+            *tokens++ = (int32_t)a;
+            a = (number + s + t) % 11 == 0 ? (a + 9) % VOCABULARY : (3 * a + 1) % VOCABULARY;
+        }
+    }
+}
+
+static void begin(struct engine *e, const struct job *j) {
+    size_t n = engine_elements(e);
+    float *init = malloc(n * sizeof *init);
+    model_init_elements(engine_model(e), 0.05f, 1, 0, n, init);
+    engine_params_write(e, 0, n, init);
+    free(init);
+    if (j->documents) engine_set_document_end(e, 7);
+}
+
+/* One step as a trainer takes it: each rank has its own samples alone. */
+static int take_step(struct engine *e, const struct job *j, uint32_t number, struct engine_result *r,
+                     struct err *err) {
+    uint32_t samples = j->samples ? j->samples : BATCH, first, share;
+    int32_t tokens[BATCH * (SEQUENCE + 1)];
+    fill_batch(tokens, samples, number);
+    if (j->bad_step == number) tokens[3] = VOCABULARY;
+    engine_share(e, samples, &first, &share);
+    memmove(tokens, tokens + first * (SEQUENCE + 1), share * (SEQUENCE + 1) * sizeof *tokens);
+    return engine_step(e, tokens, samples, (uint64_t)number * samples * SEQUENCE, r, err);
+}
+
+static int train(const struct job *j, struct engine *e, int rank, struct err *err) {
+    struct engine_result r;
+    uint64_t tag = 0;
+    begin(e, j);
+    if (j->load && engine_load(e, j->load, &tag, err)) return -1;
+    for (uint32_t i = 0; i < j->steps; i++) {
+        uint32_t number = (uint32_t)tag + i + 1;
+        int bad = take_step(e, j, number, &r, err);
+        if (bad && !(err->code == ERR_CORRUPT && j->bad_step == number)) return -1;
+        if (rank == 0) shared->loss[i] = bad ? -1 : r.loss;
+        if (rank == 0) shared->norm[i] = bad ? -1 : r.grad_norm;
+    }
+    engine_params_read(e, 0, engine_elements(e), shared->params);
+    return 0;
+}
+
+static int save(const struct job *j, const struct mesh *m, const struct engine *e, struct err *err) {
+    struct engine_snapshot *s = engine_snapshot_create(e, m->state, err);
+    int rc = !s || engine_snapshot_take(s, e, j->steps, err) ? -1 : 0;
+    if (rc == 0 && m->rank == 0) rc = engine_snapshot_write(s, j->save, err);
+    engine_snapshot_destroy(s);
+    return rc;
+}
+
+/* A process's whole life. */
+static int rank_main(const struct job *j) {
+    struct mesh m;
+    struct err err = { 0 };
+    struct msg_model net = network(j);
+    struct msg_inner in = settings();
+    struct kernels *k = NULL;
+    struct engine *e = NULL;
+    alarm(WATCHDOG_S);
+    int rc = mesh_start(&m, j->tp, j->dp, 3 * ELEMENTS_MAX * sizeof(float), &err);
+    struct engine_mesh where = { .world = m.world, .tensor = m.tensor, .data = m.data,
+                                 .shard = (enum engine_shard)j->shard };
+    if (rc == 0 && !(k = kernels_of(j->backend, &err))) rc = -1;
+    if (rc == 0 && !(e = engine_create_rank(&net, &in, k, &where, &err))) rc = -1;
+    if (rc == 0) rc = train(j, e, m.rank, &err);
+    if (rc == 0 && j->save) rc = save(j, &m, e, &err);
+    if (rc) mesh_fail(&m, &err);
+    engine_destroy(e);
+    if (k) k->destroy(k);
+    if (m.rank == 0) shared->err = err;
+    mesh_end(&m, rc ? 1 : 0);
+    return rc ? 1 : 0;
+}
+
+static int run_raw(const struct job *j, struct outcome *out) {
+    int status;
+    memset(shared, 0, sizeof *shared);
+    fflush(NULL);
+    pid_t pid = fork(); /* a process without OpenMP's threads */
+    assert_true(pid >= 0);
+    if (pid == 0) _exit(rank_main(j));
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    if (out) memcpy(out, shared, sizeof *out);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+}
+
+static struct outcome *run(struct job j) {
+    struct outcome *out = malloc(sizeof *out);
+    int rc = run_raw(&j, out);
+    if (rc) fail_msg("%d x %d, %s: %d, %s", j.tp, j.dp, engine_shard_name(j.shard), rc, out->err.msg);
+    return out;
+}
+
+static int set_up(void **state) {
+    (void)state;
+    shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return shared == MAP_FAILED || proto_init(NULL) ? -1 : 0;
+}
+
+static double furthest(const struct outcome *a, const struct outcome *b, uint32_t steps) {
+    double worst = 0;
+    for (uint32_t i = 0; i < steps; i++) {
+        double d = fabs(a->loss[i] - b->loss[i]);
+        if (!(d <= worst)) worst = d;
+    }
+    return worst;
+}
+
+static void assert_close_losses(const struct outcome *a, const struct outcome *b, uint32_t steps) {
+    double worst = furthest(a, b, steps);
+    assert_true(a->loss[steps - 1] < a->loss[0] - 0.5); /* something was learnt */
+    if (!(worst < 1e-5)) fail_msg("losses differ by up to %g", worst);
+}
+
+static void assert_same_bits(const struct outcome *a, const struct outcome *b) {
+    assert_memory_equal(a->loss, b->loss, sizeof a->loss);
+    assert_memory_equal(a->norm, b->norm, sizeof a->norm);
+    assert_memory_equal(a->params, b->params, sizeof a->params);
+}
+
+/* ---- who holds what ---------------------------------------------------------------------------- */
+
+struct cover {
+    const struct layout *l;
+    uint8_t *held, *owned; /* [canonical elements] */
+    size_t local;
+};
+
+static void mark(void *arg, const struct layout_run *run) {
+    struct cover *c = arg;
+    struct layout_run r = *run;
+    for (size_t i = 0; i < r.count; i++) c->held[r.canonical + i]++;
+    c->local += r.count;
+    assert_true(r.local + r.count <= c->l->n);
+    if ((!r.shared || c->l->tp_rank == 0) && layout_own(c->l, &r))
+        for (size_t i = 0; i < r.count; i++) c->owned[r.canonical + i]++;
+}
+
+/* An element that two ranks answered for, or none, would be counted twice in a norm or lost in a file. */
+static void every_element_has_one_owner(void **state) {
+    (void)state;
+    static const int mesh[][2] = { { 1, 1 }, { 1, 2 }, { 1, 5 }, { 2, 1 }, { 4, 3 }, { 8, 2 } };
+    for (size_t i = 0; i < 2 * sizeof mesh / sizeof *mesh; i++) {
+        int tp = mesh[i / 2][0], dp = mesh[i / 2][1];
+        struct msg_model m = network(&(struct job){ .untied = i % 2 });
+        size_t n = (size_t)proto_model_elements(&m), held = 0;
+        uint8_t *count = calloc(2 * n, 1);
+        for (int r = 0; r < tp * dp; r++) {
+            struct layout l;
+            layout_init(&l, &m, tp, r % tp, dp, r / tp);
+            struct cover c = { .l = &l, .held = count, .owned = count + n };
+            layout_each(&l, 0, n / 3, mark, &c); /* in two ranges, cut anywhere */
+            layout_each(&l, n / 3, n - n / 3, mark, &c);
+            held += c.local;
+            assert_true(l.n % (size_t)dp == 0 && l.n >= c.local);
+        }
+        for (size_t e = 0; e < n; e++) {
+            assert_int_equal(count[n + e], 1);
+            assert_true(count[e] == dp || count[e] == tp * dp);
+        }
+        if (tp == 1) assert_true(held == n * (size_t)dp);
+        free(count);
+    }
+}
+
+/* ---- data parallel ----------------------------------------------------------------------------- */
+
+/* Six samples on one, two, four (two of them with one more) and six ranks. */
+static void data_parallel_ranks_lose_what_one_loses(void **state) {
+    (void)state;
+    static const int ranks[] = { 2, 4, 6 };
+    struct outcome *alone = run((struct job){ .tp = 1, .dp = 1, .steps = STEPS_MAX });
+    for (size_t i = 0; i < 3; i++) {
+        struct outcome *o = run((struct job){ .tp = 1, .dp = ranks[i], .steps = STEPS_MAX });
+        assert_close_losses(alone, o, STEPS_MAX);
+        free(o);
+    }
+    free(alone);
+}
+
+/* Who updates an element has no say in its value: gradients are added in rank order everywhere. */
+static void sharding_the_optimizer_changes_no_bit(void **state) {
+    (void)state;
+    for (int b = FP32; b <= STOCHASTIC; b++)
+        for (int dp = 2; dp <= 3; dp++) {
+            struct job j = { .tp = 1, .dp = dp, .steps = 8, .backend = (enum backend)b, .documents = 1 };
+            struct outcome *none = run(j);
+            j.shard = ENGINE_SHARD_OPTIMIZER;
+            struct outcome *sharded = run(j), *again = run(j);
+            assert_same_bits(none, sharded);
+            assert_same_bits(again, sharded);
+            free(none);
+            free(sharded);
+            free(again);
+        }
+}
+
+/* The rest of a lease may have fewer samples than there are ranks. */
+static void a_rank_without_samples_keeps_in_step(void **state) {
+    (void)state;
+    struct outcome *alone = run((struct job){ .tp = 1, .dp = 1, .steps = 20, .samples = 2 });
+    for (int shard = 0; engine_shard_name(shard); shard++) {
+        struct outcome *o = run((struct job){ .tp = 1, .dp = 3, .steps = 20, .samples = 2, .shard = shard });
+        assert_true(furthest(alone, o, 20) < 1e-5);
+        free(o);
+    }
+    free(alone);
+}
+
+/* One rank alone sees what is wrong; none may take the step, and the next one is as if it had not been. */
+static void a_token_that_is_none_stops_the_step_on_every_rank(void **state) {
+    (void)state;
+    struct outcome *alone = run((struct job){ .tp = 1, .dp = 1, .steps = 6, .bad_step = 3 });
+    struct outcome *o = run((struct job){ .tp = 1, .dp = 2, .steps = 6, .bad_step = 3, .shard = 1 });
+    assert_true(o->loss[2] == -1 && o->loss[3] > 0);
+    assert_true(furthest(alone, o, 6) < 1e-5);
+    free(alone);
+    free(o);
+}
+
+/* ---- saved state ------------------------------------------------------------------------------- */
+
+static char *file_bytes(const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    assert_non_null(f);
+    char *bytes = malloc(1 << 20);
+    *n = fread(bytes, 1, 1 << 20, f);
+    fclose(f);
+    return bytes;
+}
+
+/* A machine that lost a card goes on with the cards it has. */
+static void a_saved_state_goes_on_in_another_mesh(void **state) {
+    (void)state;
+    char folder[] = "/tmp/test-mesh-XXXXXX", a[64], b[64];
+    assert_non_null(mkdtemp(folder));
+    snprintf(a, sizeof a, "%s/a", folder);
+    snprintf(b, sizeof b, "%s/b", folder);
+    struct job whole = { .tp = 1, .dp = 2, .steps = 12, .shard = ENGINE_SHARD_OPTIMIZER, .save = b };
+    struct job first = whole, second = whole;
+    first.steps = second.steps = 6;
+    first.save = a;
+    second.load = a;
+    second.save = NULL;
+    struct outcome *w = run(whole), *f = run(first), *s = run(second);
+    assert_memory_equal(w->loss, f->loss, 6 * sizeof *w->loss);
+    assert_memory_equal(w->loss + 6, s->loss, 6 * sizeof *w->loss); /* cut and whole: the same bits */
+    assert_memory_equal(w->params, s->params, sizeof w->params);
+    second.dp = 1;
+    struct outcome *o = run(second);
+    for (int i = 0; i < 6; i++) assert_true(fabs(o->loss[i] - w->loss[6 + i]) < 1e-5);
+    size_t n, m;
+    first.shard = ENGINE_SHARD_NONE;
+    first.save = b;
+    free(run(first));
+    char *x = file_bytes(a, &n), *y = file_bytes(b, &m);
+    assert_true(n == m && n > 10000 && !memcmp(x, y, n));
+    free(x), free(y), free(w), free(f), free(s), free(o);
+    unlink(a), unlink(b), rmdir(folder);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_element_has_one_owner),
+        cmocka_unit_test(data_parallel_ranks_lose_what_one_loses),
+        cmocka_unit_test(sharding_the_optimizer_changes_no_bit),
+        cmocka_unit_test(a_rank_without_samples_keeps_in_step),
+        cmocka_unit_test(a_token_that_is_none_stops_the_step_on_every_rank),
+        cmocka_unit_test(a_saved_state_goes_on_in_another_mesh),
+    };
+    return cmocka_run_group_tests(tests, set_up, NULL);
+}
