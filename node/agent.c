@@ -71,7 +71,9 @@ static int set_up_trainer(struct agent *a, struct err *err) {
     struct segment_setup setup = { .elements = a->elements,
                                    .chunk_elements = a->genesis.outer->chunk_elements,
                                    .genesis = { a->run.genesis, a->run.genesis_bytes },
-                                   .threads = a->options->threads, .precision = a->options->precision,
+                                   .threads = a->options->threads, .tp = a->options->tp,
+                                   .dp = a->options->dp, .shard = a->options->shard,
+                                   .precision = a->options->precision,
                                    .nice = a->options->nice };
     home_file(&a->home, "inner.state", state);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);

@@ -18,6 +18,7 @@ struct agent_options {
     bool aggregate_only;          /* join: hold and sum, but do not train */
     const char *device;           /* "auto", "cpu", "cuda" */
     int threads;                  /* of the trainer; 0 = all cores */
+    int tp, dp, shard;            /* ranks of the trainer, 0 = 1, and enum engine_shard */
     int precision;                /* of the trainer; enum trainer_precision */
     int nice;                     /* of the trainer, 0..19 */
     int listen_port;              /* for other members; 0 = any free port, -1 = none (dials only) */

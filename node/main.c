@@ -6,7 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/comm.h"
 #include "node/agent.h"
+#include "node/engine.h"
 #include "node/home.h"
 #include "node/tools.h"
 #include "node/tools_ckpt.h"
@@ -37,6 +39,8 @@ static const char run_help[] =
 static const char node_help[] =
     "  --device DEVICE    auto, cpu or cuda (default: auto; this build has cpu)\n"
     "  --threads N        threads for training (default: all cores)\n"
+    "  --tp N, --dp N     train as N x N processes: tensor-parallel by data-parallel ranks (default: 1)\n"
+    "  --shard S          what data-parallel ranks share out: none (default), optimizer\n"
     "  --precision P      fp32 (default); bf16: matrix products in bf16, about 1.5 times as fast where the\n"
     "                     processor has AVX512-BF16 or AMX; bf16-stochastic: and half the memory for weights\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
@@ -124,12 +128,14 @@ static int check_name(const char *name, struct err *err) {
 }
 
 enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_PRECISION, OPT_NICE, OPT_CORPUS,
-       OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE, OPT_HELP };
+       OPT_TP, OPT_DP, OPT_SHARD, OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE, OPT_HELP };
 static const struct option node_options[] = {
     { "home", required_argument, NULL, OPT_HOME }, { "name", required_argument, NULL, OPT_NAME },
     { "device", required_argument, NULL, OPT_DEVICE },
     { "threads", required_argument, NULL, OPT_THREADS },
     { "precision", required_argument, NULL, OPT_PRECISION },
+    { "tp", required_argument, NULL, OPT_TP }, { "dp", required_argument, NULL, OPT_DP },
+    { "shard", required_argument, NULL, OPT_SHARD },
     { "nice", required_argument, NULL, OPT_NICE }, { "corpus", required_argument, NULL, OPT_CORPUS },
     { "listen", required_argument, NULL, OPT_LISTEN },
     { "no-listen", no_argument, NULL, OPT_NO_LISTEN }, { "log-json", no_argument, NULL, OPT_JSON },
@@ -138,9 +144,10 @@ static const struct option node_options[] = {
     { "aggregate-only", no_argument, NULL, OPT_AGGREGATE }, { 0 }
 };
 
-static int take_precision(const char *text, int *out) {
-    for (int i = 0; trainer_precision_name(i); i++)
-        if (!strcmp(text, trainer_precision_name(i))) {
+/* Which of a list's names it is. */
+static int take_name(const char *text, const char *(*name)(int), int *out) {
+    for (int i = 0; name(i); i++)
+        if (!strcmp(text, name(i))) {
             *out = i;
             return 0;
         }
@@ -159,7 +166,14 @@ static const char *take_option(int c, struct agent_options *o) {
                    ? "--threads: a number from 1 to 1024"
                    : NULL;
     case OPT_PRECISION:
-        return take_precision(optarg, &o->precision) ? "--precision: fp32, bf16 or bf16-stochastic" : NULL;
+        return take_name(optarg, trainer_precision_name, &o->precision)
+                   ? "--precision: fp32, bf16 or bf16-stochastic" : NULL;
+    case OPT_TP:
+        return take_number(optarg, 1, COMM_RANKS_MAX, &o->tp) ? "--tp: a number from 1 to 64" : NULL;
+    case OPT_DP:
+        return take_number(optarg, 1, COMM_RANKS_MAX, &o->dp) ? "--dp: a number from 1 to 64" : NULL;
+    case OPT_SHARD:
+        return take_name(optarg, engine_shard_name, &o->shard) ? "--shard: none or optimizer" : NULL;
     case OPT_NICE:
         return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
     case OPT_CORPUS: o->corpus = optarg; return NULL;

@@ -50,10 +50,15 @@ static int join(struct saver *s, struct err *err) {
     return s->rc;
 }
 
+bool saver_busy(struct saver *s) {
+    return s->runs && !atomic_load(&s->done);
+}
+
 int saver_begin(struct saver *s, uint64_t tag, struct err *err) {
-    if (s->runs && !atomic_load(&s->done)) return 0;
+    if (saver_busy(s)) return 0;
     int before = join(s, err);
     if (engine_snapshot_take(s->snapshot, s->engine, tag, err)) return -1;
+    if (!s->path) return 0;
     atomic_store(&s->done, false);
     int rc = pthread_create(&s->thread, NULL, write_beside, s);
     if (rc) return err_set(err, ERR_MEMORY, "no thread to save with: %s", strerror(rc));
@@ -65,7 +70,7 @@ int saver_finish(struct saver *s, uint64_t tag, struct err *err) {
     struct err before = {0};
     join(s, &before); /* what is written now replaces it */
     if (engine_snapshot_take(s->snapshot, s->engine, tag, err)) return -1;
-    return engine_snapshot_write(s->snapshot, s->path, err);
+    return !s->path ? 0 : engine_snapshot_write(s->snapshot, s->path, err);
 }
 
 void saver_destroy(struct saver *s) {

@@ -3,6 +3,7 @@
 #ifndef INTELLECT_NODE_SAVER_H
 #define INTELLECT_NODE_SAVER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "proto/err.h"
@@ -11,7 +12,10 @@ struct engine;
 struct saver;
 
 /* engine and path are borrowed until saver_destroy. Takes 12 bytes a parameter, which are touched by
- * the first save, unless ranks of a mesh share such memory (engine_snapshot_create). NULL with ERR_MEMORY. */
+ * the first save. NULL with ERR_MEMORY.
+ * shared  NULL, or such memory that all ranks of a mesh see (engine_snapshot_create). All of them then make
+ *         the same calls; those with a path of NULL leave the writing to the one that has one, and only that
+ *         one's saver_busy() says when the next save may be. */
 struct saver *saver_create(const struct engine *engine, const char *path, float *shared,
                            struct err *err);
 
@@ -22,6 +26,9 @@ void saver_destroy(struct saver *s);
  * before is still being written nothing happens. tag: see engine_snapshot_take.
  * Returns 0, or -1: this save could not begin, or it began and the one before has failed. */
 int saver_begin(struct saver *s, uint64_t tag, struct err *err);
+
+/* Is a save still being written? */
+bool saver_busy(struct saver *s);
 
 /* Save now, and return when it is on disk. */
 int saver_finish(struct saver *s, uint64_t tag, struct err *err);

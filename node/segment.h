@@ -68,7 +68,8 @@ struct segment_setup {
     struct proto_bytes genesis; /* encoded msg_genesis; in the trainer it points into the segment */
     char corpus[SEGMENT_PATH_BYTES];      /* folder or file:// URL of the corpus */
     char inner_state[SEGMENT_PATH_BYTES]; /* file that moments and counters are saved to */
-    int threads;             /* OpenMP threads; 0 = as many as cores */
+    int threads;             /* OpenMP threads of all ranks together; 0 = as many as cores */
+    int tp, dp, shard;       /* the trainer's ranks, >= 1 each (0 = 1), and enum engine_shard */
     int precision;           /* enum trainer_precision, trainer.h */
     int nice;                /* added to the scheduling priority, 0..19 */
     pid_t agent;             /* filled in by segment_create */

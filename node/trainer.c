@@ -15,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "node/data.h"
 #include "node/engine.h"
+#include "node/mesh.h"
 #include "node/saver.h"
 #include "node/segment.h"
 #include "node/sync.h"
@@ -30,6 +31,7 @@ struct range {
 
 struct trainer {
     struct segment *segment;
+    struct mesh mesh;
     struct msg_genesis genesis;
     struct kernels *kernels;
     struct engine *engine;
@@ -38,6 +40,7 @@ struct trainer {
     uint8_t *fragment_of;  /* [chunks]: the fragment that a chunk is synchronised in */
     int32_t *tokens;       /* [batch, sequence + 1] */
     float *scratch;        /* [chunk_elements] */
+    float *exchange;       /* [elements] that all ranks see, NULL where there is one */
     struct range range[RANGES_MAX]; /* what to train on, in this order */
     uint32_t range_count;
     uint64_t queued;       /* samples in them */
@@ -60,7 +63,14 @@ static double now_s(void) {
 
 /* The agent may be stopped or busy: wait for room, but not for a dead agent (PR_SET_PDEATHSIG). */
 static void tell(struct trainer *t, const struct segment_message *m) {
+    if (t->mesh.rank > 0) return;
     while (!segment_send(t->segment, m)) usleep(10000);
+}
+
+/* A slot is read or filled by all ranks: it changes hands when the last one is done. */
+static void tell_after_all(struct trainer *t, const struct segment_message *m) {
+    t->mesh.world->barrier(t->mesh.world);
+    tell(t, m);
 }
 
 static void note(struct trainer *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -121,9 +131,11 @@ const char *trainer_precision_name(int precision) {
     return precision >= 0 && precision < 3 ? names[precision] : NULL;
 }
 
-static struct kernels *create_kernels(const struct segment_setup *setup, struct err *err) {
-    if (setup->precision == TRAINER_FP32) return kernels_cpu_create(setup->threads, err);
-    return kernels_cpu_bf16_create(setup->threads, setup->precision == TRAINER_BF16_STOCHASTIC, err);
+static struct kernels *create_kernels(const struct trainer *t, struct err *err) {
+    int precision = segment_setup(t->segment)->precision;
+    int threads = mesh_threads(&t->mesh, segment_setup(t->segment)->threads);
+    if (precision == TRAINER_FP32) return kernels_cpu_create(threads, err);
+    return kernels_cpu_bf16_create(threads, precision == TRAINER_BF16_STOCHASTIC, err);
 }
 
 static int set_up(struct trainer *t, struct err *err) {
@@ -139,16 +151,21 @@ static int set_up(struct trainer *t, struct err *err) {
         return -1;
     }
     if (check_corpus(t, err)) return -1;
-    if (!(t->kernels = create_kernels(setup, err))) return -1;
-    if (!(t->engine = engine_create(g->model, g->inner, t->kernels, err))) return -1;
+    if (!(t->kernels = create_kernels(t, err))) return -1;
+    const struct engine_mesh where = { .world = t->mesh.world, .tensor = t->mesh.tensor, .data = t->mesh.data,
+                                       .shard = (enum engine_shard)setup->shard };
+    if (!(t->engine = engine_create_rank(g->model, g->inner, t->kernels, &where, err))) return -1;
     engine_set_document_end(t->engine, data_info(t->data)->document_end);
-    if (!(t->saver = saver_create(t->engine, setup->inner_state, NULL, err))) return -1;
+    const char *state = t->mesh.rank == 0 ? setup->inner_state : NULL;
+    if (!(t->saver = saver_create(t->engine, state, t->mesh.state, err))) return -1;
+    if (t->mesh.state) t->exchange = t->mesh.state + 3 * setup->elements;
     if (make_fragments(t, err)) return -1;
     t->tokens = calloc((size_t)g->inner->batch * (g->model->sequence + 1), sizeof *t->tokens);
     t->scratch = calloc(setup->chunk_elements, sizeof *t->scratch);
     if (!t->tokens || !t->scratch) return err_set(err, ERR_MEMORY, "no memory for a batch");
     load_inner_state(t);
-    return 0;
+    t->mesh.world->barrier(t->mesh.world); /* one that could not do all that has said so */
+    return t->mesh.world->check(t->mesh.world, err);
 }
 
 static void tear_down(struct trainer *t) {
@@ -164,13 +181,15 @@ static void tear_down(struct trainer *t) {
 
 /* ---- inner steps ----------------------------------------------------------------------------- */
 
-/* Take up to `want` samples off the front of the ranges into t->tokens. */
+/* Take `want` samples off the front of the ranges, this rank's share of them into t->tokens. */
 static int take_samples(struct trainer *t, uint32_t want, struct err *err) {
     size_t width = t->genesis.model->sequence + 1;
-    uint32_t used = 0, got = 0;
-    for (; got < want; got++) {
+    uint32_t used = 0, first, share;
+    engine_share(t->engine, want, &first, &share);
+    for (uint32_t i = 0; i < want; i++) {
         struct range *r = &t->range[used];
-        if (data_sample(t->data, r->start, t->tokens + got * width, err)) return -1;
+        bool own = i >= first && i < first + share;
+        if (own && data_sample(t->data, r->start, t->tokens + (i - first) * width, err)) return -1;
         r->start++;
         if (--r->count == 0) used++;
     }
@@ -190,6 +209,8 @@ static int step(struct trainer *t, uint32_t samples, struct err *err) {
     if (take_samples(t, samples, err)) return -1;
     if (!engine_step(t->engine, t->tokens, samples, position, &r, &why)) {
         t->bad_steps = 0;
+    } else if (t->mesh.world->check(t->mesh.world, err)) {
+        return -1;
     } else if (++t->bad_steps > TRAINER_BAD_STEPS_MAX) {
         *err = why;
         err_prefix(err, "%u steps in a row", t->bad_steps);
@@ -245,7 +266,7 @@ static int on_freeze(struct trainer *t, const struct segment_message *m, struct 
         engine_params_read(t->engine, first, n, out + first);
     }
     if (m->wait) t->frozen = true;
-    tell(t, &(struct segment_message){ .type = SEGMENT_FROZEN, .fragment = m->fragment,
+    tell_after_all(t, &(struct segment_message){ .type = SEGMENT_FROZEN, .fragment = m->fragment,
                                        .samples = t->consumed,
                                        .steps = engine_steps(t->engine) });
     return 0;
@@ -258,15 +279,23 @@ static void take_position(struct trainer *t, const struct segment_message *m) {
     t->tokens_since = 0;
 }
 
-/* Every chunk as its op says; the rest of the vector stays. */
+/* Every chunk as its op says; the rest of the vector stays. Ranks read their parts of it for all, and each
+ * writes what it holds. */
 static void on_apply(struct trainer *t, const struct segment_message *m) {
     const float *in = segment_in(t->segment);
     const uint8_t *ops = segment_ops(t->segment);
-    for (uint32_t c = 0; c < segment_chunks(t->segment); c++) {
-        size_t first, n;
+    size_t first, n;
+    for (uint32_t c = 0; t->exchange && c < segment_chunks(t->segment); c++) {
         if (ops[c] == SYNC_OP_KEEP) continue;
         chunk_range(t, c, &first, &n);
-        engine_params_read(t->engine, first, n, t->scratch);
+        engine_params_read(t->engine, first, n, t->exchange + first);
+    }
+    t->mesh.world->barrier(t->mesh.world);
+    for (uint32_t c = 0; c < segment_chunks(t->segment); c++) {
+        if (ops[c] == SYNC_OP_KEEP) continue;
+        chunk_range(t, c, &first, &n);
+        if (t->exchange) memcpy(t->scratch, t->exchange + first, n * sizeof *t->scratch);
+        else engine_params_read(t->engine, first, n, t->scratch);
         if (ops[c] == SYNC_OP_MIX)
             outer_mix(t->scratch, in + first, n, t->genesis.outer->alpha);
         else
@@ -275,7 +304,7 @@ static void on_apply(struct trainer *t, const struct segment_message *m) {
     }
     t->frozen = false;
     take_position(t, m);
-    tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
+    tell_after_all(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
 }
 
 static void on_reset(struct trainer *t, const struct segment_message *m) {
@@ -285,14 +314,14 @@ static void on_reset(struct trainer *t, const struct segment_message *m) {
     t->frozen = false;
     t->consumed = 0;
     take_position(t, m);
-    tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
+    tell_after_all(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
 }
 
 static void on_moments_export(struct trainer *t) {
     uint64_t count = 0;
     engine_second_moments_read(t->engine, 0, engine_elements(t->engine),
                                segment_out(t->segment, SEGMENT_OUT_MOMENTS), &count);
-    tell(t, &(struct segment_message){ .type = SEGMENT_MOMENTS, .steps = count });
+    tell_after_all(t, &(struct segment_message){ .type = SEGMENT_MOMENTS, .steps = count });
 }
 
 /* They come from another member: values that cannot be moments are refused, and it starts fresh. */
@@ -304,7 +333,7 @@ static void on_moments_import(struct trainer *t, const struct segment_message *m
         engine_reset_moments(t->engine);
         note(t, "starting without moments: %.200s", err.msg);
     }
-    tell(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
+    tell_after_all(t, &(struct segment_message){ .type = SEGMENT_APPLIED });
 }
 
 static int on_command(struct trainer *t, const struct segment_message *m, struct err *err) {
@@ -338,17 +367,64 @@ static void save(struct trainer *t, int (*how)(struct saver *, uint64_t, struct 
     if (how(t->saver, t->position, &err)) note(t, "moments not saved: %.200s", err.msg);
 }
 
-static int serve(struct trainer *t, struct err *err) {
-    struct segment_message m;
+/* What rank 0 has all ranks do next, itself included. */
+struct order {
+    enum { ORDER_COMMAND, ORDER_STEP, ORDER_SAVE, ORDER_END } what;
+    uint32_t samples;               /* STEP */
+    struct segment_message command; /* COMMAND */
+};
+
+/* -1: the trainer cannot go on. */
+static int carry_out(struct trainer *t, const struct order *o, struct err *err) {
+    switch (o->what) {
+    case ORDER_COMMAND: return on_command(t, &o->command, err);
+    case ORDER_STEP: return step(t, o->samples, err);
+    case ORDER_SAVE: save(t, saver_begin); return 0;
+    case ORDER_END: break;
+    }
+    if (t->has_parameters && engine_steps(t->engine) != t->saved_steps) save(t, saver_finish);
+    return 0;
+}
+
+static int order(struct trainer *t, const struct order *o, struct err *err) {
+    struct order copy = *o;
+    t->mesh.world->broadcast(t->mesh.world, &copy, sizeof copy, COMM_BYTES, 0);
+    if (t->mesh.world->check(t->mesh.world, err)) return -1;
+    return carry_out(t, o, err);
+}
+
+static int follow(struct trainer *t, struct err *err) {
+    struct order o;
+    do {
+        t->mesh.world->broadcast(t->mesh.world, &o, sizeof o, COMM_BYTES, 0);
+        if (t->mesh.world->check(t->mesh.world, err) || carry_out(t, &o, err)) return -1;
+    } while (o.what != ORDER_END);
+    return 0;
+}
+
+static void say_up(struct trainer *t) {
     struct segment_message up = { .type = SEGMENT_UP, .steps = engine_steps(t->engine) };
-    snprintf(up.text, sizeof up.text, "%s", t->kernels->description);
+    const char *description = t->kernels->description;
+    if (t->mesh.ranks == 1) snprintf(up.text, sizeof up.text, "%s", description);
+    else
+        snprintf(up.text, sizeof up.text, "%s; %d ranks, tensor-parallel %d by data-parallel %d (shard: %s)",
+                 description, t->mesh.ranks, t->mesh.tp, t->mesh.dp,
+                 engine_shard_name(segment_setup(t->segment)->shard));
     tell(t, &up);
-    t->saved_at_s = now_s();
-    t->saved_steps = engine_steps(t->engine);
+}
+
+/* What was not written yet when the next save began would be overwritten. */
+static void await_saver(struct trainer *t) {
+    while (saver_busy(t->saver)) usleep(1000);
+}
+
+static int lead(struct trainer *t, struct err *err) {
+    struct order o = { .what = ORDER_COMMAND };
+    say_up(t);
     for (;;) {
-        while (!t->stop && segment_receive(t->segment, &m)) {
+        while (!t->stop && segment_receive(t->segment, &o.command)) {
             segment_set_busy(t->segment, true);
-            if (on_command(t, &m, err)) return -1;
+            if (order(t, &o, err)) return -1;
         }
         if (t->stop) break;
         uint32_t samples = samples_due(t);
@@ -358,11 +434,19 @@ static int serve(struct trainer *t, struct err *err) {
             continue;
         }
         segment_set_busy(t->segment, true);
-        if (step(t, samples, err)) return -1;
-        if (now_s() - t->saved_at_s > TRAINER_SAVE_S) save(t, saver_begin);
+        if (order(t, &(struct order){ .what = ORDER_STEP, .samples = samples }, err)) return -1;
+        if (now_s() - t->saved_at_s > TRAINER_SAVE_S && !saver_busy(t->saver) &&
+            order(t, &(struct order){ .what = ORDER_SAVE }, err))
+            return -1;
     }
-    if (t->has_parameters && engine_steps(t->engine) != t->saved_steps) save(t, saver_finish);
-    return 0;
+    await_saver(t);
+    return order(t, &(struct order){ .what = ORDER_END }, err);
+}
+
+static int serve(struct trainer *t, struct err *err) {
+    t->saved_at_s = now_s();
+    t->saved_steps = engine_steps(t->engine);
+    return t->mesh.rank == 0 ? lead(t, err) : follow(t, err);
 }
 
 /* A trainer must not outlive its agent, nor end before it on a Ctrl-C or SIGTERM sent to both. */
@@ -384,14 +468,20 @@ int trainer_main(int fd) {
         free(t);
         return 2;
     }
-    int rc = 0;
-    if (set_up(t, &err)) {
+    const struct segment_setup *setup = segment_setup(t->segment);
+    int tp = setup->tp ? setup->tp : 1, dp = setup->dp ? setup->dp : 1, rc = 0;
+    /* a saved state, and the exchange */
+    size_t shared = tp * dp > 1 ? 4 * (size_t)setup->elements * sizeof(float) : 0;
+    if (mesh_start(&t->mesh, tp, dp, shared, &err) || set_up(t, &err)) {
+        mesh_fail(&t->mesh, &err);
         rc = fail(t, &err);
     } else if (serve(t, &err)) {
+        mesh_fail(&t->mesh, &err);
         note(t, "the trainer ends: %.200s", err.msg);
         rc = 1;
     }
     tear_down(t);
+    mesh_end(&t->mesh, rc);
     segment_destroy(t->segment);
     free(t);
     return rc;

@@ -5,6 +5,10 @@
  * An inner step takes inner.batch samples. Fewer are trained only when a FREEZE finds some left
  * over or no more came for TRAINER_PARTIAL_S, so that the end of the data is used too.
  *
+ * It may be several rank processes (mesh.h): rank 0 alone speaks with the agent, and tells the others what
+ * to do before it does it itself, so that all do the same in the same order. Each reads its own samples and
+ * moves its own part of the parameters to and from the slots. When one dies or fails, all end.
+ *
  * Moments and counters are saved to setup.inner_state between two steps every TRAINER_SAVE_S
  * seconds, written by a thread while training goes on, and at the end. A new trainer starts from
  * them; its parameters come with the first RESET. */

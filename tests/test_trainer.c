@@ -91,8 +91,12 @@ static int tear_down(void **state) {
     return system(command);
 }
 
+/* All tests are run once more for a mesh of ranks. */
+static int tp = 1, dp = 1, shard;
+
 static struct segment *make_segment_for(int precision) {
     struct segment_setup setup = { .elements = elements, .chunk_elements = CHUNK,
+                                   .tp = tp, .dp = dp, .shard = shard,
                                    .genesis = { genesis.data, (uint32_t)genesis.length },
                                    .threads = 1, .precision = precision };
     snprintf(setup.corpus, sizeof setup.corpus, "%s/corpus", folder);
@@ -448,7 +452,44 @@ static void it_dies_with_its_agent(void **state) {
     close(pipes[0]);
 }
 
+/* The first child of a process, or 0. */
+static pid_t child_of(pid_t pid) {
+    char path[64];
+    int child = 0;
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)pid, (int)pid);
+    FILE *f = fopen(path, "r");
+    if (f && fscanf(f, "%d", &child) != 1) child = 0;
+    if (f) fclose(f);
+    return child;
+}
+
+/* The agent starts all of them anew: so the trainer has to end, and say why, whichever rank it was. */
+static void a_rank_that_dies_ends_the_trainer(void **state) {
+    (void)state;
+    struct segment *s = make_segment();
+    pid_t pid = start(s);
+    int status;
+    struct segment_message m = {0};
+    expect(s, SEGMENT_UP, NULL);
+    reset(s);
+    pid_t rank = child_of(pid);
+    assert_true(rank > 0);
+    kill(rank, SIGKILL);
+    tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = 0, .count = 400 });
+    alarm(60);
+    while (m.type != SEGMENT_NOTE)
+        if (!segment_receive(s, &m)) segment_wait(s, 100);
+    assert_non_null(strstr(m.text, "the trainer ends: rank 1 of "));
+    assert_non_null(strstr(m.text, "died"));
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    alarm(0);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 1);
+    segment_destroy(s);
+}
+
 int main(void) {
+    static const int meshes[][3] = { { 1, 1, 0 }, { 1, 2, 1 } };
+    const struct CMUnitTest dying[] = { cmocka_unit_test(a_rank_that_dies_ends_the_trainer) };
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(it_trains_on_what_it_was_given_and_counts_it),
         cmocka_unit_test(precision_is_a_members_own_affair),
@@ -463,5 +504,12 @@ int main(void) {
         cmocka_unit_test(a_corpus_that_is_not_the_runs_is_reported),
         cmocka_unit_test(it_dies_with_its_agent),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    int failed = 0;
+    for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+        tp = meshes[i][0], dp = meshes[i][1], shard = meshes[i][2];
+        printf("%d x %d ranks\n", tp, dp);
+        failed += cmocka_run_group_tests(tests, set_up, tear_down);
+        if (tp * dp > 1) failed += cmocka_run_group_tests(dying, set_up, tear_down);
+    }
+    return failed;
 }
