@@ -12,7 +12,7 @@
 #define INTELLECT_COORDINATOR_RUN_H
 
 #include "coordinator/core.h"
-#include "coordinator/settings.h"
+#include "settings/settings.h"
 #include "coordinator/store.h"
 
 #define RUN_PATH_BYTES 4096

@@ -9,8 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "coordinator/address.h"
-#include "coordinator/settings.h"
+#include "settings/address.h"
+#include "settings/settings.h"
 #include "proto/model.h"
 
 static const struct corpus_facts corpus = { "bytes", 256, 128, 20000, {{1}} };

@@ -8,8 +8,8 @@
 #include <sys/stat.h>
 
 #include "ckpt/store.h"
-#include "coordinator/address.h"
-#include "coordinator/settings.h"
+#include "settings/address.h"
+#include "settings/settings.h"
 #include "proto/model.h"
 
 #define GENESIS_VERSION 1
