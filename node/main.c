@@ -244,6 +244,7 @@ static const struct command {
 } commands[] = {
     { "join", "become a member of a run, with an invite, and train", command_join },
     { "run", "go on with the run that was joined", command_run },
+    { "train", "train a model alone, without a coordinator", tool_train },
     { "data", "turn text files into a corpus", tool_data },
     { "bigram", "loss of a byte model of order 2, to compare with", tool_bigram },
     { "eval", "mean loss of a checkpoint on a text", tool_eval },

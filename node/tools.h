@@ -13,6 +13,11 @@ int tool_data(int argc, char **argv);
  * beat to have learnt more than letter statistics. */
 int tool_bigram(int argc, char **argv);
 
+/* train CONFIG [--out DIR] [--tp N] [--dp N] [--shard S] [--precision P] [--threads N] [--stop-after N]
+ * [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE] [--plot FILE.svg] [--quiet] [--json]
+ * Train alone, without a coordinator; solo.h. To be called before any thread was made. */
+int tool_train(int argc, char **argv);
+
 /* eval CHECKPOINT (--text FILE | --corpus CORPUS) [--sequence N] [--tokenizer NAME] [--threads N]
  * [--json]
  * Mean loss in nats per token, perplexity, tokens; of a text or of a corpus' held-out slice. */

@@ -1,0 +1,49 @@
+/* solo.h - training alone: no coordinator, no rounds, one node's ranks on one corpus, from the first
+ * parameters to the last step of run.yaml's schedule. The engine, the order of samples and the learning rate are those of a
+ * member of a run; position in the schedule is the tokens of the batches done.
+ *
+ * Everything of a run lies in one folder:
+ *   genesis      the settings it was begun with; other ones are refused
+ *   state        parameters, moments and the number of batches done (engine.h), replaced every save_steps
+ *   loss.csv     the curve (curve.h)
+ *   lock         held while it runs
+ *
+ * A run that was stopped or killed goes on from its state when the same command comes again, and what it ends
+ * with has the same bits as if it had never been cut, for the same mesh, kernels and threads. */
+#ifndef INTELLECT_NODE_SOLO_H
+#define INTELLECT_NODE_SOLO_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "settings/settings.h"
+
+struct solo_options {
+    const char *out;          /* the folder; made if missing */
+    int tp, dp, shard;        /* >= 1, and enum engine_shard */
+    int precision, threads;   /* enum trainer_precision; 0 = all cores */
+    uint64_t stop_after;      /* stop once so many batches are done; 0 = at the schedule's end */
+    uint64_t save_steps;      /* >= 1 */
+    uint64_t heldout_samples; /* for the loss at the end; 0 = none */
+    bool quiet;               /* no line about progress */
+};
+
+struct solo_result {
+    uint64_t steps, steps_total, tokens; /* batches done, of the whole schedule; tokens in them */
+    double loss;                         /* of the last step; NAN where none was done */
+    double heldout;                      /* NAN where there is none */
+    double tokens_per_s, data_share;     /* of this call; the share of its time that waited for samples */
+    bool stopped;                        /* by a signal */
+};
+
+/* Train. settings and corpus: resolved (settings.h). SIGINT and SIGTERM stop it after the step, saved.
+ * Starts ranks (mesh.h): to be called before any thread. Returns 0, or -1 with ERR_CONFIG (the network
+ * cannot be cut so; the folder was begun with other settings), ERR_REFUSED (it runs already), or what went
+ * wrong; what was saved before stays. */
+int solo_run(const struct solo_options *options, const struct settings *settings,
+             const struct corpus_facts *corpus, struct solo_result *result, struct err *err);
+
+/* Batches of the schedule: its tokens over those of a batch, up. */
+uint64_t solo_steps(const struct settings *settings);
+
+#endif

@@ -1,0 +1,195 @@
+/* tools_train.c - the command `train`; see tools.h. */
+#include "kernels/comm.h"
+#include "node/curve.h"
+#include "node/engine.h"
+#include "node/solo.h"
+#include "node/tools.h"
+#include "node/tools_args.h"
+#include "node/trainer.h"
+
+#include <getopt.h>
+#include <libgen.h>
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char train_help[] =
+    "train CONFIG [options]\n"
+    "\n"
+    "Train a model alone, without a coordinator: the network, corpus, schedule and seeds of CONFIG, which\n"
+    "is the run.yaml that `intellect-coordinator init` writes and explains; sections `model`, `corpus` and\n"
+    "`inner` count here. The shortest one is\n"
+    "\n"
+    "  model: {preset: 10m}\n"
+    "  corpus: {manifest: path/to/corpus}\n"
+    "\n"
+    "Everything goes to a folder. Ctrl-C stops after the current step; the same command goes on from there,\n"
+    "and ends with the same bits as if it had not been stopped. After a kill or a power cut it goes on from\n"
+    "what was saved last.\n"
+    "\n"
+    "  --out DIR          the folder (default: CONFIG's, with .out in place of .yaml)\n"
+    "  --set SECTION.KEY=VALUE  any setting of CONFIG; may be given several times\n"
+    "  --tp N, --dp N     train as N x N processes: tensor-parallel by data-parallel ranks (default: 1)\n"
+    "  --shard S          what data-parallel ranks share out: none (default), optimizer\n"
+    "  --precision P      fp32 (default), bf16 or bf16-stochastic, as in `join --help`\n"
+    "  --threads N        CPU threads of all ranks together (default: all cores)\n"
+    "  --stop-after N     stop once N steps are done in all; the schedule stays that of CONFIG\n"
+    "  --save-steps N     save every N steps (default 200), and at the end\n"
+    "  --heldout N        at the end, the mean loss of the first N held-out samples (default 64)\n"
+    "  --plot FILE.svg    draw the loss curve when it ends; DIR/loss.csv has it in numbers\n"
+    "  --quiet            no lines about progress\n"
+    "  --json             print one JSON object at the end: steps, tokens, loss, heldout, tokens_per_s,\n"
+    "                     data_share\n"
+    "\n"
+    "Example: train run.yaml --dp 2 --shard optimizer --plot loss.svg\n";
+
+#define SETS_MAX 64
+
+struct train_wish {
+    const char *config, *out, *plot, *set[SETS_MAX];
+    int sets, json;
+    struct solo_options solo;
+};
+
+/* ---- what is asked for ------------------------------------------------------------------------- */
+
+static int take_name(const char *flag, const char *text, const char *(*name)(int), int *out) {
+    for (int i = 0; name(i); i++)
+        if (!strcmp(text, name(i))) {
+            *out = i;
+            return 0;
+        }
+    fprintf(stderr, "%s is '%s'; allowed are", flag, text);
+    for (int i = 0; name(i); i++) fprintf(stderr, "%s %s", i ? "," : "", name(i));
+    fputc('\n', stderr);
+    return -1;
+}
+
+static int take_number(const char *flag, const char *text, uint64_t min, uint64_t max, int *out) {
+    uint64_t n;
+    if (args_integer(flag, text, min, max, &n)) return -1;
+    *out = (int)n;
+    return 0;
+}
+
+static int take_set(struct train_wish *w, const char *text) {
+    if (w->sets == SETS_MAX) {
+        fprintf(stderr, "--set may be given %d times; write them into CONFIG\n", SETS_MAX);
+        return -1;
+    }
+    w->set[w->sets++] = text;
+    return 0;
+}
+
+/* Returns -1 to go on, or the exit code. */
+static int parse(int argc, char **argv, struct train_wish *w) {
+    static const struct option options[] = {
+        { "out", required_argument, NULL, 'o' },        { "set", required_argument, NULL, 's' },
+        { "tp", required_argument, NULL, 't' },         { "dp", required_argument, NULL, 'd' },
+        { "shard", required_argument, NULL, 'S' },      { "precision", required_argument, NULL, 'p' },
+        { "threads", required_argument, NULL, 'n' },    { "stop-after", required_argument, NULL, 'a' },
+        { "save-steps", required_argument, NULL, 'e' }, { "heldout", required_argument, NULL, 'H' },
+        { "plot", required_argument, NULL, 'P' },       { "quiet", no_argument, NULL, 'q' },
+        { "json", no_argument, NULL, 'j' },             { "help", no_argument, NULL, 'h' },
+        { 0 },
+    };
+    struct solo_options *o = &w->solo;
+    int c;
+    optind = 0; /* another tool may have parsed its own arguments in this process */
+    while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
+        case 'o': w->out = optarg; break;
+        case 's': if (take_set(w, optarg)) return 2; break;
+        case 't': if (take_number("--tp", optarg, 1, COMM_RANKS_MAX, &o->tp)) return 2; break;
+        case 'd': if (take_number("--dp", optarg, 1, COMM_RANKS_MAX, &o->dp)) return 2; break;
+        case 'S': if (take_name("--shard", optarg, engine_shard_name, &o->shard)) return 2; break;
+        case 'p':
+            if (take_name("--precision", optarg, trainer_precision_name, &o->precision)) return 2;
+            break;
+        case 'n': if (take_number("--threads", optarg, 1, 1024, &o->threads)) return 2; break;
+        case 'a': if (args_integer("--stop-after", optarg, 1, UINT64_MAX, &o->stop_after)) return 2; break;
+        case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
+        case 'H': if (args_integer("--heldout", optarg, 0, UINT32_MAX, &o->heldout_samples)) return 2; break;
+        case 'P': w->plot = optarg; break;
+        case 'q': o->quiet = true; break;
+        case 'j': w->json = 1; o->quiet = true; break;
+        case 'h': fputs(train_help, stdout); return 0;
+        default: return args_wrong(argv[0], "wrong arguments");
+        }
+    if (optind + 1 != argc) return args_wrong(argv[0], "one configuration is needed");
+    w->config = argv[optind];
+    return -1;
+}
+
+/* ---- the configuration ------------------------------------------------------------------------- */
+
+static int read_settings(const struct train_wish *w, struct settings *s, struct corpus_facts *corpus,
+                         struct err *err) {
+    char path[PATH_MAX], manifest[PATH_MAX];
+    settings_init(s);
+    if (!realpath(w->config, path)) return err_set_errno(err, "%.150s", w->config);
+    if (settings_load(s, path, err)) return -1;
+    for (int i = 0; i < w->sets; i++)
+        if (settings_set(s, w->set[i], err)) return -1;
+    if (!*s->corpus)
+        return err_set(err, ERR_CONFIG, "%.100s names no corpus: set corpus.manifest to what `intellect-node "
+                       "data` wrote", w->config);
+    const char *dir = dirname(path);
+    if (settings_locate_corpus(s, dir, manifest, sizeof manifest, err)) return -1;
+    return corpus_facts_read(corpus, manifest, err) || settings_resolve(s, dir, corpus, err) ? -1 : 0;
+}
+
+/* run.yaml -> run.out, any other name -> name.out */
+static void default_folder(const char *config, char out[PATH_MAX]) {
+    size_t n = strlen(config);
+    if (n > 5 && !strcmp(config + n - 5, ".yaml")) n -= 5;
+    snprintf(out, PATH_MAX, "%.*s.out", (int)n, config);
+}
+
+static void print_number(const char *key, double x) {
+    if (isfinite(x)) printf(", \"%s\": %.9g", key, x);
+    else printf(", \"%s\": null", key);
+}
+
+static void print_result(const struct train_wish *w, const struct solo_result *r) {
+    if (!w->json) {
+        printf("%s after %llu of %llu steps, %llu tokens; loss %.4f, held-out %.4f; %.0f tokens/s, %.2f %% of "
+               "the time waited for samples\n", r->stopped ? "stopped" : "ended", (unsigned long long)r->steps,
+               (unsigned long long)r->steps_total, (unsigned long long)r->tokens, r->loss, r->heldout,
+               r->tokens_per_s, 100 * r->data_share);
+        return;
+    }
+    printf("{\"steps\": %llu, \"steps_total\": %llu, \"tokens\": %llu", (unsigned long long)r->steps,
+           (unsigned long long)r->steps_total, (unsigned long long)r->tokens);
+    print_number("loss", r->loss);
+    print_number("heldout", r->heldout);
+    print_number("tokens_per_s", r->tokens_per_s);
+    print_number("data_share", r->data_share);
+    puts("}");
+}
+
+static int train(struct train_wish *w, struct settings *s, struct err *err) {
+    char folder[PATH_MAX], csv[PATH_MAX + 16];
+    struct corpus_facts corpus;
+    struct solo_result r;
+    if (read_settings(w, s, &corpus, err)) return -1;
+    default_folder(w->config, folder);
+    w->solo.out = w->out ? w->out : folder;
+    if (solo_run(&w->solo, s, &corpus, &r, err)) return -1;
+    print_result(w, &r);
+    snprintf(csv, sizeof csv, "%s/loss.csv", w->solo.out);
+    return w->plot ? curve_plot(csv, w->plot, err) : 0;
+}
+
+int tool_train(int argc, char **argv) {
+    struct train_wish w = { .solo = { .tp = 1, .dp = 1, .save_steps = 200, .heldout_samples = 64 } };
+    struct err err = { 0 };
+    int rc = parse(argc, argv, &w);
+    if (rc >= 0) return rc;
+    struct settings *s = calloc(1, sizeof *s);
+    if (!s) err_set(&err, ERR_MEMORY, "no memory for settings");
+    rc = !s || train(&w, s, &err) ? args_failed(argv[0], &err) : 0;
+    free(s);
+    return rc && err.code == ERR_CONFIG ? 2 : rc;
+}

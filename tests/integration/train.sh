@@ -1,0 +1,103 @@
+#!/bin/bash
+# `intellect-node train`: cut after any step, stopped by Ctrl-C, killed, or with a rank killed, a run goes on and
+# ends with the bits of one that never stopped; whatever the mesh, its losses are the same.
+set -u
+cd "$(dirname "$0")/../.."
+node=$PWD/${BUILD:-build}/intellect-node
+dir=$(mktemp -d /tmp/train-XXXXXX)
+cd "$dir" || exit 1
+failed=0
+trap 'rm -rf "$dir"' EXIT
+
+ok() { printf 'ok: %s\n' "$1"; }
+bad() { failed=$((failed + 1)); printf 'FAILED: %s\n' "$1"; }
+check() { local what=$1; shift; if "$@"; then ok "$what"; else bad "$what"; fi; }
+train() { timeout 100 "$node" train run.yaml --threads 1 --quiet "$@"; }
+# The curve without what no rerun repeats.
+curve() { cut -d, -f1-5 "$1/loss.csv"; }
+same() { cmp "$1/state" "$2/state" && cmp <(curve "$1") <(curve "$2"); }
+# expect STATUS "PATTERN" COMMAND...
+expect() {
+    local status=$1 pattern=$2 out rc
+    shift 2
+    out=$("$@" 2>&1 </dev/null)
+    rc=$?
+    if [ $rc -eq "$status" ] && grep -qE -- "$pattern" <<<"$out"; then ok "$* says $pattern"
+    else bad "$*: exit status $rc, wanted $status and \"$pattern\": $out"; fi
+}
+
+for i in $(seq 3000); do echo "line $((i * i % 7919)) of a text to train on, $((i % 13)) or more"; done > text
+"$node" data --out corpus --sequence 32 --heldout 0.05 text > data.log || exit 1
+cat > run.yaml <<Y
+model: {layers: 2, width: 32, heads: 8, kv_heads: 8, ffn: 64, vocabulary: 256, sequence: 32}
+corpus: {manifest: corpus}
+inner: {batch: 6, total_tokens: 5760}
+Y
+
+# 30 steps in one go, then one by one: every place to be cut at.
+train --out whole > whole.log || bad "a run to its end: $(cat whole.log)"
+for k in $(seq 30); do train --out cut --stop-after "$k" > cut.log || bad "step $k: $(cat cut.log)"; done
+check "30 runs of one step are one of 30" same whole cut
+check "the curve has a row a step" test "$(wc -l < whole/loss.csv)" -eq 31
+expect 0 'ended after 30 of 30 steps' train --out whole
+cp -r cut again && rm again/state
+expect 0 'ended after 30' train --out again
+check "a run begun anew drops the rows it had" same whole again
+
+# Enough of them to be stopped in the middle.
+long() { train --set inner.total_tokens=960000 --save-steps 50 --stop-after 1000 "$@"; }
+rows() { [ -f "$1/loss.csv" ] && wc -l < "$1/loss.csv" || echo 0; }
+await_rows() { for _ in $(seq 1000); do [ "$(rows "$1")" -gt "$2" ] && return 0; sleep 0.02; done; return 1; }
+background() { "$node" train run.yaml --threads 1 --quiet --set inner.total_tokens=960000 --save-steps 50 --stop-after 1000 "$@" & pid=$!; }
+
+long --out one > one.log || bad "$(cat one.log)"
+background --out killed > killed.log 2>&1
+await_rows killed 120 || bad "no steps came"
+{ kill -KILL $pid; wait $pid; } 2>/dev/null
+check "it was killed on the way" test "$(rows killed)" -lt 1001
+expect 0 'ended after 1000' long --out killed
+check "killed and gone on: the same bits" same one killed
+
+background --out stopped > stopped.log 2>&1
+await_rows stopped 75
+expect 1 'another process trains in' long --out stopped
+kill -INT $pid; wait $pid
+check "Ctrl-C ends it in order" grep -q '^stopped after' stopped.log
+expect 0 'ended after 1000' long --out stopped
+check "stopped and gone on: the same bits" same one stopped
+
+# Two ranks, one of which dies.
+long --out two --dp 2 --shard optimizer > two.log || bad "$(cat two.log)"
+background --out rank --dp 2 --shard optimizer > rank.log 2>&1
+await_rows rank 75
+read -r -a ranks < "/proc/$pid/task/$pid/children"
+kill -KILL "${ranks[0]}"
+wait $pid
+check "a killed rank ends the run" test $? -eq 1
+check "which names it" grep -q "rank 1 of 2 (process ${ranks[0]}) died" rank.log
+expect 0 'ended after 1000' long --out rank --dp 2 --shard optimizer
+check "and goes on with the same bits" same two rank
+check "one process and two lose the same" python3 - <<'P'
+import csv
+a, b = ([float(r["loss"]) for r in csv.DictReader(open(d + "/loss.csv"))] for d in ("one", "two"))
+worst = max(abs(x - y) for x, y in zip(a[:200], b[:200])) # later on rounding has its own way
+print("worst difference of 200 losses:", worst)
+raise SystemExit(not (len(a) == len(b) == 1000 and worst < 1e-4 and a[-1] < a[0] - 1))
+P
+expect 0 'ended after 1000' long --out two --plot loss.svg
+check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m.parse("loss.svg").getElementsByTagName("polyline")) == 2'
+
+# What a person gets wrong.
+expect 2 'inner.lr is 0.5 .*take another folder' train --out whole --set inner.lr=0.5
+expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
+expect 2 'model.sequence' train --out new --set model.sequence=16
+expect 2 "shard is 'some'; allowed are none, optimizer" train --out new --shard some
+expect 2 'dp.*from 1 to 64' train --out new --dp 0
+expect 1 'no/such/folder' train --out no/such/folder/new
+printf 'X' | dd of=cut/state bs=1 seek=5000 conv=notrunc 2>/dev/null
+expect 1 'digest' train --out cut
+sed -i 's/square/circle/; s/line 1 /line X /' text && "$node" data --out corpus --sequence 32 --heldout 0.05 text > data.log
+expect 2 'another corpus' train --out whole
+
+[ $failed -eq 0 ] && echo "all as expected"
+exit $((failed > 0))
