@@ -224,8 +224,8 @@ struct ckpt_progress {
 };
 typedef void ckpt_progress_fn(void *arg, const struct ckpt_progress *now);
 
-/* Check every object against its digest, and that ledger.bin ends in the ledger head. Reads all,
- * in blocks; keeps no memory.
+/* Check every object against its digest, that ledger.bin ends in the ledger head, and that anchor and
+ * momentum have the state root. Reads all once, in blocks; memory: 416 bytes a chunk of the state.
  * progress  may be NULL; called before each object and after each block.
  * ERR_CORRUPT or ERR_TRUNCATED: msg names the first wrong object and the starts of both digests. ERR_NOT_FOUND
  * on a plain folder, which has no digests. */

@@ -1,5 +1,5 @@
-/* copy.c - whole objects of an open checkpoint: their digests checked, all of them fetched into a
- * folder, or those exported that make a Hugging Face model. */
+/* copy.c - copies of an open checkpoint: all of it fetched into a folder, or what makes a Hugging Face
+ * model exported; digests checked on the way. */
 #define _GNU_SOURCE /* fallocate */
 #include <dirent.h>
 #include <errno.h>
@@ -13,81 +13,6 @@
 #include <unistd.h>
 
 #include "ckpt/opened.h"
-
-/* ---- verify ---------------------------------------------------------------------------------------- */
-
-struct checking {
-    struct digest_stream stream;
-    uint64_t before; /* bytes of the objects before this one */
-    struct ckpt_progress now;
-    ckpt_progress_fn *progress;
-    void *arg;
-    const struct ckpt_store_ops *ops; /* export: where the copy goes */
-    struct ckpt_upload *copy;
-};
-
-static void show(struct checking *k, uint64_t done, uint64_t read) {
-    k->now.done = k->before + done;
-    k->now.read += read;
-    if (k->progress) k->progress(k->arg, &k->now);
-}
-
-static int check_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
-    struct checking *k = arg;
-    digest_stream_update(&k->stream, data, n);
-    show(k, offset + n, n);
-    return k->copy ? k->ops->upload_put(k->copy, offset, data, n, err) : 0;
-}
-
-/* Stream one object and compare its digest, where there is one. */
-static int check_object(const struct ckpt *c, const char *name, uint64_t bytes, struct checking *k,
-                        struct err *err) {
-    char full[CKPT_NAME_BYTES_MAX + 1];
-    const struct manifest_object *o = manifest_find(&c->manifest, name);
-    k->now.object = name;
-    object_name(c->prefix, name, full);
-    digest_stream_init(&k->stream);
-    if (object_stream(c->store, full, 0, bytes, check_block, k, err)) return -1;
-    struct digest is = digest_stream_final(&k->stream);
-    return !o || digest_equal(&is, &o->digest) ? 0 : opened_wrong_digest(name, &is, &o->digest, err);
-}
-
-static int check_ledger(const struct ckpt *c, struct err *err) {
-    struct ckpt_blob b;
-    struct msg_signed_entry *entries = NULL;
-    uint32_t count;
-    struct digest head;
-    if (opened_read(c, "ledger.bin", CKPT_LEDGER_BYTES_MAX, &b, err)) return -1;
-    int r = ledger_parse(&b, &entries, &count, err) ||
-            ledger_check(entries, count, c->manifest.facts.index, &head, err) ? -1 : 0;
-    free(entries);
-    free(b.data);
-    if (r || digest_equal(&head, &c->manifest.facts.ledger_head)) return r;
-    return opened_wrong_digest("ledger.bin: head", &head, &c->manifest.facts.ledger_head, err);
-}
-
-int ckpt_verify(const struct ckpt *c, ckpt_progress_fn *progress, void *arg, struct err *err) {
-    struct checking k = {.progress = progress, .arg = arg};
-    const struct manifest *m = &c->manifest;
-    if (c->plain) return err_set(err, ERR_NOT_FOUND, "%.100s: a plain folder has no digests", c->where);
-    for (uint32_t i = 0; i < m->count; i++) k.now.total += m->object[i].bytes;
-    for (uint32_t i = 0; i < m->count; k.before += m->object[i++].bytes) {
-        k.now.object = m->object[i].name;
-        show(&k, 0, 0);
-        if (check_object(c, m->object[i].name, m->object[i].bytes, &k, err)) return -1;
-    }
-    return check_ledger(c, err);
-}
-
-int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *err) {
-    const struct tensors *t = &c->tensors[which];
-    struct checking k = {0};
-    for (uint32_t i = 0; !c->plain && i < t->file_count; i++) {
-        uint64_t bytes;
-        if (opened_stat(c, t->file[i], &bytes, err) || check_object(c, t->file[i], bytes, &k, err)) return -1;
-    }
-    return 0;
-}
 
 /* The index only makes sense where it was: a plain folder may have one file without it. */
 static const char *const hf_names[] = {
@@ -121,7 +46,7 @@ static int fetch_block(void *arg, uint64_t offset, const void *data, size_t n, s
         if (put < 0) return err_set_errno(err, "%.100s/%.60s: write", f->path, f->k.now.object);
         done += (size_t)put;
     }
-    return check_block(&f->k, offset, data, n, err);
+    return checking_block(&f->k, offset, data, n, err);
 }
 
 /* Take the first n bytes of what lies in fd into the digest. */
@@ -138,7 +63,7 @@ static int take_local(struct fetching *f, int fd, uint64_t n, struct err *err) {
                                        f->k.now.object);
         else digest_stream_update(&f->k.stream, buffer, (size_t)got);
         at += got > 0 ? (uint64_t)got : 0;
-        if (!r) show(&f->k, at, 0);
+        if (!r) checking_show(&f->k, at, 0);
     }
     free(buffer);
     return r;
@@ -202,7 +127,7 @@ static int fetch_object(struct fetching *f, const struct manifest_object *o, str
     char part[PART_NAME_BYTES];
     f->k.now.object = o->name;
     digest_stream_init(&f->k.stream);
-    show(&f->k, 0, 0);
+    checking_show(&f->k, 0, 0);
     int there = look_local(f, o, err);
     if (there) return there < 0 ? -1 : 0;
     part_name(o->name, part);
@@ -298,15 +223,26 @@ int ckpt_fetch(const struct ckpt *c, const char *dir, ckpt_progress_fn *progress
 
 /* ---- export ------------------------------------------------------------------------------------------ */
 
+struct copying {
+    const struct ckpt_store_ops *ops;
+    struct ckpt_upload *to;
+};
+
+static int copy_block(void *copying, uint64_t offset, const void *data, size_t n, struct err *err) {
+    struct copying *c = copying;
+    return c->ops->upload_put(c->to, offset, data, n, err);
+}
+
 static int export_object(const struct ckpt *c, struct ckpt_store *to, const char *name,
                          struct err *err) {
-    struct checking k = {.ops = to->ops};
+    struct copying copy = {.ops = to->ops};
+    struct checking k = {.taker = copy_block, .to = &copy};
     uint64_t bytes;
     if (opened_stat(c, name, &bytes, err)) return -1;
-    k.copy = to->ops->upload_begin(to, name, bytes, err);
-    if (!k.copy) return -1;
-    int r = check_object(c, name, bytes, &k, err) || to->ops->upload_complete(k.copy, err) ? -1 : 0;
-    to->ops->upload_destroy(k.copy);
+    copy.to = to->ops->upload_begin(to, name, bytes, err);
+    if (!copy.to) return -1;
+    int r = checking_object(c, name, bytes, &k, err) || to->ops->upload_complete(copy.to, err) ? -1 : 0;
+    to->ops->upload_destroy(copy.to);
     return r;
 }
 

@@ -1,5 +1,5 @@
-/* opened.h - an open checkpoint from the inside: reader.c opens it and reads ranges, copy.c reads whole
- * objects, to verify or to copy them. */
+/* opened.h - an open checkpoint from the inside: reader.c opens it and reads ranges, others read whole
+ * objects, to verify (verify.c) or to copy them (copy.c). */
 #ifndef INTELLECT_CKPT_OPENED_H
 #define INTELLECT_CKPT_OPENED_H
 
@@ -45,5 +45,22 @@ int opened_stat(const struct ckpt *c, const char *name, uint64_t *bytes, struct 
 /* A small object whole; of a checkpoint it must be in the manifest and have its digest. */
 int opened_read(const struct ckpt *c, const char *name, size_t bytes_max, struct ckpt_blob *out, struct err *err);
 int opened_wrong_digest(const char *name, const struct digest *is, const struct digest *want, struct err *err);
+
+/* ---- verify.c: whole objects, block after block in order --------------------------------------------- */
+
+struct checking {
+    struct digest_stream stream;
+    uint64_t before; /* bytes of the objects before this one */
+    struct ckpt_progress now;
+    ckpt_progress_fn *progress;
+    void *arg;
+    int (*taker)(void *to, uint64_t offset, const void *data, size_t n, struct err *err); /* NULL: nobody */
+    void *to;
+};
+/* The object now has `done` bytes checked, `read` of them since the last call. */
+void checking_show(struct checking *k, uint64_t done, uint64_t read);
+int checking_block(void *checking, uint64_t offset, const void *data, size_t n, struct err *err);
+/* Stream an object through the taker and compare its digest, where the manifest has one. */
+int checking_object(const struct ckpt *c, const char *name, uint64_t bytes, struct checking *k, struct err *err);
 
 #endif

@@ -228,7 +228,7 @@ static const char verify_help[] =
     "Check everything that can be checked: digests of all files, signatures from the run's root key\n"
     "down, the chain of the ledger, and that the tensors are the state the members agreed on. With\n"
     "--run the checkpoint must also belong to that run. CHECKPOINT is a folder or URL as for `inspect`.\n"
-    "Reads everything, the tensors twice: where that has its price, `fetch` it and verify the folder.\n"
+    "Reads everything, once.\n"
     "\n"
     "example: intellect-node verify demo-run/checkpoints/step-000000000042\n";
 
@@ -251,51 +251,9 @@ static int verify_ledger(struct ckpt *c, struct err *err) {
     return err_set(err, ERR_CORRUPT, "the ledger does not end in the head that the manifest names");
 }
 
-#define LEAVES_READ_BYTES (32u << 20) /* at a time, of anchor and momentum each: many requests of a store at once */
-
-/* The digest-tree leaves of all chunks; see docs/flow.md for what a leaf covers. */
-static int make_leaves(const struct ckpt *c, size_t chunk, struct msg_digest_item *leaf,
-                       size_t count, struct err *err) {
-    uint64_t elements = proto_model_elements(ckpt_model(c));
-    size_t group = LEAVES_READ_BYTES / sizeof(float) / chunk + 1, room = group * chunk;
-    float *values = malloc(2 * room * sizeof *values);
-    if (!values) return err_set(err, ERR_MEMORY, "no memory for %zu chunks", group);
-    int rc = 0;
-    for (size_t i = 0; i < count && !rc; i += group) {
-        uint64_t first = (uint64_t)i * chunk;
-        size_t n = elements - first < room ? (size_t)(elements - first) : room;
-        rc = ckpt_read(c, CKPT_ANCHOR, first, n, values, err) ||
-             ckpt_read(c, CKPT_MOMENTUM, first, n, values + room, err) ? -1 : 0;
-        for (size_t k = 0; !rc && k * chunk < n; k++) {
-            size_t part = n - k * chunk < chunk ? n - k * chunk : chunk;
-            leaf[i + k].digest = digest_leaf2(i + k, values + k * chunk, part * sizeof *values,
-                                              values + room + k * chunk, part * sizeof *values);
-        }
-    }
-    free(values);
-    return rc;
-}
-
-static int verify_state(const struct ckpt *c, struct err *err) {
-    char ours[DIGEST_HEX_BYTES], theirs[DIGEST_HEX_BYTES];
-    const struct msg_genesis *g = ckpt_genesis(c);
-    size_t chunk = g->outer_count == 1 ? g->outer->chunk_elements : 0;
-    if (chunk == 0) return err_set(err, ERR_CORRUPT, "the genesis names no chunk size");
-    size_t count = (size_t)((proto_model_elements(ckpt_model(c)) + chunk - 1) / chunk);
-    struct msg_digest_item *leaf = calloc(count, sizeof *leaf);
-    if (!leaf) return err_set(err, ERR_MEMORY, "no memory for %zu digests", count);
-    int rc = make_leaves(c, chunk, leaf, count, err);
-    struct digest root = digest_tree_root(leaf, count);
-    free(leaf);
-    if (rc || digest_equal(&root, &ckpt_facts(c)->state_root)) return rc;
-    return err_set(err, ERR_CORRUPT, "anchor and momentum have root %s, the manifest says %s",
-                   hex(&root, ours), hex(&ckpt_facts(c)->state_root, theirs));
-}
-
 static int verify(struct ckpt *c, struct err *err) {
     struct progress p = {0};
-    int rc = ckpt_verify(c, show_progress, &p, err) || verify_ledger(c, err) ||
-             verify_state(c, err) ? -1 : 0;
+    int rc = ckpt_verify(c, show_progress, &p, err) || verify_ledger(c, err) ? -1 : 0;
     end_progress();
     return rc;
 }

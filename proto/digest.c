@@ -61,13 +61,17 @@ int digest_parse(const char *hex, struct digest *out, struct err *err) {
 /* ---- the digest tree ----------------------------------------------------------------------------
  */
 
-struct digest digest_leaf2(uint64_t index, const void *a, size_t a_length, const void *b,
-                           size_t b_length) {
+void digest_leaf_begin(struct digest_stream *s, uint64_t index) {
     uint8_t head[9] = {0};
     for (int i = 0; i < 8; i++) head[1 + i] = (uint8_t)(index >> (8 * i));
+    digest_stream_init(s);
+    digest_stream_update(s, head, sizeof head);
+}
+
+struct digest digest_leaf2(uint64_t index, const void *a, size_t a_length, const void *b,
+                           size_t b_length) {
     struct digest_stream s;
-    digest_stream_init(&s);
-    digest_stream_update(&s, head, sizeof head);
+    digest_leaf_begin(&s, index);
     digest_stream_update(&s, a, a_length);
     digest_stream_update(&s, b, b_length);
     return digest_stream_final(&s);

@@ -41,6 +41,8 @@ struct digest digest_stream_final(struct digest_stream *s);
 struct digest digest_leaf(uint64_t index, const void *bytes, size_t length);
 /* The same leaf over two pieces, as if they were one (anchor, then momentum). */
 struct digest digest_leaf2(uint64_t index, const void *a, size_t a_length, const void *b, size_t b_length);
+/* And in any pieces: what a leaf's digest begins with is in *s. */
+void digest_leaf_begin(struct digest_stream *s, uint64_t index);
 /* Many leaves at once, on as many as `threads` threads (0: one per core; fewer where there is little
  * to do), the caller's among them. Each piece's leaf = digest_leaf2() of its other fields. Returns when
  * all are done; cannot fail, for where no thread can be had the caller's does the work. */

@@ -54,6 +54,7 @@ struct run {
     struct msg_model model;
     float *anchor, *momentum;
     size_t elements;
+    struct digest root; /* of the state */
 };
 
 static struct run run; /* what every test writes; fresh bits, same names */
@@ -88,6 +89,19 @@ static void make_ledger(struct run *r) {
     }
 }
 
+#define CHUNK_ELEMENTS 1024u
+static struct digest root_of(const struct run *r) {
+    size_t chunks = (r->elements + CHUNK_ELEMENTS - 1) / CHUNK_ELEMENTS;
+    struct msg_digest_item *leaf = calloc(chunks, sizeof *leaf);
+    for (size_t i = 0, first = 0; i < chunks; i++, first += CHUNK_ELEMENTS) {
+        size_t n = r->elements - first < CHUNK_ELEMENTS ? r->elements - first : CHUNK_ELEMENTS;
+        leaf[i].digest = digest_leaf2(i, r->anchor + first, n * 4, r->momentum + first, n * 4);
+    }
+    struct digest top = digest_tree_root(leaf, chunks);
+    free(leaf);
+    return top;
+}
+
 static void make_run(struct run *r, uint8_t seed, int tied) {
     uint8_t a[32] = {seed, 1}, b[32] = {seed, 2};
     identity_from_seed(&r->root_key, a);
@@ -96,7 +110,7 @@ static void make_run(struct run *r, uint8_t seed, int tied) {
                                   .vocabulary = 256, .sequence = 64, .rope_theta = 500000,
                                   .norm_eps = 1e-5, .tied = (uint8_t)tied};
     struct msg_inner inner = {.batch = 1, .total_tokens = 1};
-    struct msg_outer outer = {.inner_steps = 1, .chunk_elements = 1024, .fragments = 1};
+    struct msg_outer outer = {.inner_steps = 1, .chunk_elements = CHUNK_ELEMENTS, .fragments = 1};
     struct msg_corpus corpus = {.tokenizer = proto_str("bytes"), .samples = 1000};
     struct msg_genesis g = {.version = 1, .name = proto_str("test"), .root_key = r->root_key.key,
                             .model = &r->model, .model_count = 1, .inner = &inner, .inner_count = 1,
@@ -118,6 +132,7 @@ static void make_run(struct run *r, uint8_t seed, int tied) {
         memcpy(r->anchor + i, &x, 4);
         memcpy(r->momentum + i, (uint8_t *)&x + 4, 4);
     }
+    r->root = root_of(r);
 }
 
 static void release_run(struct run *r) {
@@ -133,7 +148,7 @@ static void release_run(struct run *r) {
 static const struct msg_range spent_samples[] = {{64, 16}, {0, 32}, {32, 8}};
 
 static struct ckpt_meta meta_at(const struct run *r, uint64_t index) {
-    return (struct ckpt_meta){.index = index, .state_root = digest_of("state", 5), .round = index,
+    return (struct ckpt_meta){.index = index, .state_root = r->root, .round = index,
                               .tokens_committed = 1000 * index, .spent = spent_samples,
                               .spent_count = 3, .genesis = bytes_of(&r->genesis),
                               .ledger = r->ledger, .ledger_count = (uint32_t)index + 1};
@@ -380,6 +395,20 @@ static int check_all(const char *path, struct err *err) {
     int r = c ? ckpt_verify(c, NULL, NULL, err) : -1;
     ckpt_close(c);
     return r;
+}
+
+/* Digests say that it is what was written, the root that it is the state the members agreed on. */
+static void a_state_of_another_root_is_refused(void **state) {
+    (void)state;
+    struct err err = {0};
+    char path[160];
+    struct digest right = run.root;
+    run.root.b[3] ^= 1;
+    fresh("root", path);
+    run.root = right;
+    assert_int_equal(check_all(path, &err), -1);
+    assert_int_equal(err.code, ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "anchor and momentum have root"));
 }
 
 /* Disks and couriers flip bits. Each object is hit at its beginning, middle and end. */
@@ -1469,6 +1498,7 @@ int main(void) {
         cmocka_unit_test(a_checkpoint_gives_back_the_state),
         cmocka_unit_test(ranges_come_in_any_order),
         cmocka_unit_test(each_element_is_put_exactly_once),
+        cmocka_unit_test(a_state_of_another_root_is_refused),
         cmocka_unit_test(a_changed_byte_anywhere_is_found_and_named),
         cmocka_unit_test(a_short_or_missing_object_is_found_and_named),
         cmocka_unit_test(without_a_manifest_there_is_no_checkpoint),
