@@ -196,6 +196,9 @@ enum ckpt_which { CKPT_ANCHOR, CKPT_MOMENTUM };
  * names object and numbers), ERR_REFUSED (another run, bad signature), ERR_UNSUPPORTED (a model
  * that is no plain Llama; msg names the key of config.json). */
 struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *err);
+/* The same in an open store (or a checkpoint's folder opened as one), borrowed until ckpt_close: who waits
+ * for neither this nor what is read can cancel the store. */
+struct ckpt *ckpt_open_at(struct ckpt_store *store, const struct digest *run, struct err *err);
 void ckpt_close(struct ckpt *c); /* NULL is fine */
 
 /* A Hugging Face folder without manifest: no momentum, cursor, ledger or digests. */
@@ -222,7 +225,8 @@ struct ckpt_progress {
     const char *object;
     uint64_t done, total, read;
 };
-typedef void ckpt_progress_fn(void *arg, const struct ckpt_progress *now);
+/* Returns false to end it, which then fails with ERR_REFUSED. */
+typedef bool ckpt_progress_fn(void *arg, const struct ckpt_progress *now);
 
 /* Check every object against its digest, that ledger.bin ends in the ledger head, and that anchor and
  * momentum have the state root. Reads all once, in blocks; memory: 416 bytes a chunk of the state.

@@ -63,7 +63,7 @@ static int take_local(struct fetching *f, int fd, uint64_t n, struct err *err) {
                                        f->k.now.object);
         else digest_stream_update(&f->k.stream, buffer, (size_t)got);
         at += got > 0 ? (uint64_t)got : 0;
-        if (!r) checking_show(&f->k, at, 0);
+        if (!r) r = checking_show(&f->k, at, 0, err);
     }
     free(buffer);
     return r;
@@ -127,7 +127,7 @@ static int fetch_object(struct fetching *f, const struct manifest_object *o, str
     char part[PART_NAME_BYTES];
     f->k.now.object = o->name;
     digest_stream_init(&f->k.stream);
-    checking_show(&f->k, 0, 0);
+    if (checking_show(&f->k, 0, 0, err)) return -1;
     int there = look_local(f, o, err);
     if (there) return there < 0 ? -1 : 0;
     part_name(o->name, part);

@@ -21,6 +21,7 @@ struct tensors {
 
 struct ckpt {
     struct ckpt_store *store;
+    bool borrowed; /* the store */
     char prefix[CKPT_PREFIX_BYTES_MAX + 1]; /* "" where the store is the checkpoint's folder */
     char where[PROTO_URL_BYTES_MAX + CKPT_PREFIX_BYTES_MAX + 515]; /* with the store's settings */
     bool plain;
@@ -57,10 +58,11 @@ struct checking {
     int (*taker)(void *to, uint64_t offset, const void *data, size_t n, struct err *err); /* NULL: nobody */
     void *to;
 };
-/* The object now has `done` bytes checked, `read` of them since the last call. */
-void checking_show(struct checking *k, uint64_t done, uint64_t read);
+/* The object now has `done` bytes checked, `read` of them came since the last call. -1: to be ended. */
+int checking_show(struct checking *k, uint64_t done, uint64_t read, struct err *err);
 int checking_block(void *checking, uint64_t offset, const void *data, size_t n, struct err *err);
 /* Stream an object through the taker and compare its digest, where the manifest has one. */
-int checking_object(const struct ckpt *c, const char *name, uint64_t bytes, struct checking *k, struct err *err);
+int checking_object(const struct ckpt *c, const char *name, uint64_t bytes, struct checking *k,
+                    struct err *err);
 
 #endif

@@ -301,24 +301,31 @@ static int open_latest(struct ckpt *c, const struct digest *run, struct err *err
     return err_set(err, ERR_CORRUPT, "manifest.json: not the one that `latest` names");
 }
 
-struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *err) {
+struct ckpt *ckpt_open_at(struct ckpt_store *store, const struct digest *run, struct err *err) {
     struct ckpt *c = calloc(1, sizeof *c);
     if (!c) {
-        err_set(err, ERR_MEMORY, "%.100s: out of memory", url);
+        err_set(err, ERR_MEMORY, "%.100s: out of memory", store->url);
         return NULL;
     }
-    int r = -1;
-    if ((c->store = ckpt_store_open(url, false, err))) {
-        snprintf(c->where, sizeof c->where, "%s%s", c->store->url, c->store->query);
-        r = has(c, "manifest.json") ? open_signed(c, run, err)
+    c->store = store;
+    c->borrowed = true;
+    snprintf(c->where, sizeof c->where, "%s%s", c->store->url, c->store->query);
+    int r = has(c, "manifest.json") ? open_signed(c, run, err)
           : has(c, "latest")        ? open_latest(c, run, err)
                                     : open_plain(c, run, err);
-        if (r && err && err->code == ERR_NOT_FOUND && c->unseen.code) *err = c->unseen;
-        if (r && err && !strstr(err->msg, c->store->url)) err_prefix(err, "%.100s", c->where);
-    }
     if (!r) return c;
+    if (err && err->code == ERR_NOT_FOUND && c->unseen.code) *err = c->unseen;
+    if (err && !strstr(err->msg, c->store->url)) err_prefix(err, "%.100s", c->where);
     ckpt_close(c);
     return NULL;
+}
+
+struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *err) {
+    struct ckpt_store *store = ckpt_store_open(url, false, err);
+    struct ckpt *c = store ? ckpt_open_at(store, run, err) : NULL;
+    if (c) c->borrowed = false;
+    else if (store) store->ops->close(store);
+    return c;
 }
 
 void ckpt_close(struct ckpt *c) {
@@ -335,7 +342,7 @@ void ckpt_close(struct ckpt *c) {
     free(c->spent);
     free(c->ledger);
     free(c->ledger_bytes.data);
-    if (c->store) c->store->ops->close(c->store);
+    if (!c->borrowed) c->store->ops->close(c->store);
     free(c);
 }
 

@@ -9,16 +9,17 @@
 
 /* ---- objects --------------------------------------------------------------------------------------- */
 
-void checking_show(struct checking *k, uint64_t done, uint64_t read) {
+int checking_show(struct checking *k, uint64_t done, uint64_t read, struct err *err) {
     k->now.done = k->before + done;
     k->now.read += read;
-    if (k->progress) k->progress(k->arg, &k->now);
+    if (!k->progress || k->progress(k->arg, &k->now)) return 0;
+    return err_set(err, ERR_REFUSED, "%.60s: given up", k->now.object);
 }
 
 int checking_block(void *checking, uint64_t offset, const void *data, size_t n, struct err *err) {
     struct checking *k = checking;
     digest_stream_update(&k->stream, data, n);
-    checking_show(k, offset + n, n);
+    if (checking_show(k, offset + n, n, err)) return -1;
     return k->taker ? k->taker(k->to, offset, data, n, err) : 0;
 }
 
@@ -43,7 +44,7 @@ struct rooting {
     struct digest_stream *stream;
     struct msg_digest_item *leaf;
     enum ckpt_which which; /* the vector that comes now, and of it: */
-    uint64_t data, first, bytes; /* where in the file its data begins, and which bytes of the vector they are */
+    uint64_t data, first, bytes; /* where in the file its data begins, and what of the vector that is */
 };
 
 static int begin_root(const struct ckpt *c, struct rooting *r, struct err *err) {
@@ -51,8 +52,8 @@ static int begin_root(const struct ckpt *c, struct rooting *r, struct err *err) 
     uint64_t chunk = g->outer_count == 1 ? g->outer->chunk_elements : 0;
     r->elements = proto_model_elements(&c->model);
     if (chunk == 0 || (r->elements - 1) / chunk >= PROTO_CHUNKS_MAX)
-        return err_set(err, ERR_CORRUPT, "genesis.bin: %" PRIu64 " elements in chunks of %" PRIu64, r->elements,
-                       chunk);
+        return err_set(err, ERR_CORRUPT, "genesis.bin: %" PRIu64 " elements in chunks of %" PRIu64,
+                       r->elements, chunk);
     r->chunk_bytes = chunk * 4;
     r->chunks = (size_t)((r->elements + chunk - 1) / chunk);
     r->stream = aligned_alloc(_Alignof(struct digest_stream), r->chunks * sizeof *r->stream);
@@ -86,7 +87,8 @@ static int root_block(void *rooting, uint64_t offset, const void *data, size_t n
 }
 
 /* The range of the vector that a file is. It is one: tensors in canonical order, fp32, without gaps. */
-static int root_file(const struct ckpt *c, struct rooting *r, uint32_t file, uint32_t *tensor, struct err *err) {
+static int root_file(const struct ckpt *c, struct rooting *r, uint32_t file, uint32_t *tensor,
+                     struct err *err) {
     const struct tensors *t = &c->tensors[r->which];
     struct proto_tensor p;
     r->bytes = 0;
@@ -117,10 +119,9 @@ static int check_root(const struct ckpt *c, struct rooting *r, struct err *err) 
 static int check_named(const struct ckpt *c, const struct manifest_object *o, struct checking *k,
                        struct err *err) {
     k->now.object = o->name;
-    checking_show(k, 0, 0);
-    int r = checking_object(c, o->name, o->bytes, k, err);
+    if (checking_show(k, 0, 0, err) || checking_object(c, o->name, o->bytes, k, err)) return -1;
     k->before += o->bytes;
-    return r;
+    return 0;
 }
 
 /* The files of a vector, in its order. */
@@ -128,7 +129,8 @@ static int check_vector(const struct ckpt *c, struct rooting *r, struct checking
     const struct tensors *t = &c->tensors[r->which];
     uint32_t tensor = 0;
     for (uint32_t i = 0; i < t->file_count; i++)
-        if (root_file(c, r, i, &tensor, err) || check_named(c, manifest_find(&c->manifest, t->file[i]), k, err))
+        if (root_file(c, r, i, &tensor, err) ||
+            check_named(c, manifest_find(&c->manifest, t->file[i]), k, err))
             return -1;
     if (tensor == proto_model_tensor_count(&c->model)) return 0;
     return err_set(err, ERR_CORRUPT, "%s: its tensors are not one range of the model's", t->file[0]);
@@ -144,7 +146,8 @@ static int check_rest(const struct ckpt *c, struct checking *k, struct err *err)
     const struct manifest *m = &c->manifest;
     for (uint32_t i = 0; i < m->count; i++)
         if (!in_vector(&c->tensors[CKPT_ANCHOR], m->object[i].name) &&
-            !in_vector(&c->tensors[CKPT_MOMENTUM], m->object[i].name) && check_named(c, &m->object[i], k, err))
+            !in_vector(&c->tensors[CKPT_MOMENTUM], m->object[i].name) &&
+            check_named(c, &m->object[i], k, err))
             return -1;
     return 0;
 }
@@ -186,7 +189,8 @@ int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *
     struct checking k = {0};
     for (uint32_t i = 0; !c->plain && i < t->file_count; i++) {
         uint64_t bytes;
-        if (opened_stat(c, t->file[i], &bytes, err) || checking_object(c, t->file[i], bytes, &k, err)) return -1;
+        if (opened_stat(c, t->file[i], &bytes, err) || checking_object(c, t->file[i], bytes, &k, err))
+            return -1;
     }
     return 0;
 }

@@ -15,12 +15,14 @@
 
 /* ---- becoming a member ----------------------------------------------------------------------- */
 
-/* sync asks members when there is no checkpoint to be had here; the person reads why, once. */
+/* sync asks members while there is no checkpoint to be had here; the person reads why, once. */
 static int load_state(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n,
                       float *anchor, float *momentum, struct err *err) {
     struct agent *a = arg;
     if (!origin_load(a->origin, from, first, n, anchor, momentum, err)) return 0;
-    if (strcmp(a->origin_said, err->msg))
+    if (strcmp(a->origin_said, err->msg) && err->code == ERR_TIMEOUT)
+        console_say(a->console, SYNC_INFO, "state", "%s", err->msg);
+    else if (strcmp(a->origin_said, err->msg))
         console_say(a->console, SYNC_WARNING, "state", "%s; asking other members", err->msg);
     snprintf(a->origin_said, sizeof a->origin_said, "%s", err->msg);
     return -1;
@@ -87,10 +89,11 @@ static int set_up_trainer(struct agent *a, struct err *err) {
 }
 
 static int set_up_sync(struct agent *a, struct err *err) {
-    char state[HOME_FILE_BYTES];
+    char state[HOME_FILE_BYTES], origin[HOME_FILE_BYTES];
     home_file(&a->home, "state", state);
+    home_file(&a->home, "origin", origin);
     if (disk_open(state, &a->disk, err)) return -1;
-    if (!(a->origin = origin_create(&a->genesis, a->run.aggregate_only)))
+    if (!(a->origin = origin_create(&a->genesis, a->run.aggregate_only ? origin : NULL)))
         return err_set(err, ERR_MEMORY, "no memory for an origin");
     uint64_t instance;
     randombytes_buf(&instance, sizeof instance);

@@ -76,6 +76,7 @@ void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     feed_type(a, SYNC_EV_TICK);
     if (a->leaving) return;
     struct console_figures f = figures(a);
+    if (f.view.chunks_missing == 0) origin_rest(a->origin);
     if (round_is_news(a, &f)) round_applied(a, f);
     console_live(a->console, &f);
 }

@@ -4,6 +4,7 @@
  *   run.json        the run this node belongs to: coordinator, member id, genesis, settings
  *   lock            held by the running agent; holds its process id
  *   state/          the state at the outer steps (disk.h)
+ *   origin/         a checkpoint on its way from a store behind a network (origin.h); mostly not there
  *   inner.state     the trainer's moments (engine.h) */
 #ifndef INTELLECT_NODE_HOME_H
 #define INTELLECT_NODE_HOME_H

@@ -1,39 +1,44 @@
-/* origin.c - the state of a seed or of a checkpoint; see origin.h. */
+/* origin.c - the state of a seed or of a checkpoint; see origin.h. A thread opens, fetches and checks
+ * checkpoints, and removes what was fetched: all that takes longer than an event loop may stand. */
 #include "node/origin.h"
 
-#include <stdbool.h>
+#include <dirent.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "ckpt/ckpt.h"
 #include "node/model.h"
 #include "node/timer.h"
 #include "proto/model.h"
 
+#define PATH_BYTES 1024
+
 struct origin {
     const struct msg_genesis *genesis;
-    bool network; /* stores behind one are read too */
-    /* The checkpoint that was asked for last, by its manifest; open or failed. */
+    char folder[PATH_BYTES]; /* "": stores behind a network are not read */
+    /* The checkpoint that was asked for last: being read, open, or failed. */
     bool asked;
-    struct digest manifest;
+    struct msg_checkpoint from; /* but its url */
+    struct ckpt_store *store;   /* where it is; NULL while the thread removes the folder */
     struct ckpt *ckpt;
     struct err failed;
     uint64_t failed_at_ms;
+    bool littered; /* there may be something in the folder */
+
+    bool busy; /* the thread is at work, on what is above but `ckpt` and `failed`, and on: */
+    pthread_t thread;
+    struct ckpt *result;
+    struct err why; /* where there is none */
+    pthread_mutex_t mutex; /* guards what follows */
+    bool stop, ended;
+    uint64_t done, total;
 };
 
-struct origin *origin_create(const struct msg_genesis *genesis, bool network) {
-    struct origin *o = calloc(1, sizeof *o);
-    if (!o) return NULL;
-    o->genesis = genesis;
-    o->network = network;
-    return o;
-}
-
-void origin_destroy(struct origin *o) {
-    if (!o) return;
-    ckpt_close(o->ckpt);
-    free(o);
-}
+/* ---- the thread ------------------------------------------------------------------------------------ */
 
 /* Tensors of equal names and shapes; a run may go on with other sequences or another rope_theta. */
 static bool same_shapes(const struct msg_model *a, const struct msg_model *b) {
@@ -42,62 +47,228 @@ static bool same_shapes(const struct msg_model *a, const struct msg_model *b) {
            a->tied == b->tied;
 }
 
-/* Is it the one that the ledger or genesis names, and whole? Its own signatures were checked when it
- * was opened, but any run's root key could have made those. */
-static int check(const struct origin *o, const struct msg_checkpoint *from, struct err *err) {
-    if (ckpt_is_plain(o->ckpt)) return err_set(err, ERR_CORRUPT, "it has no manifest");
-    const struct ckpt_facts *f = ckpt_facts(o->ckpt);
-    if (!digest_equal(&f->manifest, &from->manifest) || f->index != from->at_index ||
-        !digest_equal(&f->state_root, &from->state_root))
+/* Is it the one that the ledger or genesis names? Its own signatures were checked when it was opened,
+ * but any run's root key could have made those. */
+static int check(const struct origin *o, const struct ckpt *c, struct err *err) {
+    if (ckpt_is_plain(c)) return err_set(err, ERR_CORRUPT, "it has no manifest");
+    const struct ckpt_facts *f = ckpt_facts(c);
+    if (!digest_equal(&f->manifest, &o->from.manifest) || f->index != o->from.at_index ||
+        !digest_equal(&f->state_root, &o->from.state_root))
         return err_set(err, ERR_CORRUPT, "it is another checkpoint than the one that is meant");
-    if (!same_shapes(ckpt_model(o->ckpt), o->genesis->model))
-        return err_set(err, ERR_CONFIG, "it is of another model");
-    return ckpt_verify_vector(o->ckpt, CKPT_ANCHOR, err) ||
-                   ckpt_verify_vector(o->ckpt, CKPT_MOMENTUM, err) ? -1 : 0;
+    if (same_shapes(ckpt_model(c), o->genesis->model)) return 0;
+    return err_set(err, ERR_CONFIG, "it is of another model");
 }
 
-static int open_checkpoint(struct origin *o, const struct msg_checkpoint *from, struct err *err) {
-    char url[PROTO_URL_BYTES_MAX + 1];
+static bool on_progress(void *arg, const struct ckpt_progress *now) {
+    struct origin *o = arg;
+    pthread_mutex_lock(&o->mutex);
+    o->done = now->done;
+    o->total = now->total;
+    bool stop = o->stop;
+    pthread_mutex_unlock(&o->mutex);
+    return !stop;
+}
+
+/* One folder, without folders in it; what is no file of ours stays, and the folder with it. */
+static void remove_folder(const char *path) {
+    char name[PATH_BYTES + 256];
+    DIR *d = opendir(path);
+    if (!d) return;
+    for (struct dirent *e; (e = readdir(d));) {
+        snprintf(name, sizeof name, "%s/%s", path, e->d_name);
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(name);
+    }
+    closedir(d);
+    rmdir(path);
+}
+
+/* Close c, which is not the one or could not be read. */
+static struct ckpt *give_up(struct ckpt *c) {
+    ckpt_close(c);
+    return NULL;
+}
+
+static bool stopped(struct origin *o) {
+    pthread_mutex_lock(&o->mutex);
+    bool is = o->stop;
+    pthread_mutex_unlock(&o->mutex);
+    return is;
+}
+
+/* Fetched whole, every digest checked on the way. What an earlier life had of it is taken up; what that had
+ * of another goes. */
+static struct ckpt *fetch(struct origin *o, const struct ckpt *from, struct err *err) {
+    int r = ckpt_fetch(from, o->folder, on_progress, o, err);
+    if (r && err->code == ERR_REFUSED && !stopped(o)) {
+        remove_folder(o->folder);
+        r = ckpt_fetch(from, o->folder, on_progress, o, err);
+    }
+    if (r) return NULL;
+    struct ckpt *c = ckpt_open(o->folder, NULL, err);
+    return c && check(o, c, err) ? give_up(c) : c; /* whoever was at the folder */
+}
+
+static struct ckpt *read_checkpoint(struct origin *o, struct err *err) {
+    struct ckpt *c = ckpt_open_at(o->store, NULL, err);
+    if (!c) return NULL;
+    if (check(o, c, err)) return give_up(c);
+    if (!o->store->remote) return ckpt_verify(c, on_progress, o, err) ? give_up(c) : c;
+    struct ckpt *here = fetch(o, c, err);
+    ckpt_close(c);
+    return here;
+}
+
+static void *origin_main(void *arg) {
+    struct origin *o = arg;
+    if (o->store) o->result = read_checkpoint(o, &o->why);
+    else remove_folder(o->folder);
+    pthread_mutex_lock(&o->mutex);
+    o->ended = true;
+    pthread_mutex_unlock(&o->mutex);
+    return NULL;
+}
+
+/* ---- the loop's side ------------------------------------------------------------------------------- */
+
+static int start(struct origin *o, struct err *err) {
+    sigset_t all, before; /* signals are the loop's business */
+    o->result = NULL;
+    o->stop = o->ended = false;
+    o->done = o->total = 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    o->busy = !pthread_create(&o->thread, NULL, origin_main, o);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return o->busy ? 0 : err_set(err, ERR_MEMORY, "no thread to read it");
+}
+
+static void close_checkpoint(struct origin *o) {
     ckpt_close(o->ckpt);
+    if (o->store) o->store->ops->close(o->store);
     o->ckpt = NULL;
+    o->store = NULL;
+}
+
+/* What the thread found, where it has ended. */
+static void collect(struct origin *o) {
+    pthread_mutex_lock(&o->mutex);
+    bool ended = o->ended;
+    pthread_mutex_unlock(&o->mutex);
+    if (!o->busy || !ended) return;
+    pthread_join(o->thread, NULL);
+    o->busy = false;
+    o->ckpt = o->result;
+    if (o->ckpt || !o->store) return;
+    close_checkpoint(o);
+    o->failed = o->why;
+    o->failed_at_ms = timer_now_ms();
+}
+
+/* To be collected soon. */
+static void stop(struct origin *o) {
+    pthread_mutex_lock(&o->mutex);
+    o->stop = true;
+    pthread_mutex_unlock(&o->mutex);
+    if (o->store && o->store->ops->cancel) o->store->ops->cancel(o->store);
+}
+
+static int begin(struct origin *o, const struct msg_checkpoint *from, struct err *err) {
+    char url[PROTO_URL_BYTES_MAX + 1];
     proto_str_copy(from->url, url, sizeof url);
     o->asked = true;
-    o->manifest = from->manifest;
-    if (o->network || !ckpt_store_remote(url)) o->ckpt = ckpt_open(url, NULL, err);
-    else err_set(err, ERR_NOT_FOUND, "is not on this machine");
-    if (o->ckpt && !check(o, from, err)) return 0;
-    ckpt_close(o->ckpt);
-    o->ckpt = NULL;
-    err_prefix(err, "checkpoint %.100s", url);
+    o->from = *from;
+    o->from.url = (struct proto_bytes){0};
+    if (ckpt_store_remote(url) && !o->folder[0]) err_set(err, ERR_NOT_FOUND, "is not on this machine");
+    else o->store = ckpt_store_open(url, false, err);
+    if (o->store && !start(o, err)) {
+        o->littered |= o->store->remote;
+        return 0;
+    }
+    close_checkpoint(o);
     o->failed = *err;
     o->failed_at_ms = timer_now_ms();
     return -1;
 }
 
+/* In tens of percent, so that a message stays the same for a while. */
+static unsigned tens_done(struct origin *o) {
+    pthread_mutex_lock(&o->mutex);
+    unsigned tens = o->total ? (unsigned)((double)o->done / (double)o->total * 10) : 0;
+    pthread_mutex_unlock(&o->mutex);
+    return tens * 10;
+}
+
+/* 0: it is open. */
 static int have_checkpoint(struct origin *o, const struct msg_checkpoint *from, struct err *err) {
-    bool same = o->asked && digest_equal(&o->manifest, &from->manifest);
-    if (same && o->ckpt) return 0;
-    if (same && timer_now_ms() - o->failed_at_ms < ORIGIN_RETRY_MS) {
+    bool same = o->asked && digest_equal(&o->from.manifest, &from->manifest) &&
+                digest_equal(&o->from.state_root, &from->state_root) && o->from.at_index == from->at_index;
+    collect(o);
+    if (!o->busy && same && o->ckpt) return 0;
+    if (!o->busy && same && o->failed.code && timer_now_ms() - o->failed_at_ms < ORIGIN_RETRY_MS) {
         *err = o->failed;
         return -1;
     }
-    return open_checkpoint(o, from, err);
+    if (o->busy && !same) stop(o);
+    if (!o->busy) {
+        close_checkpoint(o);
+        o->failed.code = ERR_NONE;
+        if (begin(o, from, err)) return -1;
+    }
+    return err_set(err, ERR_TIMEOUT, "is being read, %u %% so far", tens_done(o));
 }
 
 int origin_load(void *origin, const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
                 float *momentum, struct err *err) {
     struct origin *o = origin;
     const struct msg_genesis *g = o->genesis;
+    char url[PROTO_URL_BYTES_MAX + 1];
     if (!from && g->init_from_count) from = g->init_from;
     if (!from) {
         model_init_elements(g->model, g->init_std, g->init_seed, first, n, anchor);
         memset(momentum, 0, n * sizeof *momentum);
         return 0;
     }
-    if (!have_checkpoint(o, from, err) &&
-        !ckpt_read(o->ckpt, CKPT_ANCHOR, first, n, anchor, err) &&
+    if (!have_checkpoint(o, from, err) && !ckpt_read(o->ckpt, CKPT_ANCHOR, first, n, anchor, err) &&
         !ckpt_read(o->ckpt, CKPT_MOMENTUM, first, n, momentum, err))
         return 0;
-    err->code = ERR_NOT_FOUND;
+    proto_str_copy(from->url, url, sizeof url);
+    err_prefix(err, "checkpoint %.100s", url);
+    if (!o->busy) err->code = ERR_NOT_FOUND;
     return -1;
+}
+
+void origin_rest(struct origin *o) {
+    struct err ignored;
+    collect(o);
+    if (o->busy) {
+        if (o->store) stop(o);
+        return;
+    }
+    close_checkpoint(o);
+    o->asked = false;
+    if (!o->littered) return;
+    o->littered = false;
+    start(o, &ignored); /* without a store: remove what lies there */
+}
+
+struct origin *origin_create(const struct msg_genesis *genesis, const char *folder) {
+    struct origin *o = calloc(1, sizeof *o);
+    if (!o) return NULL;
+    o->genesis = genesis;
+    snprintf(o->folder, sizeof o->folder, "%s", folder ? folder : "");
+    o->littered = folder && !access(folder, F_OK);
+    pthread_mutex_init(&o->mutex, NULL);
+    return o;
+}
+
+void origin_destroy(struct origin *o) {
+    if (!o) return;
+    if (o->busy) {
+        stop(o);
+        pthread_join(o->thread, NULL);
+        ckpt_close(o->result);
+    }
+    close_checkpoint(o);
+    pthread_mutex_destroy(&o->mutex);
+    free(o);
 }

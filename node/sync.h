@@ -45,7 +45,7 @@ struct sync_config {
     uint64_t elements;                   /* of the parameter vector; > 0 */
     /* Fill anchor[0..n) and momentum[0..n) from element `first` on: from == NULL: the initial state (by
      * genesis's seed, or its init_from checkpoint); else that checkpoint's. -1 with ERR_NOT_FOUND: it cannot be
-     * had here, members are asked for it. */
+     * had here; ERR_TIMEOUT: not yet. It is asked for again, and members meanwhile. */
     int (*load)(void *arg, const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
                 float *momentum, struct err *err);
     void *load_arg;

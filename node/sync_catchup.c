@@ -128,6 +128,7 @@ int catchup_rewind(struct sync *s) {
     if (cu->asked) forget_questions(s);
     drop_ready(cu);
     cu->no_origin = false;
+    cu->origin_ms = 0;
     cu->progress_ms = s->now;
     s->state.told = false;
     if (state_rewind(s)) return -1;
@@ -301,7 +302,7 @@ void catchup_pump(struct sync *s) {
     }
     if (!cu->asked && !(cu->asked = sync_alloc(s, bitmap_bytes(s->chunk_count), 1))) return;
     cu->initialising = s->ledger.head_version == s->ledger.rewind.index && s->state.missing > 0 &&
-                       !cu->no_origin;
+                       s->now >= cu->origin_ms;
     if (!cu->initialising) ask_donors(s);
 }
 
@@ -439,7 +440,11 @@ static int store_ready(struct sync *s) {
     return state_change_end(s, chunks, versions, n);
 }
 
-/* Of the first state, or that of the newest rewind; where it cannot be had here, no_origin says so. */
+/* How long nothing is asked of a checkpoint that cannot be had here, and of one that is being read. */
+#define ORIGIN_ABSENT_MS 60000
+#define ORIGIN_BUSY_MS SYNC_TICK_MS
+
+/* Of the first state, or that of the newest rewind. 1: it cannot be had here now. */
 static int load_chunk(struct sync *s, uint32_t chunk) {
     const struct ledger *l = &s->ledger;
     size_t first = chunk_first(s, chunk), count = chunk_elements(s, chunk);
@@ -447,10 +452,14 @@ static int load_chunk(struct sync *s, uint32_t chunk) {
     if (s->config.load(s->config.load_arg, l->rewind.index ? &l->rewind.to : NULL, first, count,
                        s->state.anchor + first, s->state.momentum + first, &err) == 0)
         return 0;
-    if (err.code == ERR_NOT_FOUND) {
-        sync_log(s, SYNC_INFO, "asking members for the state: %.200s", err.msg);
-        s->catchup.no_origin = true;
-        return 0;
+    if (err.code == ERR_NOT_FOUND || err.code == ERR_TIMEOUT) {
+        struct catchup *cu = &s->catchup;
+        bool absent = err.code == ERR_NOT_FOUND;
+        if (absent && !cu->no_origin) sync_log(s, SYNC_INFO, "asking members for the state: %.200s", err.msg);
+        cu->no_origin |= absent;
+        cu->origin_ms = s->now + (absent ? ORIGIN_ABSENT_MS : ORIGIN_BUSY_MS);
+        if (!absent) cu->progress_ms = s->now; /* it is on its way, whether members have it or not */
+        return 1;
     }
     s->failure = err;
     return -1;
@@ -469,10 +478,10 @@ static int initialise(struct sync *s) {
     }
     if (state_change_begin(s, chunks, n)) return -1;
     uint32_t loaded = 0;
-    while (loaded < n && !s->catchup.no_origin)
-        if (load_chunk(s, chunks[loaded])) return -1;
-        else loaded += !s->catchup.no_origin;
-    if (loaded && state_change_end(s, chunks, versions, loaded)) return -1;
+    int r = 0;
+    while (loaded < n && !r)
+        if (!(r = load_chunk(s, chunks[loaded]))) loaded++;
+    if (r < 0 || (loaded && state_change_end(s, chunks, versions, loaded))) return -1;
     if (s->state.missing == 0 || loaded < n) s->catchup.initialising = false;
     return 0;
 }

@@ -351,7 +351,8 @@ struct catchup {
     size_t window;
     bool busy;         /* as last seen */
     bool initialising; /* the first state, or the one of a rewind, is being read or derived here */
-    bool no_origin;    /* that cannot be done here */
+    bool no_origin;    /* that cannot be done here, as far as is known; it was said */
+    uint64_t origin_ms; /* not before then */
 };
 
 /* What goes on with a member about one fragment. */

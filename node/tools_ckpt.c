@@ -71,12 +71,12 @@ static double seconds_of(const struct progress *p, uint64_t now_ms) {
     return now_ms > p->begun_ms ? (double)(now_ms - p->begun_ms) / 1000 : 0.001;
 }
 
-static void show_progress(void *arg, const struct ckpt_progress *now) {
+static bool show_progress(void *arg, const struct ckpt_progress *now) {
     struct progress *p = arg;
     uint64_t at = timer_now_ms();
     if (!p->begun_ms) p->begun_ms = at;
     p->now = *now;
-    if (!isatty(STDERR_FILENO) || !now->total || at - p->shown_ms < SHOW_EVERY_MS) return;
+    if (!isatty(STDERR_FILENO) || !now->total || at - p->shown_ms < SHOW_EVERY_MS) return true;
     p->shown_ms = at;
     double rate = (double)now->read / seconds_of(p, at);
     fprintf(stderr, "\r\033[K%3.0f %%  %.1f of %.1f MB", 100.0 * (double)now->done / (double)now->total,
@@ -87,6 +87,7 @@ static void show_progress(void *arg, const struct ckpt_progress *now) {
                 left / 60 % 60, left % 60);
     }
     fprintf(stderr, "  %.40s", now->object);
+    return true;
 }
 
 static void end_progress(void) {

@@ -204,6 +204,7 @@ struct rig {
     uint32_t sent_count, delivered;               /* to members: those before `delivered` arrived */
     struct expectation checkpoint;                /* bytes of one, for config.load */
     bool checkpoint_here;
+    uint32_t checkpoint_late;                     /* so many times it is still being read */
     bool hold_peers;                              /* what members send each other waits */
     bool (*spoil)(struct rig *r, struct sent *m); /* may change or swallow (false) it */
 };
@@ -520,8 +521,9 @@ static inline void welcome(struct rig *r, uint32_t id, const uint32_t *donors, u
 /* The initial state by the seed; of a checkpoint what rig.checkpoint holds, where a test says so. */
 static inline int rig_load(void *arg, const struct msg_checkpoint *from, uint64_t first,
                            size_t count, float *anchor, float *momentum, struct err *err) {
-    const struct rig *r = arg;
+    struct rig *r = arg;
     if (from || (r && r->genesis.init_from_count)) {
+        if (r->checkpoint_late && r->checkpoint_late--) return err_set(err, ERR_TIMEOUT, "is being read");
         if (!r->checkpoint_here) return err_set(err, ERR_NOT_FOUND, "no checkpoint here");
         memcpy(anchor, r->checkpoint.anchor + first, count * sizeof *anchor);
         memcpy(momentum, r->checkpoint.momentum + first, count * sizeof *momentum);

@@ -1144,10 +1144,11 @@ static void an_export_is_a_plain_folder_with_the_same_bits(void **state) {
 
 /* ---- fetch ------------------------------------------------------------------------------------- */
 
-static void note_progress(void *arg, const struct ckpt_progress *now) {
+static bool note_progress(void *arg, const struct ckpt_progress *now) {
     struct ckpt_progress *last = arg;
     assert_true(now->done >= last->done && now->done <= now->total && now->read <= now->total);
     *last = *now;
+    return true;
 }
 
 /* Fetch `path` into folder(name); *last receives the last progress. */

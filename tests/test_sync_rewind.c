@@ -262,6 +262,39 @@ static void first_state_from_a_checkpoint(void **state) {
     assert_int_equal(look(r, 2).state_index, 0);
 }
 
+/* Reading one takes its time, in which nothing stands: it is asked for again and again. */
+static void a_checkpoint_that_takes_time_is_waited_for(void **state) {
+    struct rig *r = *state;
+    begin_with_checkpoint(r);
+    r->checkpoint_here = true;
+    r->checkpoint_late = 1000;
+    node_new(r, 1, false);
+    assert_int_equal(look(r, 1).chunks_missing, CHUNKS);
+    assert_int_equal(r->checkpoint_late, 999); /* once a tick, not in a circle */
+    for (int i = 0; i < 20; i++) {
+        say(r, 1, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+        pass(r, 500);
+    }
+    assert_true(r->checkpoint_late > 700);
+    assert_int_equal(r->node[1].disconnects, 0); /* to ask the coordinator for donors would be of no use */
+    r->checkpoint_late = 1;
+    pass(r, 4 * SYNC_TICK_MS);
+    assert_state(r, 1, &r->checkpoint);
+}
+
+/* A store that is away at the start of a run, where nobody else has the state: it comes back. */
+static void a_checkpoint_that_was_away_is_asked_for_again(void **state) {
+    struct rig *r = *state;
+    r->outer.silence_ms_max = 100000; /* no coordinator is played here */
+    begin_with_checkpoint(r);
+    node_new(r, 1, false);
+    pass(r, 10000);
+    assert_int_equal(look(r, 1).chunks_missing, CHUNKS);
+    r->checkpoint_here = true;
+    pass(r, 55000);
+    assert_state(r, 1, &r->checkpoint);
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
 int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
@@ -273,6 +306,8 @@ int main(int argc, char **argv) {
         T(crash_while_going_back),
         T(state_from_before_is_of_no_use),
         T(first_state_from_a_checkpoint),
+        T(a_checkpoint_that_takes_time_is_waited_for),
+        T(a_checkpoint_that_was_away_is_asked_for_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -236,7 +236,7 @@ static int on_enrolled(void *arg, uint32_t member, struct err *err) {
     if (disk_open(m->me->home, &m->disk, err)) return -1;
     m->timed = (struct disk){.arg = m, .map = timed_map, .flush = timed_flush, .put = timed_put,
                              .get = timed_get, .remove = timed_remove};
-    if (!(m->origin = origin_create(&m->genesis, false))) return err_set(err, ERR_MEMORY, "no memory");
+    if (!(m->origin = origin_create(&m->genesis, NULL))) return err_set(err, ERR_MEMORY, "no memory");
     struct sync_config config = {.genesis = &m->genesis, .run = m->all->run,
                                  .identity = &m->identity, .member = member,
                                  .trains = m->me->trains, .port = m->port,

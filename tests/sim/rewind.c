@@ -26,12 +26,13 @@ void sim_checkpoint_keep(struct sim_world *w, const struct sim_member *m, uint64
     memcpy(k->values + w->elements, sync_momentum(m->sync), bytes);
 }
 
-/* In half of the runs only the coordinator's own node can read the store. */
+/* In half of the runs only the coordinator's own node can read the store; in a third reading it takes a while. */
 int sim_checkpoint_load(const struct sim_world *w, const struct sim_member *m,
                         const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
                         float *momentum, struct err *err) {
     const struct sim_checkpoint *k = find_checkpoint(w, from->at_index);
     if (!k || (m->slot && w->seed % 2)) return err_set(err, ERR_NOT_FOUND, "no checkpoint here");
+    if (w->seed % 3 == 0 && w->now / 500 % 4) return err_set(err, ERR_TIMEOUT, "is being read");
     memcpy(anchor, k->values + first, n * sizeof *anchor);
     memcpy(momentum, k->values + w->elements + first, n * sizeof *momentum);
     return 0;
