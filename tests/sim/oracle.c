@@ -686,7 +686,7 @@ void oracle_received(struct sim_world *w, struct sim_member *m, const struct fra
 void oracle_arrived(struct sim_world *w, const struct sim_event *e) {
     struct sim_conn *c = sim_conn_find(w, e->conn);
     union sim_record record;
-    if (!c || e->frame.type != MSG_HEARTBEAT) return;
+    if (!c || !c->open || e->frame.type != MSG_HEARTBEAT) return; /* of a session that is over: late, and no sign */
     sim_decode(w, e, &record);
     const struct msg_heartbeat *b = (const void *)&record;
     bool works = b->phase == PHASE_TRAINING || b->phase == PHASE_APPLYING;
