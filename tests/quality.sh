@@ -9,7 +9,7 @@
 #
 # TOKENS, BATCH (samples per inner step of a node), MODE, H, and settings as `init` takes them: MODEL for all three, FOUR for the four
 # nodes, ONE for the single ones. Each of the two has its own inner rate. The model is small, so that the corpus is tens of tokens per
-# parameter. docs/results.md says what was tried and what came out: the first bound is not held yet, so this exits with 1.
+# parameter. docs/results.md says what was tried and what came out.
 cd "$(dirname "$0")/.." || exit 1
 . tests/lib.sh
 TOKENS=${TOKENS:-8800000} BATCH=${BATCH:-2} MODE=${MODE:-diloco} H=${H:-20} json=
