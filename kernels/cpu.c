@@ -32,9 +32,21 @@ static int check(const struct kernels *k, struct err *err) {
     return -1;
 }
 
-void cpu_destroy(struct kernels *k) {
-    k->free(k, cpu_of(k)->scratch);
+static void destroy(struct kernels *k) {
+    struct cpu *cpu = cpu_of(k);
+    cpu_products_release(cpu);
+    for (int i = 0; i < CPU_BUFFERS; i++) k->free(k, cpu->buffer[i]);
+    k->free(k, cpu->scratch);
     free(k);
+}
+
+void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes) {
+    if (bytes <= cpu->buffer_bytes[which]) return cpu->buffer[which];
+    void *grown = cpu->table.alloc(&cpu->table, bytes, cpu->failure.code == ERR_NONE ? &cpu->failure : NULL);
+    if (!grown) return NULL;
+    cpu->table.free(&cpu->table, cpu->buffer[which]);
+    cpu->buffer_bytes[which] = bytes;
+    return cpu->buffer[which] = grown;
 }
 
 /* ---- matrix products ---- */
@@ -45,9 +57,6 @@ int cpu_use_threads(int threads) {
     return before;
 }
 
-/* dnnl_sgemm packs its operands itself and reaches the machine's rate in all three layouts; cached
- * matmul primitives were as fast within the noise, so there is no cache to keep. It is the same
- * function in oneDNN 2.6 and 3.x. */
 void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float alpha,
               const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C,
               size_t ldc) {
@@ -61,55 +70,47 @@ void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float 
                 (int)status);
 }
 
-static void matmul_forward(const struct kernels *k, float *out, const float *x, const void *w,
-                           int rows, int C, int OC) {
-    int before = cpu_use_threads(cpu_of(k)->threads);
-    cpu_gemm(cpu_of(k), 'N', 'T', rows, OC, C, 1.0f, x, C, w, C, 0.0f, out, OC);
+/* Few rows, of as many shapes as there are prompts, go without a primitive prepared for each. */
+static void multiply(const struct kernels *k, struct cpu_product_key key, const float *A, const float *B,
+                     float *C) {
+    struct cpu *cpu = cpu_of(k);
+    if (key.m >= CPU_PACK_ROWS_MIN) {
+        cpu_multiply(cpu, key, A, B, C);
+        return;
+    }
+    int before = cpu_use_threads(cpu->threads);
+    cpu_gemm(cpu, key.transposed_a ? 'T' : 'N', key.transposed_b ? 'T' : 'N', key.m, key.n, key.k, 1.0f, A,
+             (size_t)(key.transposed_a ? key.m : key.k), B, (size_t)(key.transposed_b ? key.k : key.n),
+             (float)key.add, C, (size_t)key.n);
     cpu_use_threads(before);
 }
 
-static void matmul_backward_input(const struct kernels *k, float *dx, const float *dout,
-                                  const void *w, int rows, int C, int OC,
-                                  enum kernels_write write) {
-    int before = cpu_use_threads(cpu_of(k)->threads);
-    float beta = write == KERNELS_ADD ? 1.0f : 0.0f;
-    cpu_gemm(cpu_of(k), 'N', 'N', rows, C, OC, 1.0f, dout, OC, w, C, beta, dx, C);
-    cpu_use_threads(before);
+static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C,
+                          int OC) {
+    multiply(k, (struct cpu_product_key){ .m = rows, .n = OC, .k = C, .transposed_b = 1 }, x, w, out);
 }
 
-static void matmul_backward_weight(const struct kernels *k, float *dw, const float *dout,
-                                   const float *x, int rows, int C, int OC,
-                                   enum kernels_write write) {
-    int before = cpu_use_threads(cpu_of(k)->threads);
-    float beta = write == KERNELS_ADD ? 1.0f : 0.0f;
-    cpu_gemm(cpu_of(k), 'T', 'N', OC, C, rows, 1.0f, dout, OC, x, C, beta, dw, C);
-    cpu_use_threads(before);
+static void matmul_forward(const struct kernels *k, void *out, const void *x, const void *w, int rows, int C,
+                           int OC) {
+    matmul_logits(k, out, x, w, rows, C, OC);
+}
+
+static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w,
+                                  int rows, int C, int OC) {
+    multiply(k, (struct cpu_product_key){ .m = rows, .n = C, .k = OC }, dout, w, dx);
+}
+
+static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x,
+                                   int rows, int C, int OC, enum kernels_write write) {
+    struct cpu_product_key key = { .m = OC, .n = C, .k = rows, .transposed_a = 1 };
+    key.add = write == KERNELS_ADD;
+    multiply(k, key, dout, x, dw);
 }
 
 /* ---- elementwise ---- */
 
 static size_t slice_at(size_t i, size_t n) {
     return n - i < CPU_SLICE ? n - i : CPU_SLICE;
-}
-
-WIDE static void add_slice(float *out, const float *a, const float *b, size_t n) {
-#pragma omp simd
-    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
-}
-
-static void add(const struct kernels *k, float *out, const float *a, const float *b, size_t n) {
-#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
-    for (size_t i = 0; i < n; i += CPU_SLICE) add_slice(out + i, a + i, b + i, slice_at(i, n));
-}
-
-WIDE static void scale_slice(float *x, float factor, size_t n) {
-#pragma omp simd
-    for (size_t i = 0; i < n; i++) x[i] *= factor;
-}
-
-static void scale(const struct kernels *k, float *x, float factor, size_t n) {
-#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
-    for (size_t i = 0; i < n; i += CPU_SLICE) scale_slice(x + i, factor, slice_at(i, n));
 }
 
 WIDE static void adamw_slice(float *param, const float *grad, float *m, float *v, size_t n,
@@ -178,7 +179,8 @@ void cpu_describe_bf16(struct cpu *cpu, int stochastic) {
     const dnnl_version_t *version = dnnl_version();
     cpu->native_bf16 = (isa & vector) == vector;
     snprintf(cpu->description, sizeof cpu->description,
-             "oneDNN %d.%d.%d, bf16 weights%s, products by %s%s, %d thread%s", version->major, version->minor, version->patch,
+             "oneDNN %d.%d.%d, bf16%s, products by %s%s, %d thread%s",
+             version->major, version->minor, version->patch,
              stochastic ? " rounded stochastically" : " with fp32 master",
              (isa & amx) == amx ? "AMX" : cpu->native_bf16 ? "AVX512-BF16" : instruction_set(),
              cpu->native_bf16 ? "" : " in fp32", cpu->threads, cpu->threads == 1 ? "" : "s");
@@ -202,26 +204,21 @@ struct kernels *kernels_cpu_create(int threads, struct err *err) {
     describe(cpu);
     struct kernels *k = &cpu->table;
     *k = *kernels_reference(); /* for the memory entries; every kernel is replaced */
+    if (cpu_products_init(cpu, err)) {
+        destroy(k);
+        return NULL;
+    }
     k->name = "cpu";
     k->description = cpu->description;
     k->check = check;
-    k->destroy = cpu_destroy;
+    k->destroy = destroy;
     k->matmul_forward = matmul_forward;
+    k->matmul_logits = matmul_logits;
     k->matmul_backward_input = matmul_backward_input;
     k->matmul_backward_weight = matmul_backward_weight;
-    k->embedding_forward = cpu_embedding_forward;
-    k->embedding_backward = cpu_embedding_backward;
-    k->rmsnorm_forward = cpu_rmsnorm_forward;
-    k->rmsnorm_backward = cpu_rmsnorm_backward;
-    k->rope_forward = cpu_rope_forward;
-    k->rope_backward = cpu_rope_backward;
     k->attention_forward = cpu_attention_forward;
     k->attention_backward = cpu_attention_backward;
-    k->swiglu_forward = cpu_swiglu_forward;
-    k->swiglu_backward = cpu_swiglu_backward;
-    k->add = add;
-    k->scale = scale;
-    k->cross_entropy = cpu_cross_entropy;
+    cpu_rows_entries(k);
     k->adamw = adamw;
     k->sum_squares = sum_squares;
     return k;

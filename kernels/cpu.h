@@ -14,10 +14,10 @@
 #define CPU_WORTH_IT_EXP(elements) ((size_t)(elements) >= 50000)
 #define CPU_SLICE 8192 /* elements one thread takes at a time in elementwise kernels */
 
-/* Of cpu_bf16.c: a matrix product that oneDNN has prepared for one shape and layout. A zeroed one is
+/* Of cpu_products.c: a matrix product that oneDNN has prepared for one shape and layout. A zeroed one is
  * none, for no product has m = 0. */
 struct cpu_product_key {
-    int m, n, k, transposed_a, transposed_b, add;
+    int m, n, k, transposed_a, transposed_b, add, bf16, bf16_out;
 };
 struct cpu_product {
     struct cpu_product_key key;
@@ -28,7 +28,8 @@ struct cpu_product {
     size_t packed_bytes;           /* ... which is so large */
 };
 #define CPU_PRODUCTS_MAX 64
-enum cpu_buffer { CPU_NARROW_A, CPU_NARROW_B, CPU_WIDE_A, CPU_WIDE_B, CPU_PACKED, CPU_BUFFERS };
+#define CPU_PACK_ROWS_MIN 128 /* of A: from here on B is packed first */
+enum cpu_buffer { CPU_WIDE_A, CPU_WIDE_B, CPU_WIDE_C, CPU_PACKED, CPU_BUFFERS };
 
 struct cpu {
     struct kernels table; /* first, so that a table is its backend */
@@ -37,14 +38,13 @@ struct cpu {
     size_t scratch_floats;
     struct err failure; /* the first since the last check(); ERR_NONE if none */
     char description[160];
-    /* bf16 weights only */
     struct dnnl_engine *engine;
     struct dnnl_stream *stream;
     struct cpu_product product[CPU_PRODUCTS_MAX];
     unsigned product_next;         /* which one to replace when all are taken */
     void *buffer[CPU_BUFFERS];     /* operands on their way; they grow */
     size_t buffer_bytes[CPU_BUFFERS];
-    int native_bf16;               /* the processor multiplies bf16 itself */
+    int native_bf16;               /* with bf16: the processor multiplies it itself */
 };
 
 static inline struct cpu *cpu_of(const struct kernels *k) {
@@ -55,6 +55,15 @@ static inline struct cpu *cpu_of(const struct kernels *k) {
  * or NULL with the failure kept for check(). */
 float *cpu_scratch(struct cpu *cpu, size_t floats);
 
+/* Buffer `which` of at least `bytes`, or NULL with the failure kept for check(). */
+void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes);
+
+/* C[m,n] = or += op(A) * op(B), dense: A is [m,k], or [k,m] where transposed, B likewise. bf16 needs
+ * native_bf16. */
+int cpu_products_init(struct cpu *cpu, struct err *err);
+void cpu_products_release(struct cpu *cpu);
+void cpu_multiply(struct cpu *cpu, struct cpu_product_key key, const void *A, const void *B, void *C);
+
 /* C[m,n] = alpha * op(A) * op(B) + beta * C, row-major, op is 'N' or 'T'; lda, ldb, ldc: row
  * strides. Inside a parallel region it runs on the calling thread alone. */
 void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float alpha,
@@ -63,9 +72,6 @@ void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float 
 
 /* Fill native_bf16 and the description of a backend with bf16 weights. */
 void cpu_describe_bf16(struct cpu *cpu, int stochastic);
-
-/* Frees what kernels_cpu_create() took. */
-void cpu_destroy(struct kernels *k);
 
 /* oneDNN takes as many threads as OpenMP would; make that the backend's number and return what it
  * was, to be put back by another call. */
@@ -113,27 +119,12 @@ void cpu_adamw_slice(float *param, const float *grad, float *m, float *v, size_t
                      const struct kernels_adamw *a);
 
 /* Entries of the table that live in other files than cpu.c. */
-void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
+void cpu_attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                            const int32_t *start, int B, int T, int H, int KV, int D);
-void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *dout,
-                            const float *qkv, const float *out, const float *lse,
-                            const int32_t *start, int B, int T, int H, int KV, int D);
-void cpu_embedding_forward(const struct kernels *k, float *out, const int32_t *tokens,
-                           const void *w, int rows, int C, int V);
-void cpu_embedding_backward(const struct kernels *k, float *dw, const float *dout,
-                            const int32_t *tokens, int rows, int C, int V);
-void cpu_rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x,
-                         const void *w, float eps, int rows, int C);
-void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout,
-                          const float *x, const void *w, const float *rstd, int rows, int C);
-void cpu_rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
-                      const int32_t *start, int B, int T, int H, int KV, int D);
-void cpu_rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
-                       const int32_t *start, int B, int T, int H, int KV, int D);
-void cpu_swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows, int F);
-void cpu_swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout,
-                         const float *gate_up, int rows, int F);
-void cpu_cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
-                       const int32_t *targets, const struct kernels_loss *how, int rows, int V);
+void cpu_attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
+                            const void *out, const float *lse, const int32_t *start, int B, int T, int H,
+                            int KV, int D);
+void cpu_rows_entries(struct kernels *k);
+void cpu_rows_bf16_entries(struct kernels *k);
 
 #endif

@@ -94,7 +94,7 @@ static void forward_block(struct cpu *cpu, float *out, float *lse, const float *
              out + at.out + t * at.out_stride, at.out_stride);
 }
 
-void cpu_attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
+void cpu_attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                            const int32_t *start, int B, int T, int H, int KV, int D) {
     struct cpu *cpu = cpu_of(k);
     float *scratch = cpu_scratch(cpu, (size_t)BLOCK * T);
@@ -169,9 +169,9 @@ static void backward_group(struct cpu *cpu, float *dqkv, const float *dout, cons
                            head_at(b, h, T, H, KV, D), t, block_at(t, T), D);
 }
 
-void cpu_attention_backward(const struct kernels *k, float *dqkv, const float *dout,
-                            const float *qkv, const float *out, const float *lse,
-                            const int32_t *start, int B, int T, int H, int KV, int D) {
+void cpu_attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
+                            const void *out, const float *lse, const int32_t *start, int B, int T, int H,
+                            int KV, int D) {
     struct cpu *cpu = cpu_of(k);
     float *scratch = cpu_scratch(cpu, 2 * (size_t)BLOCK * T);
     if (!scratch) return;

@@ -1,11 +1,22 @@
 /* cpu_rows.c - the CPU backend's kernels that work row by row: embedding, RMSNorm, rotary
- * embedding, SwiGLU, cross-entropy. Rows are shared out over threads; sums over rows are shared out
- * by columns, each thread adding its columns in row order, so the thread count changes no bit of a
- * result. */
+ * embedding, SwiGLU, residual sums, cross-entropy. Rows are shared out over threads; sums over rows are
+ * shared out by columns, each thread adding its columns in row order, so the thread count changes no bit
+ * of a result. cpu_rows_bf16.c compiles it once more, with activations and weights in bf16. */
+#include "kernels/bf16.h"
 #include "kernels/cpu.h"
 
 #include <assert.h>
 #include <math.h>
+
+#ifdef CPU_ROWS_BF16
+typedef uint16_t ACT; /* an activation, or a weight */
+#define GET(x) bf16_widen(x)
+#define PUT(x) bf16_nearest(x)
+#else
+typedef float ACT;
+#define GET(x) (x)
+#define PUT(x) (x)
+#endif
 
 #define STRIP 64 /* columns one thread takes at a time in sums over rows */
 
@@ -15,18 +26,24 @@ static int strip_at(int c, int C) {
 
 /* ---- embedding ---- */
 
-void cpu_embedding_forward(const struct kernels *k, float *out, const int32_t *tokens,
-                           const void *w, int rows, int C, int V) {
-    const float *table = w;
+WIDE static void widen_row(float *out, const ACT *x, int C) {
+#pragma omp simd
+    for (int c = 0; c < C; c++) out[c] = GET(x[c]);
+}
+
+static void embedding_forward(const struct kernels *k, float *out, const int32_t *tokens, const void *w,
+                              int rows, int C, int V) {
+    const ACT *table = w;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int r = 0; r < rows; r++) {
         assert(tokens[r] >= 0 && tokens[r] < V);
-        memcpy(out + (size_t)r * C, table + (size_t)tokens[r] * C, (size_t)C * sizeof *out);
+        widen_row(out + (size_t)r * C, table + (size_t)tokens[r] * C, C);
     }
 }
 
-void cpu_embedding_backward(const struct kernels *k, float *dw, const float *dout,
-                            const int32_t *tokens, int rows, int C, int V) {
+#ifndef CPU_ROWS_BF16
+static void embedding_backward(const struct kernels *k, float *dw, const float *dout, const int32_t *tokens,
+                               int rows, int C, int V) {
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int c = 0; c < C; c += STRIP)
         for (int r = 0; r < rows; r++) {
@@ -36,50 +53,53 @@ void cpu_embedding_backward(const struct kernels *k, float *dw, const float *dou
             for (int i = 0; i < strip_at(c, C); i++) to[i] += from[i];
         }
 }
+#endif
 
 /* ---- RMSNorm ---- */
 
-WIDE static float rmsnorm_row(float *out, const float *x, const float *w, float eps, int C) {
+WIDE static float rmsnorm_row(ACT *out, const float *x, const ACT *w, float eps, int C) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int c = 0; c < C; c++) sum += x[c] * x[c];
     float rstd = 1.0f / sqrtf(sum / (float)C + eps);
 #pragma omp simd
-    for (int c = 0; c < C; c++) out[c] = x[c] * rstd * w[c];
+    for (int c = 0; c < C; c++) out[c] = PUT(x[c] * rstd * GET(w[c]));
     return rstd;
 }
 
-void cpu_rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x,
-                         const void *w, float eps, int rows, int C) {
+static void rmsnorm_forward(const struct kernels *k, void *to, float *rstd, const float *x, const void *w,
+                            float eps, int rows, int C) {
+    ACT *out = to;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int r = 0; r < rows; r++)
         rstd[r] = rmsnorm_row(out + (size_t)r * C, x + (size_t)r * C, w, eps, C);
 }
 
-WIDE static void rmsnorm_backward_row(float *dx, const float *dout, const float *x, const float *w,
-                                      float rstd, int C) {
+WIDE static void rmsnorm_backward_row(float *dx, const ACT *dout, const float *x, const ACT *w, float rstd,
+                                      int C) {
     float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
-    for (int c = 0; c < C; c++) dot += w[c] * dout[c] * x[c];
+    for (int c = 0; c < C; c++) dot += GET(w[c]) * GET(dout[c]) * x[c];
     float pull = dot * rstd * rstd / (float)C; /* times x: the part along the normalised row */
 #pragma omp simd
-    for (int c = 0; c < C; c++) dx[c] += rstd * (w[c] * dout[c] - x[c] * pull);
+    for (int c = 0; c < C; c++) dx[c] += rstd * (GET(w[c]) * GET(dout[c]) - x[c] * pull);
 }
 
 /* dw of `width` <= STRIP columns over all rows; C is the distance between rows. */
-WIDE static void rmsnorm_backward_strip(float *dw, const float *dout, const float *x,
-                                        const float *rstd, int rows, int C, int width) {
+WIDE static void rmsnorm_backward_strip(float *dw, const ACT *dout, const float *x, const float *rstd,
+                                        int rows, int C, int width) {
     float sum[STRIP] = { 0 };
     for (int r = 0; r < rows; r++, dout += C, x += C) {
         float s = rstd[r];
 #pragma omp simd
-        for (int c = 0; c < width; c++) sum[c] += dout[c] * x[c] * s;
+        for (int c = 0; c < width; c++) sum[c] += GET(dout[c]) * x[c] * s;
     }
     for (int c = 0; c < width; c++) dw[c] += sum[c];
 }
 
-void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout,
-                          const float *x, const void *w, const float *rstd, int rows, int C) {
+static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *from,
+                             const float *x, const void *w, const float *rstd, int rows, int C) {
+    const ACT *dout = from;
 #pragma omp parallel num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     {
 #pragma omp for nowait
@@ -96,19 +116,19 @@ void cpu_rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const f
 /* ---- rotary embedding ---- */
 
 /* Rotate `heads` heads of one row. direction is 1 or -1. */
-WIDE static void rotate_row(float *x, const float *cosine, const float *sine, float direction,
-                            int heads, int half) {
+WIDE static void rotate_row(ACT *x, const float *cosine, const float *sine, float direction, int heads,
+                            int half) {
     for (int h = 0; h < heads; h++, x += 2 * half) {
 #pragma omp simd
         for (int i = 0; i < half; i++) {
-            float a = x[i], b = x[i + half], s = direction * sine[i];
-            x[i] = a * cosine[i] - b * s;
-            x[i + half] = b * cosine[i] + a * s;
+            float a = GET(x[i]), b = GET(x[i + half]), s = direction * sine[i];
+            x[i] = PUT(a * cosine[i] - b * s);
+            x[i + half] = PUT(b * cosine[i] + a * s);
         }
     }
 }
 
-static void rotate(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
+static void rotate(const struct kernels *k, ACT *qkv, const float *cosine, const float *sine,
                    const int32_t *start, int B, int T, int H, int KV, int D, float direction) {
     int half = D / 2, rows = B * T;
     size_t stride = (size_t)(H + 2 * KV) * D;
@@ -120,50 +140,85 @@ static void rotate(const struct kernels *k, float *qkv, const float *cosine, con
     }
 }
 
-void cpu_rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
-                      const int32_t *start, int B, int T, int H, int KV, int D) {
+static void rope_forward(const struct kernels *k, void *qkv, const float *cosine, const float *sine,
+                         const int32_t *start, int B, int T, int H, int KV, int D) {
     rotate(k, qkv, cosine, sine, start, B, T, H, KV, D, 1.0f);
 }
 
-void cpu_rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
-                       const int32_t *start, int B, int T, int H, int KV, int D) {
+static void rope_backward(const struct kernels *k, void *dqkv, const float *cosine, const float *sine,
+                          const int32_t *start, int B, int T, int H, int KV, int D) {
     rotate(k, dqkv, cosine, sine, start, B, T, H, KV, D, -1.0f);
 }
 
 /* ---- SwiGLU ---- */
 
-WIDE static void swiglu_row(float *out, const float *gate, const float *up, int F) {
+WIDE static void swiglu_row(ACT *out, const ACT *gate, const ACT *up, int F) {
 #pragma omp simd
-    for (int f = 0; f < F; f++) out[f] = gate[f] / (1.0f + cpu_exp(-gate[f])) * up[f];
+    for (int f = 0; f < F; f++) {
+        float g = GET(gate[f]);
+        out[f] = PUT(g / (1.0f + cpu_exp(-g)) * GET(up[f]));
+    }
 }
 
-void cpu_swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows,
-                        int F) {
+static void swiglu_forward(const struct kernels *k, void *to, const void *from, int rows, int F) {
+    ACT *out = to;
+    const ACT *gate_up = from;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * F))
     for (int r = 0; r < rows; r++) {
-        const float *gate = gate_up + (size_t)r * 2 * F;
+        const ACT *gate = gate_up + (size_t)r * 2 * F;
         swiglu_row(out + (size_t)r * F, gate, gate + F, F);
     }
 }
 
-WIDE static void swiglu_backward_row(float *dgate, float *dup, const float *dout, const float *gate,
-                                     const float *up, int F) {
+WIDE static void swiglu_backward_row(ACT *dgate, ACT *dup, const ACT *dout, const ACT *gate, const ACT *up,
+                                     int F) {
 #pragma omp simd
     for (int f = 0; f < F; f++) {
-        float g = gate[f], u = up[f], sigmoid = 1.0f / (1.0f + cpu_exp(-g));
-        dgate[f] = dout[f] * u * sigmoid * (1.0f + g * (1.0f - sigmoid));
-        dup[f] = dout[f] * g * sigmoid;
+        float g = GET(gate[f]), u = GET(up[f]), d = GET(dout[f]), sigmoid = 1.0f / (1.0f + cpu_exp(-g));
+        dgate[f] = PUT(d * u * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+        dup[f] = PUT(d * g * sigmoid);
     }
 }
 
-void cpu_swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout,
-                         const float *gate_up, int rows, int F) {
+static void swiglu_backward(const struct kernels *k, void *to, const void *dfrom, const void *from,
+                            int rows, int F) {
+    ACT *dgate_up = to;
+    const ACT *dout = dfrom, *gate_up = from;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * F))
     for (int r = 0; r < rows; r++) {
         size_t at = (size_t)r * 2 * F;
         swiglu_backward_row(dgate_up + at, dgate_up + at + F, dout + (size_t)r * F, gate_up + at,
                             gate_up + at + F, F);
     }
+}
+
+/* ---- the residual stream ---- */
+
+static size_t slice_at(size_t i, size_t n) {
+    return n - i < CPU_SLICE ? n - i : CPU_SLICE;
+}
+
+WIDE static void add_slice(float *out, const float *a, const ACT *b, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = a[i] + GET(b[i]);
+}
+
+static void add(const struct kernels *k, float *out, const float *a, const void *branch, size_t n) {
+    const ACT *b = branch;
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE) add_slice(out + i, a + i, b + i, slice_at(i, n));
+}
+
+WIDE static void round_slice(ACT *out, const float *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = PUT(x[i]);
+}
+
+static void round_all(const struct kernels *k, void *to, const float *x, size_t n) {
+    ACT *out = to;
+    if (to == x) return;
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE) round_slice(out + i, x + i, slice_at(i, n));
 }
 
 /* ---- cross-entropy ---- */
@@ -183,9 +238,9 @@ WIDE static float exponentials(float *x, float max, int n) {
     return sum;
 }
 
-WIDE static void multiply(float *x, float factor, int n) {
+WIDE static void multiply(ACT *out, const float *x, float factor, int n) {
 #pragma omp simd
-    for (int i = 0; i < n; i++) x[i] *= factor;
+    for (int i = 0; i < n; i++) out[i] = PUT(x[i] * factor);
 }
 
 /* Where `max` stands first; 0 if nowhere, as in a row with a NaN. */
@@ -195,7 +250,7 @@ static int first_of(const float *x, float max, int n) {
     return 0;
 }
 
-static void cross_entropy_row(float *loss, float *penalty, float *logits, int target,
+static void cross_entropy_row(float *loss, float *penalty, ACT *dlogits, float *logits, int target,
                               const struct kernels_loss *how, int V) {
     enum { PART = 4096 }; /* a vocabulary of 128k: parts in float, their sum in double */
     float max = row_max(logits, V), logit = logits[target];
@@ -207,22 +262,45 @@ static void cross_entropy_row(float *loss, float *penalty, float *logits, int ta
     double lse = log(sum) + max;
     *loss = (float)(lse - logit);
     *penalty = (float)(how->z * lse * lse + (double)how->max_z * max * max);
-    multiply(logits, (float)(how->grad_scale / sum * (1.0 + 2.0 * how->z * lse)), V);
-    logits[target] -= how->grad_scale;
-    logits[largest] += 2.0f * how->grad_scale * how->max_z * max;
+    if (!dlogits) return;
+    float factor = (float)(how->grad_scale / sum * (1.0 + 2.0 * how->z * lse));
+    float of_target = logits[target] * factor - how->grad_scale, of_largest = logits[largest] * factor;
+    float more = 2.0f * how->grad_scale * how->max_z * max;
+    if (largest == target) of_target += more;
+    multiply(dlogits, logits, factor, V);
+    dlogits[largest] = PUT(of_largest + more);
+    dlogits[target] = PUT(of_target);
 }
 
-void cpu_cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
-                       const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
+static void cross_entropy(const struct kernels *k, float *loss, float *penalty, void *to, float *logits,
+                          const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * V))
     for (int r = 0; r < rows; r++) {
-        float *row = logits + (size_t)r * V;
+        ACT *dlogits = to ? (ACT *)to + (size_t)r * V : NULL;
         assert(targets[r] >= -1 && targets[r] < V);
         if (targets[r] >= 0) {
-            cross_entropy_row(&loss[r], &penalty[r], row, targets[r], how, V);
+            cross_entropy_row(&loss[r], &penalty[r], dlogits, logits + (size_t)r * V, targets[r], how, V);
         } else {
             loss[r] = penalty[r] = 0.0f;
-            memset(row, 0, (size_t)V * sizeof *row);
+            if (dlogits) memset(dlogits, 0, (size_t)V * sizeof *dlogits);
         }
     }
+}
+
+#ifdef CPU_ROWS_BF16
+void cpu_rows_bf16_entries(struct kernels *k) {
+#else
+void cpu_rows_entries(struct kernels *k) {
+    k->embedding_backward = embedding_backward;
+#endif
+    k->embedding_forward = embedding_forward;
+    k->rmsnorm_forward = rmsnorm_forward;
+    k->rmsnorm_backward = rmsnorm_backward;
+    k->rope_forward = rope_forward;
+    k->rope_backward = rope_backward;
+    k->swiglu_forward = swiglu_forward;
+    k->swiglu_backward = swiglu_backward;
+    k->add = add;
+    k->round = round_all;
+    k->cross_entropy = cross_entropy;
 }

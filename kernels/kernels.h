@@ -69,11 +69,16 @@ struct kernels {
     const char *name;         /* "reference", "cpu", "cuda" */
     const char *description;  /* one line for people: library version, instruction set, threads */
 
-    /* How a weight is kept; activations, gradients and moments are fp32 always.
+    /* How a weight is kept; gradients of weights and moments are fp32 always.
      * 4, 0: fp32. 2, 2: bf16, and in a plane apart, `rest`, the lower half of the fp32 value that it
      * stands for: 4 bytes in all, no bit is lost. 2, 0: bf16 alone, rounded stochastically when it
      * is updated. Entries take weights as `const void *w`; they see bf16 where it is that. */
     size_t weight_bytes, rest_bytes;
+
+    /* How an activation and its gradient are kept: 4: fp32, 2: bf16, of which entries compute in fp32
+     * and round once. Entries take activations as `void *`. What is `float *` is fp32 in every
+     * backend: the residual stream and its gradient, statistics, logits, losses. */
+    size_t act_bytes;
 
     /* Memory. alloc: `bytes` of zeroes aligned to 64, or NULL with ERR_MEMORY. free takes NULL. */
     void *(*alloc)(const struct kernels *k, size_t bytes, struct err *err);
@@ -90,19 +95,20 @@ struct kernels {
     int (*check)(const struct kernels *k, struct err *err);
     void (*destroy)(struct kernels *k); /* frees k; does nothing for the reference */
 
-    /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. A backend with bf16
-     * weights rounds the other operand to bf16 too, and adds in fp32. */
+    /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. Sums are fp32. */
     /* out[rows,OC] = x[rows,C] * w[OC,C]^T. Adjacent weights (q,k,v or gate,up) are one w with a
      * larger OC, their outputs then lie side by side in each row. */
-    void (*matmul_forward)(const struct kernels *k, float *out, const float *x, const void *w,
+    void (*matmul_forward)(const struct kernels *k, void *out, const void *x, const void *w,
                            int rows, int C, int OC);
-    /* dx[rows,C] = or += dout[rows,OC] * w[OC,C] */
-    void (*matmul_backward_input)(const struct kernels *k, float *dx, const float *dout,
-                                  const void *w, int rows, int C, int OC,
-                                  enum kernels_write write);
+    /* The same, not rounded: logits. */
+    void (*matmul_logits)(const struct kernels *k, float *out, const void *x, const void *w,
+                          int rows, int C, int OC);
+    /* dx[rows,C] = dout[rows,OC] * w[OC,C] */
+    void (*matmul_backward_input)(const struct kernels *k, void *dx, const void *dout,
+                                  const void *w, int rows, int C, int OC);
     /* dw[OC,C] = or += dout[rows,OC]^T * x[rows,C] */
-    void (*matmul_backward_weight)(const struct kernels *k, float *dw, const float *dout,
-                                   const float *x, int rows, int C, int OC,
+    void (*matmul_backward_weight)(const struct kernels *k, float *dw, const void *dout,
+                                   const void *x, int rows, int C, int OC,
                                    enum kernels_write write);
 
     /* Embedding: out[rows,C] = w[V,C] at tokens[rows]; a token outside [0,V) is a caller bug. */
@@ -113,10 +119,10 @@ struct kernels {
                                const int32_t *tokens, int rows, int C, int V);
 
     /* RMSNorm, arXiv:1910.07467: out = x * rstd * w; rstd[rows] = 1/sqrt(mean(x^2) + eps), kept. */
-    void (*rmsnorm_forward)(const struct kernels *k, float *out, float *rstd, const float *x,
+    void (*rmsnorm_forward)(const struct kernels *k, void *out, float *rstd, const float *x,
                             const void *w, float eps, int rows, int C);
     /* dx[rows,C] += (dx holds the residual stream's gradient), dw[C] +=. */
-    void (*rmsnorm_backward)(const struct kernels *k, float *dx, float *dw, const float *dout,
+    void (*rmsnorm_backward)(const struct kernels *k, float *dx, float *dw, const void *dout,
                              const float *x, const void *w, const float *rstd, int rows, int C);
 
     /* Rotary embedding, arXiv:2104.09864, Hugging Face convention: element d of a head is
@@ -125,41 +131,44 @@ struct kernels {
      * start  [B,T], here and in attention: where in the sequence the document of token t begins,
      *        in [0,t] and never less than that of t - 1. Positions count from there. NULL: the
      *        sequence is one document. */
-    void (*rope_forward)(const struct kernels *k, float *qkv, const float *cos, const float *sin,
+    void (*rope_forward)(const struct kernels *k, void *qkv, const float *cos, const float *sin,
                          const int32_t *start, int B, int T, int H, int KV, int D);
     /* The transposed (inverse) rotation, in place on the gradient of qkv. */
-    void (*rope_backward)(const struct kernels *k, float *dqkv, const float *cos, const float *sin,
+    void (*rope_backward)(const struct kernels *k, void *dqkv, const float *cos, const float *sin,
                           const int32_t *start, int B, int T, int H, int KV, int D);
 
     /* Causal grouped-query attention, scale 1/sqrt(D): query t sees the keys [start, t]. qkv:
      * [B,T,H+2KV,D], a row holds the query heads, then key heads, then value heads; query head h
      * reads key/value head h / (H/KV). out: [B,T,H,D]. lse: [B,H,T], natural log of the sum of
      * exponentials, kept. */
-    void (*attention_forward)(const struct kernels *k, float *out, float *lse, const float *qkv,
+    void (*attention_forward)(const struct kernels *k, void *out, float *lse, const void *qkv,
                               const int32_t *start, int B, int T, int H, int KV, int D);
-    /* dqkv is overwritten in full. Scores come again from qkv and lse (arXiv:2205.14135). */
-    void (*attention_backward)(const struct kernels *k, float *dqkv, const float *dout,
-                               const float *qkv, const float *out, const float *lse,
+    /* dqkv is overwritten in full. Scores come again from qkv and lse (arXiv:2205.14135). With bf16,
+     * probabilities and the gradients of scores may be rounded before they are multiplied. */
+    void (*attention_backward)(const struct kernels *k, void *dqkv, const void *dout,
+                               const void *qkv, const void *out, const float *lse,
                                const int32_t *start, int B, int T, int H, int KV, int D);
 
     /* SwiGLU, arXiv:2002.05202. gate_up: [rows,2F], a row holds F gates, then F ups.
      * out[rows,F] = silu(gate) * up. Backward overwrites dgate_up; dgate_up may be gate_up. */
-    void (*swiglu_forward)(const struct kernels *k, float *out, const float *gate_up, int rows,
+    void (*swiglu_forward)(const struct kernels *k, void *out, const void *gate_up, int rows,
                            int F);
-    void (*swiglu_backward)(const struct kernels *k, float *dgate_up, const float *dout,
-                            const float *gate_up, int rows, int F);
+    void (*swiglu_backward)(const struct kernels *k, void *dgate_up, const void *dout,
+                            const void *gate_up, int rows, int F);
 
-    /* out = a + b; out may be a or b */
-    void (*add)(const struct kernels *k, float *out, const float *a, const float *b, size_t n);
-    void (*scale)(const struct kernels *k, float *x, float factor, size_t n);
+    /* out = a + b, of the residual stream and a branch; out may be a */
+    void (*add)(const struct kernels *k, float *out, const float *a, const void *b, size_t n);
+    /* out = x as an activation; out may be x where that is fp32, and nothing is done then */
+    void (*round)(const struct kernels *k, void *out, const float *x, size_t n);
 
     /* Softmax and cross-entropy in one. loss[rows] = -log softmax(logits)[target], in nats;
-     * penalty[rows] = z * (log of the sum of exponentials)^2 + max_z * (largest logit)^2; logits
-     * [rows,V] become the gradient of (loss + penalty) * grad_scale. Of equal largest logits the
-     * first has max_z's gradient. A target of -1 is ignored: loss, penalty, gradient 0. For
-     * evaluation alone pass a grad_scale of 0 and drop the logits. */
-    void (*cross_entropy)(const struct kernels *k, float *loss, float *penalty, float *logits,
-                          const int32_t *targets, const struct kernels_loss *how, int rows, int V);
+     * penalty[rows] = z * (log of the sum of exponentials)^2 + max_z * (largest logit)^2;
+     * dlogits [rows,V], activations: the gradient of (loss + penalty) * grad_scale, or NULL for none;
+     * it may be `logits` where activations are fp32. Logits [rows,V] are destroyed. Of equal largest
+     * logits the first has max_z's gradient. A target of -1 is ignored: loss, penalty, gradient 0. */
+    void (*cross_entropy)(const struct kernels *k, float *loss, float *penalty, void *dlogits,
+                          float *logits, const int32_t *targets, const struct kernels_loss *how,
+                          int rows, int V);
 
     /* Optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) */
     void (*adamw)(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m,
@@ -169,8 +178,10 @@ struct kernels {
     double (*sum_squares)(const struct kernels *k, const float *x, size_t n);
 };
 
-/* The specification: one thread, double accumulators, no tricks, slow. Never fails, never freed. */
+/* The specification: one thread, double accumulators, no tricks, slow. Never fails, never freed. In
+ * fp32, and with weights of two planes and activations in bf16. */
 const struct kernels *kernels_reference(void);
+const struct kernels *kernels_reference_bf16(void);
 
 /* The fast CPU backend: oneDNN matrix products, OpenMP for the rest, fp32.
  * threads  OpenMP threads it uses, >= 1; 0 takes what OpenMP would (cores, or OMP_NUM_THREADS).
@@ -178,8 +189,8 @@ const struct kernels *kernels_reference(void);
  * call where it shares its cores, else waiting threads spin. Returns NULL with ERR_MEMORY. */
 struct kernels *kernels_cpu_create(int threads, struct err *err);
 
-/* The same with weights in bf16: products on AMX or AVX512-BF16 where the processor has one of them
- * (twice the rate of fp32 and more), else in fp32 on rounded operands, as `description` says.
+/* The same with weights and activations in bf16: products, attention's too, on AMX or AVX512-BF16 where
+ * the processor has one of them (twice the rate of fp32), else in fp32, as `description` says.
  * stochastic  0 keeps the rest of each weight, 1 has none.
  * Returns NULL with ERR_MEMORY, or ERR_UNSUPPORTED from oneDNN. */
 struct kernels *kernels_cpu_bf16_create(int threads, int stochastic, struct err *err);

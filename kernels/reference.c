@@ -1,5 +1,7 @@
 /* reference.c - the specification of every kernel: plain loops, double accumulators, one thread.
- * Nothing here is fast on purpose; faster backends are tested against it. */
+ * Nothing here is fast on purpose; faster backends are tested against it. reference_bf16.c compiles it
+ * once more, with activations and weights in bf16. */
+#include "kernels/bf16.h"
 #include "kernels/kernels.h"
 
 #include <assert.h>
@@ -7,8 +9,42 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef REFERENCE_BF16
+#define REFERENCE kernels_reference_bf16
+#define REST_BYTES sizeof(uint16_t)
+typedef uint16_t ACT; /* an activation, or a weight as products see it */
+#define GET(x) ((double)bf16_widen(x))
+#define PUT(x) bf16_nearest((float)(x))
+#else
+#define REFERENCE kernels_reference
+#define REST_BYTES 0
+typedef float ACT;
+#define GET(x) ((double)(x))
+#define PUT(x) ((float)(x))
+#endif
+
 /* The reference keeps no state, so no entry looks at its table. */
 #define SELF const struct kernels *k __attribute__((unused))
+
+/* A weight, both planes of it. */
+static float weight(const void *w, const uint16_t *rest, size_t i) {
+#ifdef REFERENCE_BF16
+    return bf16_join(((const uint16_t *)w)[i], rest[i]);
+#else
+    assert(!rest);
+    return ((const float *)w)[i];
+#endif
+}
+
+static void weight_set(void *w, uint16_t *rest, size_t i, float x) {
+#ifdef REFERENCE_BF16
+    ((uint16_t *)w)[i] = bf16_upper(x);
+    rest[i] = bf16_lower(x);
+#else
+    assert(!rest);
+    ((float *)w)[i] = x;
+#endif
+}
 
 static void *host_alloc(SELF, size_t bytes, struct err *err) {
     size_t rounded = (bytes + 63) / 64 * 64;
@@ -33,13 +69,11 @@ static void host_zero(SELF, void *p, size_t bytes) {
 }
 
 static void host_weights_in(SELF, void *w, uint16_t *rest, const float *host, size_t n) {
-    assert(!rest);
-    memcpy(w, host, n * sizeof *host);
+    for (size_t i = 0; i < n; i++) weight_set(w, rest, i, host[i]);
 }
 
 static void host_weights_out(SELF, float *host, const void *w, const uint16_t *rest, size_t n) {
-    assert(!rest);
-    memcpy(host, w, n * sizeof *host);
+    for (size_t i = 0; i < n; i++) host[i] = weight(w, rest, i);
 }
 
 static int host_check(SELF, struct err *err) {
@@ -51,49 +85,56 @@ static void nothing_to_destroy(struct kernels *k) {
     (void)k;
 }
 
-static void store(float *out, double value, enum kernels_write write) {
-    *out = (float)(write == KERNELS_ADD ? *out + value : value);
+static double product_row(const ACT *x, const ACT *w, int C) {
+    double sum = 0.0;
+    for (int c = 0; c < C; c++) sum += GET(x[c]) * GET(w[c]);
+    return sum;
 }
 
-static void matmul_forward(SELF, float *out, const float *x, const void *weights, int rows, int C,
+static void matmul_forward(SELF, void *to, const void *from, const void *weights, int rows, int C,
                            int OC) {
-    const float *w = weights;
+    ACT *out = to;
+    const ACT *x = from, *w = weights;
     for (size_t r = 0; r < (size_t)rows; r++)
-        for (size_t o = 0; o < (size_t)OC; o++) {
-            double sum = 0.0;
-            for (int c = 0; c < C; c++) sum += (double)x[r * C + c] * w[o * C + c];
-            out[r * OC + o] = (float)sum;
-        }
+        for (size_t o = 0; o < (size_t)OC; o++) out[r * OC + o] = PUT(product_row(x + r * C, w + o * C, C));
 }
 
-static void matmul_backward_input(SELF, float *dx, const float *dout, const void *weights, int rows,
-                                  int C, int OC, enum kernels_write write) {
-    const float *w = weights;
+static void matmul_logits(SELF, float *out, const void *from, const void *weights, int rows, int C,
+                          int OC) {
+    const ACT *x = from, *w = weights;
+    for (size_t r = 0; r < (size_t)rows; r++)
+        for (size_t o = 0; o < (size_t)OC; o++) out[r * OC + o] = (float)product_row(x + r * C, w + o * C, C);
+}
+
+static void matmul_backward_input(SELF, void *to, const void *from, const void *weights, int rows,
+                                  int C, int OC) {
+    ACT *dx = to;
+    const ACT *dout = from, *w = weights;
     for (size_t r = 0; r < (size_t)rows; r++)
         for (size_t c = 0; c < (size_t)C; c++) {
             double sum = 0.0;
-            for (size_t o = 0; o < (size_t)OC; o++) sum += (double)dout[r * OC + o] * w[o * C + c];
-            store(&dx[r * C + c], sum, write);
+            for (size_t o = 0; o < (size_t)OC; o++) sum += GET(dout[r * OC + o]) * GET(w[o * C + c]);
+            dx[r * C + c] = PUT(sum);
         }
 }
 
-static void matmul_backward_weight(SELF, float *dw, const float *dout, const float *x, int rows,
+static void matmul_backward_weight(SELF, float *dw, const void *from, const void *other, int rows,
                                    int C, int OC, enum kernels_write write) {
+    const ACT *dout = from, *x = other;
     for (size_t o = 0; o < (size_t)OC; o++)
         for (size_t c = 0; c < (size_t)C; c++) {
             double sum = 0.0;
-            for (size_t r = 0; r < (size_t)rows; r++)
-                sum += (double)dout[r * OC + o] * x[r * C + c];
-            store(&dw[o * C + c], sum, write);
+            for (size_t r = 0; r < (size_t)rows; r++) sum += GET(dout[r * OC + o]) * GET(x[r * C + c]);
+            dw[o * C + c] = (float)(write == KERNELS_ADD ? dw[o * C + c] + sum : sum);
         }
 }
 
 static void embedding_forward(SELF, float *out, const int32_t *tokens, const void *weights, int rows,
                               int C, int V) {
-    const float *w = weights;
-    for (int r = 0; r < rows; r++) {
+    const ACT *w = weights;
+    for (size_t r = 0; r < (size_t)rows; r++) {
         assert(tokens[r] >= 0 && tokens[r] < V);
-        memcpy(out + (size_t)r * C, w + (size_t)tokens[r] * C, (size_t)C * sizeof *out);
+        for (size_t c = 0; c < (size_t)C; c++) out[r * C + c] = (float)GET(w[(size_t)tokens[r] * C + c]);
     }
 }
 
@@ -105,33 +146,35 @@ static void embedding_backward(SELF, float *dw, const float *dout, const int32_t
     }
 }
 
-static void rmsnorm_forward(SELF, float *out, float *rstd, const float *x, const void *weights,
+static void rmsnorm_forward(SELF, void *to, float *rstd, const float *x, const void *weights,
                             float eps, int rows, int C) {
-    const float *w = weights;
+    ACT *out = to;
+    const ACT *w = weights;
     for (int r = 0; r < rows; r++, x += C, out += C) {
         double sum_sq = 0.0;
         for (int c = 0; c < C; c++) sum_sq += (double)x[c] * x[c];
         rstd[r] = (float)(1.0 / sqrt(sum_sq / C + eps));
-        for (int c = 0; c < C; c++) out[c] = (float)((double)x[c] * rstd[r] * w[c]);
+        for (int c = 0; c < C; c++) out[c] = PUT((double)x[c] * rstd[r] * GET(w[c]));
     }
 }
 
 /* With n = x * rstd: d loss / dx = rstd * (w*dout - n * mean(w*dout*n)). */
-static void rmsnorm_backward(SELF, float *dx, float *dw, const float *dout, const float *x,
+static void rmsnorm_backward(SELF, float *dx, float *dw, const void *from, const float *x,
                              const void *weights, const float *rstd, int rows, int C) {
-    const float *w = weights;
+    const ACT *w = weights, *dout = from;
     for (int r = 0; r < rows; r++, x += C, dx += C, dout += C) {
         double mean = 0.0;
-        for (int c = 0; c < C; c++) mean += (double)w[c] * dout[c] * x[c] * rstd[r];
+        for (int c = 0; c < C; c++) mean += GET(w[c]) * GET(dout[c]) * x[c] * rstd[r];
         mean /= C;
         for (int c = 0; c < C; c++) {
             double n = (double)x[c] * rstd[r];
-            dx[c] = (float)(dx[c] + rstd[r] * ((double)w[c] * dout[c] - n * mean));
-            dw[c] = (float)(dw[c] + dout[c] * n);
+            dx[c] = (float)(dx[c] + rstd[r] * (GET(w[c]) * GET(dout[c]) - n * mean));
+            dw[c] = (float)(dw[c] + GET(dout[c]) * n);
         }
     }
 }
 
+#ifndef REFERENCE_BF16
 /* Angle per position of pair i. */
 static double rope_frequency(const struct kernels_rope *rope, int i, int D) {
     double frequency = pow(rope->theta, -2.0 * i / D);
@@ -153,42 +196,37 @@ void kernels_rope_tables(float *cos_out, float *sin_out, int T, int D,
         }
     }
 }
+#endif
 
 /* Rotate the query and key heads by the tables' angles times `direction` (1 or -1). */
-static void rotate(float *qkv, const float *cosine, const float *sine, const int32_t *start, int B,
+static void rotate(ACT *qkv, const float *cosine, const float *sine, const int32_t *start, int B,
                    int T, int H, int KV, int D, double direction) {
     int half = D / 2;
     for (size_t row = 0; row < (size_t)B * T; row++) {
         size_t position = row % T - (start ? start[row] : 0);
         const float *cos_t = cosine + position * half, *sin_t = sine + position * half;
         for (int h = 0; h < H + KV; h++) {
-            float *x = qkv + (row * (H + 2 * KV) + h) * D;
+            ACT *x = qkv + (row * (H + 2 * KV) + h) * D;
             for (int i = 0; i < half; i++) {
-                double a = x[i], b = x[i + half], s = direction * sin_t[i];
-                x[i] = (float)(a * cos_t[i] - b * s);
-                x[i + half] = (float)(b * cos_t[i] + a * s);
+                double a = GET(x[i]), b = GET(x[i + half]), s = direction * sin_t[i];
+                x[i] = PUT(a * cos_t[i] - b * s);
+                x[i + half] = PUT(b * cos_t[i] + a * s);
             }
         }
     }
 }
 
-static void rope_forward(SELF, float *qkv, const float *cosine, const float *sine,
+static void rope_forward(SELF, void *qkv, const float *cosine, const float *sine,
                          const int32_t *start, int B, int T, int H, int KV, int D) {
     rotate(qkv, cosine, sine, start, B, T, H, KV, D, 1.0);
 }
 
-static void rope_backward(SELF, float *dqkv, const float *cosine, const float *sine,
+static void rope_backward(SELF, void *dqkv, const float *cosine, const float *sine,
                           const int32_t *start, int B, int T, int H, int KV, int D) {
     rotate(dqkv, cosine, sine, start, B, T, H, KV, D, -1.0);
 }
 
-static double dot(const float *a, const float *b, int n) {
-    double sum = 0.0;
-    for (int i = 0; i < n; i++) sum += (double)a[i] * b[i];
-    return sum;
-}
-
-/* Rows of qkv of one batch element are `stride` floats apart; heads are q, then k, then v. */
+/* Rows of qkv of one batch element are `stride` elements apart; heads are q, then k, then v. */
 struct heads {
     size_t stride, q, k, v; /* offsets within a row */
 };
@@ -199,19 +237,21 @@ static struct heads heads_of(int h, int H, int KV, int D) {
                            (size_t)(H + KV + kv) * D };
 }
 
-static void attention_forward(SELF, float *out, float *lse, const float *qkv, const int32_t *start,
+static void attention_forward(SELF, void *to, float *lse, const void *from, const int32_t *start,
                               int B, int T, int H, int KV, int D) {
+    ACT *out = to;
+    const ACT *qkv = from;
     double score[T], scale = 1.0 / sqrt(D);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = 0; t < T; t++) {
                 struct heads at = heads_of(h, H, KV, D);
-                const float *rows = qkv + (size_t)b * T * at.stride;
+                const ACT *rows = qkv + (size_t)b * T * at.stride;
                 double max = -INFINITY, sum = 0.0;
                 int first = start ? start[(size_t)b * T + t] : 0;
                 for (int u = first; u <= t; u++) {
-                    score[u] = scale *
-                               dot(rows + t * at.stride + at.q, rows + u * at.stride + at.k, D);
+                    score[u] = scale * product_row(rows + t * at.stride + at.q,
+                                                   rows + u * at.stride + at.k, D);
                     max = fmax(max, score[u]);
                 }
                 for (int u = first; u <= t; u++) sum += exp(score[u] - max);
@@ -220,8 +260,8 @@ static void attention_forward(SELF, float *out, float *lse, const float *qkv, co
                 for (int d = 0; d < D; d++) {
                     double o = 0.0;
                     for (int u = first; u <= t; u++)
-                        o += exp(score[u] - max) / sum * rows[u * at.stride + at.v + d];
-                    out[(((size_t)b * T + t) * H + h) * D + d] = (float)o;
+                        o += exp(score[u] - max) / sum * GET(rows[u * at.stride + at.v + d]);
+                    out[(((size_t)b * T + t) * H + h) * D + d] = PUT(o);
                 }
             }
 }
@@ -229,28 +269,30 @@ static void attention_forward(SELF, float *out, float *lse, const float *qkv, co
 /* One query of one head. With p = exp(score - lse): dv += p * dout, dscore = p * (dout.v -
  * dout.out), dq = scale * sum dscore * k, dk += scale * dscore * q. acc has the shape of one batch
  * element. */
-static void attention_backward_query(double *acc, const float *rows, const float *dout,
-                                     const float *out, float lse, int first, int t,
+static void attention_backward_query(double *acc, const ACT *rows, const ACT *dout,
+                                     const ACT *out, float lse, int first, int t,
                                      struct heads at, int D) {
-    double scale = 1.0 / sqrt(D), delta = dot(dout, out, D);
-    const float *q = rows + t * at.stride + at.q;
+    double scale = 1.0 / sqrt(D), delta = product_row(dout, out, D);
+    const ACT *q = rows + t * at.stride + at.q;
     double *dq = acc + t * at.stride + at.q;
     for (int u = first; u <= t; u++) {
-        const float *key = rows + u * at.stride + at.k, *value = rows + u * at.stride + at.v;
+        const ACT *key = rows + u * at.stride + at.k, *value = rows + u * at.stride + at.v;
         double *dk = acc + u * at.stride + at.k, *dv = acc + u * at.stride + at.v;
-        double p = exp(scale * dot(q, key, D) - lse);
-        double dscore = p * (dot(dout, value, D) - delta) * scale;
+        double p = exp(scale * product_row(q, key, D) - lse);
+        double dscore = p * (product_row(dout, value, D) - delta) * scale;
         for (int d = 0; d < D; d++) {
-            dv[d] += p * dout[d];
-            dq[d] += dscore * key[d];
-            dk[d] += dscore * q[d];
+            dv[d] += p * GET(dout[d]);
+            dq[d] += dscore * GET(key[d]);
+            dk[d] += dscore * GET(q[d]);
         }
     }
 }
 
-static void attention_backward(SELF, float *dqkv, const float *dout, const float *qkv,
-                               const float *out, const float *lse, const int32_t *start, int B,
-                               int T, int H, int KV, int D) {
+static void attention_backward(SELF, void *to, const void *dfrom, const void *from, const void *result,
+                               const float *lse, const int32_t *start, int B, int T, int H, int KV,
+                               int D) {
+    ACT *dqkv = to;
+    const ACT *dout = dfrom, *qkv = from, *out = result;
     size_t per_batch = (size_t)T * (H + 2 * KV) * D;
     double *acc = malloc(per_batch * sizeof *acc);
     assert(acc);
@@ -264,74 +306,84 @@ static void attention_backward(SELF, float *dqkv, const float *dout, const float
                                          start ? start[(size_t)b * T + t] : 0, t,
                                          heads_of(h, H, KV, D), D);
             }
-        for (size_t i = 0; i < per_batch; i++) dqkv[b * per_batch + i] = (float)acc[i];
+        for (size_t i = 0; i < per_batch; i++) dqkv[b * per_batch + i] = PUT(acc[i]);
     }
     free(acc);
 }
 
-static void swiglu_forward(SELF, float *out, const float *gate_up, int rows, int F) {
+static void swiglu_forward(SELF, void *to, const void *from, int rows, int F) {
+    ACT *out = to;
+    const ACT *gate_up = from;
     for (int r = 0; r < rows; r++, gate_up += 2 * (size_t)F, out += F)
         for (int f = 0; f < F; f++) {
-            double gate = gate_up[f], up = gate_up[F + f];
-            out[f] = (float)(gate / (1.0 + exp(-gate)) * up);
+            double gate = GET(gate_up[f]), up = GET(gate_up[F + f]);
+            out[f] = PUT(gate / (1.0 + exp(-gate)) * up);
         }
 }
 
-static void swiglu_backward(SELF, float *dgate_up, const float *dout, const float *gate_up,
-                            int rows, int F) {
+static void swiglu_backward(SELF, void *to, const void *dfrom, const void *from, int rows, int F) {
+    ACT *dgate_up = to;
+    const ACT *dout = dfrom, *gate_up = from;
     for (int r = 0; r < rows; r++, gate_up += 2 * (size_t)F, dgate_up += 2 * (size_t)F, dout += F)
         for (int f = 0; f < F; f++) {
-            double gate = gate_up[f], up = gate_up[F + f], sigmoid = 1.0 / (1.0 + exp(-gate));
-            dgate_up[f] = (float)(dout[f] * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)));
-            dgate_up[F + f] = (float)(dout[f] * gate * sigmoid);
+            double gate = GET(gate_up[f]), up = GET(gate_up[F + f]), sigmoid = 1.0 / (1.0 + exp(-gate));
+            dgate_up[f] = PUT(GET(dout[f]) * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)));
+            dgate_up[F + f] = PUT(GET(dout[f]) * gate * sigmoid);
         }
 }
 
-static void add(SELF, float *out, const float *a, const float *b, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+static void add(SELF, float *out, const float *a, const void *branch, size_t n) {
+    const ACT *b = branch;
+    for (size_t i = 0; i < n; i++) out[i] = a[i] + (float)GET(b[i]);
 }
 
-static void scale_by(SELF, float *x, float factor, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] *= factor;
+static void round_all(SELF, void *to, const float *x, size_t n) {
+    ACT *out = to;
+    if (to == x) return;
+    for (size_t i = 0; i < n; i++) out[i] = PUT(x[i]);
 }
 
-static void cross_entropy(SELF, float *loss, float *penalty, float *logits, const int32_t *targets,
-                          const struct kernels_loss *how, int rows, int V) {
+static void cross_entropy_row(float *loss, float *penalty, ACT *dlogits, const float *logits, int target,
+                              const struct kernels_loss *how, int V) {
+    int largest = 0;
+    double sum = 0.0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[largest]) largest = v;
+    double max = logits[largest];
+    for (int v = 0; v < V; v++) sum += exp(logits[v] - max);
+    /* cppcheck-suppress invalidFunctionArg ; the largest logit alone makes the sum 1 */
+    double lse = log(sum) + max;
+    *loss = (float)(lse - logits[target]);
+    *penalty = (float)(how->z * lse * lse + how->max_z * max * max);
+    for (int v = 0; dlogits && v < V; v++) {
+        double p = exp(logits[v] - max) / sum, d = p - (v == target);
+        d += 2.0 * how->z * lse * p + 2.0 * how->max_z * max * (v == largest);
+        dlogits[v] = PUT(d * how->grad_scale);
+    }
+}
+
+static void cross_entropy(SELF, float *loss, float *penalty, void *to, float *logits,
+                          const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
     for (int r = 0; r < rows; r++, logits += V) {
+        ACT *dlogits = to ? (ACT *)to + (size_t)r * V : NULL;
         assert(targets[r] >= -1 && targets[r] < V);
-        if (targets[r] == -1) {
+        if (targets[r] >= 0) {
+            cross_entropy_row(&loss[r], &penalty[r], dlogits, logits, targets[r], how, V);
+        } else {
             loss[r] = penalty[r] = 0.0f;
-            memset(logits, 0, (size_t)V * sizeof *logits);
-            continue;
-        }
-        int largest = 0;
-        double sum = 0.0;
-        for (int v = 1; v < V; v++)
-            if (logits[v] > logits[largest]) largest = v;
-        double max = logits[largest];
-        for (int v = 0; v < V; v++) sum += exp(logits[v] - max);
-        /* cppcheck-suppress invalidFunctionArg ; the largest logit alone makes the sum 1 */
-        double lse = log(sum) + max;
-        loss[r] = (float)(lse - logits[targets[r]]);
-        penalty[r] = (float)(how->z * lse * lse + how->max_z * max * max);
-        for (int v = 0; v < V; v++) {
-            double p = exp(logits[v] - max) / sum, d = p - (v == targets[r]);
-            d += 2.0 * how->z * lse * p + 2.0 * how->max_z * max * (v == largest);
-            logits[v] = (float)(d * how->grad_scale);
+            if (dlogits) memset(dlogits, 0, (size_t)V * sizeof *dlogits);
         }
     }
 }
 
-static void adamw(SELF, void *weights, uint16_t *rest, const float *grad, float *m, float *v, size_t n,
+static void adamw(SELF, void *param, uint16_t *rest, const float *grad, float *m, float *v, size_t n,
                   const struct kernels_adamw *a) {
-    float *param = weights;
-    assert(!rest);
     for (size_t i = 0; i < n; i++) {
-        double g = (double)grad[i] * a->grad_scale;
+        double g = (double)grad[i] * a->grad_scale, old = weight(param, rest, i);
         double m_new = (double)a->beta1 * m[i] + (1.0 - a->beta1) * g;
         double v_new = (double)a->beta2 * v[i] + (1.0 - a->beta2) * g * g;
         double step = m_new / a->m_correction / (sqrt(v_new / a->v_correction) + a->eps);
-        param[i] = (float)(param[i] - a->lr * (step + (double)a->weight_decay * param[i]));
+        weight_set(param, rest, i, (float)(old - a->lr * (step + (double)a->weight_decay * old)));
         m[i] = (float)m_new;
         v[i] = (float)v_new;
     }
@@ -343,11 +395,13 @@ static double sum_squares(SELF, const float *x, size_t n) {
     return sum;
 }
 
-const struct kernels *kernels_reference(void) {
+const struct kernels *REFERENCE(void) {
     static const struct kernels reference = {
         .name = "reference",
         .description = "plain loops with double accumulators, one thread",
-        .weight_bytes = sizeof(float),
+        .weight_bytes = sizeof(ACT),
+        .rest_bytes = REST_BYTES,
+        .act_bytes = sizeof(ACT),
         .alloc = host_alloc,
         .free = host_free,
         .copy_in = host_copy,
@@ -358,6 +412,7 @@ const struct kernels *kernels_reference(void) {
         .check = host_check,
         .destroy = nothing_to_destroy,
         .matmul_forward = matmul_forward,
+        .matmul_logits = matmul_logits,
         .matmul_backward_input = matmul_backward_input,
         .matmul_backward_weight = matmul_backward_weight,
         .embedding_forward = embedding_forward,
@@ -371,7 +426,7 @@ const struct kernels *kernels_reference(void) {
         .swiglu_forward = swiglu_forward,
         .swiglu_backward = swiglu_backward,
         .add = add,
-        .scale = scale_by,
+        .round = round_all,
         .cross_entropy = cross_entropy,
         .adamw = adamw,
         .sum_squares = sum_squares,

@@ -48,10 +48,10 @@ static int is_sharded(const struct engine *e) {
     return e->mesh.shard != ENGINE_SHARD_NONE && e->layout.dp > 1;
 }
 
-static uint32_t pick_micro_batch(const struct layout *l, uint32_t batch) {
+static uint32_t pick_micro_batch(const struct layout *l, const struct kernels *k, uint32_t batch) {
     uint32_t micro = batch;
     while (micro > 1 &&
-           model_arena_bytes(l, (int)micro, (int)l->model.sequence, 1) > ENGINE_ACTIVATION_BYTES_MAX)
+           model_arena_bytes(l, k, (int)micro, (int)l->model.sequence, 1) > ENGINE_ACTIVATION_BYTES_MAX)
         micro = (micro + 1) / 2;
     return micro;
 }
@@ -70,7 +70,7 @@ static int take_memory(struct engine *e, struct err *err) {
             return -1;
         }
     uint32_t dp = (uint32_t)e->layout.dp;
-    e->micro_batch = pick_micro_batch(&e->layout, (e->inner.batch + dp - 1) / dp);
+    e->micro_batch = pick_micro_batch(&e->layout, e->k, (e->inner.batch + dp - 1) / dp);
     e->model = model_create_piece(&e->layout, e->k, (int)e->micro_batch, (int)e->config.sequence, 1, err);
     return e->model ? 0 : -1;
 }

@@ -13,19 +13,20 @@
  * next rows. */
 #define HEAD_ELEMENTS_MAX ((size_t)16 << 20)
 
-/* What one layer keeps for its backward pass; rows = B*T. */
+/* What one layer keeps for its backward pass; rows = B*T. `void *` are activations as the backend keeps
+ * them. */
 struct activations {
     float *in;         /* [rows,C] residual stream before the layer */
-    float *norm_att;   /* [rows,C] */
+    void *norm_att;    /* [rows,C] */
     float *rstd_att;   /* [rows] */
-    float *qkv;        /* [rows,(H+2KV)D], queries and keys rotated */
-    float *att;        /* [rows,C] heads side by side */
+    void *qkv;         /* [rows,(H+2KV)D], queries and keys rotated */
+    void *att;         /* [rows,C] heads side by side */
     float *lse;        /* [B,H,T] */
     float *middle;     /* [rows,C] residual stream between attention and feed-forward */
-    float *norm_ffn;   /* [rows,C] */
+    void *norm_ffn;    /* [rows,C] */
     float *rstd_ffn;   /* [rows] */
-    float *gate_up;    /* [rows,2F]; the backward pass writes its gradient over it */
-    float *swiglu;     /* [rows,F] */
+    void *gate_up;     /* [rows,2F]; the backward pass writes its gradient over it */
+    void *swiglu;      /* [rows,F] */
 };
 
 /* Element offsets of the weights; a layer's are relative to the start of its layer. q, k, v and
@@ -51,13 +52,17 @@ struct model {
     int32_t *tokens, *targets; /* [rows] */
     int32_t *start;            /* [rows] where in its sequence the document of a token begins */
     float *out;                /* [rows,C] residual stream after the last layer */
-    float *norm, *rstd;        /* [rows,C], [rows] final norm */
+    void *norm;                /* [rows,C] final norm */
+    float *rstd;               /* [rows] */
     float *logits;             /* [head_rows,V] */
+    void *dlogits;             /* [head_rows,V]; the same storage where activations are fp32 */
     float *loss, *penalty;     /* [rows], neighbours, so that one copy fetches both */
-    float *branch;             /* [rows,C] what a branch adds to the residual stream */
-    float *dx, *dbranch;       /* [rows,C] */
-    float *dqkv;               /* [rows,QKV] */
-    float *dswiglu;            /* [rows,F] */
+    void *branch;              /* [rows,C] what a branch adds to the residual stream */
+    float *dx;                 /* [rows,C] gradient of the residual stream ... */
+    void *dstream;             /* ... as an activation; the same storage where these are fp32 */
+    void *dbranch;             /* [rows,C] */
+    void *dqkv;                /* [rows,QKV] */
+    void *dswiglu;             /* [rows,F] */
     float *host_loss;          /* [2,rows] */
     int32_t *host_tokens;      /* [3,rows] inputs, targets, starts: a copy may still be on its way */
 };
@@ -80,18 +85,22 @@ static float *carve_floats(struct arena *a, size_t rows, size_t width) {
     return carve(a, rows * width * sizeof(float));
 }
 
+static void *carve_act(const struct model *m, struct arena *a, size_t rows, size_t width) {
+    return carve(a, rows * width * m->k->act_bytes);
+}
+
 static void carve_layer(const struct model *m, struct arena *a, struct activations *l) {
     size_t rows = (size_t)m->B * (size_t)m->T, C = (size_t)m->C;
-    l->norm_att = carve_floats(a, rows, C);
+    l->norm_att = carve_act(m, a, rows, C);
     l->rstd_att = carve_floats(a, rows, 1);
-    l->qkv = carve_floats(a, rows, (size_t)m->QKV);
-    l->att = carve_floats(a, rows, C);
+    l->qkv = carve_act(m, a, rows, (size_t)m->QKV);
+    l->att = carve_act(m, a, rows, C);
     l->lse = carve_floats(a, rows, (size_t)m->H);
     l->middle = carve_floats(a, rows, C);
-    l->norm_ffn = carve_floats(a, rows, C);
+    l->norm_ffn = carve_act(m, a, rows, C);
     l->rstd_ffn = carve_floats(a, rows, 1);
-    l->gate_up = carve_floats(a, rows, 2 * (size_t)m->F);
-    l->swiglu = carve_floats(a, rows, (size_t)m->F);
+    l->gate_up = carve_act(m, a, rows, 2 * (size_t)m->F);
+    l->swiglu = carve_act(m, a, rows, (size_t)m->F);
 }
 
 /* Inference walks through one layer's storage again and again; the residual stream then lives in
@@ -105,12 +114,12 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     m->targets = carve(&a, rows * sizeof(int32_t));
     m->start = carve(&a, rows * sizeof(int32_t));
     m->out = carve_floats(&a, rows, C);
-    m->norm = carve_floats(&a, rows, C);
+    m->norm = carve_act(m, &a, rows, C);
     m->rstd = carve_floats(&a, rows, 1);
     m->logits = carve_floats(&a, m->head_rows, (size_t)m->V);
     m->loss = carve_floats(&a, 2 * rows, 1);
     m->penalty = m->loss + rows;
-    m->branch = carve_floats(&a, rows, C);
+    m->branch = carve_act(m, &a, rows, C);
     for (uint32_t i = 0; i < m->config.layers; i++) {
         struct activations unused = { 0 }, *l = layer ? &layer[i] : &unused;
         if (m->training || i == 0) carve_layer(m, &a, l);
@@ -120,9 +129,12 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     }
     if (m->training) {
         m->dx = carve_floats(&a, rows, C);
-        m->dbranch = carve_floats(&a, rows, C);
-        m->dqkv = carve_floats(&a, rows, (size_t)m->QKV);
-        m->dswiglu = carve_floats(&a, rows, (size_t)m->F);
+        m->dbranch = carve_act(m, &a, rows, C);
+        m->dqkv = carve_act(m, &a, rows, (size_t)m->QKV);
+        m->dswiglu = carve_act(m, &a, rows, (size_t)m->F);
+        int same = m->k->act_bytes == sizeof(float);
+        m->dstream = same ? m->dx : carve_act(m, &a, rows, C);
+        m->dlogits = same ? m->logits : carve_act(m, &a, m->head_rows, (size_t)m->V);
     }
     return a.used;
 }
@@ -166,8 +178,8 @@ static void set_shape(struct model *m, const struct layout *l, int B, int T, int
     m->at = offsets_of(l);
 }
 
-size_t model_arena_bytes(const struct layout *l, int B, int T, int training) {
-    struct model m = { 0 };
+size_t model_arena_bytes(const struct layout *l, const struct kernels *kernels, int B, int T, int training) {
+    struct model m = { .k = kernels };
     set_shape(&m, l, B, T, training);
     return carve_all(&m, NULL, NULL);
 }
@@ -211,7 +223,7 @@ struct model *model_create_piece(const struct layout *layout, const struct kerne
     m->host_loss = malloc(2 * rows * sizeof *m->host_loss);
     m->host_tokens = malloc(3 * rows * sizeof *m->host_tokens);
     if (!m->layer || !m->host_loss || !m->host_tokens) goto no_memory;
-    size_t bytes = model_arena_bytes(layout, B, T, training);
+    size_t bytes = model_arena_bytes(layout, kernels, B, T, training);
     if (!(m->arena = kernels->alloc(kernels, bytes, err))) {
         err_prefix(err, "activations of %d x %d tokens, %zu bytes", B, T, bytes);
         goto fail;
@@ -242,6 +254,11 @@ void model_destroy(struct model *m) {
 /* The weight at an element offset. */
 static const void *at(const struct model *m, const void *params, size_t offset) {
     return (const char *)params + offset * m->k->weight_bytes;
+}
+
+/* Row r of an activation [rows,C]. */
+static void *row_at(const struct model *m, void *activation, size_t r) {
+    return (char *)activation + r * (size_t)m->C * m->k->act_bytes;
 }
 
 /* ---- forward ----------------------------------------------------------------------------------- */
@@ -323,11 +340,11 @@ static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, i
 int model_logits(struct model *m, const void *params, const int32_t *tokens, int T, int position,
                  float *out, struct err *err) {
     assert(T >= 1 && T <= m->T && position >= 0 && position < T);
-    const float *row = m->norm + (size_t)position * (size_t)m->C;
     memcpy(m->host_tokens, tokens, (size_t)T * sizeof *tokens);
     m->k->copy_in(m->k, m->tokens, m->host_tokens, (size_t)T * sizeof *tokens);
     forward(m, params, NULL, 1, T);
-    m->k->matmul_forward(m->k, m->logits, row, at(m, params, m->at.head), 1, m->C, m->V);
+    m->k->matmul_logits(m->k, m->logits, row_at(m, m->norm, (size_t)position), at(m, params, m->at.head), 1,
+                        m->C, m->V);
     m->k->copy_out(m->k, out, m->logits, (size_t)m->V * sizeof *out);
     return m->k->check(m->k, err);
 }
@@ -340,17 +357,17 @@ static void head(struct model *m, const void *params, float *grads, int rows, fl
                  enum kernels_write write) {
     const struct kernels *k = m->k;
     const void *w = at(m, params, m->at.head);
-    struct kernels_loss how = { .grad_scale = grads ? grad_scale : 0, .z = m->objective.z,
+    struct kernels_loss how = { .grad_scale = grad_scale, .z = m->objective.z,
                                 .max_z = m->objective.max_z };
     for (size_t r = 0; r < (size_t)rows; r += m->head_rows) {
         int n = (int)((size_t)rows - r < m->head_rows ? (size_t)rows - r : m->head_rows);
-        const float *x = m->norm + r * (size_t)m->C;
-        k->matmul_forward(k, m->logits, x, w, n, m->C, m->V);
-        k->cross_entropy(k, m->loss + r, m->penalty + r, m->logits, m->targets + r, &how, n, m->V);
+        const void *x = row_at(m, m->norm, r);
+        k->matmul_logits(k, m->logits, x, w, n, m->C, m->V);
+        k->cross_entropy(k, m->loss + r, m->penalty + r, grads ? m->dlogits : NULL, m->logits,
+                         m->targets + r, &how, n, m->V);
         if (!grads) continue;
-        k->matmul_backward_input(k, m->dbranch + r * (size_t)m->C, m->logits, w, n, m->C, m->V,
-                                 KERNELS_SET);
-        k->matmul_backward_weight(k, grads + m->at.head, m->logits, x, n, m->C, m->V,
+        k->matmul_backward_input(k, row_at(m, m->dbranch, r), m->dlogits, w, n, m->C, m->V);
+        k->matmul_backward_weight(k, grads + m->at.head, m->dlogits, x, n, m->C, m->V,
                                   r ? KERNELS_ADD : write);
     }
 }
@@ -375,26 +392,30 @@ int model_loss(struct model *m, const void *params, const int32_t *tokens, int B
     return loss_sum(m, B * T, loss, err);
 }
 
-/* m->dx comes in as the gradient of the layer's output and leaves as that of its input. */
+/* m->dx, and m->dstream with it, comes in as the gradient of the layer's output and leaves as that of its
+ * input. */
 static void layer_backward(struct model *m, const void *w, float *g, const struct activations *l,
                            const int32_t *start, int B, int T, enum kernels_write write) {
     const struct kernels *k = m->k;
     int rows = B * T, C = m->C, F = m->F;
-    k->matmul_backward_weight(k, g + m->at.down, m->dx, l->swiglu, rows, F, C, write);
-    k->matmul_backward_input(k, m->dswiglu, m->dx, at(m, w, m->at.down), rows, F, C, KERNELS_SET);
+    size_t stream = (size_t)rows * (size_t)C;
+    k->matmul_backward_weight(k, g + m->at.down, m->dstream, l->swiglu, rows, F, C, write);
+    k->matmul_backward_input(k, m->dswiglu, m->dstream, at(m, w, m->at.down), rows, F, C);
     k->swiglu_backward(k, l->gate_up, m->dswiglu, l->gate_up, rows, F);
     k->matmul_backward_weight(k, g + m->at.gate_up, l->gate_up, l->norm_ffn, rows, C, 2 * F, write);
-    k->matmul_backward_input(k, m->dbranch, l->gate_up, at(m, w, m->at.gate_up), rows, C, 2 * F, KERNELS_SET);
+    k->matmul_backward_input(k, m->dbranch, l->gate_up, at(m, w, m->at.gate_up), rows, C, 2 * F);
     k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, m->dbranch, l->middle, at(m, w, m->at.norm_ffn),
                         l->rstd_ffn, rows, C);
-    k->matmul_backward_weight(k, g + m->at.o, m->dx, l->att, rows, C, C, write);
-    k->matmul_backward_input(k, m->dbranch, m->dx, at(m, w, m->at.o), rows, C, C, KERNELS_SET);
+    k->round(k, m->dstream, m->dx, stream);
+    k->matmul_backward_weight(k, g + m->at.o, m->dstream, l->att, rows, C, C, write);
+    k->matmul_backward_input(k, m->dbranch, m->dstream, at(m, w, m->at.o), rows, C, C);
     k->attention_backward(k, m->dqkv, m->dbranch, l->qkv, l->att, l->lse, start, B, T, m->H, m->KV, m->D);
     k->rope_backward(k, m->dqkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
     k->matmul_backward_weight(k, g + m->at.qkv, m->dqkv, l->norm_att, rows, C, m->QKV, write);
-    k->matmul_backward_input(k, m->dbranch, m->dqkv, at(m, w, m->at.qkv), rows, C, m->QKV, KERNELS_SET);
+    k->matmul_backward_input(k, m->dbranch, m->dqkv, at(m, w, m->at.qkv), rows, C, m->QKV);
     k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, m->dbranch, l->in, at(m, w, m->at.norm_att),
                         l->rstd_att, rows, C);
+    k->round(k, m->dstream, m->dx, stream);
 }
 
 /* The gradients whose kernels only add: all norm weights, and the embedding unless the tied head
@@ -424,6 +445,7 @@ int model_backward(struct model *m, const void *params, float *grads, const int3
     k->zero(k, m->dx, (size_t)rows * (size_t)C * sizeof *m->dx);
     k->rmsnorm_backward(k, m->dx, grads + m->at.norm, m->dbranch, m->out, at(m, params, m->at.norm),
                         m->rstd, rows, C);
+    k->round(k, m->dstream, m->dx, (size_t)rows * (size_t)C);
     for (uint32_t i = m->config.layers; i-- > 0;) {
         size_t layer = m->at.layers + i * m->at.layer_size;
         layer_backward(m, at(m, params, layer), grads + layer, &m->layer[i], start, B, T, write);

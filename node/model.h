@@ -31,7 +31,7 @@ struct model *model_create_piece(const struct layout *layout, const struct kerne
                                  int training, struct err *err);
 
 /* Bytes that model_create_piece takes for its arena. */
-size_t model_arena_bytes(const struct layout *layout, int B, int T, int training);
+size_t model_arena_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T, int training);
 
 /* What is trained on; until it is set, all tokens and cross-entropy alone.
  *

@@ -129,10 +129,6 @@ static void whole_numbers(float *x, size_t n, unsigned seed) {
     for (size_t i = 0; i < n; i++) x[i] = (float)((int)((i * 2654435761u + seed * 40503u) >> 7) % 31 - 15);
 }
 
-static void round_all(float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = bf16_widen(bf16_nearest(x[i]));
-}
-
 /* Sums of whole numbers under 2^24 are exact in any order, so a slip of layout is a hard mismatch. */
 static void assert_near(const char *what, const float *got, const float *want, size_t n, int exact) {
     float largest = outer_absmax(want, n);
@@ -141,34 +137,62 @@ static void assert_near(const char *what, const float *got, const float *want, s
             fail_msg("%s[%zu] is %.9g, should be %.9g", what, i, (double)got[i], (double)want[i]);
 }
 
+static uint16_t *rounded(const float *x, size_t n) {
+    uint16_t *out = malloc(n * sizeof *out);
+    for (size_t i = 0; i < n; i++) out[i] = bf16_nearest(x[i]);
+    return out;
+}
+
+/* The same result but for what fp32 sums in another order give: at most the next bf16, or what is nothing beside
+ * the largest. */
+static void assert_near_act(const char *what, const uint16_t *got, const uint16_t *want, size_t n, float loose) {
+    float largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(bf16_widen(want[i])));
+    for (size_t i = 0; i < n; i++) {
+        float g = bf16_widen(got[i]), w = bf16_widen(want[i]);
+        if (!(fabsf(g - w) <= fabsf(w) / 128 + loose * largest))
+            fail_msg("%s[%zu] is %.9g, should be %.9g", what, i, (double)g, (double)w);
+    }
+}
+
+static void assert_act(const char *what, const uint16_t *got, const uint16_t *want, size_t n, int exact) {
+    for (size_t i = 0; exact && i < n; i++) /* 0 and -0 are equal */
+        if (bf16_widen(got[i]) != bf16_widen(want[i]))
+            fail_msg("%s[%zu] is %.9g, should be %.9g", what, i, (double)bf16_widen(got[i]),
+                     (double)bf16_widen(want[i]));
+    assert_near_act(what, got, want, n, 4e-6f);
+}
+
 static void compare_products(const struct kernels *k, int rows, int C, int OC, int exact) {
-    const struct kernels *ref = kernels_reference();
+    const struct kernels *ref = kernels_reference_bf16();
     size_t nx = (size_t)rows * (size_t)C, nw = (size_t)OC * (size_t)C, no = (size_t)rows * (size_t)OC;
-    float *x = draw(nx, 1), *w = draw(nw, 1), *dout = draw(no, 1), *got = draw(no, 1), *want = draw(no, 1);
-    uint16_t *upper = malloc(nw * sizeof *upper), *rest = k->rest_bytes ? malloc(nw * sizeof *rest) : NULL;
-    if (exact) whole_numbers(x, nx, 1), whole_numbers(w, nw, 2), whole_numbers(dout, no, 3);
-    k->weights_in(k, upper, rest, w, nw);
-    for (size_t i = 0; i < nw; i++) w[i] = bf16_widen(upper[i]);
-    k->matmul_forward(k, got, x, upper, rows, C, OC);
-    float *dx[2] = { draw(nx, 1), draw(nx, 1) }, *dw[2] = { draw(nw, 1), draw(nw, 1) }, *dx_want[2], *dw_want[2];
-    for (int add = 0; add <= 1; add++) {
-        if (exact) whole_numbers(dx[add], nx, 4), whole_numbers(dw[add], nw, 5);
-        dx_want[add] = memcpy(malloc(nx * sizeof(float)), dx[add], nx * sizeof(float));
-        dw_want[add] = memcpy(malloc(nw * sizeof(float)), dw[add], nw * sizeof(float));
-        k->matmul_backward_input(k, dx[add], dout, upper, rows, C, OC, add ? KERNELS_ADD : KERNELS_SET);
-        k->matmul_backward_weight(k, dw[add], dout, x, rows, C, OC, add ? KERNELS_ADD : KERNELS_SET);
+    float *draws[] = { draw(nx, 1), draw(nw, 1), draw(no, 1) }, *logits[] = { draw(no, 1), draw(no, 1) };
+    if (exact) whole_numbers(draws[0], nx, 1), whole_numbers(draws[1], nw, 2), whole_numbers(draws[2], no, 3);
+    uint16_t *x = rounded(draws[0], nx), *w = rounded(draws[1], nw), *dout = rounded(draws[2], no);
+    uint16_t *out[] = { rounded(draws[2], no), rounded(draws[2], no) };
+    uint16_t *dx[] = { rounded(draws[0], nx), rounded(draws[0], nx) };
+    const struct kernels *backend[] = { k, ref };
+    for (int i = 0; i < 2; i++) {
+        backend[i]->matmul_forward(backend[i], out[i], x, w, rows, C, OC);
+        backend[i]->matmul_logits(backend[i], logits[i], x, w, rows, C, OC);
+        backend[i]->matmul_backward_input(backend[i], dx[i], dout, w, rows, C, OC);
     }
-    round_all(x, nx), round_all(dout, no);
-    ref->matmul_forward(ref, want, x, w, rows, C, OC);
-    assert_near("out", got, want, no, exact);
+    assert_act("out", out[0], out[1], no, exact);
+    assert_near("logits", logits[0], logits[1], no, exact);
+    assert_act("dx", dx[0], dx[1], nx, exact);
     for (int add = 0; add <= 1; add++) {
-        ref->matmul_backward_input(ref, dx_want[add], dout, w, rows, C, OC, add ? KERNELS_ADD : KERNELS_SET);
-        ref->matmul_backward_weight(ref, dw_want[add], dout, x, rows, C, OC, add ? KERNELS_ADD : KERNELS_SET);
-        assert_near("dx", dx[add], dx_want[add], nx, exact);
-        assert_near("dw", dw[add], dw_want[add], nw, exact);
-        free(dx[add]), free(dw[add]), free(dx_want[add]), free(dw_want[add]);
+        float *dw[2] = { draw(nw, 1), malloc(nw * sizeof(float)) };
+        if (exact) whole_numbers(dw[0], nw, 5);
+        memcpy(dw[1], dw[0], nw * sizeof(float));
+        for (int i = 0; i < 2; i++)
+            backend[i]->matmul_backward_weight(backend[i], dw[i], dout, x, rows, C, OC,
+                                               add ? KERNELS_ADD : KERNELS_SET);
+        assert_near("dw", dw[0], dw[1], nw, exact);
+        free(dw[0]), free(dw[1]);
     }
-    free(x), free(w), free(dout), free(got), free(want), free(upper), free(rest);
+    for (int i = 0; i < 2; i++) free(out[i]), free(dx[i]), free(logits[i]);
+    for (int i = 0; i < 3; i++) free(draws[i]);
+    free(x), free(w), free(dout);
 }
 
 static void products_are_the_references_on_rounded_operands(void **state) {
@@ -195,38 +219,200 @@ static void many_shapes_do_not_mix(void **state) {
     finish(k);
 }
 
-/* ---- other kernels that see weights -------------------------------------------------------------- */
+/* ---- attention ---------------------------------------------------------------------------------- */
 
-static void compare_norms_and_embeddings(struct kernels *k, struct kernels *plain) {
-    enum { ROWS = 9, C = 70, V = 13 };
-    float *w = draw(V * C, 1), *x = draw(ROWS * C, 1), *dout = draw(ROWS * C, 1);
-    float out[2][ROWS * C], rstd[2][ROWS], dx[2][ROWS * C] = { { 0 } }, dw[2][C] = { { 0 } }, table[2][ROWS * C];
-    uint16_t upper[V * C], rest[V * C];
-    int32_t tokens[ROWS];
-    for (int r = 0; r < ROWS; r++) tokens[r] = (r * 5 + 12) % V;
-    k->weights_in(k, upper, rest, w, V * C);
-    for (int i = 0; i < V * C; i++) w[i] = bf16_widen(upper[i]);
-    const struct kernels *backend[] = { k, plain };
-    const void *weights[] = { upper, w };
-    for (int i = 0; i < 2; i++) {
-        const struct kernels *b = backend[i];
-        b->embedding_forward(b, table[i], tokens, weights[i], ROWS, C, V);
-        b->rmsnorm_forward(b, out[i], rstd[i], x, weights[i], 1e-5f, ROWS, C);
-        b->rmsnorm_backward(b, dx[i], dw[i], dout, x, weights[i], rstd[i], ROWS, C);
-    }
-    assert_memory_equal(table[0], table[1], sizeof table[0]);
-    assert_memory_equal(out[0], out[1], sizeof out[0]);
-    assert_memory_equal(dx[0], dx[1], sizeof dx[0]);
-    assert_memory_equal(dw[0], dw[1], sizeof dw[0]);
-    free(w), free(x), free(dout);
-    finish(k);
-    finish(plain);
+/* Documents of 1, 2, 3, ... tokens. */
+static void draw_starts(int32_t *start, int B, int T) {
+    for (int b = 0; b < B; b++)
+        for (int t = 0, first = 0, length = 1 + b; t < T; t++) {
+            if (t - first == length) first = t, length += 1 + length / 3;
+            start[b * T + t] = first;
+        }
 }
 
-static void norms_and_embeddings_see_the_upper_halves(void **state) {
+struct attention {
+    int B, T, H, KV, D;
+    size_t n, rows;                       /* of qkv; of out */
+    uint16_t *qkv, *dout, *out[2], *dqkv[2];
+    float *lse[2];
+};
+
+static void attention_take(struct attention *a, const int shape[5]) {
+    *a = (struct attention){ .B = shape[0], .T = shape[1], .H = shape[2], .KV = shape[3], .D = shape[4] };
+    a->n = (size_t)(a->B * a->T) * (size_t)((a->H + 2 * a->KV) * a->D);
+    a->rows = (size_t)(a->B * a->T) * (size_t)(a->H * a->D);
+    float *qkv = draw(a->n, 1), *dout = draw(a->rows, 1);
+    a->qkv = rounded(qkv, a->n), a->dout = rounded(dout, a->rows);
+    for (int i = 0; i < 2; i++) {
+        a->out[i] = malloc(a->rows * sizeof(uint16_t)), a->dqkv[i] = malloc(a->n * sizeof(uint16_t));
+        memset(a->out[i], 0xff, a->rows * sizeof(uint16_t)); /* NaN: all of it must be written */
+        memset(a->dqkv[i], 0xff, a->n * sizeof(uint16_t));
+        a->lse[i] = malloc((size_t)(a->B * a->H * a->T) * sizeof(float));
+    }
+    free(qkv), free(dout);
+}
+
+static void attention_drop(struct attention *a) {
+    free(a->qkv), free(a->dout);
+    for (int i = 0; i < 2; i++) free(a->out[i]), free(a->dqkv[i]), free(a->lse[i]);
+}
+
+/* Both backward passes from the reference's outputs. */
+static void attention_run(struct attention *a, const struct kernels *k, const int32_t *start) {
+    const struct kernels *backend[] = { k, kernels_reference_bf16() };
+    for (int i = 1; i >= 0; i--) {
+        const struct kernels *b = backend[i];
+        b->attention_forward(b, a->out[i], a->lse[i], a->qkv, start, a->B, a->T, a->H, a->KV, a->D);
+        b->attention_backward(b, a->dqkv[i], a->dout, a->qkv, a->out[1], a->lse[1], start, a->B, a->T, a->H, a->KV,
+                              a->D);
+    }
+}
+
+/* Probabilities and their gradients are rounded on the way, each by 2^-9 at most: relative to the largest element,
+ * for they cancel. A wrong term is off by ten times as much. */
+static void compare_attention(struct kernels *k) {
+    static const int shape[][5] = { { 1, 1, 1, 1, 2 },   { 2, 63, 4, 2, 6 },   { 1, 64, 2, 2, 16 },
+                                    { 3, 65, 3, 1, 10 }, { 1, 130, 4, 2, 32 }, { 2, 5, 6, 3, 4 },
+                                    { 2, 150, 4, 2, 64 }, { 1, 200, 2, 1, 128 } };
+    if (!k) return;
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
+        for (int documents = 0; documents <= 1; documents++) {
+            struct attention a;
+            attention_take(&a, shape[i]);
+            int32_t start[500];
+            draw_starts(start, a.B, a.T);
+            attention_run(&a, k, documents ? start : NULL);
+            assert_near_act("out", a.out[0], a.out[1], a.rows, 4e-3f);
+            assert_near("lse", a.lse[0], a.lse[1], (size_t)(a.B * a.H * a.T), 0);
+            assert_near_act("dqkv", a.dqkv[0], a.dqkv[1], a.n, 8e-3f);
+            attention_drop(&a);
+        }
+    finish(k);
+}
+
+static void attention_is_the_references_but_for_rounding(void **state) {
     (void)state;
-    compare_norms_and_embeddings(create(2, 0, 0), kernels_cpu_create(2, NULL));
-    compare_norms_and_embeddings(cuda(PLANES), cuda(FP32));
+    compare_attention(cuda(PLANES));
+    for (int native = 0; native <= 1; native++)
+        for (int threads = 1; threads <= 3; threads += 2) compare_attention(create(threads, 0, native));
+}
+
+static void assert_near_whole(const char *what, const uint16_t *got, const uint16_t *want, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float g = bf16_widen(got[i]), w = bf16_widen(want[i]);
+        if (!(fabsf(g - w) <= fabsf(w) / 128 + 1e-3f))
+            fail_msg("%s[%zu] is %.9g, should be %.9g", what, i, (double)g, (double)w);
+    }
+}
+
+/* Each query finds two equal keys, with a score so far above all others that these count nothing: probabilities are
+ * a half, all products are of small whole numbers, and nothing is rounded but the log-sum-exp, and each sum in the
+ * end. So a slip of layout is a mismatch by at least the smallest number there is, 1/32. */
+static void attention_of_whole_numbers_rounds_nothing_on_the_way(void **state) {
+    (void)state;
+    static const int shape[][5] = { { 2, 80, 2, 1, 64 }, { 1, 200, 4, 2, 16 }, { 1, 131, 2, 2, 64 } };
+    for (int native = 0; native <= 1; native++)
+        for (size_t s = 0; s < sizeof shape / sizeof *shape; s++) {
+            struct kernels *k = create(2, 0, native);
+            if (!k) return;
+            struct attention a;
+            attention_take(&a, shape[s]);
+            int row = (a.H + 2 * a.KV) * a.D, pairs = a.D == 16 ? 8 : 32;
+            for (int t = 0; t < a.B * a.T; t++)
+                for (int i = 0; i < row; i++) {
+                    int head = i / a.D, d = i % a.D, at = t % a.T, value;
+                    /* Key t has a one at d = t / 2 (mod pairs), and none where that was before: of its kind only the
+                     * first two are found. Queries point at one that is behind them. */
+                    int kind = at / 2, query = (at * 7 + head) % (kind < pairs ? kind + 1 : pairs);
+                    if (head < a.H) value = at < 2 || d != query ? 0 : 1024;
+                    else if (head < a.H + a.KV) value = kind < pairs && d == kind;
+                    else value = (at * 5 + d * 3 + head) % 7 - 3;
+                    a.qkv[t * row + i] = bf16_nearest((float)value);
+                }
+            for (size_t i = 0; i < a.rows; i++) a.dout[i] = bf16_nearest((float)((int)(i * 2654435761u >> 9) % 3 - 1));
+            /* The first two tokens see too few keys: alone. */
+            int32_t start[400];
+            for (int t = 0; t < a.B * a.T; t++) start[t] = 0;
+            attention_run(&a, k, start);
+            assert_near_whole("out", a.out[0], a.out[1], a.rows);
+            assert_near_whole("dqkv", a.dqkv[0], a.dqkv[1], a.n);
+            attention_drop(&a);
+            finish(k);
+        }
+}
+
+/* ---- row by row ---------------------------------------------------------------------------------- */
+
+static void compare_by_row(struct kernels *k) {
+    enum { ROWS = 19, C = 70, V = 13, N = ROWS * C };
+    const struct kernels *backend[] = { k, kernels_reference_bf16() };
+    float *x = draw(N, 2), *other = draw(N, 1), *wide = draw(2 * N, 2), *table = draw(V * C, 1), cosine[ROWS * 5],
+          sine[ROWS * 5];
+    uint16_t *dout = rounded(other, N), *w = rounded(table, V * C), *gate_up = rounded(wide, 2 * N);
+    float rstd[2][ROWS], dx[2][N], dw[2][C] = { { 0 } }, sum[2][N], embedded[2][N];
+    uint16_t norm[2][N], glu[2][N], dglu[2][2 * N], turned[2][N], round[2][N];
+    int32_t tokens[ROWS];
+    for (int r = 0; r < ROWS; r++) tokens[r] = (r * 5 + 12) % V;
+    kernels_rope_tables(cosine, sine, ROWS, 10, &(struct kernels_rope){ .theta = 100 });
+    for (int i = 0; i < 2; i++) {
+        const struct kernels *b = backend[i];
+        memcpy(dx[i], other, sizeof dx[i]);
+        memcpy(turned[i], dout, sizeof turned[i]);
+        b->embedding_forward(b, embedded[i], tokens, w, ROWS, C, V);
+        b->rmsnorm_forward(b, norm[i], rstd[i], x, w, 1e-5f, ROWS, C);
+        b->rmsnorm_backward(b, dx[i], dw[i], dout, x, w, rstd[i], ROWS, C);
+        b->swiglu_forward(b, glu[i], gate_up, ROWS, C);
+        b->swiglu_backward(b, dglu[i], dout, gate_up, ROWS, C);
+        b->rope_forward(b, turned[i], cosine, sine, NULL, 1, ROWS, 3, 2, 10);
+        b->rope_backward(b, turned[i], cosine, sine, NULL, 1, ROWS, 1, 3, 10);
+        b->add(b, sum[i], x, dout, N);
+        b->round(b, round[i], x, N);
+    }
+    assert_memory_equal(embedded[0], embedded[1], sizeof embedded[0]);
+    assert_memory_equal(sum[0], sum[1], sizeof sum[0]);
+    assert_memory_equal(round[0], round[1], sizeof round[0]);
+    assert_act("norm", norm[0], norm[1], N, 0);
+    assert_near("dx", dx[0], dx[1], N, 0);
+    assert_near("dw", dw[0], dw[1], C, 0);
+    assert_act("swiglu", glu[0], glu[1], N, 0);
+    assert_act("dgate_up", dglu[0], dglu[1], 2 * N, 0);
+    assert_near_act("rotated", turned[0], turned[1], N, 8e-3f); /* twice, so off by two */
+    k->swiglu_backward(k, gate_up, dout, gate_up, ROWS, C);
+    assert_memory_equal(gate_up, dglu[0], sizeof dglu[0]);
+    free(x), free(other), free(wide), free(table), free(dout), free(w), free(gate_up);
+    finish(k);
+}
+
+static void kernels_by_row_are_the_references(void **state) {
+    (void)state;
+    compare_by_row(create(2, 0, 0));
+    compare_by_row(cuda(PLANES));
+}
+
+static void compare_cross_entropy(struct kernels *k) {
+    enum { ROWS = 9, V = 700, N = ROWS * V };
+    const struct kernels *backend[] = { k, kernels_reference_bf16() };
+    struct kernels_loss how = { .grad_scale = 0.25f, .z = 1e-2f, .max_z = 1e-2f };
+    float *x = draw(N, 3), loss[2][ROWS], penalty[2][ROWS], logits[N];
+    uint16_t dlogits[2][N];
+    int32_t targets[ROWS];
+    for (int r = 0; r < ROWS; r++) targets[r] = r == 4 ? -1 : r * 77;
+    x[3 * V + 231] = 20; /* the largest is the target */
+    for (int i = 0; i < 2; i++) {
+        memcpy(logits, x, sizeof logits);
+        backend[i]->cross_entropy(backend[i], loss[i], penalty[i], dlogits[i], logits, targets, &how, ROWS, V);
+    }
+    assert_near("loss", loss[0], loss[1], ROWS, 0);
+    assert_near("penalty", penalty[0], penalty[1], ROWS, 0);
+    assert_act("dlogits", dlogits[0], dlogits[1], N, 0);
+    free(x);
+    finish(k);
+}
+
+static void cross_entropy_rounds_its_gradient_alone(void **state) {
+    (void)state;
+    compare_cross_entropy(create(2, 0, 0));
+    compare_cross_entropy(cuda(PLANES));
 }
 
 static struct kernels_adamw settings_of(uint64_t step) {
@@ -417,7 +603,10 @@ int main(void) {
         cmocka_unit_test(stochastic_rounding_is_right_on_average),
         cmocka_unit_test(products_are_the_references_on_rounded_operands),
         cmocka_unit_test(many_shapes_do_not_mix),
-        cmocka_unit_test(norms_and_embeddings_see_the_upper_halves),
+        cmocka_unit_test(attention_is_the_references_but_for_rounding),
+        cmocka_unit_test(attention_of_whole_numbers_rounds_nothing_on_the_way),
+        cmocka_unit_test(kernels_by_row_are_the_references),
+        cmocka_unit_test(cross_entropy_rounds_its_gradient_alone),
         cmocka_unit_test(a_step_with_the_rest_is_the_step_in_fp32),
         cmocka_unit_test(without_the_rest_small_updates_add_up_and_cuts_change_nothing),
         cmocka_unit_test(an_engine_on_cuda_trains_like_one_on_the_cpu),

@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/bf16.h"
+
 #define float double
 #define kernels_reference kernels_reference_in_double
 #define kernels_rope_tables kernels_rope_tables_in_double
@@ -76,19 +78,16 @@ static double matmul_loss(void) {
 
 static void matmul_gradients_are_right_and_can_be_added(void **state) {
     (void)state;
-    double dx[ROWS * C], dw[OC * C], dx_added[ROWS * C], dw_added[OC * C];
+    double dx[ROWS * C], dw[OC * C], dw_added[OC * C];
     fill(mm.x, ROWS * C, 1);
     fill(mm.w, OC * C, 2);
     fill(mm.dout, ROWS * OC, 3);
-    k->matmul_backward_input(k, dx, mm.dout, mm.w, ROWS, C, OC, KERNELS_SET);
+    k->matmul_backward_input(k, dx, mm.dout, mm.w, ROWS, C, OC);
     k->matmul_backward_weight(k, dw, mm.dout, mm.x, ROWS, C, OC, KERNELS_SET);
     assert_is_gradient(dx, mm.x, ROWS * C, matmul_loss);
     assert_is_gradient(dw, mm.w, OC * C, matmul_loss);
-    for (int i = 0; i < ROWS * C; i++) dx_added[i] = 2.0;
     for (int i = 0; i < OC * C; i++) dw_added[i] = 2.0;
-    k->matmul_backward_input(k, dx_added, mm.dout, mm.w, ROWS, C, OC, KERNELS_ADD);
     k->matmul_backward_weight(k, dw_added, mm.dout, mm.x, ROWS, C, OC, KERNELS_ADD);
-    assert_differs_by(dx_added, dx, 2.0, ROWS * C);
     assert_differs_by(dw_added, dw, 2.0, OC * C);
 }
 
@@ -232,7 +231,7 @@ static struct {
 static double cross_entropy_loss(void) {
     double sum = 0.0;
     memcpy(ce.scratch, ce.logits, sizeof ce.scratch);
-    k->cross_entropy(k, ce.loss, ce.penalty, ce.scratch, ce.targets, &ce.how, ROWS, V);
+    k->cross_entropy(k, ce.loss, ce.penalty, ce.scratch, ce.scratch, ce.targets, &ce.how, ROWS, V);
     for (int r = 0; r < ROWS; r++) sum += ce.loss[r] + ce.penalty[r];
     return sum * GRAD_SCALE;
 }

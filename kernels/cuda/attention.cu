@@ -1,5 +1,5 @@
 /* attention.cu - causal grouped-query attention in tiles that stay on the chip, FlashAttention
- * (arXiv:2205.14135), in fp32 without tensor cores: the fallback and the check of faster ones.
+ * (arXiv:2205.14135), computed in fp32 without tensor cores: the fallback and the check of faster ones.
  *
  * Forward: a block has TILE queries of one head and walks over the keys that they see. Backward: one kernel
  * for dq, block by block as forward, and one for dk and dv, whose blocks have TILE keys of one key/value head
@@ -30,10 +30,11 @@ __device__ static int value_at(const struct attention &a, int kv) { return (a.H 
 
 /* TILE rows of D floats from the row `first` of `x` on, rows of which are `apart` floats apart, into shared
  * memory with rows D + 1 apart (so that a column lies in different banks); zeroes after row `rows`. */
-__device__ static void load_tile(float *tile, const float *x, size_t apart, int first, int rows, int D) {
+template <class E>
+__device__ static void load_tile(float *tile, const E *x, size_t apart, int first, int rows, int D) {
     for (int i = (int)threadIdx.x; i < TILE * D; i += BLOCK) {
         int r = i / D, d = i % D;
-        tile[r * (D + 1) + d] = first + r < rows ? x[(size_t)(first + r) * apart + d] : 0.0f;
+        tile[r * (D + 1) + d] = first + r < rows ? wide(x[(size_t)(first + r) * apart + d]) : 0.0f;
     }
 }
 
@@ -66,11 +67,11 @@ __device__ static void add_row(float (&acc)[COLUMNS], float factor, const float 
         if (i * QUAD + part < D) acc[i] += factor * row[i * QUAD + part];
 }
 
-template <int COLUMNS>
-__device__ static void store_row(float *to, const float (&acc)[COLUMNS], float factor, int part, int D) {
+template <class E, int COLUMNS>
+__device__ static void store_row(E *to, const float (&acc)[COLUMNS], float factor, int part, int D) {
     UNROLL
     for (int i = 0; i < COLUMNS; i++)
-        if (i * QUAD + part < D) to[i * QUAD + part] = acc[i] * factor;
+        if (i * QUAD + part < D) put(&to[i * QUAD + part], acc[i] * factor);
 }
 
 __device__ static int document_of(const struct attention &a, int b, int t) {
@@ -80,14 +81,14 @@ __device__ static int document_of(const struct attention &a, int b, int t) {
 /* ---- forward ---------------------------------------------------------------------------------------- */
 
 /* COLUMNS: of a row's output that a thread has, at least D / QUAD. */
-template <int COLUMNS>
+template <class E, int COLUMNS>
 __global__ void __launch_bounds__(BLOCK)
-attend(float *out, float *lse, const float *qkv, struct attention a) {
+attend(E *out, float *lse, const E *qkv, struct attention a) {
     SHARED_MEMORY(memory);
     int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
     int row = (int)threadIdx.x / QUAD, part = (int)threadIdx.x % QUAD, t = first + row;
     float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1), *p = value + TILE * (D + 1);
-    const float *rows = qkv + (size_t)b * a.T * row_floats(a);
+    const E *rows = qkv + (size_t)b * a.T * row_floats(a);
     float sum = 0.0f, max = -INFINITY, acc[COLUMNS];
     clear(acc);
     load_tile(q, rows + query_at(a, h), row_floats(a), first, a.T, D);
@@ -128,28 +129,28 @@ attend(float *out, float *lse, const float *qkv, struct attention a) {
 /* ---- backward --------------------------------------------------------------------------------------- */
 
 /* delta = dout . out, of each row and head. A warp each. */
-__global__ void attention_delta(float *delta, const float *dout, const float *out, size_t heads, int T, int H,
-                                int D) {
+template <class E>
+__global__ void attention_delta(float *delta, const E *dout, const E *out, size_t heads, int T, int H, int D) {
     size_t i = grid_index() / CUDA_WARP; /* [B,T,H] */
     if (i >= heads) return;
     float sum = 0.0f;
-    for (int d = (int)threadIdx.x % CUDA_WARP; d < D; d += CUDA_WARP) sum += dout[i * D + d] * out[i * D + d];
+    for (int d = (int)threadIdx.x % CUDA_WARP; d < D; d += CUDA_WARP) sum += wide(dout[i * D + d]) * wide(out[i * D + d]);
     sum = warp_sum(sum);
     size_t b = i / H / T, t = i / H % T, h = i % H;
     if (threadIdx.x % CUDA_WARP == 0) delta[(b * H + h) * T + t] = sum;
 }
 
 /* With p = exp(score - lse): dscore = p * (dout.value - delta) * scale; dq = sum of dscore * key. */
-template <int COLUMNS>
+template <class E, int COLUMNS>
 __global__ void __launch_bounds__(BLOCK)
-query_gradient(float *dqkv, const float *dout, const float *qkv, const float *lse, const float *delta,
+query_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
                struct attention a) {
     SHARED_MEMORY(memory);
     int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
     int row = (int)threadIdx.x / QUAD, part = (int)threadIdx.x % QUAD, t = first + row;
     float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
           *grad = value + TILE * (D + 1), *ds = grad + TILE * (D + 1);
-    const float *rows = qkv + (size_t)b * a.T * row_floats(a);
+    const E *rows = qkv + (size_t)b * a.T * row_floats(a);
     size_t at = ((size_t)b * a.H + h) * a.T + t;
     float acc[COLUMNS], row_lse = t < a.T ? lse[at] : 0.0f, row_delta = t < a.T ? delta[at] : 0.0f;
     clear(acc);
@@ -180,16 +181,16 @@ query_gradient(float *dqkv, const float *dout, const float *qkv, const float *ls
 
 /* Of one key tile and the heads h of its group: dv = sum of p * dout, dk = sum of dscore * q, in the order of
  * heads and queries. A thread's row is a key here. */
-template <int COLUMNS>
+template <class E, int COLUMNS>
 __global__ void __launch_bounds__(BLOCK)
-key_gradient(float *dqkv, const float *dout, const float *qkv, const float *lse, const float *delta,
+key_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
              struct attention a) {
     SHARED_MEMORY(memory);
     int D = a.D, first = (int)blockIdx.x * TILE, kv = (int)blockIdx.y, b = (int)blockIdx.z, group = a.H / a.KV;
     int row = (int)threadIdx.x / QUAD, part = (int)threadIdx.x % QUAD, u = first + row;
     float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
           *grad = value + TILE * (D + 1), *ds = grad + TILE * (D + 1), *ps = ds + TILE * (TILE + 1);
-    const float *rows = qkv + (size_t)b * a.T * row_floats(a);
+    const E *rows = qkv + (size_t)b * a.T * row_floats(a);
     float dk[COLUMNS], dv[COLUMNS];
     clear(dk);
     clear(dv);
@@ -222,7 +223,7 @@ key_gradient(float *dqkv, const float *dout, const float *qkv, const float *lse,
         }
     }
     if (u >= a.T) return;
-    float *to = dqkv + ((size_t)b * a.T + u) * row_floats(a);
+    E *to = dqkv + ((size_t)b * a.T + u) * row_floats(a);
     store_row(to + key_at(a, kv), dk, 1.0f, part, D);
     store_row(to + value_at(a, kv), dv, 1.0f, part, D);
 }
@@ -252,49 +253,60 @@ static struct attention shape_of(const int32_t *start, int T, int H, int KV, int
     return a;
 }
 
-template <int COLUMNS>
-static void forward(struct cuda *c, float *out, float *lse, const float *qkv, struct attention a, int B) {
+template <class E, int COLUMNS>
+static void forward(struct cuda *c, E *out, float *lse, const E *qkv, struct attention a, int B) {
     size_t bytes = shared_bytes(3, 1, a.D);
-    if (allow(c, attend<COLUMNS>, bytes)) return;
-    RUN(c, attend<COLUMNS>, dim3(cuda_blocks((size_t)a.T, TILE), (unsigned)a.H, (unsigned)B), BLOCK, bytes, out, lse,
+    if (allow(c, attend<E, COLUMNS>, bytes)) return;
+    RUN(c, (attend<E, COLUMNS>), dim3(cuda_blocks((size_t)a.T, TILE), (unsigned)a.H, (unsigned)B), BLOCK, bytes, out, lse,
         qkv, a);
 }
 
-static void attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
-                              const int32_t *start, int B, int T, int H, int KV, int D) {
+template <class E>
+static void pick_forward(struct cuda *c, E *out, float *lse, const E *qkv, struct attention a, int B) {
+    if (a.D <= 64) forward<E, 16>(c, out, lse, qkv, a, B);
+    else if (a.D <= 128) forward<E, 32>(c, out, lse, qkv, a, B);
+    else forward<E, 64>(c, out, lse, qkv, a, B);
+}
+
+static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv, const int32_t *start,
+                              int B, int T, int H, int KV, int D) {
     struct cuda *c = cuda_of(k);
     struct attention a = shape_of(start, T, H, KV, D);
     if (refuse_head(c, D)) return;
-    if (D <= 64) forward<16>(c, out, lse, qkv, a, B);
-    else if (D <= 128) forward<32>(c, out, lse, qkv, a, B);
-    else forward<64>(c, out, lse, qkv, a, B);
+    WITH_TYPE(k, pick_forward(c, (E *)out, lse, (const E *)qkv, a, B));
 }
 
-template <int COLUMNS>
-static void backward(struct cuda *c, float *dqkv, const float *dout, const float *qkv, const float *lse,
-                     const float *delta, struct attention a, int B) {
+template <class E, int COLUMNS>
+static void backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
+                     struct attention a, int B) {
     size_t for_query = shared_bytes(4, 1, a.D), for_key = shared_bytes(4, 2, a.D);
     unsigned tiles = cuda_blocks((size_t)a.T, TILE);
-    if (allow(c, query_gradient<COLUMNS>, for_query) || allow(c, key_gradient<COLUMNS>, for_key)) return;
-    RUN(c, query_gradient<COLUMNS>, dim3(tiles, (unsigned)a.H, (unsigned)B), BLOCK, for_query, dqkv, dout, qkv, lse,
+    if (allow(c, query_gradient<E, COLUMNS>, for_query) || allow(c, key_gradient<E, COLUMNS>, for_key)) return;
+    RUN(c, (query_gradient<E, COLUMNS>), dim3(tiles, (unsigned)a.H, (unsigned)B), BLOCK, for_query, dqkv, dout, qkv, lse,
         delta, a);
-    RUN(c, key_gradient<COLUMNS>, dim3(tiles, (unsigned)a.KV, (unsigned)B), BLOCK, for_key, dqkv, dout, qkv, lse,
+    RUN(c, (key_gradient<E, COLUMNS>), dim3(tiles, (unsigned)a.KV, (unsigned)B), BLOCK, for_key, dqkv, dout, qkv, lse,
         delta, a);
 }
 
-static void attention_backward(const struct kernels *k, float *dqkv, const float *dout, const float *qkv,
-                               const float *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
+template <class E>
+static void pick_backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, const E *out, const float *lse,
+                          float *delta, struct attention a, int B) {
+    size_t heads = (size_t)B * a.T * a.H;
+    RUN(c, attention_delta<E>, cuda_blocks(heads * CUDA_WARP, CUDA_THREADS), CUDA_THREADS, 0, delta, dout, out, heads,
+        a.T, a.H, a.D);
+    if (a.D <= 64) backward<E, 16>(c, dqkv, dout, qkv, lse, delta, a, B);
+    else if (a.D <= 128) backward<E, 32>(c, dqkv, dout, qkv, lse, delta, a, B);
+    else backward<E, 64>(c, dqkv, dout, qkv, lse, delta, a, B);
+}
+
+static void attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
+                               const void *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
                                int D) {
     struct cuda *c = cuda_of(k);
     struct attention a = shape_of(start, T, H, KV, D);
-    size_t heads = (size_t)B * T * H;
-    float *delta = (float *)cuda_scratch(c, heads * sizeof *delta);
+    float *delta = (float *)cuda_scratch(c, (size_t)B * T * H * sizeof *delta);
     if (refuse_head(c, D) || !delta) return;
-    RUN(c, attention_delta, cuda_blocks(heads * CUDA_WARP, CUDA_THREADS), CUDA_THREADS, 0, delta, dout, out, heads, T,
-        H, D);
-    if (D <= 64) backward<16>(c, dqkv, dout, qkv, lse, delta, a, B);
-    else if (D <= 128) backward<32>(c, dqkv, dout, qkv, lse, delta, a, B);
-    else backward<64>(c, dqkv, dout, qkv, lse, delta, a, B);
+    WITH_TYPE(k, pick_backward(c, (E *)dqkv, (const E *)dout, (const E *)qkv, (const E *)out, lse, delta, a, B));
 }
 
 void cuda_fill_attention(struct kernels *k) {

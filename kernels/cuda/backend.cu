@@ -117,8 +117,8 @@ static int open_device(struct cuda *c, struct err *err) {
     snprintf(c->description, sizeof c->description, "CUDA %d.%d, %.60s (%d.%d, %zu MB), %s", runtime / 1000,
              runtime % 1000 / 10, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
              c->table.weight_bytes == sizeof(float) ? "fp32"
-             : c->table.rest_bytes                  ? "bf16 weights with fp32 master"
-                                                    : "bf16 weights rounded stochastically");
+             : c->table.rest_bytes                  ? "bf16 with fp32 master"
+                                                    : "bf16 rounded stochastically");
     return 0;
 }
 
@@ -140,6 +140,7 @@ extern "C" __attribute__((visibility("default"))) struct kernels *intellect_cuda
     k->description = c->description;
     k->weight_bytes = weight_bytes;
     k->rest_bytes = rest_bytes;
+    k->act_bytes = weight_bytes;
     k->alloc = cuda_alloc;
     k->free = cuda_free;
     k->copy_in = copy_in;

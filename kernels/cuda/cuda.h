@@ -65,9 +65,23 @@ static inline unsigned cuda_blocks(size_t n, size_t each) {
 
 /* ---- what kernels share ----------------------------------------------------------------------- */
 
-/* A weight in fp32, of either kind. */
-__device__ inline float wide(float w) { return w; }
-__device__ inline float wide(uint16_t w) { return bf16_widen(w); }
+/* Weights and activations are fp32, or bf16 as its bits; arithmetic is fp32, rounded once. */
+__device__ inline float wide(float x) { return x; }
+__device__ inline float wide(uint16_t x) { return bf16_widen(x); }
+__device__ inline void put(float *to, float x) { *to = x; }
+__device__ inline void put(uint16_t *to, float x) { *to = bf16_nearest(x); }
+
+/* Run a statement with E as the type of backend k's weights and activations. */
+#define WITH_TYPE(k, ...)                         \
+    do {                                          \
+        if ((k)->act_bytes == sizeof(float)) {    \
+            typedef float E;                      \
+            __VA_ARGS__;                          \
+        } else {                                  \
+            typedef uint16_t E;                   \
+            __VA_ARGS__;                          \
+        }                                         \
+    } while (0)
 
 template <class T> __device__ inline T warp_sum(T x) {
     for (int step = CUDA_WARP / 2; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);

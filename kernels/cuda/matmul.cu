@@ -13,7 +13,7 @@
 #define WORKSPACE_BYTES ((size_t)32 << 20)
 
 struct key {
-    int m, n, k, transposed_a, transposed_b, add;
+    int m, n, k, transposed_a, transposed_b, add, wide; /* wide: the result is fp32, else an activation */
 };
 
 struct product {
@@ -28,8 +28,6 @@ struct cuda_products {
     struct product product[PRODUCTS_MAX];
     unsigned next; /* which one to replace when all are taken */
     void *workspace;
-    void *narrow[2]; /* operands rounded to bf16; they grow */
-    size_t narrow_bytes[2];
 };
 
 static void release(struct product *p) {
@@ -58,8 +56,6 @@ void cuda_products_destroy(struct cuda *c) {
     for (int i = 0; i < PRODUCTS_MAX; i++) release(&p->product[i]);
     if (p->handle) cublasLtDestroy(p->handle);
     cudaFree(p->workspace);
-    cudaFree(p->narrow[0]);
-    cudaFree(p->narrow[1]);
     free(p);
 }
 
@@ -76,7 +72,7 @@ static cublasStatus_t describe(struct product *p, cudaDataType_t type) {
     int b_rows = s->transposed_b ? s->n : s->k, b_columns = s->transposed_b ? s->k : s->n;
     if (!rc) rc = cublasLtMatrixLayoutCreate(&p->a, type, (uint64_t)a_rows, (uint64_t)a_columns, a_rows);
     if (!rc) rc = cublasLtMatrixLayoutCreate(&p->b, type, (uint64_t)b_rows, (uint64_t)b_columns, b_rows);
-    if (!rc) rc = cublasLtMatrixLayoutCreate(&p->c, CUDA_R_32F, (uint64_t)s->m, (uint64_t)s->n, s->m);
+    if (!rc) rc = cublasLtMatrixLayoutCreate(&p->c, s->wide ? CUDA_R_32F : type, (uint64_t)s->m, (uint64_t)s->n, s->m);
     return rc;
 }
 
@@ -108,14 +104,14 @@ static struct product *product_for(struct cuda *c, struct key key, cublasStatus_
     struct product *p = &all->product[all->next++ % PRODUCTS_MAX];
     release(p);
     p->key = key;
-    *rc = describe(p, c->table.weight_bytes == sizeof(float) ? CUDA_R_32F : CUDA_R_16BF);
+    *rc = describe(p, c->table.act_bytes == sizeof(float) ? CUDA_R_32F : CUDA_R_16BF);
     if (!*rc) *rc = choose(all, p);
     if (!*rc) return p;
     release(p);
     return NULL;
 }
 
-static void multiply(struct cuda *c, struct key key, const void *a, const void *b, float *out) {
+static void multiply(struct cuda *c, struct key key, const void *a, const void *b, void *out) {
     struct cuda_products *all = c->products;
     cublasStatus_t rc = CUBLAS_STATUS_SUCCESS;
     float one = 1.0f, beta = (float)key.add;
@@ -128,57 +124,34 @@ static void multiply(struct cuda *c, struct key key, const void *a, const void *
                 c->device, key.m, key.k, key.k, key.n, cublasLtGetStatusString(rc));
 }
 
-/* ---- operands --------------------------------------------------------------------------------------------- */
-
-__global__ void narrow_tensor(uint16_t *out, const float *x, size_t n) {
-    size_t i = grid_index();
-    if (i < n) out[i] = bf16_nearest(x[i]);
-}
-
-/* x as the products take it: itself, or rounded to bf16 in buffer `which`. NULL with the failure kept. */
-static const void *operand(struct cuda *c, int which, const float *x, size_t n) {
-    struct cuda_products *p = c->products;
-    size_t bytes = n * sizeof(uint16_t);
-    if (c->table.weight_bytes == sizeof(float)) return x;
-    if (bytes > p->narrow_bytes[which]) {
-        if (cuda_note(c, cudaFree(p->narrow[which]), "free an operand")) return NULL;
-        p->narrow[which] = NULL;
-        p->narrow_bytes[which] = 0;
-        if (cuda_note(c, cudaMalloc(&p->narrow[which], bytes), "an operand")) return NULL;
-        p->narrow_bytes[which] = bytes;
-    }
-    RUN(c, narrow_tensor, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, (uint16_t *)p->narrow[which], x, n);
-    return p->narrow[which];
-}
-
 /* ---- entries ---------------------------------------------------------------------------------------------- */
 
-static void matmul_forward(const struct kernels *k, float *out, const float *x, const void *w, int rows, int C,
+static void matmul_forward(const struct kernels *k, void *out, const void *x, const void *w, int rows, int C,
                            int OC) {
-    struct cuda *c = cuda_of(k);
-    struct key key = { OC, rows, C, 1, 0, 0 };
-    const void *b = operand(c, 0, x, (size_t)rows * C);
-    if (b) multiply(c, key, w, b, out);
+    struct key key = { OC, rows, C, 1, 0, 0, 0 };
+    multiply(cuda_of(k), key, w, x, out);
 }
 
-static void matmul_backward_input(const struct kernels *k, float *dx, const float *dout, const void *w, int rows,
-                                  int C, int OC, enum kernels_write write) {
-    struct cuda *c = cuda_of(k);
-    struct key key = { C, rows, OC, 0, 0, write == KERNELS_ADD };
-    const void *b = operand(c, 0, dout, (size_t)rows * OC);
-    if (b) multiply(c, key, w, b, dx);
+static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C, int OC) {
+    struct key key = { OC, rows, C, 1, 0, 0, 1 };
+    multiply(cuda_of(k), key, w, x, out);
 }
 
-static void matmul_backward_weight(const struct kernels *k, float *dw, const float *dout, const float *x, int rows,
+static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w, int rows, int C,
+                                  int OC) {
+    struct key key = { C, rows, OC, 0, 0, 0, 0 };
+    multiply(cuda_of(k), key, w, dout, dx);
+}
+
+static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x, int rows,
                                    int C, int OC, enum kernels_write write) {
-    struct cuda *c = cuda_of(k);
-    struct key key = { C, OC, rows, 0, 1, write == KERNELS_ADD };
-    const void *b = operand(c, 0, dout, (size_t)rows * OC), *a = operand(c, 1, x, (size_t)rows * C);
-    if (a && b) multiply(c, key, a, b, dw);
+    struct key key = { C, OC, rows, 0, 1, write == KERNELS_ADD, 1 };
+    multiply(cuda_of(k), key, x, dout, dw);
 }
 
 void cuda_fill_products(struct kernels *k) {
     k->matmul_forward = matmul_forward;
+    k->matmul_logits = matmul_logits;
     k->matmul_backward_input = matmul_backward_input;
     k->matmul_backward_weight = matmul_backward_weight;
 }

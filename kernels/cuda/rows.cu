@@ -3,8 +3,8 @@
 
 /* ---- embedding ------------------------------------------------------------------------------------ */
 
-template <class W>
-__global__ void embed(float *out, const int32_t *tokens, const W *w, size_t n, int C) {
+template <class E>
+__global__ void embed(float *out, const int32_t *tokens, const E *w, size_t n, int C) {
     size_t i = grid_index();
     if (i < n) out[i] = wide(w[(size_t)tokens[i / C] * C + i % C]);
 }
@@ -14,10 +14,7 @@ static void embedding_forward(const struct kernels *k, float *out, const int32_t
     size_t n = (size_t)rows * C;
     unsigned blocks = cuda_blocks(n, CUDA_THREADS);
     (void)V;
-    if (k->weight_bytes == sizeof(float))
-        RUN(cuda_of(k), embed<float>, blocks, CUDA_THREADS, 0, out, tokens, (const float *)w, n, C);
-    else
-        RUN(cuda_of(k), embed<uint16_t>, blocks, CUDA_THREADS, 0, out, tokens, (const uint16_t *)w, n, C);
+    WITH_TYPE(k, RUN(cuda_of(k), embed<E>, blocks, CUDA_THREADS, 0, out, tokens, (const E *)w, n, C));
 }
 
 /* A block for each row; that of a token's first row adds all of them, in order. Comparing every row with
@@ -48,8 +45,8 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
 
 /* ---- RMSNorm --------------------------------------------------------------------------------------- */
 
-template <class W>
-__global__ void rmsnorm(float *out, float *rstd, const float *x, const W *w, float eps, int C) {
+template <class E>
+__global__ void rmsnorm(E *out, float *rstd, const float *x, const E *w, float eps, int C) {
     __shared__ float parts[CUDA_WARP];
     size_t row = blockIdx.x;
     float sum = 0.0f;
@@ -57,43 +54,40 @@ __global__ void rmsnorm(float *out, float *rstd, const float *x, const W *w, flo
     out += row * C;
     for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += x[c] * x[c];
     float scale = 1.0f / sqrtf(block_sum(sum, parts) / C + eps);
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) out[c] = x[c] * scale * wide(w[c]);
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) put(&out[c], x[c] * scale * wide(w[c]));
     if (threadIdx.x == 0) rstd[row] = scale;
 }
 
-static void rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x, const void *w,
+static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, const float *x, const void *w,
                             float eps, int rows, int C) {
-    if (k->weight_bytes == sizeof(float))
-        RUN(cuda_of(k), rmsnorm<float>, (unsigned)rows, CUDA_THREADS, 0, out, rstd, x, (const float *)w, eps, C);
-    else
-        RUN(cuda_of(k), rmsnorm<uint16_t>, (unsigned)rows, CUDA_THREADS, 0, out, rstd, x, (const uint16_t *)w, eps,
-            C);
+    WITH_TYPE(k, RUN(cuda_of(k), rmsnorm<E>, (unsigned)rows, CUDA_THREADS, 0, (E *)out, rstd, x, (const E *)w, eps,
+                     C));
 }
 
 /* dx += rstd * (w*dout - n * mean(w*dout*n)), n = x*rstd */
-template <class W>
-__global__ void rmsnorm_gradient(float *dx, const float *dout, const float *x, const W *w, const float *rstd,
-                                 int C) {
+template <class E>
+__global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const E *w, const float *rstd, int C) {
     __shared__ float parts[CUDA_WARP];
     size_t row = blockIdx.x;
     float scale = rstd[row], sum = 0.0f;
     dx += row * C;
     dout += row * C;
     x += row * C;
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += wide(w[c]) * dout[c] * x[c] * scale;
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += wide(w[c]) * wide(dout[c]) * x[c] * scale;
     float mean = block_sum(sum, parts) / C;
     for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS)
-        dx[c] += scale * (wide(w[c]) * dout[c] - x[c] * scale * mean);
+        dx[c] += scale * (wide(w[c]) * wide(dout[c]) - x[c] * scale * mean);
 }
 
 #define NORM_SLICES 128 /* at most; so many partial sums of dw */
 
-__global__ void norm_weight_parts(float *part, const float *dout, const float *x, const float *rstd, int rows,
-                                  int each, int C) {
+template <class E>
+__global__ void norm_weight_parts(float *part, const E *dout, const float *x, const float *rstd, int rows, int each,
+                                  int C) {
     int c = (int)grid_index(), begin = (int)blockIdx.y * each, end = begin + each < rows ? begin + each : rows;
     if (c >= C) return;
     float sum = 0.0f;
-    for (int r = begin; r < end; r++) sum += dout[(size_t)r * C + c] * x[(size_t)r * C + c] * rstd[r];
+    for (int r = begin; r < end; r++) sum += wide(dout[(size_t)r * C + c]) * x[(size_t)r * C + c] * rstd[r];
     part[(size_t)blockIdx.y * C + c] = sum;
 }
 
@@ -105,83 +99,87 @@ __global__ void add_parts(float *dw, const float *part, int slices, int C) {
     dw[c] += sum;
 }
 
-static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout, const float *x,
+static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *dout, const float *x,
                              const void *w, const float *rstd, int rows, int C) {
     struct cuda *c = cuda_of(k);
     int each = (rows + NORM_SLICES - 1) / NORM_SLICES, slices = (rows + each - 1) / each;
     float *part = (float *)cuda_scratch(c, (size_t)slices * C * sizeof *part);
     unsigned columns = cuda_blocks((size_t)C, CUDA_THREADS);
     if (!part) return;
-    if (k->weight_bytes == sizeof(float))
-        RUN(c, rmsnorm_gradient<float>, (unsigned)rows, CUDA_THREADS, 0, dx, dout, x, (const float *)w, rstd, C);
-    else
-        RUN(c, rmsnorm_gradient<uint16_t>, (unsigned)rows, CUDA_THREADS, 0, dx, dout, x, (const uint16_t *)w, rstd,
-            C);
-    RUN(c, norm_weight_parts, dim3(columns, (unsigned)slices), CUDA_THREADS, 0, part, dout, x, rstd, rows, each, C);
+    WITH_TYPE(k, RUN(c, rmsnorm_gradient<E>, (unsigned)rows, CUDA_THREADS, 0, dx, (const E *)dout, x, (const E *)w,
+                     rstd, C));
+    WITH_TYPE(k, RUN(c, norm_weight_parts<E>, dim3(columns, (unsigned)slices), CUDA_THREADS, 0, part,
+                     (const E *)dout, x, rstd, rows, each, C));
     RUN(c, add_parts, columns, CUDA_THREADS, 0, dw, part, slices, C);
 }
 
 /* ---- RoPE ------------------------------------------------------------------------------------------- */
 
 /* A thread for each pair of the query and key heads of each row. */
-__global__ void rotate(float *qkv, const float *cosine, const float *sine, const int32_t *start, size_t pairs,
-                       int T, int H, int KV, int D, float direction) {
+template <class E>
+__global__ void rotate(E *qkv, const float *cosine, const float *sine, const int32_t *start, size_t pairs, int T,
+                       int H, int KV, int D, float direction) {
     size_t i = grid_index();
     int half = D / 2;
     if (i >= pairs) return;
     int d = (int)(i % half), head = (int)(i / half % (H + KV));
     size_t row = i / half / (H + KV), position = row % T - (start ? start[row] : 0);
-    float *x = qkv + (row * (H + 2 * KV) + head) * D + d;
-    float c = cosine[position * half + d], s = direction * sine[position * half + d], a = x[0], b = x[half];
-    x[0] = a * c - b * s;
-    x[half] = b * c + a * s;
+    E *x = qkv + (row * (H + 2 * KV) + head) * D + d;
+    float c = cosine[position * half + d], s = direction * sine[position * half + d], a = wide(x[0]),
+          b = wide(x[half]);
+    put(&x[0], a * c - b * s);
+    put(&x[half], b * c + a * s);
 }
 
-static void turn(const struct kernels *k, float *qkv, const float *cosine, const float *sine, const int32_t *start,
+static void turn(const struct kernels *k, void *qkv, const float *cosine, const float *sine, const int32_t *start,
                  int B, int T, int H, int KV, int D, float direction) {
     size_t pairs = (size_t)B * T * (H + KV) * (D / 2);
-    RUN(cuda_of(k), rotate, cuda_blocks(pairs, CUDA_THREADS), CUDA_THREADS, 0, qkv, cosine, sine, start, pairs, T,
-        H, KV, D, direction);
+    WITH_TYPE(k, RUN(cuda_of(k), rotate<E>, cuda_blocks(pairs, CUDA_THREADS), CUDA_THREADS, 0, (E *)qkv, cosine,
+                     sine, start, pairs, T, H, KV, D, direction));
 }
 
-static void rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
+static void rope_forward(const struct kernels *k, void *qkv, const float *cosine, const float *sine,
                          const int32_t *start, int B, int T, int H, int KV, int D) {
     turn(k, qkv, cosine, sine, start, B, T, H, KV, D, 1.0f);
 }
 
-static void rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
+static void rope_backward(const struct kernels *k, void *dqkv, const float *cosine, const float *sine,
                           const int32_t *start, int B, int T, int H, int KV, int D) {
     turn(k, dqkv, cosine, sine, start, B, T, H, KV, D, -1.0f);
 }
 
 /* ---- SwiGLU ------------------------------------------------------------------------------------------ */
 
-__global__ void swiglu(float *out, const float *gate_up, size_t n, int F) {
+template <class E> __global__ void swiglu(E *out, const E *gate_up, size_t n, int F) {
     size_t i = grid_index();
     if (i >= n) return;
     size_t at = i / F * 2 * F + i % F;
-    float gate = gate_up[at], up = gate_up[at + F];
-    out[i] = gate / (1.0f + expf(-gate)) * up;
+    float gate = wide(gate_up[at]), up = wide(gate_up[at + F]);
+    put(&out[i], gate / (1.0f + expf(-gate)) * up);
 }
 
-static void swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows, int F) {
+static void swiglu_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F) {
     size_t n = (size_t)rows * F;
-    RUN(cuda_of(k), swiglu, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, gate_up, n, F);
+    WITH_TYPE(k, RUN(cuda_of(k), swiglu<E>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, (E *)out,
+                     (const E *)gate_up, n, F));
 }
 
-__global__ void swiglu_gradient(float *dgate_up, const float *dout, const float *gate_up, size_t n, int F) {
+template <class E>
+__global__ void swiglu_gradient(E *dgate_up, const E *dout, const E *gate_up, size_t n, int F) {
     size_t i = grid_index();
     if (i >= n) return;
     size_t at = i / F * 2 * F + i % F;
-    float gate = gate_up[at], up = gate_up[at + F], sigmoid = 1.0f / (1.0f + expf(-gate)), d = dout[i];
-    dgate_up[at] = d * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
-    dgate_up[at + F] = d * gate * sigmoid;
+    float gate = wide(gate_up[at]), up = wide(gate_up[at + F]), sigmoid = 1.0f / (1.0f + expf(-gate)),
+          d = wide(dout[i]);
+    put(&dgate_up[at], d * up * sigmoid * (1.0f + gate * (1.0f - sigmoid)));
+    put(&dgate_up[at + F], d * gate * sigmoid);
 }
 
-static void swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout, const float *gate_up,
-                            int rows, int F) {
+static void swiglu_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up, int rows,
+                            int F) {
     size_t n = (size_t)rows * F;
-    RUN(cuda_of(k), swiglu_gradient, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, dgate_up, dout, gate_up, n, F);
+    WITH_TYPE(k, RUN(cuda_of(k), swiglu_gradient<E>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, (E *)dgate_up,
+                     (const E *)dout, (const E *)gate_up, n, F));
 }
 
 /* ---- cross-entropy ------------------------------------------------------------------------------------ */
@@ -224,14 +222,17 @@ __device__ static struct peak peak_of(const float *logits, int V) {
     return p;
 }
 
-__global__ void entropy(float *loss, float *penalty, float *logits, const int32_t *targets, struct kernels_loss how,
-                        int V) {
+/* dlogits may be logits, or NULL. */
+template <class E>
+__global__ void entropy(float *loss, float *penalty, E *dlogits, const float *logits, const int32_t *targets,
+                        struct kernels_loss how, int V) {
     __shared__ struct peak parts[CUDA_THREADS / CUDA_WARP];
     size_t row = blockIdx.x;
     int target = targets[row];
     logits += row * V;
+    if (dlogits) dlogits += row * V;
     if (target < 0) {
-        for (int v = (int)threadIdx.x; v < V; v += CUDA_THREADS) logits[v] = 0.0f;
+        for (int v = (int)threadIdx.x; dlogits && v < V; v += CUDA_THREADS) put(&dlogits[v], 0.0f);
         if (threadIdx.x == 0) loss[row] = penalty[row] = 0.0f;
         return;
     }
@@ -248,17 +249,18 @@ __global__ void entropy(float *loss, float *penalty, float *logits, const int32_
         penalty[row] = how.z * lse * lse + how.max_z * p.max * p.max;
     }
     float unit = 1.0f / p.sum, pull = 1.0f + 2.0f * how.z * lse, peak = 2.0f * how.max_z * p.max;
-    for (int v = (int)threadIdx.x; v < V; v += CUDA_THREADS) {
+    for (int v = (int)threadIdx.x; dlogits && v < V; v += CUDA_THREADS) {
         float d = expf(logits[v] - p.max) * unit * pull;
         if (v == target) d -= 1.0f;
         if (v == p.at) d += peak;
-        logits[v] = d * how.grad_scale;
+        put(&dlogits[v], d * how.grad_scale);
     }
 }
 
-static void cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
+static void cross_entropy(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                           const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
-    RUN(cuda_of(k), entropy, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, logits, targets, *how, V);
+    WITH_TYPE(k, RUN(cuda_of(k), entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, (E *)dlogits, logits,
+                     targets, *how, V));
 }
 
 void cuda_fill_rows(struct kernels *k) {

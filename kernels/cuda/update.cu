@@ -1,4 +1,4 @@
-/* update.cu - AdamW, sums of squares, sums of tensors, and weights between the device and fp32 in host
+/* update.cu - AdamW, sums of squares, the residual stream, and weights between the device and fp32 in host
  * memory. All of it is bound by memory. */
 #include "kernels/cuda/cuda.h"
 
@@ -106,22 +106,26 @@ static void adamw(const struct kernels *k, void *param, uint16_t *rest, const fl
 
 /* ---- sums ---------------------------------------------------------------------------------------- */
 
-__global__ void add_tensors(float *out, const float *a, const float *b, size_t n) {
+template <class E> __global__ void add_branch(float *out, const float *a, const E *b, size_t n) {
     size_t i = grid_index();
-    if (i < n) out[i] = a[i] + b[i];
+    if (i < n) out[i] = a[i] + wide(b[i]);
 }
 
-static void add(const struct kernels *k, float *out, const float *a, const float *b, size_t n) {
-    if (n) RUN(cuda_of(k), add_tensors, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, a, b, n);
+static void add(const struct kernels *k, float *out, const float *a, const void *b, size_t n) {
+    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
+    if (!n) return;
+    WITH_TYPE(k, RUN(cuda_of(k), add_branch<E>, blocks, CUDA_THREADS, 0, out, a, (const E *)b, n));
 }
 
-__global__ void scale_tensor(float *x, float factor, size_t n) {
+template <class E> __global__ void round_tensor(E *out, const float *x, size_t n) {
     size_t i = grid_index();
-    if (i < n) x[i] *= factor;
+    if (i < n) put(&out[i], x[i]);
 }
 
-static void scale(const struct kernels *k, float *x, float factor, size_t n) {
-    if (n) RUN(cuda_of(k), scale_tensor, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, x, factor, n);
+static void round(const struct kernels *k, void *out, const float *x, size_t n) {
+    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
+    if (!n || out == (const void *)x) return;
+    WITH_TYPE(k, RUN(cuda_of(k), round_tensor<E>, blocks, CUDA_THREADS, 0, (E *)out, x, n));
 }
 
 #define SUM_BLOCKS 512u
@@ -151,6 +155,6 @@ void cuda_fill_update(struct kernels *k) {
     k->weights_out = weights_out;
     k->adamw = adamw;
     k->add = add;
-    k->scale = scale;
+    k->round = round;
     k->sum_squares = sum_squares;
 }

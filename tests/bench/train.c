@@ -32,8 +32,7 @@ static int run_forward(void *arg, struct err *err) {
 static int run_backward_input(void *arg, struct err *err) {
     struct layer *l = arg;
     for (int i = 0; i < PRODUCTS; i++)
-        l->k->matmul_backward_input(l->k, l->x[i], l->y[i], l->w[i], l->rows, l->in[i], l->out[i],
-                                    KERNELS_SET);
+        l->k->matmul_backward_input(l->k, l->x[i], l->y[i], l->w[i], l->rows, l->in[i], l->out[i]);
     return l->k->check(l->k, err);
 }
 

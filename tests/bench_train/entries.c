@@ -27,7 +27,7 @@ static void count_product(int m, int n, int k) {
 
 /* An entry's parameters, and its arguments once more. */
 #define TIMED(entry, parameters, arguments) \
-    static void entry parameters { \
+    static void timed_##entry parameters { \
         double begin = now_s(); \
         original.entry arguments; \
         *seconds_of(#entry) += now_s() - begin; \
@@ -42,53 +42,55 @@ TIMED(embedding_forward, (K, float *out, const int32_t *tokens, const void *w, i
 TIMED(embedding_backward, (K, float *dw, const float *dout, const int32_t *tokens, int rows, int C, int V),
       (k, dw, dout, tokens, rows, C, V))
 TIMED(rmsnorm_forward,
-      (K, float *out, float *rstd, const float *x, const void *w, float eps, int rows, int C),
+      (K, void *out, float *rstd, const float *x, const void *w, float eps, int rows, int C),
       (k, out, rstd, x, w, eps, rows, C))
 TIMED(rmsnorm_backward,
-      (K, float *dx, float *dw, const float *dout, const float *x, const void *w, const float *rstd,
-       int rows, int C),
+      (K, float *dx, float *dw, const void *dout, const float *x, const void *w, const float *rstd, int rows,
+       int C),
       (k, dx, dw, dout, x, w, rstd, rows, C))
 TIMED(rope_forward,
-      (K, float *qkv, const float *cos, const float *sin, const int32_t *start, int B, int T, int H, int KV,
+      (K, void *qkv, const float *cos, const float *sin, const int32_t *start, int B, int T, int H, int KV,
        int D),
       (k, qkv, cos, sin, start, B, T, H, KV, D))
 TIMED(rope_backward,
-      (K, float *dqkv, const float *cos, const float *sin, const int32_t *start, int B, int T, int H,
-       int KV, int D),
+      (K, void *dqkv, const float *cos, const float *sin, const int32_t *start, int B, int T, int H, int KV,
+       int D),
       (k, dqkv, cos, sin, start, B, T, H, KV, D))
 TIMED(attention_forward,
-      (K, float *out, float *lse, const float *qkv, const int32_t *start, int B, int T, int H, int KV,
-       int D),
+      (K, void *out, float *lse, const void *qkv, const int32_t *start, int B, int T, int H, int KV, int D),
       (k, out, lse, qkv, start, B, T, H, KV, D))
 TIMED(attention_backward,
-      (K, float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+      (K, void *dqkv, const void *dout, const void *qkv, const void *out, const float *lse,
        const int32_t *start, int B, int T, int H, int KV, int D),
       (k, dqkv, dout, qkv, out, lse, start, B, T, H, KV, D))
-TIMED(swiglu_forward, (K, float *out, const float *gate_up, int rows, int F), (k, out, gate_up, rows, F))
-TIMED(swiglu_backward, (K, float *dgate_up, const float *dout, const float *gate_up, int rows, int F),
+TIMED(swiglu_forward, (K, void *out, const void *gate_up, int rows, int F), (k, out, gate_up, rows, F))
+TIMED(swiglu_backward, (K, void *dgate_up, const void *dout, const void *gate_up, int rows, int F),
       (k, dgate_up, dout, gate_up, rows, F))
-TIMED(add, (K, float *out, const float *a, const float *b, size_t n), (k, out, a, b, n))
+TIMED(add, (K, float *out, const float *a, const void *b, size_t n), (k, out, a, b, n))
+TIMED(round, (K, void *out, const float *x, size_t n), (k, out, x, n))
 TIMED(cross_entropy,
-      (K, float *loss, float *penalty, float *logits, const int32_t *targets,
+      (K, float *loss, float *penalty, void *dlogits, float *logits, const int32_t *targets,
        const struct kernels_loss *how, int rows, int V),
-      (k, loss, penalty, logits, targets, how, rows, V))
+      (k, loss, penalty, dlogits, logits, targets, how, rows, V))
 TIMED(adamw,
       (K, void *param, uint16_t *rest, const float *grad, float *m, float *v, size_t n,
        const struct kernels_adamw *a),
       (k, param, rest, grad, m, v, n, a))
-TIMED(matmul_forward, (K, float *out, const float *x, const void *w, int rows, int C, int OC),
+TIMED(matmul_forward, (K, void *out, const void *x, const void *w, int rows, int C, int OC),
       (k, out, x, w, rows, C, OC);
       count_product(rows, OC, C))
-TIMED(matmul_backward_input,
-      (K, float *dx, const float *dout, const void *w, int rows, int C, int OC, enum kernels_write write),
-      (k, dx, dout, w, rows, C, OC, write);
+TIMED(matmul_logits, (K, float *out, const void *x, const void *w, int rows, int C, int OC),
+      (k, out, x, w, rows, C, OC);
+      count_product(rows, OC, C))
+TIMED(matmul_backward_input, (K, void *dx, const void *dout, const void *w, int rows, int C, int OC),
+      (k, dx, dout, w, rows, C, OC);
       count_product(rows, C, OC))
 TIMED(matmul_backward_weight,
-      (K, float *dw, const float *dout, const float *x, int rows, int C, int OC, enum kernels_write write),
+      (K, float *dw, const void *dout, const void *x, int rows, int C, int OC, enum kernels_write write),
       (k, dw, dout, x, rows, C, OC, write);
       count_product(OC, C, rows))
 
-static double sum_squares(K, const float *x, size_t n) {
+static double timed_sum_squares(K, const float *x, size_t n) {
     double begin = now_s(), sum = original.sum_squares(k, x, n);
     *seconds_of("sum_squares") += now_s() - begin;
     return sum;
@@ -96,26 +98,28 @@ static double sum_squares(K, const float *x, size_t n) {
 
 void entries_time(struct kernels *k) {
     original = *k;
-    k->copy_in = copy_in;
-    k->copy_out = copy_out;
-    k->zero = zero;
-    k->embedding_forward = embedding_forward;
-    k->embedding_backward = embedding_backward;
-    k->rmsnorm_forward = rmsnorm_forward;
-    k->rmsnorm_backward = rmsnorm_backward;
-    k->rope_forward = rope_forward;
-    k->rope_backward = rope_backward;
-    k->attention_forward = attention_forward;
-    k->attention_backward = attention_backward;
-    k->swiglu_forward = swiglu_forward;
-    k->swiglu_backward = swiglu_backward;
-    k->add = add;
-    k->cross_entropy = cross_entropy;
-    k->adamw = adamw;
-    k->matmul_forward = matmul_forward;
-    k->matmul_backward_input = matmul_backward_input;
-    k->matmul_backward_weight = matmul_backward_weight;
-    k->sum_squares = sum_squares;
+    k->copy_in = timed_copy_in;
+    k->copy_out = timed_copy_out;
+    k->zero = timed_zero;
+    k->embedding_forward = timed_embedding_forward;
+    k->embedding_backward = timed_embedding_backward;
+    k->rmsnorm_forward = timed_rmsnorm_forward;
+    k->rmsnorm_backward = timed_rmsnorm_backward;
+    k->rope_forward = timed_rope_forward;
+    k->rope_backward = timed_rope_backward;
+    k->attention_forward = timed_attention_forward;
+    k->attention_backward = timed_attention_backward;
+    k->swiglu_forward = timed_swiglu_forward;
+    k->swiglu_backward = timed_swiglu_backward;
+    k->add = timed_add;
+    k->round = timed_round;
+    k->cross_entropy = timed_cross_entropy;
+    k->adamw = timed_adamw;
+    k->matmul_forward = timed_matmul_forward;
+    k->matmul_logits = timed_matmul_logits;
+    k->matmul_backward_input = timed_matmul_backward_input;
+    k->matmul_backward_weight = timed_matmul_backward_weight;
+    k->sum_squares = timed_sum_squares;
 }
 
 void entries_reset(void) { taken = (struct entries){ 0 }; }

@@ -43,6 +43,9 @@ static void *reads(struct call *c, const void *x, size_t bytes) { return add_ope
 static void *writes(struct call *c, void *x, size_t bytes) { return add_operand(c, x, x, bytes); }
 static float *reads_floats(struct call *c, const float *x, size_t n) { return reads(c, x, n * sizeof *x); }
 static float *writes_floats(struct call *c, float *x, size_t n) { return writes(c, x, n * sizeof *x); }
+/* Activations. */
+static void *reads_acts(struct call *c, const void *x, size_t n) { return reads(c, x, n * c->k->act_bytes); }
+static void *writes_acts(struct call *c, void *x, size_t n) { return writes(c, x, n * c->k->act_bytes); }
 static int32_t *reads_ints(struct call *c, const int32_t *x, size_t n) { return reads(c, x, n * sizeof *x); }
 
 static void end(struct call *c) {
@@ -67,31 +70,40 @@ static void weights_out(const struct kernels *k, float *host, const void *w, con
     end(&c);
 }
 
-static void matmul_forward(const struct kernels *k, float *out, const float *x, const void *w, int rows, int C,
+static void matmul_forward(const struct kernels *k, void *out, const void *x, const void *w, int rows, int C,
                            int OC) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
-    float *d_out = writes_floats(&c, out, r * OC), *d_x = reads_floats(&c, x, r * C);
+    void *d_out = writes_acts(&c, out, r * OC), *d_x = reads_acts(&c, x, r * C);
     c.k->matmul_forward(c.k, d_out, d_x, reads(&c, w, (size_t)OC * C * k->weight_bytes), rows, C, OC);
     end(&c);
 }
 
-static void matmul_backward_input(const struct kernels *k, float *dx, const float *dout, const void *w, int rows,
-                                  int C, int OC, enum kernels_write write) {
+static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C, int OC) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
-    float *d_dx = writes_floats(&c, dx, r * C), *d_dout = reads_floats(&c, dout, r * OC);
-    c.k->matmul_backward_input(c.k, d_dx, d_dout, reads(&c, w, (size_t)OC * C * k->weight_bytes), rows, C, OC,
-                               write);
+    float *d_out = writes_floats(&c, out, r * OC);
+    const void *d_x = reads_acts(&c, x, r * C);
+    c.k->matmul_logits(c.k, d_out, d_x, reads(&c, w, (size_t)OC * C * k->weight_bytes), rows, C, OC);
     end(&c);
 }
 
-static void matmul_backward_weight(const struct kernels *k, float *dw, const float *dout, const float *x, int rows,
+static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w, int rows, int C,
+                                  int OC) {
+    struct call c = begin(k);
+    size_t r = (size_t)rows;
+    void *d_dx = writes_acts(&c, dx, r * C), *d_dout = reads_acts(&c, dout, r * OC);
+    c.k->matmul_backward_input(c.k, d_dx, d_dout, reads(&c, w, (size_t)OC * C * k->weight_bytes), rows, C, OC);
+    end(&c);
+}
+
+static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x, int rows,
                                    int C, int OC, enum kernels_write write) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
-    float *d_dw = writes_floats(&c, dw, (size_t)OC * C), *d_dout = reads_floats(&c, dout, r * OC);
-    c.k->matmul_backward_weight(c.k, d_dw, d_dout, reads_floats(&c, x, r * C), rows, C, OC, write);
+    float *d_dw = writes_floats(&c, dw, (size_t)OC * C);
+    const void *d_dout = reads_acts(&c, dout, r * OC);
+    c.k->matmul_backward_weight(c.k, d_dw, d_dout, reads_acts(&c, x, r * C), rows, C, OC, write);
     end(&c);
 }
 
@@ -112,33 +124,35 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
     end(&c);
 }
 
-static void rmsnorm_forward(const struct kernels *k, float *out, float *rstd, const float *x, const void *w,
+static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, const float *x, const void *w,
                             float eps, int rows, int C) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
-    float *d_out = writes_floats(&c, out, r * C), *d_rstd = writes_floats(&c, rstd, r);
+    void *d_out = writes_acts(&c, out, r * C);
+    float *d_rstd = writes_floats(&c, rstd, r);
     const float *d_x = reads_floats(&c, x, r * C);
     c.k->rmsnorm_forward(c.k, d_out, d_rstd, d_x, reads(&c, w, (size_t)C * k->weight_bytes), eps, rows, C);
     end(&c);
 }
 
-static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const float *dout, const float *x,
+static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *dout, const float *x,
                              const void *w, const float *rstd, int rows, int C) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     float *d_dx = writes_floats(&c, dx, r * C), *d_dw = writes_floats(&c, dw, (size_t)C);
-    const float *d_dout = reads_floats(&c, dout, r * C), *d_x = reads_floats(&c, x, r * C);
+    const void *d_dout = reads_acts(&c, dout, r * C);
+    const float *d_x = reads_floats(&c, x, r * C);
     const void *d_w = reads(&c, w, (size_t)C * k->weight_bytes);
     c.k->rmsnorm_backward(c.k, d_dx, d_dw, d_dout, d_x, d_w, reads_floats(&c, rstd, r), rows, C);
     end(&c);
 }
 
 /* Both directions: the same operands. */
-static void turn(const struct kernels *k, int back, float *qkv, const float *cosine, const float *sine,
+static void turn(const struct kernels *k, int back, void *qkv, const float *cosine, const float *sine,
                  const int32_t *start, int B, int T, int H, int KV, int D) {
     struct call c = begin(k);
     size_t rows = (size_t)B * T, angles = (size_t)T * D / 2;
-    float *d_qkv = writes_floats(&c, qkv, rows * (H + 2 * KV) * D);
+    void *d_qkv = writes_acts(&c, qkv, rows * (H + 2 * KV) * D);
     const float *d_cos = reads_floats(&c, cosine, angles), *d_sin = reads_floats(&c, sine, angles);
     const int32_t *d_start = reads_ints(&c, start, rows);
     if (back) c.k->rope_backward(c.k, d_qkv, d_cos, d_sin, d_start, B, T, H, KV, D);
@@ -146,79 +160,83 @@ static void turn(const struct kernels *k, int back, float *qkv, const float *cos
     end(&c);
 }
 
-static void rope_forward(const struct kernels *k, float *qkv, const float *cosine, const float *sine,
+static void rope_forward(const struct kernels *k, void *qkv, const float *cosine, const float *sine,
                          const int32_t *start, int B, int T, int H, int KV, int D) {
     turn(k, 0, qkv, cosine, sine, start, B, T, H, KV, D);
 }
 
-static void rope_backward(const struct kernels *k, float *dqkv, const float *cosine, const float *sine,
+static void rope_backward(const struct kernels *k, void *dqkv, const float *cosine, const float *sine,
                           const int32_t *start, int B, int T, int H, int KV, int D) {
     turn(k, 1, dqkv, cosine, sine, start, B, T, H, KV, D);
 }
 
-static void attention_forward(const struct kernels *k, float *out, float *lse, const float *qkv,
+static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                               const int32_t *start, int B, int T, int H, int KV, int D) {
     struct call c = begin(k);
     size_t rows = (size_t)B * T;
-    float *d_out = writes_floats(&c, out, rows * H * D), *d_lse = writes_floats(&c, lse, rows * H);
-    const float *d_qkv = reads_floats(&c, qkv, rows * (H + 2 * KV) * D);
+    void *d_out = writes_acts(&c, out, rows * H * D);
+    float *d_lse = writes_floats(&c, lse, rows * H);
+    const void *d_qkv = reads_acts(&c, qkv, rows * (H + 2 * KV) * D);
     c.k->attention_forward(c.k, d_out, d_lse, d_qkv, reads_ints(&c, start, rows), B, T, H, KV, D);
     end(&c);
 }
 
-static void attention_backward(const struct kernels *k, float *dqkv, const float *dout, const float *qkv,
-                               const float *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
+static void attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
+                               const void *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
                                int D) {
     struct call c = begin(k);
     size_t rows = (size_t)B * T, n = rows * (H + 2 * KV) * D;
-    float *d_dqkv = writes_floats(&c, dqkv, n);
-    const float *d_dout = reads_floats(&c, dout, rows * H * D), *d_qkv = reads_floats(&c, qkv, n);
-    const float *d_out = reads_floats(&c, out, rows * H * D), *d_lse = reads_floats(&c, lse, rows * H);
+    void *d_dqkv = writes_acts(&c, dqkv, n);
+    const void *d_dout = reads_acts(&c, dout, rows * H * D), *d_qkv = reads_acts(&c, qkv, n);
+    const void *d_out = reads_acts(&c, out, rows * H * D);
+    const float *d_lse = reads_floats(&c, lse, rows * H);
     c.k->attention_backward(c.k, d_dqkv, d_dout, d_qkv, d_out, d_lse, reads_ints(&c, start, rows), B, T, H, KV, D);
     end(&c);
 }
 
-static void swiglu_forward(const struct kernels *k, float *out, const float *gate_up, int rows, int F) {
+static void swiglu_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F) {
     struct call c = begin(k);
     size_t n = (size_t)rows * F;
-    float *d_out = writes_floats(&c, out, n);
-    c.k->swiglu_forward(c.k, d_out, reads_floats(&c, gate_up, 2 * n), rows, F);
+    void *d_out = writes_acts(&c, out, n);
+    c.k->swiglu_forward(c.k, d_out, reads_acts(&c, gate_up, 2 * n), rows, F);
     end(&c);
 }
 
 /* Where one is the other, it is on the device too. */
-static void swiglu_backward(const struct kernels *k, float *dgate_up, const float *dout, const float *gate_up,
+static void swiglu_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up,
                             int rows, int F) {
     struct call c = begin(k);
     size_t n = (size_t)rows * F;
-    float *d_dgate_up = writes_floats(&c, dgate_up, 2 * n);
-    const float *d_dout = reads_floats(&c, dout, n);
-    const float *d_gate_up = gate_up == dgate_up ? d_dgate_up : reads_floats(&c, gate_up, 2 * n);
+    void *d_dgate_up = writes_acts(&c, dgate_up, 2 * n);
+    const void *d_dout = reads_acts(&c, dout, n);
+    const void *d_gate_up = gate_up == dgate_up ? d_dgate_up : reads_acts(&c, gate_up, 2 * n);
     c.k->swiglu_backward(c.k, d_dgate_up, d_dout, d_gate_up, rows, F);
     end(&c);
 }
 
-static void add(const struct kernels *k, float *out, const float *a, const float *b, size_t n) {
+static void add(const struct kernels *k, float *out, const float *a, const void *b, size_t n) {
     struct call c = begin(k);
     float *d_out = writes_floats(&c, out, n);
-    const float *d_a = a == out ? d_out : reads_floats(&c, a, n), *d_b = b == out ? d_out : reads_floats(&c, b, n);
-    c.k->add(c.k, d_out, d_a, d_b, n);
+    const float *d_a = a == out ? d_out : reads_floats(&c, a, n);
+    c.k->add(c.k, d_out, d_a, reads_acts(&c, b, n), n);
     end(&c);
 }
 
-static void scale(const struct kernels *k, float *x, float factor, size_t n) {
+static void round_to(const struct kernels *k, void *out, const float *x, size_t n) {
     struct call c = begin(k);
-    c.k->scale(c.k, writes_floats(&c, x, n), factor, n);
+    void *d_out = writes_acts(&c, out, n);
+    c.k->round(c.k, d_out, out == x ? d_out : reads_floats(&c, x, n), n);
     end(&c);
 }
 
-static void cross_entropy(const struct kernels *k, float *loss, float *penalty, float *logits,
+static void cross_entropy(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                           const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     float *d_loss = writes_floats(&c, loss, r), *d_penalty = writes_floats(&c, penalty, r);
     float *d_logits = writes_floats(&c, logits, r * V);
-    c.k->cross_entropy(c.k, d_loss, d_penalty, d_logits, reads_ints(&c, targets, r), how, rows, V);
+    void *d_dlogits = dlogits == logits ? d_logits : writes_acts(&c, dlogits, r * V);
+    c.k->cross_entropy(c.k, d_loss, d_penalty, d_dlogits, d_logits, reads_ints(&c, targets, r), how, rows, V);
     end(&c);
 }
 
@@ -260,11 +278,13 @@ struct kernels *staged_create(struct kernels *device) {
     k->description = device->description;
     k->weight_bytes = device->weight_bytes;
     k->rest_bytes = device->rest_bytes;
+    k->act_bytes = device->act_bytes;
     k->weights_in = weights_in;
     k->weights_out = weights_out;
     k->check = check;
     k->destroy = destroy;
     k->matmul_forward = matmul_forward;
+    k->matmul_logits = matmul_logits;
     k->matmul_backward_input = matmul_backward_input;
     k->matmul_backward_weight = matmul_backward_weight;
     k->embedding_forward = embedding_forward;
@@ -278,7 +298,7 @@ struct kernels *staged_create(struct kernels *device) {
     k->swiglu_forward = swiglu_forward;
     k->swiglu_backward = swiglu_backward;
     k->add = add;
-    k->scale = scale;
+    k->round = round_to;
     k->cross_entropy = cross_entropy;
     k->adamw = adamw;
     k->sum_squares = sum_squares;
