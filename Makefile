@@ -30,10 +30,9 @@ objects = $(patsubst %.c,$(BUILD)/%.o,$(wildcard $(1)/*.c))
 PROTO_O := $(call objects,proto)
 KERNELS_O := $(call objects,kernels)
 CKPT_O := $(call objects,ckpt)
-SETTINGS_O := $(call objects,settings)
 CORE_O := $(filter-out %/main.o,$(call objects,coordinator))
 NODE_O := $(filter-out %/main.o,$(call objects,node))
-LIB_O := $(NODE_O) $(CORE_O) $(SETTINGS_O) $(CKPT_O) $(KERNELS_O) $(PROTO_O)
+LIB_O := $(NODE_O) $(CORE_O) $(CKPT_O) $(KERNELS_O) $(PROTO_O)
 PROGRAMS := $(BUILD)/intellect-node $(BUILD)/intellect-coordinator
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 # Tests and programs that make sense under thread sanitizer: network, sync and checkpoints.
@@ -130,12 +129,12 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
 # What clang-tidy reads; the test programs are left to the compilers.
-SOURCES := $(foreach d,proto kernels ckpt settings coordinator node tests/hostile tests/bench tests/bench_train tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/bench_train tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr \
-	    --suppress=missingIncludeSystem -I. --std=c11 -j2 proto kernels ckpt settings coordinator node
+	    --suppress=missingIncludeSystem -I. --std=c11 -j2 proto kernels ckpt coordinator node
 	@printf '%s\n' $(SOURCES) | xargs -P2 -n4 sh -c 'clang-tidy --quiet "$$@" -- -std=gnu11 -I. -DSIM_FAULTS -fopenmp $(PKG_CFLAGS)' tidy \
 	    > $(BUILD)-clang/tidy.log 2>&1; if grep -iE 'warning:|error:' $(BUILD)-clang/tidy.log; then exit 1; fi
 
@@ -216,7 +215,7 @@ $(BUILD)/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 
-$(BUILD)/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(SETTINGS_O) $(CKPT_O) $(PROTO_O)
+$(BUILD)/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) $(PROTO_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
 

@@ -374,6 +374,7 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
                            corpus_facts_read(&in->corpus, manifest, err)))
         return -1;
     if (settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err)) return -1;
+    if (run_check_store(s, err)) return -1;
     struct settings_genesis ignored; /* a checkpoint that cannot be taken: before anything is written */
     return *s->from ? name_checkpoint(s, &ignored, err) : 0;
 }

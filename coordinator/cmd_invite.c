@@ -4,7 +4,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "settings/address.h"
+#include "proto/address.h"
 #include "coordinator/commands.h"
 #include "coordinator/control.h"
 #include "coordinator/run.h"

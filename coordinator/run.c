@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "ckpt/store.h"
 #include "coordinator/aggregator.h"
 
 int run_path(const char *dir, const char *name, char *out, struct err *err) {
@@ -77,6 +78,12 @@ static int check_corpus_unchanged(const struct run *r, struct settings *s, struc
                    "bring the old one back, or start a new run", path);
 }
 
+int run_check_store(const struct settings *s, struct err *err) {
+    if (!ckpt_store_writable(s->checkpoint_url, err)) return 0;
+    err_prefix(err, "checkpoint.url");
+    return -1;
+}
+
 int run_settings(const struct run *r, struct settings *out, struct err *err) {
     char path[RUN_PATH_BYTES], what[200];
     struct corpus_facts facts;
@@ -84,6 +91,7 @@ int run_settings(const struct run *r, struct settings *out, struct err *err) {
     settings_init(out);
     if (run_path(r->dir, SETTINGS_FILE_NAME, path, err) || settings_load(out, path, err)) return -1;
     if (check_corpus_unchanged(r, out, err) || settings_resolve(out, r->dir, &facts, err)) return -1;
+    if (run_check_store(out, err)) return -1;
     if (settings_same_sealed(out, &r->sealed, what, sizeof what)) return 0;
     return err_set(err, ERR_CONFIG, "%s: change it back, or, before anybody has joined, seal it with "
                    "`init`", what);

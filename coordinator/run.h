@@ -12,7 +12,7 @@
 #define INTELLECT_COORDINATOR_RUN_H
 
 #include "coordinator/core.h"
-#include "settings/settings.h"
+#include "proto/settings.h"
 #include "coordinator/store.h"
 
 #define RUN_PATH_BYTES 4096
@@ -40,6 +40,9 @@ int run_path(const char *dir, const char *name, char *out, struct err *err);
 /* run.yaml as it is now, resolved. ERR_CONFIG: it does not read, or a sealed setting is another than
  * in the run (msg names it). */
 int run_settings(const struct run *r, struct settings *out, struct err *err);
+
+/* Can checkpoints go to settings' URL? 0, or -1 with ERR_CONFIG. */
+int run_check_store(const struct settings *s, struct err *err);
 
 /* A new core with everything the store holds, not started yet. */
 struct core *run_core(const struct run *r, struct err *err);

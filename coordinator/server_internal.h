@@ -9,7 +9,7 @@
 
 #include <event2/event.h>
 
-#include "settings/address.h"
+#include "proto/address.h"
 #include "coordinator/aggregator.h"
 #include "coordinator/control.h"
 #include "coordinator/log.h"

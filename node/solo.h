@@ -16,7 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "settings/settings.h"
+#include "proto/settings.h"
 
 struct solo_options {
     const char *out;          /* the folder; made if missing */

@@ -22,7 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "settings/address.h"
+#include "proto/address.h"
 #include "coordinator/audit.h"
 #include "coordinator/commands.h"
 #include "coordinator/control.h"

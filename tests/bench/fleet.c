@@ -16,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "settings/address.h"
+#include "proto/address.h"
 #include "coordinator/control.h"
 #include "coordinator/run.h"
 #include "coordinator/store.h"

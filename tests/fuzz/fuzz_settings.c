@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "settings/settings.h"
+#include "proto/settings.h"
 #include "proto/model.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/fuzz/records.h"

@@ -1,5 +1,5 @@
 /* address.c - see address.h. */
-#include "settings/address.h"
+#include "proto/address.h"
 
 #include <arpa/inet.h>
 #include <ifaddrs.h>

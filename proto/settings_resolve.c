@@ -7,9 +7,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "ckpt/store.h"
-#include "settings/address.h"
-#include "settings/settings.h"
+#include "proto/address.h"
+#include "proto/settings.h"
 #include "proto/model.h"
 
 #define GENESIS_VERSION 1
@@ -296,10 +295,6 @@ static int check_serve(const struct settings *s, struct err *err) {
     }
     if (*s->address && address_split(s->address, true, &a, err)) {
         err_prefix(err, "serve.address");
-        return -1;
-    }
-    if (ckpt_store_writable(s->checkpoint_url, err)) {
-        err_prefix(err, "checkpoint.url");
         return -1;
     }
     return 0;

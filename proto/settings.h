@@ -4,8 +4,8 @@
  * A key that is absent has its default; the defaults of `model` and `inner` come from the preset,
  * those of a schedule from the corpus. Most settings are sealed into the genesis by `init`, whose
  * digest is the run's name, so they cannot change afterwards; those under `serve` may. */
-#ifndef INTELLECT_SETTINGS_H
-#define INTELLECT_SETTINGS_H
+#ifndef INTELLECT_PROTO_SETTINGS_H
+#define INTELLECT_PROTO_SETTINGS_H
 
 #include <stdbool.h>
 #include <stdint.h>

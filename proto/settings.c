@@ -1,7 +1,7 @@
 /* settings.c - the table of settings, and everything that runs over it: reading run.yaml with
  * libyaml, checking one value, writing the commented file, comparing with the sealed run. What
  * the settings mean together (defaults, cross checks, the genesis) is in settings_resolve.c. */
-#include "settings/settings.h"
+#include "proto/settings.h"
 
 #include <assert.h>
 #include <errno.h>

@@ -1,6 +1,6 @@
 /* address.h - HOST:PORT as people write it, and under which address others reach this machine. */
-#ifndef INTELLECT_SETTINGS_ADDRESS_H
-#define INTELLECT_SETTINGS_ADDRESS_H
+#ifndef INTELLECT_PROTO_ADDRESS_H
+#define INTELLECT_PROTO_ADDRESS_H
 
 #include <stdbool.h>
 #include <stdint.h>
