@@ -97,13 +97,14 @@ integration: unit-build ## tests with real processes only
 	@tests/run.sh $(BUILD) integration
 
 .PHONY: test-reference
-test-reference: $(BUILD)/tests/test_model $(BUILD)/tests/test_kernels ## compare the network with the newest PyTorch and transformers of PyPI (0.6 GB)
+test-reference: $(PROGRAMS) $(BUILD)/tests/test_model $(BUILD)/tests/test_kernels ## compare the network with the newest PyTorch and transformers of PyPI (0.6 GB)
 	@tests/reference/venv.sh $(BUILD)/reference-venv
 	@rm -rf $(BUILD)/reference && mkdir -p $(BUILD)/reference
 	@$(BUILD)/reference-venv/bin/python tests/reference/make_kernel_vectors.py $(BUILD)/reference/kernel_vectors.bin
 	@$(BUILD)/reference-venv/bin/python tests/reference/make_model_vectors.py $(BUILD)/reference --random 40
 	@REFERENCE=$(BUILD)/reference $(BUILD)/tests/test_kernels
 	@REFERENCE=$(BUILD)/reference $(BUILD)/tests/test_model
+	@BUILD=$(BUILD) tests/reference/published.sh $(BUILD)/reference-venv
 
 .PHONY: test-debian
 test-debian: ## make test in a fresh Debian 12, and in a fresh 13 (root and debootstrap; 20 minutes)

@@ -6,8 +6,10 @@
  *   STORE/step-000000000042/                      the ledger index, 12 digits
  *     config.json generation_config.json          Hugging Face: LlamaForCausalLM opens the folder
  *     tokenizer.json tokenizer_config.json
- *     model-00001-of-00002.safetensors ...        the anchor, fp32
+ *     model-00001-of-00002.safetensors ...        the weights: the anchor, or it rounded to bf16
  *     model.safetensors.index.json
+ *     anchor-00001-of-00002.safetensors ...       the anchor, fp32, where the weights are bf16
+ *     anchor.safetensors.index.json
  *     momentum-00001-of-00002.safetensors ...     the outer momentum, fp32, same tensor names
  *     momentum.safetensors.index.json
  *     cursor.json                                 spent samples, tokens, round, ledger index
@@ -59,9 +61,16 @@ void ckpt_store_url(const char *url, uint64_t index, char out[PROTO_URL_BYTES_MA
  * copy bytes into the page cache: 0.2 to 1.5 ms per MiB, more where every core is busy, so where a
  * stall hurts, hand over 2 MiB at a time. All calls come from one thread. */
 
+/* What the published weights are. */
+enum ckpt_weights {
+    CKPT_FP32, /* the anchor itself */
+    CKPT_BF16  /* it rounded to the nearest, ties to even; it lies beside them: 2 bytes more a parameter */
+};
+
 /* What to write beside the tensors. All of it is copied or encoded by ckpt_writer_create. */
 struct ckpt_meta {
     uint64_t index;           /* ledger index whose state this is */
+    enum ckpt_weights weights;
     struct digest state_root; /* of the digest tree over anchor and momentum at that index */
     uint64_t round;
     uint64_t tokens_committed;
@@ -181,7 +190,9 @@ int ckpt_prune(struct ckpt_store *store, const struct ckpt_retention *how,
 
 struct ckpt;
 
-enum ckpt_which { CKPT_ANCHOR, CKPT_MOMENTUM };
+/* CKPT_WEIGHTS: what Hugging Face's tools read; CKPT_ANCHOR: what the run goes on from, fp32. They are the
+ * same files where the weights are fp32, and in a plain folder. */
+enum ckpt_which { CKPT_WEIGHTS, CKPT_ANCHOR, CKPT_MOMENTUM };
 
 /* Open a checkpoint.
  *
@@ -210,6 +221,9 @@ const char *ckpt_where(const struct ckpt *c);
 /* The network, from config.json. */
 const struct msg_model *ckpt_model(const struct ckpt *c);
 
+/* What the weights' first tensor is: "fp32", "fp16" or "bf16". */
+const char *ckpt_weights_name(const struct ckpt *c);
+
 /* Name of the tokenizer ("bytes"), or "" where a plain folder does not say it in our words. */
 const char *ckpt_tokenizer(const struct ckpt *c);
 
@@ -228,8 +242,9 @@ struct ckpt_progress {
 /* Returns false to end it, which then fails with ERR_REFUSED. */
 typedef bool ckpt_progress_fn(void *arg, const struct ckpt_progress *now);
 
-/* Check every object against its digest, that ledger.bin ends in the ledger head, and that anchor and
- * momentum have the state root. Reads all once, in blocks; memory: 416 bytes a chunk of the state.
+/* Check every object against its digest, that ledger.bin ends in the ledger head, that anchor and
+ * momentum have the state root, and that weights beside an anchor are it in bf16. Reads all once, in
+ * blocks; memory: 416 bytes a chunk of the state.
  * progress  may be NULL; called before each object and after each block.
  * ERR_CORRUPT or ERR_TRUNCATED: msg names the first wrong object and the starts of both digests. ERR_NOT_FOUND
  * on a plain folder, which has no digests. */

@@ -161,7 +161,7 @@ static int add(struct manifest *list, const struct ckpt *c, const char *name, st
 
 /* Of a plain folder: what is there of a model's files, config.json last, as it makes the folder one. */
 static int list_plain(const struct ckpt *c, struct manifest *list, struct err *err) {
-    const struct tensors *t = &c->tensors[CKPT_ANCHOR];
+    const struct tensors *t = &c->tensors[CKPT_WEIGHTS];
     for (uint32_t i = 0; i < t->file_count; i++)
         if (add(list, c, t->file[i], err)) return -1;
     for (size_t i = sizeof hf_names / sizeof *hf_names; i-- > 0;) {
@@ -247,7 +247,7 @@ static int export_object(const struct ckpt *c, struct ckpt_store *to, const char
 }
 
 static int export_all(const struct ckpt *c, struct ckpt_store *to, struct err *err) {
-    const struct tensors *t = &c->tensors[CKPT_ANCHOR];
+    const struct tensors *t = &c->tensors[CKPT_WEIGHTS];
     uint64_t ignored;
     for (size_t i = 0; i < sizeof hf_names / sizeof *hf_names; i++)
         if ((c->plain ? !opened_stat(c, hf_names[i], &ignored, NULL)

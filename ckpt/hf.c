@@ -34,8 +34,8 @@ static json_t *rope_json(const struct msg_model *m) {
                      "original_max_position_embeddings", (int)m->rope_original);
 }
 
-int hf_config_format(const struct msg_model *m, float init_std, struct ckpt_blob *out,
-                     struct err *err) {
+int hf_config_format(const struct msg_model *m, enum safetensors_dtype weights, float init_std,
+                     struct ckpt_blob *out, struct err *err) {
     char std[40]; /* the shortest decimal of the float, not the double behind it */
     snprintf(std, sizeof std, "%.6g", (double)init_std);
     double initial = strtod(std, NULL);
@@ -53,7 +53,8 @@ int hf_config_format(const struct msg_model *m, float init_std, struct ckpt_blob
         "mlp_bias", 0, "num_attention_heads", (int)m->heads, "num_hidden_layers", (int)m->layers,
         "num_key_value_heads", (int)m->kv_heads, "rms_norm_eps", m->norm_eps, "rope_scaling",
         rope_json(m), "rope_theta", m->rope_theta, "tie_word_embeddings", (int)m->tied,
-        "torch_dtype", "float32", "use_cache", 1, "vocab_size", (int)m->vocabulary);
+        "torch_dtype", weights == SAFETENSORS_BF16 ? "bfloat16" : "float32", "use_cache", 1,
+        "vocab_size", (int)m->vocabulary);
     return json_write(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits), out, err);
 }
 
@@ -278,8 +279,8 @@ void hf_shard_name(const char *stem, uint32_t i, uint32_t count, char out[64]) {
     snprintf(out, 64, "%s-%05u-of-%05u.safetensors", stem, i + 1, count);
 }
 
-int hf_index_format(const struct msg_model *m, const char *stem, const struct hf_shard *shards,
-                    uint32_t count, struct ckpt_blob *out, struct err *err) {
+int hf_index_format(const struct msg_model *m, const char *stem, enum safetensors_dtype dtype,
+                    const struct hf_shard *shards, uint32_t count, struct ckpt_blob *out, struct err *err) {
     json_t *map = json_object();
     struct proto_tensor t;
     char name[64];
@@ -292,7 +293,7 @@ int hf_index_format(const struct msg_model *m, const char *stem, const struct hf
             return err_set(err, ERR_MEMORY, "out of memory for an index");
         }
     }
-    json_t *json = json_pack("{s{sI} so}", "metadata", "total_size",
-                             (json_int_t)(proto_model_elements(m) * 4), "weight_map", map);
+    json_int_t bytes = (json_int_t)(proto_model_elements(m) * safetensors_width(dtype));
+    json_t *json = json_pack("{s{sI} so}", "metadata", "total_size", bytes, "weight_map", map);
     return json_write(json, JSON_INDENT(2), out, err);
 }

@@ -54,17 +54,24 @@ void safetensors_release(struct safetensors *s);
 /* NULL when there is none of that name. */
 const struct safetensors_tensor *safetensors_find(const struct safetensors *s, const char *name);
 
-/* The start of an fp32 file with the model's tensors [first, end) in canonical order, so that its
+/* Bytes of an element; 0 of SAFETENSORS_OTHER. */
+size_t safetensors_width(enum safetensors_dtype dtype);
+
+/* The start of a file with the model's tensors [first, end) in canonical order, so that its
  * data is one range of the canonical vector: length, header, padding to 64 bytes. */
-int safetensors_format(const struct msg_model *m, uint32_t first, uint32_t end,
+int safetensors_format(const struct msg_model *m, uint32_t first, uint32_t end, enum safetensors_dtype dtype,
                        struct ckpt_blob *out, struct err *err);
+
+/* fp32 to bf16: the nearest, ties to even; NaNs stay such. */
+void safetensors_narrow(const float *in, uint16_t *out, size_t n);
 
 /* Widen n values that lie in the last 2n bytes of out[4n bytes] to fp32, in place. */
 void safetensors_widen(enum safetensors_dtype dtype, float *out, size_t n);
 
 /* ---- hf.c: the files that make a folder a Hugging Face model ----------------------------------- */
 
-int hf_config_format(const struct msg_model *m, float init_std, struct ckpt_blob *out, struct err *err);
+int hf_config_format(const struct msg_model *m, enum safetensors_dtype weights, float init_std,
+                     struct ckpt_blob *out, struct err *err);
 /* ERR_UNSUPPORTED names a key that makes it another network than ours; ERR_CORRUPT what is wrong. */
 int hf_config_parse(const struct ckpt_blob *json, const char *what, struct msg_model *out,
                     struct err *err);
@@ -82,10 +89,10 @@ struct hf_shard {
 /* Cut the vector into files of at most `bytes` of fp32 data. *out is the caller's (free). */
 int hf_shards(const struct msg_model *m, uint64_t bytes, struct hf_shard **out, uint32_t *count,
               struct err *err);
-/* "model-00001-of-00002.safetensors"; stem is "model" or "momentum", i counts from 0. */
+/* "model-00001-of-00002.safetensors"; stem is "model", "anchor" or "momentum", i counts from 0. */
 void hf_shard_name(const char *stem, uint32_t i, uint32_t count, char out[64]);
-int hf_index_format(const struct msg_model *m, const char *stem, const struct hf_shard *shards,
-                    uint32_t count, struct ckpt_blob *out, struct err *err);
+int hf_index_format(const struct msg_model *m, const char *stem, enum safetensors_dtype dtype,
+                    const struct hf_shard *shards, uint32_t count, struct ckpt_blob *out, struct err *err);
 
 /* ---- manifest.c: manifest, signature, cursor, latest, ledger ----------------------------------- */
 

@@ -12,7 +12,7 @@ struct place {
     uint64_t offset;
 };
 
-/* The safetensors files of anchor or momentum. */
+/* The safetensors files of a vector. */
 struct tensors {
     char (*file)[CKPT_NAME_BYTES_MAX + 1]; /* without the prefix */
     uint32_t file_count;
@@ -28,7 +28,7 @@ struct ckpt {
     struct err unseen; /* code ERR_NONE: everything could be looked for */
     struct msg_model model;
     char tokenizer[65];
-    struct tensors tensors[2]; /* by enum ckpt_which */
+    struct tensors tensors[3]; /* by enum ckpt_which; the weights' and the anchor's may be the same */
 
     struct manifest manifest; /* from here on: not of a plain folder */
     struct ckpt_blob manifest_bytes, sig_bytes; /* manifest.json and manifest.sig as they were believed */

@@ -9,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const stems[] = {[CKPT_ANCHOR] = "model", [CKPT_MOMENTUM] = "momentum"};
+static const char *const stems[] = {[CKPT_WEIGHTS] = "model", [CKPT_ANCHOR] = "anchor",
+                                     [CKPT_MOMENTUM] = "momentum"};
 
 /* ---- objects of this checkpoint ---------------------------------------------------------------- */
 
@@ -151,7 +152,7 @@ static int place_tensors(const struct ckpt *c, const char *stem, const json_t *m
     return 0;
 }
 
-/* Find every tensor of anchor or momentum. A plain folder may have one file without an index. */
+/* Find every tensor of a vector. A plain folder may have one file without an index. */
 static int load_tensors(struct ckpt *c, enum ckpt_which which, struct err *err) {
     struct tensors *t = &c->tensors[which];
     struct safetensors *headers = calloc(CKPT_OBJECTS_MAX, sizeof *headers);
@@ -254,10 +255,19 @@ static int load_cursor(struct ckpt *c, struct err *err) {
     return r;
 }
 
+/* The anchor is in files of its own, or is the weights. */
+static int load_vectors(struct ckpt *c, struct err *err) {
+    if (load_tensors(c, CKPT_WEIGHTS, err)) return -1;
+    if (!c->plain && manifest_find(&c->manifest, "anchor.safetensors.index.json"))
+        return load_tensors(c, CKPT_ANCHOR, err);
+    c->tensors[CKPT_ANCHOR] = c->tensors[CKPT_WEIGHTS];
+    return 0;
+}
+
 static int open_signed(struct ckpt *c, const struct digest *run, struct err *err) {
     struct digest is;
     return load_genesis(c, run, &is, err) || load_manifest(c, &is, err) || check_sizes(c, err) ||
-           load_config(c, err) || load_cursor(c, err) || load_tensors(c, CKPT_ANCHOR, err) ||
+           load_config(c, err) || load_cursor(c, err) || load_vectors(c, err) ||
            load_tensors(c, CKPT_MOMENTUM, err) ? -1 : 0;
 }
 
@@ -284,7 +294,7 @@ static int open_plain(struct ckpt *c, const struct digest *run, struct err *err)
         hf_tokenizer_name(&b, c->tokenizer);
         free(b.data);
     }
-    return load_tensors(c, CKPT_ANCHOR, err);
+    return load_vectors(c, err);
 }
 
 /* A store's root: go to the folder that `latest` names. */
@@ -330,7 +340,8 @@ struct ckpt *ckpt_open(const char *url, const struct digest *run, struct err *er
 
 void ckpt_close(struct ckpt *c) {
     if (!c) return;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
+        if (i == CKPT_ANCHOR && c->tensors[i].file == c->tensors[CKPT_WEIGHTS].file) continue;
         free(c->tensors[i].file);
         free(c->tensors[i].place);
     }
@@ -351,6 +362,11 @@ void ckpt_close(struct ckpt *c) {
 bool ckpt_is_plain(const struct ckpt *c) { return c->plain; }
 const char *ckpt_where(const struct ckpt *c) { return c->where; }
 const struct msg_model *ckpt_model(const struct ckpt *c) { return &c->model; }
+const char *ckpt_weights_name(const struct ckpt *c) {
+    enum safetensors_dtype dtype = c->tensors[CKPT_WEIGHTS].place[0].dtype;
+    return dtype == SAFETENSORS_F32 ? "fp32" : dtype == SAFETENSORS_F16 ? "fp16" : "bf16";
+}
+
 const char *ckpt_tokenizer(const struct ckpt *c) { return c->tokenizer; }
 
 const struct ckpt_facts *ckpt_facts(const struct ckpt *c) {
@@ -406,7 +422,7 @@ int ckpt_read(const struct ckpt *c, enum ckpt_which which, uint64_t first, size_
         const struct place *p = &t->place[i];
         uint64_t skip = first - tensor.offset, left = tensor.count - skip;
         size_t part = n < left ? n : (size_t)left;
-        size_t width = p->dtype == SAFETENSORS_F32 ? 4 : 2;
+        size_t width = safetensors_width(p->dtype);
         uint8_t *to = (uint8_t *)out + part * (4 - width); /* halves are widened in place */
         if (get(c, t->file[p->file], p->offset + skip * width, to, part * width, err)) return -1;
         if (width == 2) safetensors_widen(p->dtype, out, part);

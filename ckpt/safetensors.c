@@ -168,23 +168,28 @@ const struct safetensors_tensor *safetensors_find(const struct safetensors *s, c
 
 /* ---- writing ----------------------------------------------------------------------------------- */
 
-static json_t *format_tensor(const struct proto_tensor *t, uint64_t first) {
-    json_t *shape = t->dims == 1 ? json_pack("[I]", (json_int_t)t->shape[0])
-                                 : json_pack("[II]", (json_int_t)t->shape[0], (json_int_t)t->shape[1]);
-    uint64_t at = (t->offset - first) * 4;
-    return json_pack("{ss so s[II]}", "dtype", "F32", "shape", shape, "data_offsets",
-                     (json_int_t)at, (json_int_t)(at + t->count * 4));
+size_t safetensors_width(enum safetensors_dtype dtype) {
+    return dtype == SAFETENSORS_F32 ? 4 : dtype == SAFETENSORS_OTHER ? 0 : 2;
 }
 
-int safetensors_format(const struct msg_model *m, uint32_t first, uint32_t end,
+static json_t *format_tensor(const struct proto_tensor *t, enum safetensors_dtype dtype, uint64_t first) {
+    json_t *shape = t->dims == 1 ? json_pack("[I]", (json_int_t)t->shape[0])
+                                 : json_pack("[II]", (json_int_t)t->shape[0], (json_int_t)t->shape[1]);
+    uint64_t at = (t->offset - first) * safetensors_width(dtype);
+    return json_pack("{ss so s[II]}", "dtype", dtype == SAFETENSORS_BF16 ? "BF16" : "F32", "shape", shape,
+                     "data_offsets", (json_int_t)at, (json_int_t)(at + t->count * safetensors_width(dtype)));
+}
+
+int safetensors_format(const struct msg_model *m, uint32_t first, uint32_t end, enum safetensors_dtype dtype,
                        struct ckpt_blob *out, struct err *err) {
+    assert(dtype == SAFETENSORS_F32 || dtype == SAFETENSORS_BF16);
     struct proto_tensor t;
     struct ckpt_blob text;
     json_t *json = json_pack("{s{ss}}", "__metadata__", "format", "pt");
     proto_model_tensor(m, first, &t);
     for (uint64_t start = t.offset; json && first < end; first++) {
         proto_model_tensor(m, first, &t);
-        if (!json_object_set_new(json, t.name, format_tensor(&t, start))) continue;
+        if (!json_object_set_new(json, t.name, format_tensor(&t, dtype, start))) continue;
         json_decref(json);
         json = NULL;
     }
@@ -203,6 +208,15 @@ int safetensors_format(const struct msg_model *m, uint32_t first, uint32_t end,
 }
 
 /* ---- narrow floats ----------------------------------------------------------------------------- */
+
+void safetensors_narrow(const float *in, uint16_t *out, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t x;
+        memcpy(&x, in + i, 4);
+        bool nan = (x & 0x7fffffff) > 0x7f800000;
+        out[i] = (uint16_t)(nan ? x >> 16 | 0x40 : (x + 0x7fff + (x >> 16 & 1)) >> 16);
+    }
+}
 
 /* IEEE 754 binary16 to binary32, exact. */
 static uint32_t widen_f16(uint16_t h) {

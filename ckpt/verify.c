@@ -1,5 +1,5 @@
 /* verify.c - an open checkpoint against its manifest, everything read once: whole objects against their
- * digests, and on the way the tensors against the root of the state. */
+ * digests, and on the way the tensors against the root of the state, and the weights against the anchor. */
 #include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -43,6 +43,8 @@ struct rooting {
     size_t chunks;
     struct digest_stream *stream;
     struct msg_digest_item *leaf;
+    bool narrowed; /* the weights are the anchor in bf16: what they are, and what they should be */
+    struct digest_stream weights, rounded;
     enum ckpt_which which; /* the vector that comes now, and of it: */
     uint64_t data, first, bytes; /* where in the file its data begins, and what of the vector that is */
 };
@@ -61,12 +63,27 @@ static int begin_root(const struct ckpt *c, struct rooting *r, struct err *err) 
     if (!r->stream || !r->leaf)
         return err_set(err, ERR_MEMORY, "%.100s: out of memory for %zu digests", c->where, r->chunks);
     for (size_t i = 0; i < r->chunks; i++) digest_leaf_begin(&r->stream[i], i);
+    r->narrowed = c->tensors[CKPT_WEIGHTS].file != c->tensors[CKPT_ANCHOR].file;
+    digest_stream_init(&r->weights);
+    digest_stream_init(&r->rounded);
     return 0;
 }
 
 static void end_root(struct rooting *r) {
     free(r->stream);
     free(r->leaf);
+}
+
+/* Blocks and the data in them begin at multiples of 4, so values come whole. */
+static void root_rounded(struct rooting *r, const uint8_t *bytes, uint64_t n) {
+    float wide[1024];
+    uint16_t narrow[1024];
+    for (uint64_t at = 0, take; at < n; at += take) {
+        take = n - at < sizeof wide ? n - at : sizeof wide;
+        memcpy(wide, bytes + at, take);
+        safetensors_narrow(wide, narrow, take / 4);
+        digest_stream_update(&r->rounded, narrow, take / 2);
+    }
 }
 
 /* A block of a file: what of it is the vector's goes on in the leaf of its chunk. */
@@ -76,7 +93,10 @@ static int root_block(void *rooting, uint64_t offset, const void *data, size_t n
     (void)err;
     uint64_t from = offset > r->data ? offset : r->data;
     uint64_t end = offset + n < r->data + r->bytes ? offset + n : r->data + r->bytes;
-    while (from < end) {
+    if (from >= end) return 0;
+    if (r->which == CKPT_WEIGHTS) digest_stream_update(&r->weights, bytes + (from - offset), end - from);
+    if (r->which == CKPT_ANCHOR && r->narrowed) root_rounded(r, bytes + (from - offset), end - from);
+    while (r->which != CKPT_WEIGHTS && from < end) {
         uint64_t at = r->first + (from - r->data), chunk = at / r->chunk_bytes;
         uint64_t left = (chunk + 1) * r->chunk_bytes - at;
         size_t take = (size_t)(end - from < left ? end - from : left);
@@ -86,20 +106,21 @@ static int root_block(void *rooting, uint64_t offset, const void *data, size_t n
     return 0;
 }
 
-/* The range of the vector that a file is. It is one: tensors in canonical order, fp32, without gaps. */
+/* The range of the vector that a file is. It is one: tensors in canonical order, without gaps. */
 static int root_file(const struct ckpt *c, struct rooting *r, uint32_t file, uint32_t *tensor,
                      struct err *err) {
     const struct tensors *t = &c->tensors[r->which];
+    enum safetensors_dtype dtype = r->which == CKPT_WEIGHTS ? SAFETENSORS_BF16 : SAFETENSORS_F32;
     struct proto_tensor p;
     r->bytes = 0;
     for (; *tensor < proto_model_tensor_count(&c->model) && t->place[*tensor].file == file; ++*tensor) {
         const struct place *is = &t->place[*tensor];
         proto_model_tensor(&c->model, *tensor, &p);
-        if (r->bytes == 0) r->data = is->offset, r->first = p.offset * 4;
-        if (is->dtype != SAFETENSORS_F32 || is->offset != r->data + r->bytes)
-            return err_set(err, ERR_CORRUPT, "%s: tensor %s is not F32 behind the one before", t->file[file],
-                           p.name);
-        r->bytes += p.count * 4;
+        if (r->bytes == 0) r->data = is->offset, r->first = p.offset * safetensors_width(dtype);
+        if (is->dtype != dtype || is->offset != r->data + r->bytes || r->data % 4)
+            return err_set(err, ERR_CORRUPT, "%s: tensor %s is not %s behind the one before", t->file[file],
+                           p.name, dtype == SAFETENSORS_F32 ? "F32" : "BF16");
+        r->bytes += p.count * safetensors_width(dtype);
     }
     return 0;
 }
@@ -136,6 +157,12 @@ static int check_vector(const struct ckpt *c, struct rooting *r, struct checking
     return err_set(err, ERR_CORRUPT, "%s: its tensors are not one range of the model's", t->file[0]);
 }
 
+static int check_narrowed(struct rooting *r, struct err *err) {
+    struct digest is = digest_stream_final(&r->weights), want = digest_stream_final(&r->rounded);
+    if (!r->narrowed || digest_equal(&is, &want)) return 0;
+    return err_set(err, ERR_CORRUPT, "the weights are not the anchor rounded to bf16");
+}
+
 static bool in_vector(const struct tensors *t, const char *name) {
     for (uint32_t i = 0; i < t->file_count; i++)
         if (!strcmp(t->file[i], name)) return true;
@@ -145,7 +172,8 @@ static bool in_vector(const struct tensors *t, const char *name) {
 static int check_rest(const struct ckpt *c, struct checking *k, struct err *err) {
     const struct manifest *m = &c->manifest;
     for (uint32_t i = 0; i < m->count; i++)
-        if (!in_vector(&c->tensors[CKPT_ANCHOR], m->object[i].name) &&
+        if (!in_vector(&c->tensors[CKPT_WEIGHTS], m->object[i].name) &&
+            !in_vector(&c->tensors[CKPT_ANCHOR], m->object[i].name) &&
             !in_vector(&c->tensors[CKPT_MOMENTUM], m->object[i].name) &&
             check_named(c, &m->object[i], k, err))
             return -1;
@@ -167,12 +195,15 @@ static int check_ledger(const struct ckpt *c, struct err *err) {
 }
 
 static int check_state(const struct ckpt *c, struct checking *k, struct err *err) {
-    struct rooting r = {.which = CKPT_ANCHOR};
+    struct rooting r = {0};
     k->taker = root_block;
     k->to = &r;
-    int rc = begin_root(c, &r, err) || check_vector(c, &r, k, err) ? -1 : 0;
-    r.which = CKPT_MOMENTUM;
-    if (!rc) rc = check_vector(c, &r, k, err) || check_root(c, &r, err) ? -1 : 0;
+    int rc = begin_root(c, &r, err);
+    for (int which = r.narrowed ? CKPT_WEIGHTS : CKPT_ANCHOR; !rc && which <= CKPT_MOMENTUM; which++) {
+        r.which = (enum ckpt_which)which;
+        rc = check_vector(c, &r, k, err);
+    }
+    if (!rc) rc = check_root(c, &r, err) || check_narrowed(&r, err) ? -1 : 0;
     end_root(&r);
     return rc;
 }

@@ -28,9 +28,11 @@
 #define SMALL_MAX 16
 #define CLAIM_BYTES 16
 
-/* A safetensors file: header, then elements [first, first + count) of anchor or momentum. */
+/* A safetensors file: header, then elements [first, first + count) of anchor or momentum, F32 or BF16. */
 struct file {
     char name[CKPT_NAME_BYTES_MAX + 1]; /* with the prefix */
+    bool momentum;
+    enum safetensors_dtype dtype;
     struct ckpt_upload *upload;
     uint64_t header_bytes, first, count;
     uint64_t dirty_bytes; /* put and not synced; under the mutex */
@@ -55,8 +57,11 @@ struct ckpt_writer {
     uint64_t elements;
     struct manifest manifest; /* objects in the order they were added; digests come in the end */
 
-    struct file *file; /* anchor's shards, then momentum's */
-    uint32_t shards;
+    enum ckpt_weights weights;
+    struct file *file; /* each vector's shards, in the order of layout() */
+    uint32_t shards, files;
+    uint16_t *narrow; /* room for as many elements as ever came at once */
+    size_t narrow_room;
     struct small small[SMALL_MAX];
     uint32_t small_count;
 
@@ -142,7 +147,7 @@ static int put_small_objects(struct ckpt_writer *w, struct err *err) {
         object_name(w->prefix, s->name, name);
         if (w->store->ops->put(w->store, name, s->blob.data, s->blob.length, CKPT_ABSENT, err)) return -1;
         s->put = true;
-        w->manifest.object[2 * w->shards + i].digest = digest_of(s->blob.data, s->blob.length);
+        w->manifest.object[w->files + i].digest = digest_of(s->blob.data, s->blob.length);
     }
     return 0;
 }
@@ -152,7 +157,7 @@ static int put_small_objects(struct ckpt_writer *w, struct err *err) {
 static struct file *most_dirty(struct ckpt_writer *w) {
     struct file *most = &w->file[0];
     uint64_t sum = 0;
-    for (uint32_t i = 0; i < 2 * w->shards; i++) {
+    for (uint32_t i = 0; i < w->files; i++) {
         sum += w->file[i].dirty_bytes;
         if (w->file[i].dirty_bytes > most->dirty_bytes) most = &w->file[i];
     }
@@ -195,7 +200,7 @@ static int hash_block(void *arg, uint64_t offset, const void *data, size_t n, st
 /* What is hashed is what the store gives back. */
 static int complete_files(struct ckpt_writer *w, struct err *err) {
     if (check_claim(w, err)) return -1;
-    for (uint32_t i = 0; i < 2 * w->shards; i++) {
+    for (uint32_t i = 0; i < w->files; i++) {
         struct file *f = &w->file[i];
         struct hashing h = {.writer = w};
         if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
@@ -281,7 +286,7 @@ static bool drop(struct ckpt_writer *w, const char *name) {
 /* What we put and nobody can use. Not where another attempt owns the folder by now. */
 static void remove_objects(struct ckpt_writer *w) {
     if (!w->file || !w->thread_runs || check_claim(w, NULL)) return;
-    for (uint32_t i = 0; i < 2 * w->shards; i++)
+    for (uint32_t i = 0; i < w->files; i++)
         if (w->file[i].completed && !drop(w, w->manifest.object[i].name)) return;
     for (uint32_t i = 0; i < w->small_count; i++)
         if (w->small[i].put && !drop(w, w->small[i].name)) return;
@@ -300,7 +305,7 @@ static bool manifest_there(struct ckpt_writer *w) {
 
 /* All that an attempt without an end put or began, once. */
 static void remove_everything(struct ckpt_writer *w) {
-    for (uint32_t i = 0; w->file && i < 2 * w->shards; i++) {
+    for (uint32_t i = 0; w->file && i < w->files; i++) {
         w->store->ops->upload_destroy(w->file[i].upload);
         w->file[i].upload = NULL;
     }
@@ -375,9 +380,25 @@ static int add_object(struct ckpt_writer *w, const char *name, uint64_t bytes, s
     return 0;
 }
 
+/* The vectors: in files of which name, as what. */
+struct layout {
+    const char *stem;
+    bool momentum;
+    enum safetensors_dtype dtype;
+};
+
+static uint32_t layout(enum ckpt_weights weights, struct layout out[3]) {
+    uint32_t n = 0;
+    bool bf16 = weights == CKPT_BF16;
+    out[n++] = (struct layout){"model", false, bf16 ? SAFETENSORS_BF16 : SAFETENSORS_F32};
+    if (bf16) out[n++] = (struct layout){"anchor", false, SAFETENSORS_F32};
+    out[n++] = (struct layout){"momentum", true, SAFETENSORS_F32};
+    return n;
+}
+
 static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_shard *s,
                       const struct ckpt_blob *header, struct file *f, struct err *err) {
-    uint64_t bytes = header->length + s->count * 4;
+    uint64_t bytes = header->length + s->count * safetensors_width(f->dtype);
     if (add_object(w, name, bytes, err)) return -1;
     object_name(w->prefix, name, f->name);
     f->header_bytes = header->length;
@@ -391,12 +412,17 @@ static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_s
 static int begin_files(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
     const struct msg_model *m = w->genesis.model;
     assert(w->shards > 0); /* a model has tensors */
-    for (uint32_t i = 0; i < 2 * w->shards; i++) {
+    struct layout l[3];
+    layout(w->weights, l);
+    for (uint32_t i = 0; i < w->files; i++) {
         const struct hf_shard *s = &shards[i % w->shards];
+        const struct layout *of = &l[i / w->shards];
         struct ckpt_blob header;
         char name[64];
-        hf_shard_name(i < w->shards ? "model" : "momentum", i % w->shards, w->shards, name);
-        if (safetensors_format(m, s->first_tensor, s->end_tensor, &header, err)) return -1;
+        w->file[i].momentum = of->momentum;
+        w->file[i].dtype = of->dtype;
+        hf_shard_name(of->stem, i % w->shards, w->shards, name);
+        if (safetensors_format(m, s->first_tensor, s->end_tensor, of->dtype, &header, err)) return -1;
         int r = begin_file(w, name, s, &header, &w->file[i], err);
         free(header.data);
         if (r) return -1;
@@ -432,6 +458,19 @@ static int add_genesis(struct ckpt_writer *w, const struct ckpt_meta *meta, stru
     return add_small(w, "genesis.bin", 0, &b, err);
 }
 
+static int add_indices(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
+    static const char *const names[] = {"model.safetensors.index.json", "anchor.safetensors.index.json",
+                                        "momentum.safetensors.index.json"};
+    struct layout l[3];
+    uint32_t n = layout(w->weights, l);
+    for (uint32_t i = 0; i < n; i++) {
+        struct ckpt_blob b = {0};
+        int r = hf_index_format(w->genesis.model, l[i].stem, l[i].dtype, shards, w->shards, &b, err);
+        if (add_small(w, names[n == 3 ? i : 2 * i], r, &b, err)) return -1;
+    }
+    return 0;
+}
+
 static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta,
                              const struct hf_shard *shards, struct err *err) {
     const struct msg_model *m = w->genesis.model;
@@ -439,14 +478,12 @@ static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta
     return add_genesis(w, meta, err) ||
            add_small(w, "ledger.bin", ledger_format(meta->ledger, meta->ledger_count, &b, err), &b, err) ||
            add_cursor(w, meta, err) ||
-           add_small(w, "config.json", hf_config_format(m, w->genesis.init_std, &b, err), &b, err) ||
+           add_small(w, "config.json",
+                     hf_config_format(m, w->file[0].dtype, w->genesis.init_std, &b, err), &b, err) ||
            add_small(w, "generation_config.json", hf_generation_config_format(&b, err), &b, err) ||
            add_small(w, "tokenizer.json", hf_tokenizer_format(&b, err), &b, err) ||
            add_small(w, "tokenizer_config.json", hf_tokenizer_config_format(m, &b, err), &b, err) ||
-           add_small(w, "model.safetensors.index.json",
-                     hf_index_format(m, "model", shards, w->shards, &b, err), &b, err) ||
-           add_small(w, "momentum.safetensors.index.json",
-                     hf_index_format(m, "momentum", shards, w->shards, &b, err), &b, err)
+           add_indices(w, shards, err)
                ? -1 : 0;
 }
 
@@ -485,7 +522,10 @@ static int begin(struct ckpt_writer *w, const struct ckpt_meta *meta, uint64_t s
     if (take_meta(w, meta, err) ||
         hf_shards(w->genesis.model, shard_bytes ? shard_bytes : CKPT_SHARD_BYTES, &shards, &w->shards, err))
         return -1;
-    w->file = calloc(2 * (size_t)w->shards, sizeof *w->file);
+    struct layout l[3];
+    w->weights = meta->weights;
+    w->files = layout(w->weights, l) * w->shards;
+    w->file = calloc(w->files, sizeof *w->file);
     w->manifest.object = calloc(CKPT_OBJECTS_MAX, sizeof *w->manifest.object);
     int r = -1;
     if (!w->file || !w->manifest.object) err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
@@ -531,6 +571,7 @@ void ckpt_writer_destroy(struct ckpt_writer *w) {
     for (uint32_t i = 0; i < w->small_count; i++) free(w->small[i].blob.data);
     free(w->file);
     free(w->taken);
+    free(w->narrow);
     free(w->manifest_bytes.data);
     manifest_sig_release(&w->sig);
     manifest_release(&w->manifest);
@@ -588,19 +629,42 @@ bool ckpt_writer_wants(const struct ckpt_writer *w, uint64_t first, uint64_t n) 
     return n > 0 && !all && state_of(w) == CKPT_TAKING;
 }
 
-/* The part of elements [first, first + n) that lies in f. */
-static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint64_t n,
-                    const float *values, struct err *err) {
+/* The part of elements [first, first + n) that lies in f, as f's dtype. */
+static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint64_t n, const void *values,
+                    struct err *err) {
+    size_t width = safetensors_width(f->dtype);
     uint64_t from = first > f->first ? first : f->first;
     uint64_t end = first + n < f->first + f->count ? first + n : f->first + f->count;
     if (from >= end) return 0;
-    if (w->store->ops->upload_put(f->upload, f->header_bytes + (from - f->first) * 4,
-                                  values + (from - first), (size_t)(end - from) * 4, err))
+    if (w->store->ops->upload_put(f->upload, f->header_bytes + (from - f->first) * width,
+                                  (const uint8_t *)values + (from - first) * width,
+                                  (size_t)(end - from) * width, err))
         return -1;
     pthread_mutex_lock(&w->mutex);
-    f->dirty_bytes += (end - from) * 4;
+    f->dirty_bytes += (end - from) * width;
     if (most_dirty(w)) pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->mutex);
+    return 0;
+}
+
+static int put_all(struct ckpt_writer *w, uint64_t first, size_t n, const float *anchor,
+                   const float *momentum, struct err *err) {
+    if (w->weights == CKPT_BF16) safetensors_narrow(anchor, w->narrow, n);
+    for (uint32_t i = 0; i < w->files; i++) {
+        struct file *f = &w->file[i];
+        const void *values = f->dtype == SAFETENSORS_BF16 ? w->narrow
+                           : f->momentum                  ? (const void *)momentum : anchor;
+        if (put_part(w, f, first, n, values, err)) return -1;
+    }
+    return 0;
+}
+
+static int reserve_narrow(struct ckpt_writer *w, size_t n, struct err *err) {
+    if (w->weights != CKPT_BF16 || n <= w->narrow_room) return 0;
+    uint16_t *grown = realloc(w->narrow, n * sizeof *grown);
+    if (!grown) return err_set(err, ERR_MEMORY, "%s: out of memory for %zu weights", w->prefix, n);
+    w->narrow = grown;
+    w->narrow_room = n;
     return 0;
 }
 
@@ -632,10 +696,8 @@ int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float
         return err_set(err, ERR_REFUSED, "%s: element %" PRIu64 " was put before", w->prefix,
                        w->taken[at].first > first ? w->taken[at].first : first);
     struct err e = {0};
-    int r = reserve_taken(w, &e) || set_putting(w, true, &e) ? -1 : 0;
-    for (uint32_t i = 0; !r && i < w->shards; i++)
-        r = put_part(w, &w->file[i], first, n, anchor, &e) ||
-            put_part(w, &w->file[w->shards + i], first, n, momentum, &e) ? -1 : 0;
+    int r = reserve_taken(w, &e) || reserve_narrow(w, n, &e) || set_putting(w, true, &e) ? -1 : 0;
+    if (!r) r = put_all(w, first, n, anchor, momentum, &e);
     set_putting(w, false, NULL);
     if (r) {
         enter(w, CKPT_FAILED, &e);
@@ -650,7 +712,7 @@ uint64_t ckpt_writer_backlog_bytes(const struct ckpt_writer *w) {
     pthread_mutex_t *mutex = (pthread_mutex_t *)(uintptr_t)&w->mutex;
     uint64_t sum = 0;
     pthread_mutex_lock(mutex);
-    for (uint32_t i = 0; i < 2 * w->shards; i++) sum += w->file[i].dirty_bytes;
+    for (uint32_t i = 0; i < w->files; i++) sum += w->file[i].dirty_bytes;
     pthread_mutex_unlock(mutex);
     return sum;
 }

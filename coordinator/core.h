@@ -134,6 +134,9 @@ struct core *core_create(const struct msg_genesis *genesis, const struct digest 
                          const struct proto_key *own_key, struct err *err);
 void core_destroy(struct core *c);
 
+/* Checkpoints are written with bf16 weights from now on (settings.h: checkpoint.weights), or not. */
+void core_set_bf16(struct core *c, bool bf16);
+
 /* Feed every row of the store, CORE_LEDGER in index order first (value = entry bytes without the
  * signature; who signed is the shell's business, but entries that a member shows are checked in full);
  * then one CORE_EV_START. ERR_CORRUPT: the row does not decode or contradicts another. */

@@ -9,6 +9,8 @@
 
 static bool has_checkpoints(const struct core *c) { return c->genesis.checkpoint_url.length > 0; }
 
+void core_set_bf16(struct core *c, bool bf16) { c->checkpoint_bf16 = bf16; }
+
 void core_checkpoint_after_commit(struct core *c, struct core_actions *out) {
     uint32_t every = c->outer->checkpoint_rounds;
     if (!has_checkpoints(c) || !every || c->commits % every) return;
@@ -52,7 +54,8 @@ static void try_checkpoint(struct core *c, struct core_actions *out) {
                                        .round = c->commits,
                                        .tokens_committed = s->tokens_committed,
                                        .spent = c->spent.list,
-                                       .spent_count = c->spent.count};
+                                       .spent_count = c->spent.count,
+                                       .bf16 = c->checkpoint_bf16};
     core_log(out, CORE_INFO, "checkpoint of ledger %llu begins", (unsigned long long)s->index);
     core_send(out, own, MSG_CHECKPOINT_WRITE, 0, &msg);
     c->checkpoint_writing = s->index;

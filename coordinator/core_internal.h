@@ -314,6 +314,7 @@ struct core {
     uint64_t settled_index;
     uint64_t checkpoint_due, checkpoint_writing,
         checkpoint_last; /* ledger indices of states; 0 = none */
+    bool checkpoint_bf16;
     uint64_t complete_ms, checkpoint_retry_ms;
     uint32_t checkpoint_tries;
 

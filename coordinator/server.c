@@ -255,6 +255,7 @@ static int start_core(struct server *s, uint64_t hold_ms, struct err *err) {
         if (store_raise_term(s->run->store, &s->term, err)) return -1;
     } while (s->term <= s->restart_above);
     s->restart_above = 0;
+    core_set_bf16(s->core, s->config->settings->checkpoint_bf16);
     ev.term = s->term;
     randombytes_buf(&ev.seed, sizeof ev.seed);
     server_step(s, &ev);

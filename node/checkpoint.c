@@ -160,7 +160,8 @@ static int begin(struct checkpoint *c, struct proto_bytes genesis,
     char url[PROTO_URL_BYTES_MAX + 1], where[PROTO_URL_BYTES_MAX + 1];
     struct ckpt_meta meta = { .index = msg->index, .state_root = msg->root, .round = msg->round,
                               .tokens_committed = msg->tokens_committed, .spent = msg->spent,
-                              .spent_count = msg->spent_count, .genesis = genesis };
+                              .spent_count = msg->spent_count, .genesis = genesis,
+                              .weights = msg->bf16 ? CKPT_BF16 : CKPT_FP32 };
     proto_str_copy(msg->url, where, sizeof where);
     ckpt_store_url(where, msg->index, url);
     if (pick_ledger(c->sync, msg->index, &meta, err)) return -1;

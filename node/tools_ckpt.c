@@ -205,9 +205,9 @@ int tool_inspect(int argc, char **argv) {
     if (rc >= 0) return rc;
     struct ckpt *c = ckpt_open(o.operand[0], NULL, &err);
     if (!c) return args_failed(o.name, &err);
-    json_t *object = json_pack("{ss ss so}", "where", ckpt_where(c), "tokenizer",
-                               ckpt_tokenizer(c)[0] ? ckpt_tokenizer(c) : "unknown", "model",
-                               model_object(ckpt_model(c)));
+    json_t *object = json_pack("{ss ss ss so}", "where", ckpt_where(c), "tokenizer",
+                               ckpt_tokenizer(c)[0] ? ckpt_tokenizer(c) : "unknown", "weights",
+                               ckpt_weights_name(c), "model", model_object(ckpt_model(c)));
     if (!ckpt_is_plain(c)) json_object_set_new(object, "checkpoint", facts_object(c));
     if (o.tensors) json_object_set_new(object, "tensors", tensor_list(c));
     if (o.tensors) json_object_set_new(object, "objects", object_list(c));

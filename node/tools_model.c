@@ -44,7 +44,7 @@ static int pick_tokenizer(struct loaded *l, const char *stored, const char *want
 /* A block of the checkpoint's parameters, or of those that the run began with. */
 static int read_block(const struct loaded *l, const struct ckpt *c, const struct msg_genesis *untrained,
                       size_t at, size_t n, float *block, struct err *err) {
-    if (!untrained) return ckpt_read(c, CKPT_ANCHOR, at, n, block, err);
+    if (!untrained) return ckpt_read(c, CKPT_WEIGHTS, at, n, block, err);
     model_init_elements(&l->m, untrained->init_std, untrained->init_seed, at, n, block);
     return 0;
 }
@@ -74,7 +74,7 @@ static int load(struct loaded *l, const char *where, const char *tokenizer, uint
     if (rc == 0 && untrained && !ckpt_genesis(c))
         rc = err_set(err, ERR_CONFIG, "%.150s is of no run: how its parameters began is not known", where);
     if (rc == 0) rc = pick_tokenizer(l, ckpt_tokenizer(c), tokenizer, err);
-    if (rc == 0) rc = ckpt_verify_vector(c, CKPT_ANCHOR, err); /* a wrong byte would only be a worse model */
+    if (rc == 0) rc = ckpt_verify_vector(c, CKPT_WEIGHTS, err); /* a wrong byte would only be a worse model */
     if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
     if (rc == 0) rc = read_params(l, c, untrained ? ckpt_genesis(c) : NULL, err);
     ckpt_close(c);
@@ -101,6 +101,7 @@ static const char eval_help[] =
     "  --corpus CORPUS    the held-out slice of a corpus that `data` wrote\n"
     "  --sequence N       tokens per window, at most the model's sequence (default: that)\n"
     "  --tokenizer NAME   bytes; needed where the model does not say\n"
+    "  --logits FILE      write the first window's logits too: fp32, [tokens, vocabulary]; takes a pass a token\n"
     "  --untrained        the parameters that the run began with, instead of the checkpoint's\n"
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: loss, perplexity, tokens, sequence\n"
@@ -191,11 +192,27 @@ static int loss_of_windows(const struct loaded *l, int32_t document_end, const i
 }
 
 struct eval_wish {
-    const char *where, *text, *corpus, *tokenizer;
+    const char *where, *text, *corpus, *tokenizer, *logits;
     uint64_t sequence, threads;
     int json;
     bool untrained;
 };
+
+static int write_logits(const struct loaded *l, const int32_t *tokens, int T, const char *path, struct err *err) {
+    float *row = malloc(l->m.vocabulary * sizeof *row);
+    struct model *model = row ? model_create(&l->m, l->k, 1, T, 0, err) : NULL;
+    FILE *f = model ? fopen(path, "wb") : NULL;
+    int rc = f ? 0 : row && !model ? -1 : err_set_errno(err, "%.150s", path);
+    for (int t = 0; rc == 0 && t < T; t++) {
+        rc = model_logits(model, l->params, tokens, T, t, row, err);
+        if (rc == 0 && fwrite(row, sizeof *row, l->m.vocabulary, f) != l->m.vocabulary)
+            rc = err_set_errno(err, "write %.150s", path);
+    }
+    if (f && fclose(f) && rc == 0) rc = err_set_errno(err, "write %.150s", path);
+    model_destroy(model);
+    free(row);
+    return rc;
+}
 
 static int eval_tokens(const struct eval_wish *w, const struct loaded *l, int32_t document_end,
                        const int32_t *tokens, size_t n, struct err *err) {
@@ -208,6 +225,7 @@ static int eval_tokens(const struct eval_wish *w, const struct loaded *l, int32_
                        w->text ? w->text : w->corpus, n, T, T + 1);
     size_t windows = (n - 1) / T;
     if (loss_of_windows(l, document_end, tokens, windows, (int)T, &loss, &targets, err)) return -1;
+    if (w->logits && write_logits(l, tokens, (int)T, w->logits, err)) return -1;
     printf(w->json ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"tokens\": %zu, \"windows\": %zu, "
                      "\"sequence\": %zu}\n"
                    : "loss %.4f nats per token, perplexity %.3f, %zu tokens in %zu windows of %zu\n",
@@ -235,7 +253,7 @@ int tool_eval(int argc, char **argv) {
         { "sequence", required_argument, NULL, 's' },  { "tokenizer", required_argument, NULL, 'z' },
         { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
         { "untrained", no_argument, NULL, 'u' },       { "help", no_argument, NULL, 'h' },
-        { 0 },
+        { "logits", required_argument, NULL, 'l' },    { 0 },
     };
     struct eval_wish w = { 0 };
     struct err err;
@@ -249,6 +267,7 @@ int tool_eval(int argc, char **argv) {
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
         case 'j': w.json = 1; break;
         case 'u': w.untrained = true; break;
+        case 'l': w.logits = optarg; break;
         case 'h': fputs(eval_help, stdout); return 0;
         default: return args_wrong(argv[0], "wrong arguments");
         }

@@ -292,10 +292,11 @@
 #define FIELDS_resync(F, L)                                                                        \
     F(U64, index, 0) F(DIGEST, root, 0) F(BYTES, wrong, PROTO_CHUNKS_MAX / 8) L(address, donors, 16)
 
-/* C->N: write the state at `index` (the newest applied) to url. spent: the data cursor. */
+/* C->N: write the state at `index` (the newest applied) to url. spent: the data cursor; bf16: the published
+ * weights are rounded, with the fp32 anchor beside them. */
 #define FIELDS_checkpoint_write(F, L)                                                              \
     F(U64, index, 0) F(DIGEST, root, 0) F(STR, url, PROTO_URL_BYTES_MAX) F(U64, round, 0)          \
-    F(U64, tokens_committed, 0) L(range, spent, PROTO_CHUNKS_MAX)
+    F(U64, tokens_committed, 0) L(range, spent, PROTO_CHUNKS_MAX) F(U8, bf16, 1)
 #define FIELDS_checkpoint_sign(F, L) F(U64, index, 0) F(BYTES, manifest, PROTO_BLOB_BYTES_MAX)
 #define FIELDS_checkpoint_signed(F, L) F(U64, index, 0) F(SIG, signature, 0)
 #define FIELDS_checkpoint_done(F, L)                                                               \

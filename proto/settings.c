@@ -16,7 +16,7 @@
 
 #include "proto/model.h"
 
-enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U32, U64, F32, F64, SECONDS };
+enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U32, U64, F32, F64, SECONDS };
 
 struct setting {
     const char *section, *key;
@@ -189,6 +189,9 @@ static const struct setting table[] = {
       "s3://BUCKET/PREFIX?endpoint=https://HOST&region=NAME. Everybody reads this URL, so no key is in\n"
       "it: that stays in the environment or a file of the machine of the aggregate-only node, which\n"
       "alone writes (docs/checkpoint.md)." },
+    { "checkpoint", "weights", U8_WEIGHTS, AT(checkpoint_bf16), 0, 1, FREE, NULL,
+      "What others load of a checkpoint: fp32, or bf16, half as much, with the fp32 parameters that\n"
+      "the run goes on from beside it: 10 bytes a parameter in all, not 8." },
 
     { "serve", "listen", TEXT, AT(listen), 1, PROTO_ADDRESS_BYTES_MAX + 7, FREE, NULL,
       "HOST:PORT to listen on; 0.0.0.0 is every IPv4 address of this machine, [::] also IPv6." },
@@ -211,6 +214,7 @@ _Static_assert(sizeof table / sizeof *table <= SETTINGS_MAX, "struct settings co
 /* Numbers of docs/protocol.md. */
 static const char *const codec_name[] = { "fp32", "int8" };
 static const char *const rule_name[] = { "constant", "sqrt" };
+static const char *const weights_name[] = { "fp32", "bf16" };
 static const char *const rope_name[] = { "default", "linear", "llama3" };
 
 void settings_init(struct settings *s) {
@@ -262,6 +266,7 @@ static void describe_allowed(const struct setting *t, char *out, size_t size) {
     case U8_CODEC: snprintf(out, size, "fp32 and int8"); return;
     case U8_RULE: snprintf(out, size, "constant and sqrt"); return;
     case U8_ROPE: snprintf(out, size, "default, linear and llama3"); return;
+    case U8_WEIGHTS: snprintf(out, size, "fp32 and bf16"); return;
     case U32:
     case U64: snprintf(out, size, "whole numbers from %.0f to %.0f", t->min, t->max); return;
     case SECONDS: snprintf(out, size, "seconds from %g to %g", t->min, t->max); return;
@@ -341,6 +346,7 @@ static bool store_value(struct settings *s, const struct setting *t, const char 
     case U8_CODEC: return parse_name(text, codec_name, 2, (uint8_t *)field);
     case U8_RULE: return parse_name(text, rule_name, 2, (uint8_t *)field);
     case U8_ROPE: return parse_name(text, rope_name, 3, (uint8_t *)field);
+    case U8_WEIGHTS: return parse_name(text, weights_name, 2, (uint8_t *)field);
     case U32:
     case U64: return store_whole(field, t, text);
     case F32:
@@ -601,6 +607,7 @@ static void format_value(const struct settings *s, const struct setting *t, char
     case U8_CODEC: snprintf(out, size, "%s", codec_name[*(const uint8_t *)field & 1]); return;
     case U8_RULE: snprintf(out, size, "%s", rule_name[*(const uint8_t *)field & 1]); return;
     case U8_ROPE: snprintf(out, size, "%s", rope_name[*(const uint8_t *)field % 3]); return;
+    case U8_WEIGHTS: snprintf(out, size, "%s", weights_name[*(const uint8_t *)field & 1]); return;
     case U32: snprintf(out, size, "%u", *(const uint32_t *)field); return;
     case U64:
         snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)field);
@@ -667,7 +674,8 @@ static size_t value_size(const struct setting *t) {
     case U8_SWITCH:
     case U8_CODEC:
     case U8_RULE:
-    case U8_ROPE: return 1;
+    case U8_ROPE:
+    case U8_WEIGHTS: return 1;
     case U32:
     case F32:
     case SECONDS: return 4;

@@ -35,6 +35,7 @@ struct settings {
     struct msg_outer outer;
     /* checkpoint */
     char checkpoint_url[PROTO_URL_BYTES_MAX + 1];
+    uint8_t checkpoint_bf16;                   /* checkpoint.weights; not sealed */
     /* serve: not sealed */
     char listen[PROTO_ADDRESS_BYTES_MAX + 8];  /* HOST:PORT */
     char address[PROTO_ADDRESS_BYTES_MAX + 8]; /* HOST or HOST:PORT by which members reach us; "" = listen */

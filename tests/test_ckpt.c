@@ -411,6 +411,76 @@ static void a_state_of_another_root_is_refused(void **state) {
     assert_non_null(strstr(err.msg, "anchor and momentum have root"));
 }
 
+/* ---- weights in bf16 ------------------------------------------------------------------------------- */
+
+static struct ckpt_writer *create_bf16(struct ckpt_store *s, const struct run *r) {
+    struct err err = {0};
+    struct ckpt_meta meta = meta_at(r, 5);
+    meta.weights = CKPT_BF16;
+    struct ckpt_writer *w = ckpt_writer_create(s, &meta, SHARD_BYTES, &err);
+    if (!w || put(w, r, 0, 777, &err) || put(w, r, 777, r->elements - 777, &err)) fail_msg("%s", err.msg);
+    return w;
+}
+
+/* Others get 2 bytes a parameter, the run all 4: what it goes on from is the same, bit by bit. */
+static void bf16_weights_have_the_anchor_beside_them(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_store *s = open_store("bf16");
+    struct ckpt_writer *w = create_bf16(s, &run);
+    if (finish(w, &run, &err)) fail_msg("%s", err.msg);
+    ckpt_writer_destroy(w);
+    s->ops->close(s);
+    struct ckpt *c = must_open(folder("bf16"));
+    assert_same_tensors(c, &run);
+    assert_string_equal(ckpt_weights_name(c), "bf16");
+    float *got = malloc(run.elements * 4);
+    assert_int_equal(ckpt_read(c, CKPT_WEIGHTS, 0, run.elements, got, &err), 0);
+    for (size_t i = 0; i < run.elements; i++) {
+        uint32_t is, from;
+        memcpy(&is, got + i, 4);
+        memcpy(&from, run.anchor + i, 4);
+        assert_int_equal(is & 0xffff, 0);
+        if (isnan(run.anchor[i])) assert_true(isnan(got[i]));
+        else if (from << 16 != 0x80000000) assert_int_equal(is, (from + 0x8000) & 0xffff0000); /* nearest */
+        else assert_int_equal(is & 0x10000, 0); /* a tie, to even */
+    }
+    free(got);
+    if (ckpt_verify(c, NULL, NULL, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(ckpt_export(c, folder("bf16-exported"), &err), 0);
+    ckpt_close(c);
+    c = must_open(folder("bf16-exported")); /* what Hugging Face's tools see */
+    assert_true(ckpt_is_plain(c));
+    assert_string_equal(ckpt_weights_name(c), "bf16");
+    assert_null(strstr(ckpt_where(c), "anchor"));
+    ckpt_close(c);
+    char path[160];
+    snprintf(path, sizeof path, "%s/config.json", folder("bf16-exported"));
+    struct ckpt_blob config = slurp(path);
+    assert_non_null(strstr((char *)config.data, "\"bfloat16\""));
+    free(config.data);
+}
+
+/* Whoever wrote it vouches for digests alone: what is published must be the run's. */
+static void weights_that_are_not_the_anchors_are_refused(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_store *s = open_store("bf16-other");
+    struct ckpt_writer *w = create_bf16(s, &run);
+    char command[300];
+    snprintf(command, sizeof command, /* right before it is hashed */
+             "printf x | dd of=$(echo %s/step-000000000005/.model-00001*) bs=1 seek=4000 conv=notrunc 2>/dev/null",
+             folder("bf16-other"));
+    assert_int_equal(system(command), 0);
+    if (finish(w, &run, &err)) fail_msg("%s", err.msg);
+    ckpt_writer_destroy(w);
+    s->ops->close(s);
+    char path[160];
+    snprintf(path, sizeof path, "%s/step-000000000005", folder("bf16-other"));
+    assert_int_equal(check_all(path, &err), -1);
+    if (!strstr(err.msg, "the weights are not the anchor rounded to bf16")) fail_msg("%s", err.msg);
+}
+
 /* Disks and couriers flip bits. Each object is hit at its beginning, middle and end. */
 static void a_changed_byte_anywhere_is_found_and_named(void **state) {
     (void)state;
@@ -1044,7 +1114,7 @@ static void mutated_headers_never_lead_out_of_the_file(void **state) {
     struct proto_tensor beyond;
     uint64_t random = 42;
     int accepted = 0;
-    assert_int_equal(safetensors_format(&run.model, 0, 5, &good, &err), 0);
+    assert_int_equal(safetensors_format(&run.model, 0, 5, SAFETENSORS_F32, &good, &err), 0);
     proto_model_tensor(&run.model, 5, &beyond);
     uint64_t file_bytes = good.length + beyond.offset * 4;
     assert_int_equal(safetensors_parse(good.data + 8, good.length - 8, file_bytes, "f", &s, &err), 0);
@@ -1369,7 +1439,7 @@ static void scaled_rotary_embeddings_are_read_and_written(void **state) {
     assert_true(linear.rope_factor == 2 && linear.rope_theta == 10000);
     const struct msg_model *all[] = {&four, &linear};
     for (int i = 0; i < 2; i++) {
-        assert_int_equal(hf_config_format(all[i], 0.02f, &b, &err), 0);
+        assert_int_equal(hf_config_format(all[i], SAFETENSORS_F32, 0.02f, &b, &err), 0);
         struct msg_model again;
         assert_int_equal(hf_config_parse(&b, "config.json", &again, &err), 0);
         assert_true(proto_model_equal(all[i], &again));
@@ -1418,7 +1488,7 @@ static void narrow_floats_are_widened_exactly(void **state) {
     struct ckpt_blob config;
     make_run(&tied, 3, 1);
     mkdir(folder("narrow"), 0700);
-    assert_int_equal(hf_config_format(&tied.model, 0.02f, &config, &err), 0);
+    assert_int_equal(hf_config_format(&tied.model, SAFETENSORS_F32, 0.02f, &config, &err), 0);
     spill(folder("narrow/config.json"), config.data, config.length);
     free(config.data);
     uint16_t *narrow = malloc(tied.elements * 2);
@@ -1500,6 +1570,8 @@ int main(void) {
         cmocka_unit_test(ranges_come_in_any_order),
         cmocka_unit_test(each_element_is_put_exactly_once),
         cmocka_unit_test(a_state_of_another_root_is_refused),
+        cmocka_unit_test(bf16_weights_have_the_anchor_beside_them),
+        cmocka_unit_test(weights_that_are_not_the_anchors_are_refused),
         cmocka_unit_test(a_changed_byte_anywhere_is_found_and_named),
         cmocka_unit_test(a_short_or_missing_object_is_found_and_named),
         cmocka_unit_test(without_a_manifest_there_is_no_checkpoint),

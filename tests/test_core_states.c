@@ -119,6 +119,7 @@ static void a_checkpoint_is_written_signed_and_entered_in_the_ledger(void **stat
     struct rig *r = *state;
     r->outer.checkpoint_rounds = 1;
     start_reducing(r, 2);
+    core_set_bf16(r->core, true);
     commit_once(r);
     say_root(r, &r->fake[2]);
     assert_null(sent(r, NULL, MSG_CHECKPOINT_WRITE));
@@ -128,6 +129,7 @@ static void a_checkpoint_is_written_signed_and_entered_in_the_ledger(void **stat
     const struct msg_checkpoint_write *w = a->msg;
     assert_int_equal(w->index, r->fake[1].state);
     assert_int_equal(w->round, 1);
+    assert_int_equal(w->bf16, 1);
     assert_int_equal(w->spent_count, 1);
     assert_int_equal(w->spent[0].count, 16);
     struct msg_checkpoint_sign sign = {.index = w->index, .manifest = proto_str("{}")};

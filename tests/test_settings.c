@@ -61,6 +61,8 @@ static void a_wrong_type_is_named_with_its_line_and_what_is_allowed(void **state
                         "run.yaml line 2: model.tied is 'maybe'; allowed are true and false");
     assert_string_equal(refusal("outer:\n  result_codec: int7\n"),
                         "run.yaml line 2: outer.result_codec is 'int7'; allowed are fp32 and int8");
+    assert_string_equal(refusal("checkpoint:\n  weights: fp16\n"),
+                        "run.yaml line 2: checkpoint.weights is 'fp16'; allowed are fp32 and bf16");
     assert_string_equal(refusal("inner:\n  lr: fast\n"),
                         "run.yaml line 2: inner.lr is 'fast'; allowed are numbers over 0 up to 10");
     assert_string_equal(refusal("outer:\n  round_seconds: 10s\n"),
@@ -146,6 +148,7 @@ static void an_empty_file_means_every_default(void **state) {
     assert_memory_equal(&s.model, &debug, sizeof debug);
     assert_string_equal(s.name, "first");
     assert_string_equal(s.checkpoint_url, "file:///runs/first/checkpoints");
+    assert_int_equal(s.checkpoint_bf16, 0);
     assert_int_equal(s.inner.total_tokens, 20000 * 128);
     assert_int_equal(s.outer.fragments, 1);
     resolved(&s, "outer:\nmodel:\n"); /* sections without keys */

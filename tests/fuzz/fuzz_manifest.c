@@ -87,7 +87,7 @@ static bool config_taken(const struct ckpt_blob *in) {
     struct err err = {0};
     if (hf_config_parse(in, "config.json", &m, &err)) return false;
     assert(proto_model_elements(&m) > 0);
-    int failed = hf_config_format(&m, 0.02f, &out, &err) ||
+    int failed = hf_config_format(&m, SAFETENSORS_F32, 0.02f, &out, &err) ||
                  hf_config_parse(&out, "config.json", &again, &err);
     assert(!failed);
     struct proto_buffer a = record_encoded(RECORD_model, &m), b = record_encoded(RECORD_model, &again);
@@ -158,7 +158,7 @@ static void put_ours(const struct fuzz_sink *out) {
 static void put_theirs(const struct fuzz_sink *out) {
     struct ckpt_blob blob = {0};
     struct err err;
-    put(out, 4, "config", hf_config_format(&model, 0.02f, &blob, &err), blob);
+    put(out, 4, "config", hf_config_format(&model, SAFETENSORS_F32, 0.02f, &blob, &err), blob);
     put(out, 5, "tokenizer", hf_tokenizer_config_format(&model, &blob, &err), blob);
 }
 

@@ -88,7 +88,7 @@ static void samples(const struct fuzz_sink *out) {
     struct ckpt_blob blob;
     struct err err;
     uint32_t tensors = proto_model_tensor_count(&model);
-    int failed = safetensors_format(&model, 0, tensors, &blob, &err);
+    int failed = safetensors_format(&model, 0, tensors, SAFETENSORS_F32, &blob, &err);
     assert(!failed);
     put(out, "model", (uint32_t)proto_model_elements(&model) * 4, blob.data, blob.length);
     free(blob.data);

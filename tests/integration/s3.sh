@@ -46,7 +46,7 @@ corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1
 "$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set outer.inner_steps=10 --set outer.round_seconds=2 \
     --set outer.grace_seconds=0.5 --set outer.silence_seconds=5 --set outer.checkpoint_rounds=3 --set inner.batch=4 \
     --set model.width=192 --set model.heads=6 --set model.kv_heads=6 --set model.layers=6 --set model.ffn=768 \
-    --set checkpoint.url="$URL" >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
+    --set checkpoint.url="$URL" --set checkpoint.weights=bf16 >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 start_coordinator "$R" "$P"
 published() { grep -c 'is published' "$W/coordinator.log"; }
 await_published() { local end=$((SECONDS + ${2:-60})); while [ $SECONDS -lt $end ]; do [ "$(published)" -ge "$1" ] && return 0; sleep 0.2; done; false; }
@@ -138,7 +138,7 @@ mv "$W/coordinator.log" "$W/first.log"
 INTELLECT_STORE_DOWN_MBIT=30 start_coordinator "$W/second" "$P" # slow: a thread reads for longer than a node may be silent
 WRAP="env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY" start_node carol "$W/second"
 check "a run that begins with it commits" wait_for 60 "$W/second" 'round >= 1'
-check "its own node was heard while it read: $(grep -o 'is being read.*' "$W/coordinator.log" | tail -n 1)" test "$(grep -c 'is being read' "$W/coordinator.log")" -ge 3 -a -z "$(grep ' lost: \|aggregator: leaving the connection' "$W/coordinator.log")"
+check "its own node was heard while it read: $(grep -o 'is being read.*' "$W/coordinator.log" | tail -n 1)" test "$(grep -c 'is being read' "$W/coordinator.log")" -ge 3 -a -z "$(grep 'member 1 (coordinator) lost: \|aggregator: leaving the connection' "$W/coordinator.log")"
 check "and what it fetched is gone" test ! -e "$W/second/aggregator/origin" -a -e "$W/second/aggregator/state"
 
 [ $failures = 0 ] || { echo "$failures failures"; fail "s3"; }

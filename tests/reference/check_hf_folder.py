@@ -3,13 +3,17 @@
 
     tests/reference/venv.sh build/reference-venv
     build/reference-venv/bin/python tests/reference/check_hf_folder.py FOLDER [--text FILE] [--anchor FILE.f32]
+        [--text FILE --logits FILE.f32]
 
 FOLDER is a step-* folder of a store, or what `intellect-node export` wrote. Checks that no weight is
 missing, unexpected or initialised anew; that the tokenizer gives each byte its own value and comes
 back; that a forward pass and generate() work. --text prints the mean loss over windows of the model's
 length, to compare with `intellect-node eval`. --anchor compares every weight, bit by bit, with
-little-endian fp32 in the canonical order of proto/model.h."""
+little-endian fp32 in the canonical order of proto/model.h. --logits compares the text's first window with what
+`intellect-node eval FOLDER --text FILE --logits FILE.f32` wrote: at most 1e-4 apart. Weights of a bf16 folder are
+widened here as there: the arithmetic is fp32."""
 import argparse
+import json
 import pathlib
 import sys
 
@@ -21,6 +25,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("folder")
 parser.add_argument("--text", type=pathlib.Path)
 parser.add_argument("--anchor", type=pathlib.Path)
+parser.add_argument("--logits", type=pathlib.Path)
 args = parser.parse_args()
 
 
@@ -37,6 +42,10 @@ def canonical(model):
     yield from w.values()  # lm_head.weight, unless tied
 
 
+# As anybody would, without a word about precision: what config.json says is what there is.
+as_it_is = transformers.AutoModelForCausalLM.from_pretrained(args.folder)
+stored = json.loads((pathlib.Path(args.folder) / "config.json").read_text())["torch_dtype"]
+assert {str(p.dtype) for p in as_it_is.parameters()} == {f"torch.{stored}"}, stored
 model, info = transformers.AutoModelForCausalLM.from_pretrained(
     args.folder, dtype=torch.float32, output_loading_info=True)
 assert type(model).__name__ == "LlamaForCausalLM", type(model)
@@ -73,4 +82,14 @@ if args.text:
             total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
             count += length
     print(f"loss {total / count:.6f} nats per token over {count} tokens")
+
+if args.logits:
+    window = torch.tensor(list(args.text.read_bytes()[:length]))
+    with torch.no_grad():
+        theirs = model(window[None]).logits[0].numpy()
+    ours = numpy.fromfile(args.logits, dtype="<f4").reshape(theirs.shape)
+    apart = numpy.abs(ours - theirs).max()
+    print(f"logits: {theirs.shape[0]} x {theirs.shape[1]}, weights {stored}, at most {apart:.2e} "
+          f"apart, largest {numpy.abs(theirs).max():.2f}")
+    assert apart <= 1e-4, apart
 sys.exit(0)
