@@ -56,8 +56,8 @@ void ckpt_store_url(const char *url, uint64_t index, char out[PROTO_URL_BYTES_MA
  *   fd readable, poll says:   CKPT_PUBLISHED
  *   ckpt_writer_destroy(w)    at any time: removes everything unless it is published
  *
- * A thread of the writer's own syncs, hashes (reading back what the store has) and publishes; it
- * runs at low priority and blocks all signals. Calls below do no more on the caller's thread than
+ * A thread of the writer's own syncs, hashes (reading back what the store has, which must have the state
+ * root: else ERR_CORRUPT) and publishes; it runs at low priority and blocks all signals. Calls below do no more on the caller's thread than
  * copy bytes into the page cache: 0.2 to 1.5 ms per MiB, more where every core is busy, so where a
  * stall hurts, hand over 2 MiB at a time. All calls come from one thread. */
 

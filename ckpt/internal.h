@@ -183,6 +183,29 @@ int object_stream(struct ckpt_store *s, const char *name, uint64_t from, uint64_
                   int (*block)(void *arg, uint64_t offset, const void *data, size_t n, struct err *err),
                   void *arg, struct err *err);
 
+/* ---- root.c: the state that a checkpoint's files hold, as they pass by ------------------------------- */
+
+struct rooting {
+    uint64_t chunk_bytes;
+    size_t chunks;
+    struct digest_stream *stream; /* of each chunk's leaf */
+    struct msg_digest_item *leaf;
+    bool narrowed; /* the weights are the anchor in bf16: what they are, and what they should be */
+    struct digest_stream weights, rounded;
+    enum ckpt_which which; /* the file that passes now: */
+    uint64_t data, first, bytes; /* where in it its data begins, and which bytes of the vector that is */
+};
+/* ERR_CORRUPT: the genesis names no chunks. rooting_end() in any case. */
+int rooting_begin(struct rooting *r, const struct msg_genesis *g, bool narrowed, struct err *err);
+/* The next file, of elements [first, first + count) from byte `data` (a multiple of 4) on: fp32, weights bf16.
+ * Those of a vector come in its order, and of the vectors weights, anchor, momentum; weights only where narrowed. */
+void rooting_file(struct rooting *r, enum ckpt_which which, uint64_t data, uint64_t first, uint64_t count);
+/* A taker of object_stream()'s blocks. */
+int rooting_block(void *rooting, uint64_t offset, const void *data, size_t n, struct err *err);
+/* All have passed. ERR_CORRUPT: another root, or weights that are not the anchor's. */
+int rooting_check(struct rooting *r, const struct digest *want, struct err *err);
+void rooting_end(struct rooting *r);
+
 /* ---- the stores behind ckpt_store_open(), by scheme; errors as there ------------------------------ */
 
 struct ckpt_store *store_file_open(const char *path, bool create, struct err *err);

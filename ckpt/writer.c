@@ -34,7 +34,8 @@ struct file {
     bool momentum;
     enum safetensors_dtype dtype;
     struct ckpt_upload *upload;
-    uint64_t header_bytes, first, count;
+    struct ckpt_blob header;
+    uint64_t first, count;
     uint64_t dirty_bytes; /* put and not synced; under the mutex */
     bool completed;
 };
@@ -187,29 +188,47 @@ static int sync_while_taking(struct ckpt_writer *w, struct err *err) {
 
 struct hashing {
     struct ckpt_writer *writer;
+    const struct file *file;
     struct digest_stream stream;
+    struct rooting *root;
 };
 
 static int hash_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
     struct hashing *h = arg;
-    (void)offset;
+    const struct ckpt_blob *header = &h->file->header;
+    size_t of_header = offset >= header->length ? 0 : n < header->length - offset ? n : header->length - offset;
+    if (of_header && memcmp(data, header->data + offset, of_header))
+        return err_set(err, ERR_CORRUPT, "%.120s: the store gives back another header", h->file->name);
     digest_stream_update(&h->stream, data, n);
-    return aborted(h->writer, err) ? -1 : 0;
+    return aborted(h->writer, err) ? -1 : rooting_block(h->root, offset, data, n, err);
 }
 
-/* What is hashed is what the store gives back. */
-static int complete_files(struct ckpt_writer *w, struct err *err) {
-    if (check_claim(w, err)) return -1;
-    for (uint32_t i = 0; i < w->files; i++) {
-        struct file *f = &w->file[i];
-        struct hashing h = {.writer = w};
-        if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
-        f->completed = true;
-        digest_stream_init(&h.stream);
-        if (object_stream(w->store, f->name, 0, w->manifest.object[i].bytes, hash_block, &h, err)) return -1;
-        w->manifest.object[i].digest = digest_stream_final(&h.stream);
-    }
+static int complete_file(struct ckpt_writer *w, struct file *f, struct manifest_object *o, struct rooting *root,
+                         struct err *err) {
+    struct hashing h = {.writer = w, .file = f, .root = root};
+    if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
+    f->completed = true;
+    rooting_file(root, f->momentum ? CKPT_MOMENTUM : f->dtype == SAFETENSORS_BF16 ? CKPT_WEIGHTS : CKPT_ANCHOR,
+                 f->header.length, f->first, f->count);
+    digest_stream_init(&h.stream);
+    if (object_stream(w->store, f->name, 0, o->bytes, hash_block, &h, err)) return -1;
+    o->digest = digest_stream_final(&h.stream);
     return 0;
+}
+
+/* What is hashed is what the store gives back, and it must be the state: a bit that changed on the way there
+ * or back would otherwise be signed for. */
+static int complete_files(struct ckpt_writer *w, struct err *err) {
+    struct rooting root;
+    int r = rooting_begin(&root, &w->genesis, w->weights == CKPT_BF16, err) || check_claim(w, err) ? -1 : 0;
+    for (uint32_t i = 0; !r && i < w->files; i++)
+        r = complete_file(w, &w->file[i], &w->manifest.object[i], &root, err);
+    if (!r && rooting_check(&root, &w->manifest.facts.state_root, err)) {
+        err_prefix(err, "%s: what the store gives back", w->prefix);
+        r = -1;
+    }
+    rooting_end(&root);
+    return r;
 }
 
 /* `latest` only moves forward; who loses the race for it looks again. */
@@ -396,17 +415,17 @@ static uint32_t layout(enum ckpt_weights weights, struct layout out[3]) {
     return n;
 }
 
-static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_shard *s,
-                      const struct ckpt_blob *header, struct file *f, struct err *err) {
-    uint64_t bytes = header->length + s->count * safetensors_width(f->dtype);
+/* f has its header already. */
+static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_shard *s, struct file *f,
+                      struct err *err) {
+    uint64_t bytes = f->header.length + s->count * safetensors_width(f->dtype);
     if (add_object(w, name, bytes, err)) return -1;
     object_name(w->prefix, name, f->name);
-    f->header_bytes = header->length;
     f->first = s->first;
     f->count = s->count;
     f->upload = w->store->ops->upload_begin(w->store, f->name, bytes, err);
     if (!f->upload) return -1;
-    return w->store->ops->upload_put(f->upload, 0, header->data, header->length, err);
+    return w->store->ops->upload_put(f->upload, 0, f->header.data, f->header.length, err);
 }
 
 static int begin_files(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
@@ -417,15 +436,14 @@ static int begin_files(struct ckpt_writer *w, const struct hf_shard *shards, str
     for (uint32_t i = 0; i < w->files; i++) {
         const struct hf_shard *s = &shards[i % w->shards];
         const struct layout *of = &l[i / w->shards];
-        struct ckpt_blob header;
+        struct file *f = &w->file[i];
         char name[64];
-        w->file[i].momentum = of->momentum;
-        w->file[i].dtype = of->dtype;
+        f->momentum = of->momentum;
+        f->dtype = of->dtype;
         hf_shard_name(of->stem, i % w->shards, w->shards, name);
-        if (safetensors_format(m, s->first_tensor, s->end_tensor, of->dtype, &header, err)) return -1;
-        int r = begin_file(w, name, s, &header, &w->file[i], err);
-        free(header.data);
-        if (r) return -1;
+        if (safetensors_format(m, s->first_tensor, s->end_tensor, of->dtype, &f->header, err) ||
+            begin_file(w, name, s, f, err))
+            return -1;
     }
     return 0;
 }
@@ -495,8 +513,8 @@ static int take_meta(struct ckpt_writer *w, const struct ckpt_meta *meta, struct
         if (err) err->code = ERR_CORRUPT;
         return -1;
     }
-    if (w->genesis.model_count != 1 || w->genesis.corpus_count != 1)
-        return err_set(err, ERR_CORRUPT, "genesis: a model and a corpus are expected");
+    if (w->genesis.model_count != 1 || w->genesis.corpus_count != 1 || w->genesis.outer_count != 1)
+        return err_set(err, ERR_CORRUPT, "genesis: a model, a corpus and an outer step are expected");
     if (proto_model_check(w->genesis.model, err)) return -1;
     if (meta->index > INT64_MAX || meta->round > INT64_MAX || meta->tokens_committed > INT64_MAX)
         return err_set(err, ERR_CORRUPT, "checkpoint of ledger index %" PRIu64 ", round %" PRIu64
@@ -569,6 +587,7 @@ void ckpt_writer_destroy(struct ckpt_writer *w) {
     }
     remove_everything(w);
     for (uint32_t i = 0; i < w->small_count; i++) free(w->small[i].blob.data);
+    for (uint32_t i = 0; w->file && i < w->files; i++) free(w->file[i].header.data);
     free(w->file);
     free(w->taken);
     free(w->narrow);
@@ -636,7 +655,7 @@ static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint6
     uint64_t from = first > f->first ? first : f->first;
     uint64_t end = first + n < f->first + f->count ? first + n : f->first + f->count;
     if (from >= end) return 0;
-    if (w->store->ops->upload_put(f->upload, f->header_bytes + (from - f->first) * width,
+    if (w->store->ops->upload_put(f->upload, f->header.length + (from - f->first) * width,
                                   (const uint8_t *)values + (from - first) * width,
                                   (size_t)(end - from) * width, err))
         return -1;

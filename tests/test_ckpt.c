@@ -397,20 +397,6 @@ static int check_all(const char *path, struct err *err) {
     return r;
 }
 
-/* Digests say that it is what was written, the root that it is the state the members agreed on. */
-static void a_state_of_another_root_is_refused(void **state) {
-    (void)state;
-    struct err err = {0};
-    char path[160];
-    struct digest right = run.root;
-    run.root.b[3] ^= 1;
-    fresh("root", path);
-    run.root = right;
-    assert_int_equal(check_all(path, &err), -1);
-    assert_int_equal(err.code, ERR_CORRUPT);
-    assert_non_null(strstr(err.msg, "anchor and momentum have root"));
-}
-
 /* ---- weights in bf16 ------------------------------------------------------------------------------- */
 
 static struct ckpt_writer *create_bf16(struct ckpt_store *s, const struct run *r) {
@@ -461,22 +447,103 @@ static void bf16_weights_have_the_anchor_beside_them(void **state) {
     free(config.data);
 }
 
-/* Whoever wrote it vouches for digests alone: what is published must be the run's. */
+/* Let the online key sign the manifest of `path` once more, with another root, or another digest of an object. */
+static void sign_again(const char *path, const char *object, const char *hex) {
+    struct err err = {0};
+    char file[256];
+    size_t i;
+    json_t *o;
+    struct manifest_sig sig;
+    snprintf(file, sizeof file, "%s/manifest.json", path);
+    struct ckpt_blob old = slurp(file), manifest, text;
+    json_t *json = json_read(&old, file, &err);
+    if (!object) json_object_set_new(json, "state_root", json_string(hex));
+    json_array_foreach(json_object_get(json, "objects"), i, o)
+        if (object && !strcmp(json_string_value(json_object_get(o, "name")), object))
+            json_object_set_new(o, "blake2b", json_string(hex));
+    if (json_write(json, 0, &manifest, &err)) fail_msg("%s", err.msg);
+    spill(file, manifest.data, manifest.length);
+    snprintf(file, sizeof file, "%s/manifest.sig", path);
+    struct ckpt_blob was = slurp(file);
+    if (manifest_sig_parse(&was, &sig, &err)) fail_msg("%s", err.msg);
+    proto_sign(&run.online, "manifest", &run.id, sig.term, manifest.data, manifest.length, &sig.signature);
+    if (manifest_sig_format(&sig, &text, &err)) fail_msg("%s", err.msg);
+    spill(file, text.data, text.length);
+    manifest_sig_release(&sig);
+    free(old.data);
+    free(manifest.data);
+    free(was.data);
+    free(text.data);
+}
+
+/* Digests say that it is what was written, the root that it is the state the members agreed on. */
+static void a_state_of_another_root_is_refused(void **state) {
+    (void)state;
+    struct err err = {0};
+    char path[160], hex[DIGEST_HEX_BYTES];
+    fresh("root", path);
+    struct digest other = digest_of("x", 1);
+    digest_hex(&other, hex);
+    sign_again(path, NULL, hex);
+    assert_int_equal(check_all(path, &err), -1);
+    assert_int_equal(err.code, ERR_CORRUPT);
+    if (!strstr(err.msg, "anchor and momentum have root")) fail_msg("%s", err.msg);
+}
+
+/* A byte of the file that a writer is at, before it is read back. */
+static void spoil(const char *store, const char *object, int at) {
+    char command[300];
+    snprintf(command, sizeof command,
+             "printf x | dd of=$(echo %s/step-000000000005/.%s*) bs=1 seek=%d conv=notrunc 2>/dev/null", store, object, at);
+    assert_int_equal(system(command), 0);
+}
+
+/* A bit that changes on the way to the store or back must not be signed for. */
+static void what_the_store_gives_back_must_be_the_state(void **state) {
+    (void)state;
+    static const struct { const char *object; int at; const char *says; } cases[] = {
+        {"model-00001", 4000, "the weights are not the anchor rounded"},
+        {"anchor-00001", 4000, "anchor and momentum have root"},
+        {"momentum-00002", 4000, "anchor and momentum have root"},
+        {"momentum-00001", 12, "gives back another header"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct err err = {0};
+        struct ckpt_store *s = open_store("given-back");
+        struct ckpt_writer *w = create_bf16(s, &run);
+        spoil(folder("given-back"), cases[i].object, cases[i].at);
+        assert_int_equal(finish(w, &run, &err), -1);
+        assert_int_equal(err.code, ERR_CORRUPT);
+        if (!strstr(err.msg, cases[i].says)) fail_msg("%s", err.msg);
+        ckpt_writer_destroy(w);
+        s->ops->close(s);
+    }
+}
+
+/* Whoever signed vouches for digests alone: what others load must be the run's. */
 static void weights_that_are_not_the_anchors_are_refused(void **state) {
     (void)state;
     struct err err = {0};
+    char path[160], file[256], hex[DIGEST_HEX_BYTES];
     struct ckpt_store *s = open_store("bf16-other");
     struct ckpt_writer *w = create_bf16(s, &run);
-    char command[300];
-    snprintf(command, sizeof command, /* right before it is hashed */
-             "printf x | dd of=$(echo %s/step-000000000005/.model-00001*) bs=1 seek=4000 conv=notrunc 2>/dev/null",
-             folder("bf16-other"));
-    assert_int_equal(system(command), 0);
     if (finish(w, &run, &err)) fail_msg("%s", err.msg);
     ckpt_writer_destroy(w);
     s->ops->close(s);
-    char path[160];
     snprintf(path, sizeof path, "%s/step-000000000005", folder("bf16-other"));
+    struct ckpt *c = must_open(path);
+    uint64_t bytes;
+    struct digest ignored;
+    const char *first = ckpt_object(c, 0, &bytes, &ignored);
+    snprintf(file, sizeof file, "%s/%s", path, first);
+    struct ckpt_blob b = slurp(file);
+    b.data[b.length - 1] ^= 1;
+    spill(file, b.data, b.length);
+    struct digest now = digest_of(b.data, b.length);
+    digest_hex(&now, hex);
+    sign_again(path, first, hex);
+    ckpt_close(c);
+    free(b.data);
     assert_int_equal(check_all(path, &err), -1);
     if (!strstr(err.msg, "the weights are not the anchor rounded to bf16")) fail_msg("%s", err.msg);
 }
@@ -1571,6 +1638,7 @@ int main(void) {
         cmocka_unit_test(each_element_is_put_exactly_once),
         cmocka_unit_test(a_state_of_another_root_is_refused),
         cmocka_unit_test(bf16_weights_have_the_anchor_beside_them),
+        cmocka_unit_test(what_the_store_gives_back_must_be_the_state),
         cmocka_unit_test(weights_that_are_not_the_anchors_are_refused),
         cmocka_unit_test(a_changed_byte_anywhere_is_found_and_named),
         cmocka_unit_test(a_short_or_missing_object_is_found_and_named),
