@@ -14,7 +14,7 @@ CFLAGS ?= -O2 -g
 # Debian 12 names msgpack-c's file `msgpack`, newer releases `msgpack-c`.
 MSGPACK := $(shell for p in msgpack-c msgpack; do pkg-config --exists $$p && echo $$p && break; done)
 PACKAGES := $(MSGPACK) libsodium libssl libcrypto libevent libevent_openssl libevent_pthreads \
-            sqlite3 yaml-0.1 jansson libcurl
+            sqlite3 yaml-0.1 jansson libcurl libpcre2-8 libutf8proc zlib libzstd
 PKG_CFLAGS := $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null) -ldnnl -lm -lpthread
 
@@ -97,11 +97,13 @@ integration: unit-build ## tests with real processes only
 	@tests/run.sh $(BUILD) integration
 
 .PHONY: test-reference
-test-reference: $(PROGRAMS) $(BUILD)/tests/test_model $(BUILD)/tests/test_kernels ## compare the network with the newest PyTorch and transformers of PyPI (0.6 GB)
+test-reference: $(PROGRAMS) $(BUILD)/tests/test_model $(BUILD)/tests/test_kernels $(BUILD)/tests/test_tokenizer ## compare network and tokenizers with the newest PyTorch and transformers of PyPI (0.6 GB)
 	@tests/reference/venv.sh $(BUILD)/reference-venv
 	@rm -rf $(BUILD)/reference && mkdir -p $(BUILD)/reference
 	@$(BUILD)/reference-venv/bin/python tests/reference/make_kernel_vectors.py $(BUILD)/reference/kernel_vectors.bin
 	@$(BUILD)/reference-venv/bin/python tests/reference/make_model_vectors.py $(BUILD)/reference --random 40
+	@$(BUILD)/reference-venv/bin/python tests/reference/make_tokenizer_vectors.py $(BUILD)/reference --bytes 50000000 --vocabulary 30000
+	@REFERENCE=$(BUILD)/reference $(BUILD)/tests/test_tokenizer
 	@REFERENCE=$(BUILD)/reference $(BUILD)/tests/test_kernels
 	@REFERENCE=$(BUILD)/reference $(BUILD)/tests/test_model
 	@BUILD=$(BUILD) tests/reference/published.sh $(BUILD)/reference-venv

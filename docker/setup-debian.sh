@@ -6,7 +6,8 @@
 #   --lint, --fuzz, --cross   also what those targets need
 set -eu
 build="gcc make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
-libyaml-dev libjansson-dev libcurl4-openssl-dev"
+libyaml-dev libjansson-dev libcurl4-openssl-dev libpcre2-dev libutf8proc-dev
+zlib1g-dev libzstd-dev"
 test="g++ libcmocka-dev python3 python3-cryptography python3-msgpack python3-numpy procps"
 # The demo's text is perl-doc; the package is named in README.md.
 case ${1:-} in

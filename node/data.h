@@ -1,17 +1,14 @@
 /* data.h - a corpus: tokenised files, a manifest that says what they are, and the order in which
- * samples are drawn. Who trains on which sample is the coordinator's business (leases).
+ * samples are drawn. The format is described in docs/data.md. Who trains on which sample is the
+ * coordinator's business (leases).
  *
  * A folder holds corpus.json (the manifest), tokens-00000.bin, tokens-00001.bin, ... (uint16 or
- * uint32, little-endian, one file per text) and heldout.bin. The manifest:
+ * uint32, little-endian) and heldout.bin.
  *
- *   { "format": 1, "tokenizer": "bytes", "vocabulary": 256, "dtype": "uint16", "sequence": 128,
- *     "files": [ { "name": "tokens-00000.bin", "tokens": N, "samples": S, "blake2b": HEX }, ... ],
- *     "samples": sum of S, "heldout": { "name": "heldout.bin", "tokens": N, "blake2b": HEX } }
- *
- * and, where a text is several documents, "document_end": the id of the token that is each document's
- * last. Nothing in the token files changes by it, windows go across documents; it tells the network
- * to keep them apart (struct model_objective). All trainers of a run do, for the run's genesis has the
- * manifest's digest.
+ * Where the manifest names a token that ends documents, a token file holds many, each with that token
+ * as its last. Windows go across documents; it tells the network to keep them apart (struct
+ * model_objective). All trainers of a run do, for the run's genesis has the manifest's digest. Without
+ * it a token file is one text.
  *
  * A sample is sequence + 1 neighbouring tokens of one file, whose first `sequence` are inputs and
  * last `sequence` targets. Window j of a file starts at j * sequence: windows share one token, as
@@ -46,20 +43,44 @@ struct data_info {
     struct digest manifest_digest; /* BLAKE2b-256 of corpus.json as it stands */
 };
 
-/* Tokenise text files into `out_dir` (made if missing) and write the manifest last. A corpus that is
- * there already is replaced by a whole one or not at all.
+struct data_progress;
+
+/* How texts become a corpus. */
+struct data_recipe {
+    const char *tokenizer;    /* for tokenizer_open(); what looks like a special token in a text is text */
+    uint32_t sequence;        /* tokens of a sample, > 0 */
+    double heldout_fraction;  /* in [0, 0.5]: the share of each token file kept apart at its end */
+    /* The token that ends a document, as its id in digits or as the text of an added token: it is put after
+     * each one that does not end in it, and documents share token files. "none": each text is a token file of
+     * its own, and no text may be JSON lines. NULL: what the tokenizer calls the end of a text, or "none". */
+    const char *document_end;
+    const char *field;        /* of a JSON line that is the text; NULL: "text" */
+    unsigned threads;         /* that tokenise; 0: one per core. The result is the same */
+    uint64_t file_tokens;     /* a token file of many documents ends after so many; 0: DATA_FILE_TOKENS */
+    /* Called often, by the caller's thread; may be NULL. */
+    void (*progress)(void *arg, const struct data_progress *now);
+    void *progress_arg;
+};
+#define DATA_FILE_TOKENS ((uint64_t)1 << 28)
+
+struct data_progress {
+    uint64_t bytes, bytes_total; /* of the files as they lie on the disk, packed or not */
+    uint64_t tokens, documents;
+};
+
+/* Tokenise texts into `out_dir` (made if missing) and write the manifest last. A corpus that is there already
+ * is replaced by a whole one or not at all.
  *
- * files              [n] paths, read in blocks.
- * tokenizer          a name for tokenizer_find().
- * sequence           tokens of a sample, > 0.
- * heldout_fraction   in [0, 0.5]: the share of each file kept apart at its end.
- * document_end       token after which a new document begins; -1 for none.
- * info               filled from what was written; may be NULL.
+ * paths  [n] files and folders, for source_list_fill(): JSON lines, else text, a document each;
+ *        packed or not.
+ * info   filled from what was written; may be NULL.
  *
+ * A document's ids are those of the whole of it, however large; in memory are a few MB per thread.
  * Returns 0, or -1 with ERR_CONFIG (a text too short for one sample: msg names the file, its tokens
- * and what one sample needs; flags out of range), ERR_NOT_FOUND, ERR_IO or ERR_FULL. */
-int data_prepare(const char *out_dir, const char *const *files, uint32_t n, const char *tokenizer,
-                 uint32_t sequence, double heldout_fraction, int32_t document_end,
+ * and what one sample needs; a recipe out of range), ERR_CORRUPT or ERR_TRUNCATED (a packed file, or a line
+ * that is no JSON with such a field: msg names file and line), ERR_UNSUPPORTED (the tokenizer; a line too
+ * long), ERR_NOT_FOUND, ERR_IO or ERR_FULL. */
+int data_prepare(const char *out_dir, const char *const *paths, uint32_t n, const struct data_recipe *recipe,
                  struct data_info *info, struct err *err);
 
 /* Open a corpus. The manifest, the size of every file and the held-out file are checked at once. So

@@ -4,8 +4,9 @@
 #ifndef INTELLECT_NODE_TOOLS_H
 #define INTELLECT_NODE_TOOLS_H
 
-/* data --out DIR [--sequence N] [--heldout F] [--tokenizer NAME] [--json] FILE...
- * Tokenise text files into a corpus. */
+/* data [tokenize] --out DIR [--sequence N] [--heldout F] [--tokenizer T] [--document-end E] [--field NAME]
+ * [--file-tokens N] [--threads N] [--json] PATH...
+ * Tokenise texts into a corpus. */
 int tool_data(int argc, char **argv);
 
 /* bigram CORPUS [--json]

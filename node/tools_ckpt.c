@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #include "ckpt/ckpt.h"
-#include "node/timer.h"
+#include "node/progress.h"
 #include "node/tools_args.h"
 #include "proto/model.h"
 #include "proto/proto.h"
@@ -59,39 +59,17 @@ static const char *hex(const struct digest *d, char out[DIGEST_HEX_BYTES]) {
 
 /* ---- progress -------------------------------------------------------------------------------- */
 
-#define SHOW_EVERY_MS 200
-
 /* What is shown while much is read. */
-struct progress {
-    uint64_t begun_ms, shown_ms;
+struct shown {
+    struct progress bar;
     struct ckpt_progress now;
 };
 
-static double seconds_of(const struct progress *p, uint64_t now_ms) {
-    return now_ms > p->begun_ms ? (double)(now_ms - p->begun_ms) / 1000 : 0.001;
-}
-
 static bool show_progress(void *arg, const struct ckpt_progress *now) {
-    struct progress *p = arg;
-    uint64_t at = timer_now_ms();
-    if (!p->begun_ms) p->begun_ms = at;
-    p->now = *now;
-    if (!isatty(STDERR_FILENO) || !now->total || at - p->shown_ms < SHOW_EVERY_MS) return true;
-    p->shown_ms = at;
-    double rate = (double)now->read / seconds_of(p, at);
-    fprintf(stderr, "\r\033[K%3.0f %%  %.1f of %.1f MB", 100.0 * (double)now->done / (double)now->total,
-            (double)now->done / 1e6, (double)now->total / 1e6);
-    if (rate > 0) {
-        uint64_t left = (uint64_t)((double)(now->total - now->done) / rate);
-        fprintf(stderr, "  %.1f MB/s  %" PRIu64 ":%02" PRIu64 ":%02" PRIu64 " left", rate / 1e6, left / 3600,
-                left / 60 % 60, left % 60);
-    }
-    fprintf(stderr, "  %.40s", now->object);
+    struct shown *s = arg;
+    s->now = *now;
+    progress_show(&s->bar, now->done, now->total, now->read, now->object);
     return true;
-}
-
-static void end_progress(void) {
-    if (isatty(STDERR_FILENO)) fputs("\r\033[K", stderr);
 }
 
 /* ---- inspect --------------------------------------------------------------------------------- */
@@ -253,9 +231,9 @@ static int verify_ledger(struct ckpt *c, struct err *err) {
 }
 
 static int verify(struct ckpt *c, struct err *err) {
-    struct progress p = {0};
+    struct shown p = {0};
     int rc = ckpt_verify(c, show_progress, &p, err) || verify_ledger(c, err) ? -1 : 0;
-    end_progress();
+    progress_end();
     return rc;
 }
 
@@ -308,7 +286,7 @@ int tool_fetch(int argc, char **argv) {
     struct tool_options o = { .operands = 2, .help = fetch_help };
     struct err err = {0};
     struct digest run;
-    struct progress p = {0};
+    struct shown p = {0};
     int rc = parse(argc, argv, &o);
     if (rc >= 0) return rc;
     if (o.run && digest_parse(o.run, &run, &err)) return args_wrong(o.name, err.msg);
@@ -317,8 +295,8 @@ int tool_fetch(int argc, char **argv) {
     if (ckpt_is_plain(c))
         fprintf(stderr, "%s: %s has no manifest: what comes cannot be checked\n", o.name, ckpt_where(c));
     rc = ckpt_fetch(c, o.operand[1], show_progress, &p, &err) ? args_failed(o.name, &err) : 0;
-    end_progress();
-    double took = seconds_of(&p, timer_now_ms());
+    progress_end();
+    double took = progress_seconds(&p.bar);
     if (rc && p.now.read)
         fprintf(stderr, "%s: %.1f MB lie in %s; the same command goes on from there\n", o.name,
                 (double)p.now.done / 1e6, o.operand[1]);

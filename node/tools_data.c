@@ -1,5 +1,6 @@
 /* tools_data.c - the commands `data` and `bigram`; see tools.h. */
 #include "node/data.h"
+#include "node/progress.h"
 #include "node/tools.h"
 #include "node/tools_args.h"
 #include "proto/proto.h"
@@ -9,69 +10,100 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static const char data_help[] =
-    "data --out DIR [options] FILE...\n"
+    "data [tokenize] --out DIR [options] PATH...\n"
     "\n"
-    "Turn text files into a corpus that a run can train on: token files, a held-out slice that is\n"
-    "never trained on, and the manifest corpus.json, which is written last.\n"
+    "Turn texts into a corpus that a run can train on: token files, a held-out slice that is never\n"
+    "trained on, and the manifest corpus.json, which is written last. A PATH is a text, JSON lines\n"
+    "(.jsonl, .ndjson), either also packed (.gz, .zst), or a folder of such files.\n"
     "\n"
     "  --out DIR          folder to write, made if missing\n"
     "  --sequence N       tokens of one sample; must be the model's sequence (default 128)\n"
-    "  --heldout F        share of each file kept apart at its end, 0 to 0.5 (default 0.02)\n"
-    "  --tokenizer NAME   bytes: vocabulary 256, a token is a byte (default, and the only one yet)\n"
-    "  --document-end ID  token that ends a document within a text, as 0 for texts with NUL between them:\n"
-    "                     attention will stay inside each document (default: a text is one document)\n"
+    "  --heldout F        share of each token file kept apart at its end, 0 to 0.5 (default 0.02)\n"
+    "  --tokenizer T      bytes: vocabulary 256, a token is a byte (default); or the tokenizer.json of a\n"
+    "                     Hugging Face model with byte-level BPE, or its folder\n"
+    "  --document-end E   token that ends a document, as its text (\"<|end_of_text|>\") or id (0 for texts\n"
+    "                     with NUL between them): it is put after each text and JSON line, and attention\n"
+    "                     will stay inside each document. none: a text is a document, each a token file\n"
+    "                     (default: what the tokenizer calls the end of a text, or none)\n"
+    "  --field NAME       of a JSON line that is its text (default text)\n"
+    "  --file-tokens N    begin another token file after so many (default 268435456)\n"
+    "  --threads N        that tokenise (default: one per core); the corpus is the same\n"
     "  --json             print one JSON object\n"
     "\n"
-    "Example: data --out corpus --sequence 128 book1.txt book2.txt\n";
+    "Example: data --out corpus --sequence 128 book1.txt book2.txt\n"
+    "Example: data tokenize --out corpus --sequence 8192 --tokenizer Llama-3.2-1B web/ code.jsonl.zst\n";
 
-static void print_corpus(const char *out, const struct data_info *info, int json) {
+static void print_corpus(const char *out, const struct data_info *info, double seconds, int json) {
     char hex[DIGEST_HEX_BYTES];
     digest_hex(&info->manifest_digest, hex);
     if (json)
         printf("{\"samples\": %llu, \"sequence\": %u, \"tokens\": %llu, \"heldout_tokens\": %llu, "
-               "\"files\": %u, \"manifest_digest\": \"%s\"}\n", (unsigned long long)info->samples,
-               info->sequence, (unsigned long long)info->tokens,
-               (unsigned long long)info->heldout_tokens, info->files, hex);
+               "\"files\": %u, \"tokenizer\": \"%s\", \"seconds\": %.3f, \"manifest_digest\": \"%s\"}\n",
+               (unsigned long long)info->samples, info->sequence, (unsigned long long)info->tokens,
+               (unsigned long long)info->heldout_tokens, info->files, info->tokenizer, seconds, hex);
     else
-        printf("%s/%s: %llu samples of %u tokens from %u files, %llu tokens held out\nmanifest digest %s\n",
+        printf("%s/%s: %llu samples of %u tokens in %u files, %llu tokens held out\nmanifest digest %s\n",
                out, DATA_MANIFEST_NAME, (unsigned long long)info->samples, info->sequence, info->files,
                (unsigned long long)info->heldout_tokens, hex);
+}
+
+static void show_tokens(void *arg, const struct data_progress *now) {
+    char what[64];
+    snprintf(what, sizeof what, "%.1f M tokens", (double)now->tokens / 1e6);
+    progress_show(arg, now->bytes, now->bytes_total, now->bytes, what);
+}
+
+static int tokenize(const char *name, const char *out, const char *const *paths, int n,
+                    struct data_recipe *recipe, int json) {
+    struct progress bar = { 0 };
+    struct data_info info;
+    struct err err;
+    recipe->progress = show_tokens;
+    recipe->progress_arg = &bar;
+    int rc = data_prepare(out, paths, (uint32_t)n, recipe, &info, &err);
+    progress_end();
+    if (rc) return args_failed(name, &err);
+    print_corpus(out, &info, progress_seconds(&bar), json);
+    return 0;
 }
 
 int tool_data(int argc, char **argv) {
     static const struct option options[] = {
         { "out", required_argument, NULL, 'o' },       { "sequence", required_argument, NULL, 's' },
         { "heldout", required_argument, NULL, 'f' },   { "tokenizer", required_argument, NULL, 't' },
-        { "document-end", required_argument, NULL, 'e' },
+        { "document-end", required_argument, NULL, 'e' }, { "field", required_argument, NULL, 'i' },
+        { "file-tokens", required_argument, NULL, 'k' }, { "threads", required_argument, NULL, 'n' },
         { "json", no_argument, NULL, 'j' },            { "help", no_argument, NULL, 'h' }, { 0 },
     };
-    const char *out = NULL, *tokenizer = "bytes";
-    uint64_t sequence = 128, document_end = UINT64_MAX;
-    double heldout = 0.02;
+    const char *out = NULL;
+    struct data_recipe recipe = { .tokenizer = "bytes", .heldout_fraction = 0.02 };
+    uint64_t sequence = 128, threads = 0;
     int json = 0, c;
-    struct data_info info;
-    struct err err;
+    if (argc > 1 && !strcmp(argv[1], "tokenize")) argc--, argv++;
     optind = 0; /* another tool may have parsed its own arguments in this process */
     while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
         case 'o': out = optarg; break;
         case 's': if (args_integer("--sequence", optarg, 1, 1u << 20, &sequence)) return 2; break;
-        case 'f': if (args_real("--heldout", optarg, 0, 0.5, &heldout)) return 2; break;
-        case 't': tokenizer = optarg; break;
-        case 'e': if (args_integer("--document-end", optarg, 0, 1u << 20, &document_end)) return 2; break;
+        case 'f': if (args_real("--heldout", optarg, 0, 0.5, &recipe.heldout_fraction)) return 2; break;
+        case 't': recipe.tokenizer = optarg; break;
+        case 'e': recipe.document_end = optarg; break;
+        case 'i': recipe.field = optarg; break;
+        case 'k':
+            if (args_integer("--file-tokens", optarg, 1, UINT64_MAX, &recipe.file_tokens)) return 2;
+            break;
+        case 'n': if (args_integer("--threads", optarg, 1, 256, &threads)) return 2; break;
         case 'j': json = 1; break;
         case 'h': fputs(data_help, stdout); return 0;
         default: return args_wrong(argv[0], "wrong arguments");
         }
     if (!out) return args_wrong(argv[0], "--out DIR is missing");
-    if (optind == argc) return args_wrong(argv[0], "no text file given");
-    if (data_prepare(out, (const char *const *)argv + optind, (uint32_t)(argc - optind), tokenizer,
-                     (uint32_t)sequence, heldout, document_end == UINT64_MAX ? -1 : (int32_t)document_end,
-                     &info, &err))
-        return args_failed(argv[0], &err);
-    print_corpus(out, &info, json);
-    return 0;
+    if (optind == argc) return args_wrong(argv[0], "no text given");
+    recipe.sequence = (uint32_t)sequence;
+    recipe.threads = (unsigned)threads;
+    return tokenize(argv[0], out, (const char *const *)argv + optind, argc - optind, &recipe, json);
 }
 
 /* ---- bigram ------------------------------------------------------------------------------------ */

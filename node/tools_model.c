@@ -20,22 +20,37 @@
 
 struct loaded {
     struct msg_model m;
-    const struct tokenizer *tokenizer;
+    struct tokenizer *tokenizer;
     struct kernels *k;
     float *params; /* canonical vector in k's memory */
 };
 
-/* A checkpoint of ours names its tokenizer. A plain Hugging Face folder has one we cannot read:
- * bytes are taken for granted only where the vocabulary is theirs. */
-static int pick_tokenizer(struct loaded *l, const char *stored, const char *wanted, struct err *err) {
-    const char *name = wanted ? wanted : *stored ? stored : l->m.vocabulary == 256 ? "bytes" : NULL;
-    if (!name)
-        return err_set(err, ERR_CONFIG, "this model of vocabulary %u does not say which of our tokenizers "
-                       "it has; name one with --tokenizer (there is: bytes)", l->m.vocabulary);
-    if (!(l->tokenizer = tokenizer_find(name, err))) return -1;
-    if (l->tokenizer->vocabulary > l->m.vocabulary)
+static bool has_tokenizer(const char *folder) {
+    char path[4096];
+    struct stat st;
+    return (size_t)snprintf(path, sizeof path, "%s/" TOKENIZER_FILE_NAME, folder) < sizeof path &&
+           !stat(path, &st);
+}
+
+/* A checkpoint of ours names its tokenizer; the file may lie beside it, as in a plain Hugging Face folder.
+ * Bytes are taken for granted only where the vocabulary is theirs. */
+static int pick_tokenizer(struct loaded *l, const char *where, const char *stored, const char *wanted,
+                          struct err *err) {
+    bool bytes = !strcmp(stored, "bytes") || (!*stored && l->m.vocabulary == 256);
+    const char *path = strncmp(where, "file://", 7) ? where : where + 7;
+    if (!wanted && !bytes && (strstr(path, "://") || !has_tokenizer(path)))
+        return err_set(err, ERR_CONFIG,
+                       "the tokenizer of this model of vocabulary %u%s%.40s, is not in its folder: "
+                       "name the tokenizer.json with --tokenizer",
+                       l->m.vocabulary, *stored ? ", " : "", stored);
+    if (!(l->tokenizer = tokenizer_open(wanted ? wanted : bytes ? "bytes" : path, err))) return -1;
+    const char *name = tokenizer_name(l->tokenizer);
+    if (*stored && strcmp(stored, name) != 0)
+        return err_set(err, ERR_CONFIG, "the model was trained with tokenizer %s, this one is %s", stored,
+                       name);
+    if (tokenizer_vocabulary(l->tokenizer) > l->m.vocabulary)
         return err_set(err, ERR_CONFIG, "tokenizer %s has %u tokens, the model's vocabulary has %u", name,
-                       l->tokenizer->vocabulary, l->m.vocabulary);
+                       tokenizer_vocabulary(l->tokenizer), l->m.vocabulary);
     return 0;
 }
 
@@ -73,7 +88,7 @@ static int load(struct loaded *l, const char *where, const char *tokenizer, uint
     int rc = proto_model_check(&l->m, err);
     if (rc == 0 && untrained && !ckpt_genesis(c))
         rc = err_set(err, ERR_CONFIG, "%.150s is of no run: how its parameters began is not known", where);
-    if (rc == 0) rc = pick_tokenizer(l, ckpt_tokenizer(c), tokenizer, err);
+    if (rc == 0) rc = pick_tokenizer(l, ckpt_where(c), ckpt_tokenizer(c), tokenizer, err);
     if (rc == 0) rc = ckpt_verify_vector(c, CKPT_WEIGHTS, err); /* a wrong byte would only be a worse model */
     if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
     if (rc == 0) rc = read_params(l, c, untrained ? ckpt_genesis(c) : NULL, err);
@@ -82,6 +97,7 @@ static int load(struct loaded *l, const char *where, const char *tokenizer, uint
 }
 
 static void unload(struct loaded *l) {
+    tokenizer_close(l->tokenizer);
     if (!l->k) return;
     l->k->free(l->k, l->params);
     l->k->destroy(l->k);
@@ -100,7 +116,7 @@ static const char eval_help[] =
     "  --text FILE        the text, whole\n"
     "  --corpus CORPUS    the held-out slice of a corpus that `data` wrote\n"
     "  --sequence N       tokens per window, at most the model's sequence (default: that)\n"
-    "  --tokenizer NAME   bytes; needed where the model does not say\n"
+    "  --tokenizer T      bytes, or a tokenizer.json; needed where the model does not say\n"
     "  --logits FILE      write the first window's logits too: fp32, [tokens, vocabulary]; takes a pass a token\n"
     "  --untrained        the parameters that the run began with, instead of the checkpoint's\n"
     "  --threads N        CPU threads (default: all)\n"
@@ -132,14 +148,24 @@ static int read_text(const char *path, char **text, size_t *bytes, struct err *e
     return rc;
 }
 
+static int tokens_of(const struct tokenizer *t, const char *text, size_t bytes, int32_t **tokens, size_t *n,
+                     struct err *err) {
+    const int32_t *ids;
+    struct encoder *e = encoder_create(t, false, err);
+    int rc = e ? encoder_encode(e, text, bytes, &ids, n, err) : -1;
+    if (rc == 0 && !(*tokens = malloc((*n + 1) * sizeof **tokens)))
+        rc = err_set(err, ERR_MEMORY, "no memory for %zu tokens", *n);
+    if (rc == 0) memcpy(*tokens, ids, *n * sizeof **tokens);
+    encoder_destroy(e);
+    return rc;
+}
+
 static int tokens_of_text(const struct tokenizer *t, const char *path, int32_t **tokens, size_t *n,
                           struct err *err) {
     char *text = NULL;
     size_t bytes = 0;
     int rc = read_text(path, &text, &bytes, err);
-    if (rc == 0 && !(*tokens = malloc((t->encode_max(bytes) + 1) * sizeof **tokens)))
-        rc = err_set(err, ERR_MEMORY, "no memory to tokenise %.100s", path);
-    if (rc == 0) *n = t->encode(text, bytes, *tokens);
+    if (rc == 0) rc = tokens_of(t, text, bytes, tokens, n, err);
     free(text);
     return rc;
 }
@@ -151,9 +177,9 @@ static int tokens_of_corpus(const struct tokenizer *t, const char *corpus, int32
     size_t all = (size_t)data_info(d)->heldout_tokens;
     *document_end = data_info(d)->document_end;
     int rc = 0;
-    if (strcmp(data_info(d)->tokenizer, t->name))
+    if (strcmp(data_info(d)->tokenizer, tokenizer_name(t)) != 0)
         rc = err_set(err, ERR_CONFIG, "the corpus has tokenizer %s, the model %s", data_info(d)->tokenizer,
-                     t->name);
+                     tokenizer_name(t));
     else if (!(*tokens = malloc((all + 1) * sizeof **tokens)))
         rc = err_set(err, ERR_MEMORY, "no memory for %zu held-out tokens", all);
     else
@@ -290,7 +316,7 @@ static const char generate_help[] =
     "  --temperature T    0 takes the likeliest token always; above 1 gets wild (default 0.8)\n"
     "  --top-k K          draw from the K likeliest tokens; 0 = all (default 40)\n"
     "  --seed N           of the draws (default 1)\n"
-    "  --tokenizer NAME   bytes; needed where the model does not say\n"
+    "  --tokenizer T      bytes, or a tokenizer.json; needed where the model does not say\n"
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: prompt, text, tokens (bytes that are not UTF-8 as ?)\n"
     "\n"
@@ -361,25 +387,28 @@ static int next_token(struct generator *g, const struct generate_wish *w, unsign
 }
 
 static void print_token(const struct tokenizer *t, int32_t id) {
-    char bytes[TOKENIZER_TOKEN_BYTES_MAX] = { 0 };
-    size_t n = t->decode(id, bytes);
-    fwrite(bytes, 1, n, stdout);
+    size_t n;
+    const char *bytes = tokenizer_token(t, (uint32_t)id, &n);
+    if (n) fwrite(bytes, 1, n, stdout);
     fflush(stdout);
 }
 
 static void print_json(const struct generator *g, const struct generate_wish *w, size_t prompt_tokens) {
     const struct tokenizer *t = g->l->tokenizer;
     char *text = malloc((g->count - prompt_tokens) * TOKENIZER_TOKEN_BYTES_MAX + 1);
-    size_t n = 0;
+    size_t n = 0, token_n;
     if (!text) return;
-    for (size_t i = prompt_tokens; i < g->count; i++) n += t->decode(g->tokens[i], text + n);
+    for (size_t i = prompt_tokens; i < g->count; i++, n += token_n) {
+        const char *token = tokenizer_token(t, (uint32_t)g->tokens[i], &token_n);
+        if (token_n) memcpy(text + n, token, token_n);
+    }
     json_t *string = json_stringn(text, n);
     for (size_t i = 0; !string && i < n; i++)
         if (text[i] & 0x80) text[i] = '?';
     if (!string) string = json_stringn(text, n);
     json_t *prompt = json_string(w->prompt);
-    json_t *o = json_pack("{s:o, s:o, s:I}", "prompt", prompt ? prompt : json_null(), "text", string, "tokens",
-                          (json_int_t)(g->count - prompt_tokens));
+    json_t *o = json_pack("{s:o, s:o, s:I}", "prompt", prompt ? prompt : json_null(), "text", string,
+                          "tokens", (json_int_t)(g->count - prompt_tokens));
     json_dumpf(o, stdout, JSON_ENSURE_ASCII);
     putchar('\n');
     json_decref(o);
@@ -388,14 +417,16 @@ static void print_json(const struct generator *g, const struct generate_wish *w,
 
 static int take_generator(struct generator *g, const struct generate_wish *w, struct err *err) {
     const struct msg_model *m = &g->l->m;
-    size_t prompt = strlen(w->prompt), most = g->l->tokenizer->encode_max(prompt) + (size_t)w->tokens;
-    g->tokens = malloc(most * sizeof *g->tokens);
+    int32_t *prompt = NULL;
+    if (tokens_of(g->l->tokenizer, w->prompt, strlen(w->prompt), &prompt, &g->count, err)) return -1;
+    size_t most = g->count + (size_t)w->tokens;
+    g->tokens = realloc(prompt, most * sizeof *g->tokens);
+    if (!g->tokens) free(prompt);
     g->context = malloc(m->sequence * sizeof *g->context);
     g->logits = malloc(m->vocabulary * sizeof *g->logits);
     g->choice = malloc(m->vocabulary * sizeof *g->choice);
     if (!g->tokens || !g->context || !g->logits || !g->choice)
         return err_set(err, ERR_MEMORY, "no memory to generate %llu tokens", (unsigned long long)w->tokens);
-    g->count = g->l->tokenizer->encode(w->prompt, prompt, g->tokens);
     size_t T = m->sequence < most + CONTEXT_STEP ? m->sequence : most + CONTEXT_STEP;
     g->model = model_create(m, g->l->k, 1, (int)T, 0, err);
     return g->model ? 0 : -1;

@@ -5,12 +5,16 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <zlib.h>
+#include <zstd.h>
 
 #include "node/data.h"
 #include "node/tokenizer.h"
@@ -58,10 +62,17 @@ static int remove_folder(void **state) {
     return system(command) != 0;
 }
 
+static int made(const char *out, const char *const *files, uint32_t n, double heldout,
+                const char *document_end, struct data_info *info, struct err *err) {
+    struct data_recipe r = { .tokenizer = "bytes", .sequence = SEQUENCE, .heldout_fraction = heldout,
+                             .document_end = document_end };
+    return data_prepare(in_folder(out), files, n, &r, info, err);
+}
+
 static void prepare(struct data_info *info) {
     const char *files[] = { in_folder("a.txt"), in_folder("b.txt") };
     struct err err = { 0 };
-    if (data_prepare(in_folder("corpus"), files, 2, "bytes", SEQUENCE, 0.1, -1, info, &err)) fail_msg("%s", err.msg);
+    if (made("corpus", files, 2, 0.1, NULL, info, &err)) fail_msg("%s", err.msg);
 }
 
 /* ---- order ------------------------------------------------------------------------------------- */
@@ -184,21 +195,205 @@ static void a_sample_outside_the_corpus_is_refused(void **state) {
     data_close(d);
 }
 
-/* What keeps documents apart is the run's, so it is under the manifest's digest; the tokens stay as they are. */
+/* What keeps documents apart is the run's, so it is under the manifest's digest; the tokens stay as they are.
+ */
 static void the_end_of_documents_stands_in_the_manifest(void **state) {
     (void)state;
     const char *files[] = { in_folder("documents.txt") };
     struct data_info with, without;
     struct err err = { 0 };
     write_text(files[0], 50, 0);
-    assert_int_equal(data_prepare(in_folder("none"), files, 1, "bytes", SEQUENCE, 0, -1, &without, &err), 0);
-    assert_int_equal(data_prepare(in_folder("ends"), files, 1, "bytes", SEQUENCE, 0, 10, &with, &err), 0);
+    assert_int_equal(made("none", files, 1, 0, NULL, &without, &err), 0);
+    assert_int_equal(made("ends", files, 1, 0, "10", &with, &err), 0);
     assert_int_equal(without.document_end, -1);
     assert_int_equal(with.document_end, 10);
-    assert_int_equal(with.samples, without.samples);
+    assert_int_equal(with.tokens, without.tokens + 1);
     assert_false(digest_equal(&with.manifest_digest, &without.manifest_digest));
-    assert_int_equal(data_prepare(in_folder("ends"), files, 1, "bytes", SEQUENCE, 0, 256, &with, &err), -1);
+    assert_int_equal(made("ends", files, 1, 0, "256", &with, &err), -1);
     assert_non_null(strstr(err.msg, "256"));
+}
+
+/* ---- documents --------------------------------------------------------------------------------- */
+
+#define DOCUMENTS 400
+#define LLAMA "tests/reference/tokenizer-llama3.json"
+
+/* Document i: some have a special token's text, some are empty. */
+static size_t document(char out[4096], int i) {
+    static const char *const words[] = { "the",         " quick",          "\n\nIt's",
+                                         " 12345",      "<|end_of_text|>", " \u00e9\u0301t\u00e9",
+                                         "    if x:\n", "\u4e2d\u6587",    "\u0391\u03b2",
+                                         " \U0001f600" };
+    size_t n = 0;
+    for (int k = 0; k < i * 7 % 90; k++)
+        n += (size_t)sprintf(out + n, "%s", words[(i * 31 + k * k * 7 + k) % 10]);
+    return n;
+}
+
+/* As one JSON line; every third is written with escapes. */
+static size_t as_line(char *out, const char *text, size_t n, int i) {
+    json_t *o = json_pack("{s:s%, s:i}", "text", text, n, "n", i);
+    char *line = json_dumps(o, i % 3 ? 0 : JSON_ENSURE_ASCII);
+    size_t length = (size_t)sprintf(out, "%s%s", line, i % 5 ? "\n" : "\r\n\n");
+    free(line);
+    json_decref(o);
+    return length;
+}
+
+/* Two streams in one file, as `cat` leaves them. */
+static void write_gzip(const char *path, const void *bytes, size_t n) {
+    for (int i = 0; i < 2; i++) {
+        unsigned part = (unsigned)(i ? n - n / 3 : n / 3);
+        gzFile f = gzopen(path, i ? "ab" : "wb");
+        assert_int_equal(gzwrite(f, (const char *)bytes + (i ? n / 3 : 0), part), part);
+        assert_int_equal(gzclose(f), Z_OK);
+    }
+}
+
+static void write_zstd(const char *path, const void *bytes, size_t n) {
+    size_t room = ZSTD_compressBound(n);
+    void *packed = malloc(room);
+    size_t length = ZSTD_compress(packed, room, bytes, n, 1);
+    assert_false(ZSTD_isError(length));
+    write_file(path, packed, length);
+    free(packed);
+}
+
+static int tokenised(const char *out, const char *path, unsigned threads, const char *end,
+                     uint64_t file_tokens, struct data_info *info, struct err *err) {
+    struct data_recipe r = { .tokenizer = LLAMA,
+                             .sequence = SEQUENCE,
+                             .document_end = end,
+                             .threads = threads,
+                             .file_tokens = file_tokens };
+    return data_prepare(in_folder(out), &path, 1, &r, info, err);
+}
+
+/* The tokens of a corpus, in order. */
+static size_t all_tokens(const char *corpus, int32_t *out, size_t room) {
+    struct err err = { 0 };
+    struct data *d = data_open(in_folder(corpus), NULL, 0, &err);
+    if (!d) fail_msg("%s", err.msg);
+    size_t n = 0, got;
+    for (uint32_t f = 0; f < data_info(d)->files; f++, n += got)
+        assert_int_equal(data_text(d, f, 0, room - n, out + n, &got, &err), 0);
+    data_close(d);
+    return n;
+}
+
+#define ROOM 2000000
+static int32_t found[ROOM], wanted[ROOM];
+
+/* Every document becomes its own tokens and the one that ends it, whatever it is packed in and whoever did
+ * it. */
+static void documents_become_their_tokens(void **state) {
+    (void)state;
+    char text[4096], *lines = malloc(DOCUMENTS * 16384);
+    struct err err = { 0 };
+    struct data_info info, other;
+    struct tokenizer *t = tokenizer_open(LLAMA, &err);
+    struct encoder *e = encoder_create(t, true, &err);
+    size_t n = 0, tokens = 0, count, documents = 0;
+    const int32_t *ids;
+    for (int i = 0; i < DOCUMENTS; i++) {
+        size_t length = document(text, i);
+        n += as_line(lines + n, text, length, i);
+        if (!length) continue;
+        assert_int_equal(encoder_encode(e, text, length, &ids, &count, &err), 0);
+        memcpy(wanted + tokens, ids, count * sizeof *ids);
+        tokens += count;
+        wanted[tokens++] = tokenizer_added(t, "<|end_of_text|>");
+        documents++;
+    }
+    assert_true(documents > 300 && tokens > 10000);
+    write_file(in_folder("lines.jsonl"), lines, n);
+    write_gzip(in_folder("lines.jsonl.gz"), lines, n);
+    write_zstd(in_folder("lines.jsonl.zst"), lines, n);
+    if (tokenised("lines", in_folder("lines.jsonl"), 1, NULL, 0, &info, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(info.document_end, tokenizer_added(t, "<|end_of_text|>"));
+    assert_string_equal(info.tokenizer, tokenizer_name(t));
+    assert_int_equal(all_tokens("lines", found, ROOM), tokens);
+    assert_memory_equal(found, wanted, tokens * sizeof *found);
+    for (int i = 0; i < 2; i++) {
+        if (tokenised("packed", in_folder(i ? "lines.jsonl.gz" : "lines.jsonl.zst"), 3, NULL, 0, &other,
+                      &err))
+            fail_msg("%s", err.msg);
+        assert_true(digest_equal(&info.manifest_digest, &other.manifest_digest));
+    }
+    struct tokenizer *copy = tokenizer_open(in_folder("packed"), &err); /* the corpus holds its tokenizer */
+    assert_string_equal(tokenizer_name(copy), tokenizer_name(t));
+    tokenizer_close(copy);
+    encoder_destroy(e);
+    tokenizer_close(t);
+    free(lines);
+}
+
+/* Many megabytes in one document are cut for the workers; the tokens are those of the whole. */
+static void a_long_text_is_one_document(void **state) {
+    (void)state;
+    static const char line[] =
+        "It's the 12345th line of a text, with \u00e9t\u00e9 and   more.\n\n  And  so on!\n";
+    size_t n = 0, room = 2500000, count;
+    char *text = malloc(room + sizeof line);
+    struct err err = { 0 };
+    struct data_info info;
+    const int32_t *ids;
+    while (n < room) n += (size_t)sprintf(text + n, "%s", line + n % 9);
+    mkdir(in_folder("texts"), 0755);
+    mkdir(in_folder("texts/b"), 0755);
+    write_file(in_folder("texts/b/long.txt"), text, n);
+    write_file(in_folder("texts/.hidden"), "x", 1);
+    write_file(in_folder("texts/a.txt"), "", 0);
+    if (tokenised("long", in_folder("texts"), 3, NULL, 500000, &info, &err)) fail_msg("%s", err.msg);
+    struct tokenizer *t = tokenizer_open(LLAMA, &err);
+    struct encoder *e = encoder_create(t, true, &err);
+    assert_int_equal(encoder_encode(e, text, n, &ids, &count, &err), 0);
+    size_t got = all_tokens("long", found, ROOM);
+    assert_true(info.files > 1);
+    assert_int_equal(got, count + 1);
+    assert_memory_equal(found, ids, count * sizeof *ids);
+    assert_int_equal(found[count], info.document_end);
+    encoder_destroy(e);
+    tokenizer_close(t);
+    free(text);
+}
+
+/* What is wrong with a text names the text, and the place; nothing of the corpus is left. */
+static void broken_sources_are_named(void **state) {
+    (void)state;
+    static const struct {
+        const char *name, *text, *message;
+    } lines[] = {
+        { "bad1.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \n", "bad1.jsonl, line 3: no JSON" },
+        { "bad2.jsonl", "{\"text\": \"a\"}\n{\"body\": \"b\"}\n",
+          "bad2.jsonl, line 2: no object with a string \"text\"" },
+        { "bad3.jsonl", "[1]", "bad3.jsonl, line 1" },
+        { "bad4.jsonl", "{\"text\": 1}", "bad4.jsonl, line 1" },
+        { "bad5.jsonl.gz", "{\"text\": \"a\"}\n", "bad5.jsonl.gz, unpacked as gzip" },
+        { "bad6.txt.zst", "some text", "bad6.txt.zst, unpacked as zstd" },
+    };
+    struct err err = { 0 };
+    struct stat st;
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        write_file(in_folder(lines[i].name), lines[i].text, strlen(lines[i].text));
+        assert_int_equal(tokenised("bad", in_folder(lines[i].name), 2, NULL, 0, NULL, &err), -1);
+        assert_int_equal(err.code, ERR_CORRUPT);
+        if (!strstr(err.msg, lines[i].message)) fail_msg("'%s' is not in '%s'", lines[i].message, err.msg);
+    }
+    assert_int_equal(tokenised("bad", in_folder("lines.jsonl"), 2, "none", 0, NULL, &err), -1);
+    assert_non_null(strstr(err.msg, "--document-end"));
+    assert_int_equal(tokenised("bad", in_folder("lines.jsonl"), 2, "<|nothing|>", 0, NULL, &err), -1);
+    for (int i = 0; i < 2; i++) {
+        const char *path = in_folder(i ? "lines.jsonl.gz" : "lines.jsonl.zst");
+        assert_int_equal(stat(path, &st), 0);
+        assert_int_equal(truncate(path, st.st_size / 2), 0);
+        assert_int_equal(tokenised("bad", path, 2, NULL, 0, NULL, &err), -1);
+        assert_int_equal(err.code, ERR_TRUNCATED);
+        assert_non_null(strstr(err.msg, "cut off"));
+    }
+    DIR *dir = opendir(in_folder("bad"));
+    for (struct dirent *e; (e = readdir(dir));) assert_int_equal(e->d_name[0], '.');
+    closedir(dir);
 }
 
 /* ---- what can be wrong ------------------------------------------------------------------------- */
@@ -208,7 +403,7 @@ static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
     const char *files[] = { in_folder("short.txt") };
     struct err err = { 0 };
     write_text(files[0], 10, 0);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, -1, NULL, &err), -1);
+    assert_int_equal(made("small", files, 1, 0, NULL, NULL, &err), -1);
     assert_int_equal(err.code, ERR_CONFIG);
     assert_non_null(strstr(err.msg, "short.txt"));
     assert_non_null(strstr(err.msg, "10 tokens"));
@@ -216,8 +411,8 @@ static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
     write_text(files[0], 11, 0);
     assert_null(data_open(in_folder("small"), NULL, 0, &err)); /* no manifest from a failed attempt */
     assert_int_equal(err.code, ERR_NOT_FOUND);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0, -1, NULL, &err), 0);
-    assert_int_equal(data_prepare(in_folder("small"), files, 1, "bytes", SEQUENCE, 0.09, -1, NULL, &err), -1);
+    assert_int_equal(made("small", files, 1, 0, NULL, NULL, &err), 0);
+    assert_int_equal(made("small", files, 1, 0.09, NULL, NULL, &err), -1);
     struct data *d = data_open(in_folder("small"), NULL, 0, &err); /* and the corpus before it stays */
     assert_non_null(d);
     data_close(d);
@@ -227,13 +422,18 @@ static void wrong_arguments_are_named(void **state) {
     (void)state;
     const char *files[] = { in_folder("missing.txt") };
     struct err err = { 0 };
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0, -1, NULL, &err), -1);
+    struct data_recipe r = { .tokenizer = "bytes", .sequence = SEQUENCE };
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, &r, NULL, &err), -1);
     assert_int_equal(err.code, ERR_NOT_FOUND);
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "words", SEQUENCE, 0, -1, NULL, &err), -1);
+    r.tokenizer = "words";
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, &r, NULL, &err), -1);
     assert_non_null(strstr(err.msg, "bytes"));
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", 0, 0, -1, NULL, &err), -1);
-    assert_int_equal(data_prepare(in_folder("x"), files, 1, "bytes", SEQUENCE, 0.7, -1, NULL, &err), -1);
-    assert_int_equal(data_prepare(in_folder("x"), files, 0, "bytes", SEQUENCE, 0, -1, NULL, &err), -1);
+    r = (struct data_recipe){ .tokenizer = "bytes" };
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, &r, NULL, &err), -1);
+    r = (struct data_recipe){ .tokenizer = "bytes", .sequence = SEQUENCE, .heldout_fraction = 0.7 };
+    assert_int_equal(data_prepare(in_folder("x"), files, 1, &r, NULL, &err), -1);
+    r.heldout_fraction = 0;
+    assert_int_equal(data_prepare(in_folder("x"), files, 0, &r, NULL, &err), -1);
     assert_null(data_open("s3://bucket/corpus", NULL, 0, &err));
     assert_int_equal(err.code, ERR_UNSUPPORTED);
 }
@@ -305,21 +505,6 @@ static void hostile_manifests_are_refused(void **state) {
     }
 }
 
-static void bytes_come_back_as_they_were(void **state) {
-    (void)state;
-    const struct tokenizer *t = tokenizer_find("bytes", NULL);
-    char text[256], out[TOKENIZER_TOKEN_BYTES_MAX];
-    int32_t ids[256];
-    for (int i = 0; i < 256; i++) text[i] = (char)i;
-    assert_int_equal(t->encode(text, 256, ids), 256);
-    for (int i = 0; i < 256; i++) {
-        assert_int_equal(t->decode(ids[i], out), 1);
-        assert_int_equal(out[0], text[i]);
-    }
-    assert_int_equal(t->decode(256, out), 0);
-    assert_int_equal(t->decode(-1, out), 0);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_order_is_a_permutation),
@@ -331,13 +516,15 @@ int main(void) {
         cmocka_unit_test(members_draw_the_same_samples_by_url_and_digest),
         cmocka_unit_test(a_sample_outside_the_corpus_is_refused),
         cmocka_unit_test(the_end_of_documents_stands_in_the_manifest),
+        cmocka_unit_test(documents_become_their_tokens),
+        cmocka_unit_test(a_long_text_is_one_document),
+        cmocka_unit_test(broken_sources_are_named),
         cmocka_unit_test(a_text_smaller_than_a_sequence_names_both_numbers),
         cmocka_unit_test(wrong_arguments_are_named),
         cmocka_unit_test(changed_files_are_found),
         cmocka_unit_test(a_file_that_shrinks_later_is_an_error),
         cmocka_unit_test(another_manifest_is_refused),
         cmocka_unit_test(hostile_manifests_are_refused),
-        cmocka_unit_test(bytes_come_back_as_they_were),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

@@ -43,7 +43,8 @@ static void write_corpus(struct data_info *info) {
     FILE *f = fopen(path, "w");
     for (int i = 0; i < 500; i++) fprintf(f, "line %d of a text to train on\n", i * i);
     fclose(f);
-    if (data_prepare(out, &file, 1, "bytes", SEQUENCE, 0.1, -1, info, &err)) fail_msg("%s", err.msg);
+    struct data_recipe recipe = { .tokenizer = "bytes", .sequence = SEQUENCE, .heldout_fraction = 0.1 };
+    if (data_prepare(out, &file, 1, &recipe, info, &err)) fail_msg("%s", err.msg);
 }
 
 /* A folder with a corpus, and the genesis of a run on it. */

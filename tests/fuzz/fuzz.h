@@ -38,7 +38,7 @@ struct fuzz_target {
 /* X(name) for each; a target is in fuzz_NAME.c. */
 #define FUZZ_TARGETS(X)                                                                            \
     X(frames) X(channel) X(messages) X(invite) X(entry) X(chain) X(settings) X(manifest)           \
-    X(safetensors) X(s3) X(sync) X(core)
+    X(safetensors) X(s3) X(sync) X(core) X(tokenizer)
 #define FUZZ_DECLARE(name) extern const struct fuzz_target fuzz_##name;
 FUZZ_TARGETS(FUZZ_DECLARE)
 
