@@ -5,7 +5,7 @@
  *   STORE/latest                                  names the newest complete checkpoint
  *   STORE/step-000000000042/                      the ledger index, 12 digits
  *     config.json generation_config.json          Hugging Face: LlamaForCausalLM opens the folder
- *     tokenizer.json tokenizer_config.json
+ *     tokenizer.json tokenizer_config.json        the former for the tokenizer "bytes" alone
  *     model-00001-of-00002.safetensors ...        the weights: the anchor, or it rounded to bf16
  *     model.safetensors.index.json
  *     anchor-00001-of-00002.safetensors ...       the anchor, fp32, where the weights are bf16
@@ -104,7 +104,7 @@ struct ckpt_writer;
  * still live somewhere, fails with ERR_STALE and harms nothing.
  * Where the store is behind a network it is not asked here: what it says comes from ckpt_writer_poll.
  * Returns NULL: ERR_REFUSED (the checkpoint exists), ERR_FULL (msg says how many bytes it needs),
- * ERR_CORRUPT (genesis, ledger or ranges make no sense), ERR_UNSUPPORTED (tokenizer), ERR_IO. */
+ * ERR_CORRUPT (genesis, ledger or ranges make no sense), ERR_IO. */
 struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ckpt_meta *meta,
                                        uint64_t shard_bytes, struct err *err);
 
@@ -224,7 +224,7 @@ const struct msg_model *ckpt_model(const struct ckpt *c);
 /* What the weights' first tensor is: "fp32", "fp16" or "bf16". */
 const char *ckpt_weights_name(const struct ckpt *c);
 
-/* Name of the tokenizer ("bytes"), or "" where a plain folder does not say it in our words. */
+/* Name of the tokenizer ("bytes", "bpe-..."), or "" where a plain folder does not say it in our words. */
 const char *ckpt_tokenizer(const struct ckpt *c);
 
 /* Elements [first, first + n) of the canonical vector as fp32 into out; fp16 and bf16 files are

@@ -240,9 +240,10 @@ int hf_tokenizer_format(struct ckpt_blob *out, struct err *err) {
     return json_write(json, JSON_INDENT(1), out, err);
 }
 
-int hf_tokenizer_config_format(const struct msg_model *m, struct ckpt_blob *out, struct err *err) {
+int hf_tokenizer_config_format(const struct msg_model *m, const char *name, struct ckpt_blob *out,
+                               struct err *err) {
     json_t *json = json_pack("{ss ss si sb sb sn sn}", "tokenizer_class", "PreTrainedTokenizerFast",
-                             "intellect_tokenizer", CKPT_TOKENIZER_BYTES, "model_max_length",
+                             "intellect_tokenizer", name, "model_max_length",
                              (int)m->sequence, "add_prefix_space", 0,
                              "clean_up_tokenization_spaces", 0, "bos_token", "eos_token");
     return json_write(json, JSON_INDENT(2), out, err);

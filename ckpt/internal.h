@@ -77,7 +77,9 @@ int hf_config_parse(const struct ckpt_blob *json, const char *what, struct msg_m
                     struct err *err);
 int hf_generation_config_format(struct ckpt_blob *out, struct err *err);
 int hf_tokenizer_format(struct ckpt_blob *out, struct err *err); /* of "bytes" */
-int hf_tokenizer_config_format(const struct msg_model *m, struct ckpt_blob *out, struct err *err);
+/* name: the tokenizer's, in our words. */
+int hf_tokenizer_config_format(const struct msg_model *m, const char *name, struct ckpt_blob *out,
+                               struct err *err);
 /* Our name of the tokenizer that a tokenizer_config.json stands for; "" when it is not ours. */
 void hf_tokenizer_name(const struct ckpt_blob *json, char out[65]);
 

@@ -492,6 +492,8 @@ static int add_indices(struct ckpt_writer *w, const struct hf_shard *shards, str
 static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta,
                              const struct hf_shard *shards, struct err *err) {
     const struct msg_model *m = w->genesis.model;
+    const char *tokenizer = w->manifest.tokenizer;
+    bool bytes = !strcmp(tokenizer, CKPT_TOKENIZER_BYTES); /* the file of another one lies with the corpus */
     struct ckpt_blob b = {0};
     return add_genesis(w, meta, err) ||
            add_small(w, "ledger.bin", ledger_format(meta->ledger, meta->ledger_count, &b, err), &b, err) ||
@@ -499,8 +501,8 @@ static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta
            add_small(w, "config.json",
                      hf_config_format(m, w->file[0].dtype, w->genesis.init_std, &b, err), &b, err) ||
            add_small(w, "generation_config.json", hf_generation_config_format(&b, err), &b, err) ||
-           add_small(w, "tokenizer.json", hf_tokenizer_format(&b, err), &b, err) ||
-           add_small(w, "tokenizer_config.json", hf_tokenizer_config_format(m, &b, err), &b, err) ||
+           (bytes && add_small(w, "tokenizer.json", hf_tokenizer_format(&b, err), &b, err)) ||
+           add_small(w, "tokenizer_config.json", hf_tokenizer_config_format(m, tokenizer, &b, err), &b, err) ||
            add_indices(w, shards, err)
                ? -1 : 0;
 }
@@ -521,9 +523,6 @@ static int take_meta(struct ckpt_writer *w, const struct ckpt_meta *meta, struct
                        ", %" PRIu64 " tokens: numbers end at 2^63", meta->index, meta->round,
                        meta->tokens_committed);
     proto_str_copy(w->genesis.corpus->tokenizer, tokenizer, sizeof w->manifest.tokenizer);
-    if (strcmp(tokenizer, CKPT_TOKENIZER_BYTES) != 0)
-        return err_set(err, ERR_UNSUPPORTED, "tokenizer \"%s\": a checkpoint can be written with \"%s\"",
-                       tokenizer, CKPT_TOKENIZER_BYTES);
     f->run = digest_of(meta->genesis.data, meta->genesis.length);
     f->state_root = meta->state_root;
     f->index = meta->index;

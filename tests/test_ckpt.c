@@ -102,7 +102,7 @@ static struct digest root_of(const struct run *r) {
     return top;
 }
 
-static void make_run(struct run *r, uint8_t seed, int tied) {
+static void make_run_of(struct run *r, uint8_t seed, int tied, const char *tokenizer) {
     uint8_t a[32] = {seed, 1}, b[32] = {seed, 2};
     identity_from_seed(&r->root_key, a);
     identity_from_seed(&r->online, b);
@@ -111,7 +111,7 @@ static void make_run(struct run *r, uint8_t seed, int tied) {
                                   .norm_eps = 1e-5, .tied = (uint8_t)tied};
     struct msg_inner inner = {.batch = 1, .total_tokens = 1};
     struct msg_outer outer = {.inner_steps = 1, .chunk_elements = CHUNK_ELEMENTS, .fragments = 1};
-    struct msg_corpus corpus = {.tokenizer = proto_str("bytes"), .samples = 1000};
+    struct msg_corpus corpus = {.tokenizer = proto_str(tokenizer), .samples = 1000};
     struct msg_genesis g = {.version = 1, .name = proto_str("test"), .root_key = r->root_key.key,
                             .model = &r->model, .model_count = 1, .inner = &inner, .inner_count = 1,
                             .outer = &outer, .outer_count = 1, .corpus = &corpus, .corpus_count = 1,
@@ -133,6 +133,10 @@ static void make_run(struct run *r, uint8_t seed, int tied) {
         memcpy(r->momentum + i, (uint8_t *)&x + 4, 4);
     }
     r->root = root_of(r);
+}
+
+static void make_run(struct run *r, uint8_t seed, int tied) {
+    make_run_of(r, seed, tied, "bytes");
 }
 
 static void release_run(struct run *r) {
@@ -286,6 +290,26 @@ static size_t count_in(const char *path) {
 }
 
 /* ---- round trip -------------------------------------------------------------------------------- */
+
+/* The file of a tokenizer that is not ours lies with the corpus; the checkpoint says which one. */
+static void a_checkpoint_names_a_tokenizer_of_others(void **state) {
+    (void)state;
+    struct run other;
+    make_run_of(&other, 9, 0, "bpe-0123456789abcdef0123456789abcdef");
+    struct ckpt_store *s = open_store("bpe");
+    must_write(s, &other, 5);
+    s->ops->close(s);
+    struct ckpt *c = must_open(folder("bpe"));
+    assert_string_equal(ckpt_tokenizer(c), "bpe-0123456789abcdef0123456789abcdef");
+    struct err err = {0};
+    if (ckpt_export(c, folder("bpe-export"), &err)) fail_msg("%s", err.msg);
+    ckpt_close(c);
+    assert_int_equal(count_in(folder("bpe-export")), 7); /* without tokenizer.json */
+    c = must_open(folder("bpe-export"));
+    assert_string_equal(ckpt_tokenizer(c), "bpe-0123456789abcdef0123456789abcdef");
+    ckpt_close(c);
+    release_run(&other);
+}
 
 /* The state of a run is what it was, bit by bit, and with it all that is needed to go on. */
 static void a_checkpoint_gives_back_the_state(void **state) {
@@ -1633,6 +1657,7 @@ static int after_all(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_checkpoint_names_a_tokenizer_of_others),
         cmocka_unit_test(a_checkpoint_gives_back_the_state),
         cmocka_unit_test(ranges_come_in_any_order),
         cmocka_unit_test(each_element_is_put_exactly_once),

@@ -159,7 +159,7 @@ static void put_theirs(const struct fuzz_sink *out) {
     struct ckpt_blob blob = {0};
     struct err err;
     put(out, 4, "config", hf_config_format(&model, SAFETENSORS_F32, 0.02f, &blob, &err), blob);
-    put(out, 5, "tokenizer", hf_tokenizer_config_format(&model, &blob, &err), blob);
+    put(out, 5, "tokenizer", hf_tokenizer_config_format(&model, "bytes", &blob, &err), blob);
 }
 
 /* The names and values of the objects, from the samples themselves. */
