@@ -13,7 +13,7 @@ enum split_pattern { SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2, SPLIT_PATTERNS };
 /* The pattern as Hugging Face files write it; -1: none of those above. */
 int split_find(const char *regex);
 
-/* Classes of characters are those of the Unicode version that PCRE2 was built with. ERR_UNSUPPORTED: it was
+/* Letters and numbers are those of Unicode 16, or of PCRE2's version where that is later. ERR_UNSUPPORTED: it was
  * built without Unicode. */
 struct split;
 struct split *split_create(enum split_pattern pattern, struct err *err);

@@ -82,14 +82,41 @@ int text_repair(const char *text, size_t n, struct text_buffer *out, struct err 
 
 struct text_nfc {
     uint8_t active[CODES / 8]; /* a bit per code point: not inert */
+    uint8_t later[CODES / 8];
 };
 
-static bool is_active(const struct text_nfc *f, int32_t code) {
-    return f->active[code >> 3] >> (code & 7) & 1;
+/* What would not be inert, but came after Unicode 9, whose normal form `tokenizers` takes: it lets them stand
+ * as they are, and nothing moves across them. Up to Unicode 18. */
+static const int32_t later[][2] = {
+    { 0x5c8, 0x5c9 }, { 0x7fd, 0x7fd }, { 0x897, 0x89f }, { 0x8ca, 0x8d3 }, { 0x9fe, 0x9fe },
+    { 0xc3c, 0xc3c }, { 0xd3b, 0xd3c }, { 0xeba, 0xeba }, { 0x1715, 0x1715 }, { 0x1abf, 0x1af0 },
+    { 0x1df6, 0x1dfa }, { 0xa82c, 0xa82c }, { 0x105c9, 0x105c9 }, { 0x105e4, 0x105e4 },
+    { 0x10d24, 0x10d27 }, { 0x10d69, 0x10d6d }, { 0x10eab, 0x10eac }, { 0x10ecb, 0x10ecf },
+    { 0x10ef0, 0x10efb }, { 0x10efd, 0x10eff }, { 0x10f46, 0x10f50 }, { 0x10f82, 0x10f85 },
+    { 0x11070, 0x11070 }, { 0x1133b, 0x1133b }, { 0x11383, 0x11383 }, { 0x11385, 0x11385 },
+    { 0x1138e, 0x1138e }, { 0x11391, 0x11391 }, { 0x113b8, 0x113b8 }, { 0x113bb, 0x113bb },
+    { 0x113c2, 0x113c2 }, { 0x113c5, 0x113c5 }, { 0x113c7, 0x113c9 }, { 0x113ce, 0x113d0 },
+    { 0x1145e, 0x1145e }, { 0x11839, 0x1183a }, { 0x11930, 0x11930 }, { 0x11938, 0x11938 },
+    { 0x1193d, 0x1193e }, { 0x11943, 0x11943 }, { 0x119e0, 0x119e0 }, { 0x11a34, 0x11a34 },
+    { 0x11a47, 0x11a47 }, { 0x11a99, 0x11a99 }, { 0x11d42, 0x11d42 }, { 0x11d44, 0x11d45 },
+    { 0x11d97, 0x11d97 }, { 0x11f41, 0x11f42 }, { 0x1611e, 0x16129 }, { 0x1612f, 0x1612f },
+    { 0x16d67, 0x16d6a }, { 0x16ff0, 0x16ff1 }, { 0x1d127, 0x1d128 }, { 0x1d250, 0x1d252 },
+    { 0x1d25b, 0x1d25c }, { 0x1d25f, 0x1d25f }, { 0x1d280, 0x1d281 }, { 0x1e08f, 0x1e08f },
+    { 0x1e130, 0x1e136 }, { 0x1e2ae, 0x1e2ae }, { 0x1e2ec, 0x1e2ef }, { 0x1e4ec, 0x1e4ef },
+    { 0x1e5ee, 0x1e5ef }, { 0x1e6e3, 0x1e6e3 }, { 0x1e6e6, 0x1e6e6 }, { 0x1e6ee, 0x1e6ef },
+    { 0x1e6f5, 0x1e6f5 },
+};
+
+static bool is_set(const uint8_t *bits, int32_t code) {
+    return bits[code >> 3] >> (code & 7) & 1;
+}
+
+static void set(uint8_t *bits, int32_t code) {
+    bits[code >> 3] |= (uint8_t)(1 << (code & 7));
 }
 
 static void set_active(struct text_nfc *f, int32_t code) {
-    f->active[code >> 3] |= (uint8_t)(1 << (code & 7));
+    if (!is_set(f->later, code)) set(f->active, code);
 }
 
 #define DECOMPOSED_MAX 32 /* four by Unicode's stability policy */
@@ -108,7 +135,8 @@ static int combining_class(int32_t code) {
 
 static void classify(struct text_nfc *f, int32_t code) {
     utf8proc_int32_t part[DECOMPOSED_MAX];
-    int n = decompose(code, part);
+    int n = is_set(f->later, code) ? 0 : decompose(code, part);
+    if (!n) return;
     if (combining_class(code)) set_active(f, code);
     if (n == 1 && part[0] == code) return;
     for (int i = 1; i < n; i++) set_active(f, part[i]); /* may compose with what is before it */
@@ -122,6 +150,8 @@ struct text_nfc *text_nfc_create(struct err *err) {
         err_set(err, ERR_MEMORY, "no memory for Unicode's normal form C");
         return NULL;
     }
+    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
+        for (int32_t code = later[i][0]; code <= later[i][1]; code++) set(f->later, code);
     for (int32_t code = 0x80; code < (int32_t)CODES; code++)
         if (code < 0xd800 || code > 0xdfff) classify(f, code);
     return f;
@@ -173,8 +203,8 @@ static int normalise_run(const char *text, size_t n, struct text_buffer *out, st
     return rc;
 }
 
-/* The next run at or after `at`: from the inert character before it to the next inert one. *end is n and
- * the result too where there is none. */
+/* The next run at or after `at`: from the inert character before it, unless that came later, to the next
+ * inert one. *end is n and the result too where there is none. */
 static size_t next_run(const struct text_nfc *f, const char *text, size_t n, size_t at, size_t *end) {
     size_t begin = at;
     for (bool in_run = false; at < n;) {
@@ -183,13 +213,13 @@ static size_t next_run(const struct text_nfc *f, const char *text, size_t n, siz
         if (code >= 0x80)
             length = (size_t)utf8proc_iterate((const utf8proc_uint8_t *)text + at, (utf8proc_ssize_t)(n - at),
                                               &code);
-        if (code >= 0x80 && is_active(f, code)) {
+        if (code >= 0x80 && is_set(f->active, code)) {
             in_run = true;
         } else if (in_run) {
             *end = at;
             return begin;
         } else {
-            begin = at;
+            begin = is_set(f->later, code) ? at + length : at;
         }
         at += length;
         if (at == n) {

@@ -25,8 +25,8 @@ size_t text_valid(const char *text, size_t n);
  * ERR_MEMORY. */
 int text_repair(const char *text, size_t n, struct text_buffer *out, struct err *err);
 
-/* Normal form C of valid UTF-8, in time linear in n whatever the text is. Unicode's version is that of
- * utf8proc; a character that a version has assigned keeps its form in all later ones. */
+/* Normal form C of valid UTF-8 as Unicode 9 has it, which is what `tokenizers` takes: characters that came
+ * later stay as they are. In time linear in n whatever the text is. */
 struct text_nfc;
 struct text_nfc *text_nfc_create(struct err *err);
 void text_nfc_destroy(struct text_nfc *f); /* NULL is fine */

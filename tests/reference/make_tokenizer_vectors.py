@@ -86,6 +86,11 @@ def odd_text(r, size):
     return "".join(parts).encode()[:size]
 
 
+def marks_text(step):
+    """Each mark where it would change places with another."""
+    return "".join(f"a\u0345{chr(c)}b{chr(c)}\u0334 " for c in MARKS[::step]).encode()
+
+
 def broken(r, text):
     """A byte changed, dropped or put in, in one of some hundred; may cut characters anywhere."""
     out = bytearray(text)
@@ -116,13 +121,13 @@ def make_texts(size, small):
     r = random.Random(7)
     files = code_files(small)
     r.shuffle(files)
-    texts, total, longest = [b""], 0, 900 if small else 200000
+    texts, total, longest = [b"", marks_text(11 if small else 1)], 0, 900 if small else 200000
     while total < size:
         kind = r.random()
         want = r.randint(1, longest)
         if kind < 0.4 and files:
             text = pathlib.Path(files[len(texts) % len(files)]).read_bytes()[:want]
-        elif kind < 0.95:
+        elif kind < (0.75 if small else 0.95):
             text = scripts_text(r, want)
         else:
             text = odd_text(r, want)
@@ -167,7 +172,7 @@ def write_ids(folder, name, texts):
     t.encode_special_tokens = True
     plain = [t.encode(s, add_special_tokens=False).ids for s in strings]
     (folder / f"tokenizer-{name}.bin").write_bytes(b"".join(digest(a) + digest(b) for a, b in zip(read, plain)))
-    if len(texts) > 1000:
+    if sum(map(len, texts)) > 1000000:
         (folder / f"tokenizer-{name}.s").write_text(f"{seconds:.3f}\n")
     print(f"tokenizers {tokenizers.__version__}, {name}: {t.get_vocab_size()} tokens, {sum(map(len, texts))} bytes, "
           f"{sum(map(len, read))} ids, {seconds:.1f} s")
