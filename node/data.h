@@ -28,6 +28,8 @@
 
 #define DATA_MANIFEST_NAME "corpus.json"
 #define DATA_FILES_MAX 65536
+#define DATA_PARTS_MAX 1024
+#define DATA_WEIGHTS_MAX 65536u
 
 struct data;
 
@@ -36,6 +38,7 @@ struct data_info {
     uint32_t vocabulary;
     uint32_t sequence;
     int32_t document_end;    /* -1: none */
+    uint32_t parts;          /* of a mixture; 0: it is none */
     uint32_t files;
     uint64_t samples;        /* sample indices are [0, samples) */
     uint64_t tokens;         /* in all files, without the held-out ones */
@@ -83,17 +86,35 @@ struct data_progress {
 int data_prepare(const char *out_dir, const char *const *paths, uint32_t n, const struct data_recipe *recipe,
                  struct data_info *info, struct err *err);
 
+/* Several corpora as one: `out_dir` (made if missing) gets a manifest that names them, and nothing else.
+ *
+ * part     [n] of one tokenizer, sequence and document end. Of as many samples in a row as the weights are
+ *          in all, without their common divisor, each part has its weight, in an order that the run's seed
+ *          gives. A part that has come to its end begins anew in another order.
+ * samples  of the mixture; 0: so many that no sample comes twice.
+ * info     as data_prepare().
+ * Returns 0, or -1 with ERR_CONFIG (parts that do not fit together, weights over DATA_WEIGHTS_MAX in all) or
+ * as data_open(). */
+struct data_mix_part {
+    const char *corpus; /* as for data_open(); a path is written down as the way from out_dir */
+    uint32_t weight;    /* > 0 */
+};
+int data_mix(const char *out_dir, const struct data_mix_part *part, uint32_t n, uint64_t samples,
+             struct data_info *info, struct err *err);
+
 /* Open a corpus. The manifest, the size of every file and the held-out file are checked at once. So
  * are the other files' digests where the corpus has at most DATA_CHECK_AT_OPEN_BYTES_MAX; those of a
  * larger one are checked file by file, before the first sample of a file is handed out.
  *
- * manifest_url   a path, or file://PATH, of corpus.json or of the folder that holds it.
+ * manifest_url   a path, file://PATH, https://... or s3://... of corpus.json or of the folder that holds it.
  * expected       digest the manifest must have; NULL to take it as it is.
  * shuffle_seed   of the run's sample order (genesis).
  *
- * Keeps no file open and no text in memory: a sample is one pread.
+ * Keeps no file open and no text in memory: a sample is one pread. Behind a network samples come in blocks,
+ * each checked by a digest, several at a time, and are kept in a cache on the disk (node/data_cache.h); sizes
+ * and digests are not checked before. A mixture opens its parts.
  * Returns the corpus, or NULL with ERR_NOT_FOUND, ERR_CORRUPT (manifest or file; msg says which),
- * ERR_TRUNCATED, ERR_UNSUPPORTED (a format, dtype or scheme this build does not know). */
+ * ERR_TRUNCATED, ERR_UNSUPPORTED (a format or dtype this build does not know), ERR_CONFIG (a URL). */
 #define DATA_CHECK_AT_OPEN_BYTES_MAX ((uint64_t)2 << 30)
 struct data *data_open(const char *manifest_url, const struct digest *expected,
                        uint64_t shuffle_seed, struct err *err);
@@ -102,14 +123,19 @@ void data_close(struct data *d); /* NULL is fine */
 const struct data_info *data_info(const struct data *d);
 
 /* Sample `index` in the run's order: sequence + 1 tokens, each in [0, vocabulary), into tokens_out.
+ * A function of the manifest, the seed and the index alone. Where samples are asked for one after the other,
+ * threads read on ahead from the second one on.
  * Thread-safe. Returns 0, or -1 with ERR_CONFIG where index is not in [0, samples) (it comes from
- * the coordinator), ERR_IO, ERR_NOT_FOUND, ERR_TRUNCATED or ERR_CORRUPT where the file is no longer
- * what the manifest says. */
+ * the coordinator), ERR_IO, ERR_NOT_FOUND, ERR_TIMEOUT, ERR_TRUNCATED or ERR_CORRUPT where the file is no
+ * longer what the manifest says. */
 int data_sample(struct data *d, uint64_t index, int32_t *tokens_out, struct err *err);
+
+/* How long data_sample() took, all calls together. */
+double data_waited_s(const struct data *d);
 
 /* Held-out tokens [first, first + n) into out; *got is how many there were before the end. Errors
  * as data_sample. */
-int data_heldout(const struct data *d, uint64_t first, size_t n, int32_t *out, size_t *got,
+int data_heldout(struct data *d, uint64_t first, size_t n, int32_t *out, size_t *got,
                  struct err *err);
 
 /* Training tokens of one file in the order of its text, for statistics about the corpus. file is in

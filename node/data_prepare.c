@@ -312,15 +312,10 @@ static int cut_heldout(struct prepare *p, uint64_t tokens, uint64_t n, struct er
     return rc;
 }
 
-static int finish_file(int fd, const char *path, struct digest *digest, struct err *err) {
-    if (data_digest_of_file(fd, path, digest, err)) return -1;
-    return fsync(fd) ? err_set_errno(err, "fsync %.150s", path) : 0;
-}
-
 /* Everything is written under such a name first: the corpus that may be there stays, and whoever
  * reads it goes on, until the new one is whole. */
 static int join_new(char out[PATH_BYTES_MAX], const char *folder, const char *name, struct err *err) {
-    char file[NAME_BYTES_MAX + sizeof ".new"];
+    char file[NAME_BYTES_MAX + 32];
     snprintf(file, sizeof file, "%s.new", name);
     return data_join(out, folder, file, err);
 }
@@ -329,6 +324,36 @@ static int create_new(char path[PATH_BYTES_MAX], const char *folder, const char 
     if (join_new(path, folder, name, err)) return -1;
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     return fd >= 0 ? fd : err_set_errno(err, "create %.150s", path);
+}
+
+static int write_new(const char *folder, const char *name, const void *bytes, size_t n, struct err *err) {
+    char path[PATH_BYTES_MAX];
+    int fd = create_new(path, folder, name, err);
+    if (fd < 0) return -1;
+    int rc = file_write(fd, bytes, n, path, err);
+    if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", path);
+    close(fd);
+    return rc;
+}
+
+static void blocks_name(char out[NAME_BYTES_MAX + 16], const char *name) {
+    snprintf(out, NAME_BYTES_MAX + 16, "%s" DATA_BLOCKS_SUFFIX, name);
+}
+
+/* Digests of a file and of its blocks; all of it is on the disk then. */
+static int finish_file(const struct prepare *p, int fd, const char *path, struct token_file *f,
+                       struct err *err) {
+    char name[NAME_BYTES_MAX + 16];
+    struct digest *block = NULL;
+    size_t blocks = 0;
+    blocks_name(name, f->name);
+    int rc = data_digest_of_file(fd, path, &f->digest, &block, &blocks, err);
+    if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", path);
+    if (rc == 0) rc = write_new(p->folder, name, block, blocks * sizeof *block, err);
+    if (rc == 0) f->blocks = digest_of(block, blocks * sizeof *block);
+    f->has_blocks = true;
+    free(block);
+    return rc;
 }
 
 static int begin_tokens(struct prepare *p, struct err *err) {
@@ -362,7 +387,7 @@ static int end_tokens(struct prepare *p, const char *source, struct err *err) {
                        sequence + 1);
     } else {
         f->samples = (f->tokens - 1) / sequence;
-        if (finish_file(p->fd, p->path, &f->digest, err)) return -1;
+        if (finish_file(p, p->fd, p->path, f, err)) return -1;
     }
     close(p->fd);
     p->fd = -1;
@@ -415,10 +440,11 @@ static int run_jobs(struct prepare *p, struct err *err) {
 /* ---- the manifest ------------------------------------------------------------------------------ */
 
 static json_t *file_json(const struct token_file *f, int with_samples) {
-    char hex[DIGEST_HEX_BYTES];
-    digest_hex(&f->digest, hex);
-    json_t *o = json_pack("{s:s, s:I, s:s}", "name", f->name, "tokens", (json_int_t)f->tokens,
-                          "blake2b", hex);
+    char hex[2][DIGEST_HEX_BYTES];
+    digest_hex(&f->digest, hex[0]);
+    digest_hex(&f->blocks, hex[1]);
+    json_t *o = json_pack("{s:s, s:I, s:s, s:s}", "name", f->name, "tokens", (json_int_t)f->tokens, "blake2b",
+                          hex[0], "blocks", hex[1]);
     if (o && with_samples) json_object_set_new(o, "samples", json_integer((json_int_t)f->samples));
     return o;
 }
@@ -451,20 +477,16 @@ static char *manifest_text(const struct prepare *p, const struct token_file *hel
     return text;
 }
 
-static int write_new(const char *folder, const char *name, const void *bytes, size_t n, struct err *err) {
-    char path[PATH_BYTES_MAX];
-    int fd = create_new(path, folder, name, err);
-    if (fd < 0) return -1;
-    int rc = file_write(fd, bytes, n, path, err);
-    if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", path);
-    close(fd);
-    return rc;
-}
-
 static int rename_new(const char *folder, const char *name, struct err *err) {
     char from[PATH_BYTES_MAX], to[PATH_BYTES_MAX];
     if (join_new(from, folder, name, err) || data_join(to, folder, name, err)) return -1;
     return rename(from, to) ? err_set_errno(err, "rename %.150s", from) : 0;
+}
+
+static int rename_tokens(const char *folder, const char *name, struct err *err) {
+    char blocks[NAME_BYTES_MAX + 16];
+    blocks_name(blocks, name);
+    return rename_new(folder, name, err) || rename_new(folder, blocks, err) ? -1 : 0;
 }
 
 /* The old manifest goes first and the new one comes last: a folder with a manifest is complete. */
@@ -473,20 +495,30 @@ static int publish(const struct prepare *p, struct err *err) {
     if (data_join(manifest, p->folder, DATA_MANIFEST_NAME, err)) return -1;
     if (unlink(manifest) && errno != ENOENT) return err_set_errno(err, "remove %.150s", manifest);
     for (uint32_t i = 0; i < p->files; i++)
-        if (rename_new(p->folder, p->file[i].name, err)) return -1;
+        if (rename_tokens(p->folder, p->file[i].name, err)) return -1;
     if (tokenizer_digest(p->tokenizer) && rename_new(p->folder, TOKENIZER_FILE_NAME, err)) return -1;
-    return rename_new(p->folder, HELDOUT_NAME, err) || rename_new(p->folder, DATA_MANIFEST_NAME, err) ? -1
+    return rename_tokens(p->folder, HELDOUT_NAME, err) || rename_new(p->folder, DATA_MANIFEST_NAME, err) ? -1
                                                                                                       : 0;
+}
+
+static void discard_new(const char *folder, const char *name) {
+    char path[PATH_BYTES_MAX];
+    if (!join_new(path, folder, name, NULL)) unlink(path);
+}
+
+static void discard_tokens(const char *folder, const char *name) {
+    char blocks[NAME_BYTES_MAX + 16];
+    blocks_name(blocks, name);
+    discard_new(folder, name);
+    discard_new(folder, blocks);
 }
 
 /* What a corpus that was refused has left. */
 static void discard(const struct prepare *p) {
-    static const char *const others[] = { HELDOUT_NAME, DATA_MANIFEST_NAME, TOKENIZER_FILE_NAME };
-    char path[PATH_BYTES_MAX];
-    for (uint32_t i = 0; i < p->files; i++)
-        if (!join_new(path, p->folder, p->file[i].name, NULL)) unlink(path);
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
-        if (!join_new(path, p->folder, others[i], NULL)) unlink(path);
+    for (uint32_t i = 0; i < p->files; i++) discard_tokens(p->folder, p->file[i].name);
+    discard_tokens(p->folder, HELDOUT_NAME);
+    discard_new(p->folder, DATA_MANIFEST_NAME);
+    discard_new(p->folder, TOKENIZER_FILE_NAME);
 }
 
 static int write_rest(struct prepare *p, struct err *err) {
@@ -496,7 +528,7 @@ static int write_rest(struct prepare *p, struct err *err) {
         return err_set(err, ERR_CONFIG, "held-out fraction %g leaves %llu tokens, one sample of sequence "
                        "%u needs %u: use a larger fraction, or 0", p->recipe->heldout_fraction,
                        (unsigned long long)heldout.tokens, p->recipe->sequence, p->recipe->sequence + 1);
-    if (finish_file(p->heldout_fd, p->heldout_path, &heldout.digest, err)) return -1;
+    if (finish_file(p, p->heldout_fd, p->heldout_path, &heldout, err)) return -1;
     const char *json = tokenizer_json(p->tokenizer, &n);
     if (json && write_new(p->folder, TOKENIZER_FILE_NAME, json, n, err)) return -1;
     char *text = manifest_text(p, &heldout);

@@ -6,7 +6,9 @@
 
 /* data [tokenize] --out DIR [--sequence N] [--heldout F] [--tokenizer T] [--document-end E] [--field NAME]
  * [--file-tokens N] [--threads N] [--json] PATH...
- * Tokenise texts into a corpus. */
+ * Tokenise texts into a corpus.
+ * data mix --out DIR [--samples N] [--json] WEIGHT:CORPUS...
+ * Make one of several by weights. */
 int tool_data(int argc, char **argv);
 
 /* bigram CORPUS [--json]

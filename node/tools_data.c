@@ -33,6 +33,8 @@ static const char data_help[] =
     "  --threads N        that tokenise (default: one per core); the corpus is the same\n"
     "  --json             print one JSON object\n"
     "\n"
+    "`data mix` makes one corpus of several by weights: data mix --help.\n"
+    "\n"
     "Example: data --out corpus --sequence 128 book1.txt book2.txt\n"
     "Example: data tokenize --out corpus --sequence 8192 --tokenizer Llama-3.2-1B web/ code.jsonl.zst\n";
 
@@ -70,6 +72,64 @@ static int tokenize(const char *name, const char *out, const char *const *paths,
     return 0;
 }
 
+static const char mix_help[] =
+    "data mix --out DIR [--samples N] [--json] WEIGHT:CORPUS...\n"
+    "\n"
+    "Make one corpus of several, of one tokenizer and sequence: in each hundred samples, where the\n"
+    "weights are percents, so many are of each. DIR gets a manifest that names them; their files stay\n"
+    "where they are. CORPUS is a folder or URL.\n"
+    "\n"
+    "  --out DIR      folder to write, made if missing\n"
+    "  --samples N    of the mixture: a corpus that has come to its end begins anew in another order\n"
+    "                 (default: as many as there are until one ends)\n"
+    "  --json         print one JSON object\n"
+    "\n"
+    "Example: data mix --out mixture 55:fineweb-edu 10:fineweb 20:stack-v1 10:dclm 5:open-web-math\n";
+
+static int parse_parts(char *const *argv, int n, struct data_mix_part *part) {
+    for (int i = 0; i < n; i++) {
+        char weight[16] = "", *colon = strchr(argv[i], ':');
+        uint64_t value;
+        if (!colon || !colon[1] || colon - argv[i] >= (int)sizeof weight) {
+            fprintf(stderr, "'%s' is not WEIGHT:CORPUS\n", argv[i]);
+            return -1;
+        }
+        memcpy(weight, argv[i], (size_t)(colon - argv[i]));
+        if (args_integer("WEIGHT", weight, 1, DATA_WEIGHTS_MAX, &value)) return -1;
+        part[i] = (struct data_mix_part){ colon + 1, (uint32_t)value };
+    }
+    return 0;
+}
+
+static int tool_mix(int argc, char **argv) {
+    static const struct option options[] = {
+        { "out", required_argument, NULL, 'o' }, { "samples", required_argument, NULL, 's' },
+        { "json", no_argument, NULL, 'j' },      { "help", no_argument, NULL, 'h' }, { 0 },
+    };
+    struct data_mix_part part[DATA_PARTS_MAX];
+    const char *out = NULL;
+    uint64_t samples = 0;
+    int json = 0, c;
+    struct data_info info;
+    struct err err;
+    optind = 0;
+    while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
+        case 'o': out = optarg; break;
+        case 's': if (args_integer("--samples", optarg, 1, INT64_MAX, &samples)) return 2; break;
+        case 'j': json = 1; break;
+        case 'h': fputs(mix_help, stdout); return 0;
+        default: return args_wrong("data mix", "wrong arguments");
+        }
+    if (!out) return args_wrong("data mix", "--out DIR is missing");
+    if (optind == argc || argc - optind > DATA_PARTS_MAX)
+        return args_wrong("data mix", "1 to 1024 corpora are needed");
+    if (parse_parts(argv + optind, argc - optind, part)) return 2;
+    if (data_mix(out, part, (uint32_t)(argc - optind), samples, &info, &err))
+        return args_failed("data mix", &err);
+    print_corpus(out, &info, 0, json);
+    return 0;
+}
+
 int tool_data(int argc, char **argv) {
     static const struct option options[] = {
         { "out", required_argument, NULL, 'o' },       { "sequence", required_argument, NULL, 's' },
@@ -82,6 +142,7 @@ int tool_data(int argc, char **argv) {
     struct data_recipe recipe = { .tokenizer = "bytes", .heldout_fraction = 0.02 };
     uint64_t sequence = 128, threads = 0;
     int json = 0, c;
+    if (argc > 1 && !strcmp(argv[1], "mix")) return tool_mix(argc - 1, argv + 1);
     if (argc > 1 && !strcmp(argv[1], "tokenize")) argc--, argv++;
     optind = 0; /* another tool may have parsed its own arguments in this process */
     while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
@@ -164,7 +225,7 @@ static int count_corpus(struct data *d, struct counts *n, int32_t *block, struct
     return 0;
 }
 
-static int heldout_losses(const struct data *d, const struct counts *n, int32_t *block, double loss[3],
+static int heldout_losses(struct data *d, const struct counts *n, int32_t *block, double loss[3],
                           uint64_t *tokens, struct err *err) {
     size_t got = BLOCK_TOKENS;
     for (uint64_t at = 0; got == BLOCK_TOKENS; at += BLOCK_TOKENS - 2) {

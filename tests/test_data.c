@@ -5,12 +5,17 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <fcntl.h>
 #include <jansson.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -396,6 +401,380 @@ static void broken_sources_are_named(void **state) {
     closedir(dir);
 }
 
+/* ---- mixtures ---------------------------------------------------------------------------------- */
+
+#define MIXED 5
+static const uint32_t weights[MIXED] = { 55, 10, 20, 10, 5 }; /* INTELLECT-1's */
+
+/* Corpus k has only the bytes k * 40 to k * 40 + 39, so a sample tells where it is from; window w begins with
+ * the digits of w. */
+static void make_parts(void) {
+    for (int k = 0; k < MIXED; k++) {
+        char name[16];
+        size_t n = (size_t)(30 + 200 * k) * SEQUENCE + 1;
+        unsigned char *text = malloc(n);
+        for (size_t i = 0; i < n; i++) {
+            size_t w = i / SEQUENCE, digit = i % SEQUENCE;
+            text[i] = (unsigned char)(k * 40 + (digit ? (digit < 4 ? w >> 5 * (digit - 1) & 31 : 32) : 33));
+        }
+        snprintf(name, sizeof name, "part%d.txt", k);
+        write_file(in_folder(name), text, n);
+        free(text);
+        const char *file = in_folder(name);
+        struct err err = { 0 };
+        snprintf(name, sizeof name, "part%d", k);
+        if (made(name, &file, 1, k == 2 ? 0.1 : 0, NULL, NULL, &err)) fail_msg("%s", err.msg);
+    }
+}
+
+static int mixed(const char *out, uint64_t samples, struct data_info *info, struct err *err) {
+    struct data_mix_part part[MIXED];
+    char path[MIXED][256];
+    for (int k = 0; k < MIXED; k++) {
+        snprintf(path[k], sizeof path[k], "%s/part%d", folder, k);
+        part[k] = (struct data_mix_part){ path[k], weights[k] };
+    }
+    return data_mix(in_folder(out), part, MIXED, samples, info, err);
+}
+
+static int part_of(const int32_t *tokens, unsigned *window) {
+    int k = tokens[0] / 40;
+    *window = (unsigned)(tokens[1] - k * 40) | (unsigned)(tokens[2] - k * 40) << 5 |
+              (unsigned)(tokens[3] - k * 40) << 10;
+    assert_int_equal(tokens[0], k * 40 + 33);
+    assert_int_equal(tokens[SEQUENCE], k * 40 + 33); /* the next window's first token */
+    return k;
+}
+
+/* In each hundred samples every corpus has its share; all samples of a corpus have come before they come
+ * again, in another order, which is true at the end of each twenty; and it is the same at every opening. */
+static void a_mixture_keeps_its_weights(void **state) {
+    (void)state;
+    enum { N = 2000 };
+    struct err err = { 0 };
+    struct data_info info;
+    static unsigned seen[MIXED][1024], order[2][1024];
+    unsigned passes = 0, count[MIXED] = { 0 }, block[MIXED] = { 0 };
+    make_parts();
+    if (mixed("mixture", 0, &info, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(info.samples, 30 / 11 * 20); /* the first corpus ends first */
+    if (mixed("mixture", N, &info, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(info.samples, N);
+    struct data *d = data_open(in_folder("mixture"), &info.manifest_digest, 7, &err);
+    struct data *again = data_open(in_folder("mixture"), NULL, 7, &err),
+                *other = data_open(in_folder("mixture"), NULL, 8, &err);
+    int differ = 0;
+    for (uint64_t i = 0; i < N; i++) {
+        int32_t tokens[SEQUENCE + 1], same[SEQUENCE + 1], another[SEQUENCE + 1];
+        unsigned window;
+        assert_int_equal(data_sample(d, i, tokens, &err), 0);
+        assert_int_equal(data_sample(again, i, same, &err), 0);
+        assert_int_equal(data_sample(other, i, another, &err), 0);
+        assert_memory_equal(tokens, same, sizeof same);
+        differ += memcmp(tokens, another, sizeof another) != 0;
+        int k = part_of(tokens, &window);
+        unsigned n = 30 + 200 * (unsigned)k - (k == 2 ? 43 : 0),
+                 pass = count[k] / n; /* a tenth of part 2 is held out */
+        assert_true(window < n);
+        seen[k][window]++;
+        if (k == 0 && pass < 2) order[pass][count[k] % n] = window;
+        if (k == 0) passes = pass;
+        count[k]++;
+        block[k]++;
+        for (int j = 0; i % 100 == 99 && j < MIXED; j++) {
+            assert_int_equal(block[j], weights[j]);
+            block[j] = 0;
+            n = 30 + 200 * (unsigned)j - (j == 2 ? 43 : 0);
+            for (unsigned w = 0; w < n; w++) assert_true(seen[j][w] - count[j] / n <= 1);
+        }
+    }
+    assert_true(passes > 20 && differ > N / 2);
+    assert_memory_not_equal(order[0], order[1], 30 * sizeof **order);
+    data_close(d);
+    data_close(again);
+    data_close(other);
+}
+
+/* Known answers: members of different builds must draw the same samples from a mixture too. */
+static void the_order_of_a_mixture_never_changes(void **state) {
+    (void)state;
+    static const int expected[][2] = { { 3, 608 }, { 3, 220 }, { 2, 89 },  { 0, 10 }, { 0, 21 },  { 0, 19 },
+                                       { 1, 38 },  { 1, 53 },  { 2, 271 }, { 0, 26 }, { 3, 468 }, { 0, 0 } };
+    struct err err = { 0 };
+    struct data *d = data_open(in_folder("mixture"), NULL, 7, &err);
+    for (uint64_t i = 0; i < 12; i++) {
+        int32_t tokens[SEQUENCE + 1];
+        unsigned window;
+        assert_int_equal(data_sample(d, i * 151, tokens, &err), 0);
+        int k = part_of(tokens, &window);
+        if (k != expected[i][0] || (int)window != expected[i][1])
+            fail_msg("{ %d, %u } at %d", k, window, (int)i);
+    }
+    data_close(d);
+}
+
+static void parts_that_do_not_fit_are_refused(void **state) {
+    (void)state;
+    struct err err = { 0 };
+    struct data_info info;
+    const char *line = in_folder("lines2.jsonl");
+    write_file(line, "{\"text\": \"some text to train on, enough of it\"}\n", 48);
+    if (tokenised("llama", line, 1, NULL, 0, NULL, &err)) fail_msg("%s", err.msg);
+    struct data_mix_part part[] = { { in_folder("part0"), 1 },
+                                    { in_folder("llama"), 1 },
+                                    { in_folder("mixture"), 1 } };
+    assert_int_equal(data_mix(in_folder("none"), part, 2, 0, &info, &err), -1);
+    assert_non_null(strstr(err.msg, "has tokenizer"));
+    part[1] = part[2];
+    assert_int_equal(data_mix(in_folder("none"), part, 2, 0, &info, &err), -1);
+    assert_non_null(strstr(err.msg, "no part of another"));
+    part[1] = (struct data_mix_part){ in_folder("part1"), 70000 };
+    assert_int_equal(data_mix(in_folder("none"), part, 2, 0, &info, &err), -1);
+    assert_non_null(strstr(err.msg, "70001"));
+    /* A part that is no longer what it was. */
+    const char *file = in_folder("part3.txt");
+    if (made("part3", &file, 1, 0.1, NULL, NULL, &err)) fail_msg("%s", err.msg);
+    assert_null(data_open(in_folder("mixture"), NULL, 7, &err));
+    assert_int_equal(err.code, ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "part3"));
+    make_parts();
+}
+
+/* ---- behind a network -------------------------------------------------------------------------- */
+
+/* A web server for the test's folder: GET and HEAD, ranges, one request a connection. */
+static struct {
+    int listener, port;
+    pthread_t thread;
+    unsigned blocks; /* requests for token files so far */
+    unsigned broken; /* of the next so many of them a byte is changed */
+} web;
+
+static void answer(int fd) {
+    char request[4096] = "", name[256] = "", path[600], head[256];
+    unsigned long long from = 0, to = ULLONG_MAX;
+    size_t n = 0;
+    while (n < sizeof request - 1 && !strstr(request, "\r\n\r\n")) {
+        ssize_t got = recv(fd, request + n, sizeof request - 1 - n, 0);
+        if (got <= 0) return;
+        n += (size_t)got;
+    }
+    bool get = sscanf(request, "GET /%255s", name) == 1;
+    if (!get && sscanf(request, "HEAD /%255s", name) != 1) return;
+    char *range = strstr(request, "Range: bytes=");
+    if (range) sscanf(range, "Range: bytes=%llu-%llu", &from, &to);
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "rb");
+    if (!f) {
+        static const char none[] = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        send(fd, none, sizeof none - 1, MSG_NOSIGNAL);
+        return;
+    }
+    fseek(f, 0, SEEK_END);
+    unsigned long long size = (unsigned long long)ftell(f);
+    if (to >= size) to = size - 1;
+    size_t length = from <= to ? (size_t)(to - from + 1) : 0;
+    char *body = malloc(length + 1);
+    fseek(f, (long)from, SEEK_SET);
+    assert_int_equal(fread(body, 1, length, f), length);
+    fclose(f);
+    if (get && strstr(name, ".bin") && !strstr(name, ".blocks")) {
+        web.blocks++;
+        if (web.broken) web.broken--, body[length / 2] ^= 1;
+    }
+    snprintf(head, sizeof head,
+             "HTTP/1.1 %s\r\nContent-Length: %zu\r\nContent-Range: bytes %llu-%llu/%llu\r\n"
+             "Connection: close\r\n\r\n",
+             range ? "206 Partial Content" : "200 OK", length, from, to, size);
+    send(fd, head, strlen(head), MSG_NOSIGNAL);
+    if (get) send(fd, body, length, MSG_NOSIGNAL);
+    free(body);
+}
+
+static void *serve(void *arg) {
+    for (int fd; (fd = accept(web.listener, NULL, NULL)) >= 0; close(fd)) answer(fd);
+    return arg;
+}
+
+static void web_start(void) {
+    struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    socklen_t length = sizeof a;
+    web.listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(web.listener, (struct sockaddr *)&a, sizeof a), 0);
+    assert_int_equal(listen(web.listener, 64), 0);
+    assert_int_equal(getsockname(web.listener, (struct sockaddr *)&a, &length), 0);
+    web.port = ntohs(a.sin_port);
+    assert_int_equal(pthread_create(&web.thread, NULL, serve, NULL), 0);
+}
+
+static void web_end(void) {
+    shutdown(web.listener, SHUT_RDWR);
+    pthread_join(web.thread, NULL);
+    close(web.listener);
+}
+
+static struct data *over_the_web(const char *name, uint64_t seed) {
+    char url[300];
+    struct err err = { 0 };
+    snprintf(url, sizeof url, "http://127.0.0.1:%d/%s", web.port, name);
+    struct data *d = data_open(url, NULL, seed, &err);
+    if (!d) fail_msg("%s", err.msg);
+    return d;
+}
+
+static void assert_same_samples(const char *name, const char *url) {
+    struct err err = { 0 };
+    struct data *near = data_open(in_folder(name), NULL, 3, &err), *far = over_the_web(url, 3);
+    int32_t a[SEQUENCE + 1], b[SEQUENCE + 1];
+    assert_true(digest_equal(&data_info(near)->manifest_digest, &data_info(far)->manifest_digest));
+    for (uint64_t i = 0; i < data_info(near)->samples && i < 300; i++) {
+        assert_int_equal(data_sample(near, i, a, &err), 0);
+        if (data_sample(far, i, b, &err)) fail_msg("%s", err.msg);
+        assert_memory_equal(a, b, sizeof a);
+    }
+    size_t got, expected;
+    assert_int_equal(data_heldout(near, 0, SEQUENCE, a, &expected, &err), 0);
+    assert_int_equal(data_heldout(far, 0, SEQUENCE, b, &got, &err), 0);
+    assert_int_equal(got, expected);
+    assert_memory_equal(a, b, got * sizeof *a);
+    data_close(near);
+    data_close(far);
+}
+
+static off_t bytes_in(const char *name) {
+    off_t bytes = 0;
+    char path[600];
+    struct stat st;
+    DIR *dir = opendir(in_folder(name));
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        snprintf(path, sizeof path, "%s/%s/%s", folder, name, e->d_name);
+        if (e->d_name[0] != '.' && !stat(path, &st)) bytes += st.st_size;
+    }
+    if (dir) closedir(dir);
+    return bytes;
+}
+
+/* The same bits come over a network, once, and stay in a cache that has its size and no more. */
+static void samples_come_over_a_network_once(void **state) {
+    (void)state;
+    struct err err = { 0 };
+    struct data_info info;
+    setenv("INTELLECT_CACHE", in_folder("cache"), 1);
+    setenv("INTELLECT_CACHE_GB", "0.03", 1);
+    web_start();
+    assert_same_samples("long", "long"); /* several files of several blocks */
+    unsigned fetched = web.blocks;
+    assert_true(fetched >= 8);
+    assert_same_samples("long", "long/corpus.json");
+    assert_int_equal(web.blocks, fetched);
+    assert_true(bytes_in("cache") > 1000000 && bytes_in("cache") <= 30000000);
+    if (mixed("mixture", 500, &info, &err)) fail_msg("%s", err.msg);
+    assert_same_samples("mixture", "mixture"); /* its parts lie beside it there too */
+    setenv("INTELLECT_CACHE_GB", "0", 1);
+    fetched = web.blocks;
+    assert_same_samples("corpus", "corpus");
+    assert_true(web.blocks > fetched);
+    web_end();
+}
+
+/* What a server, a proxy or a disk made of a block never reaches the trainer. */
+static void a_wrong_block_is_found(void **state) {
+    (void)state;
+    int32_t tokens[SEQUENCE + 1];
+    struct err err = { 0 };
+    web_start();
+    struct data *d = over_the_web("corpus", 3);
+    web.broken = 1;
+    assert_int_equal(data_sample(d, 5, tokens, &err), -1);
+    assert_int_equal(err.code, ERR_CORRUPT);
+    if (!strstr(err.msg, "block 0 of tokens-0000")) fail_msg("%s", err.msg);
+    assert_int_equal(data_sample(d, 5, tokens, &err), 0); /* another try, another answer */
+    data_close(d);
+    d = over_the_web("corpus", 3);
+    rename(in_folder("corpus/tokens-00000.bin.blocks"), in_folder("kept"));
+    write_file(in_folder("corpus/tokens-00000.bin.blocks"), "0123456789abcdef0123456789abcdef", 32);
+    unsigned failed = 0;
+    for (uint64_t i = 0; i < data_info(d)->samples; i += 2) failed += data_sample(d, i, tokens, &err) != 0;
+    assert_true(failed > 10);
+    assert_int_equal(err.code, ERR_CORRUPT);
+    assert_non_null(strstr(err.msg, "tokens-00000.bin.blocks"));
+    rename(in_folder("kept"), in_folder("corpus/tokens-00000.bin.blocks"));
+    data_close(d);
+    assert_int_equal(truncate(in_folder("corpus/tokens-00000.bin"), 100), 0);
+    d = over_the_web("corpus", 3);
+    for (uint64_t i = 0; i < data_info(d)->samples; i += 2) data_sample(d, i, tokens, &err);
+    assert_int_equal(err.code, ERR_TRUNCATED);
+    data_close(d);
+    prepare(NULL);
+    web_end();
+}
+
+/* A cache is nobody's promise: one that was written over gives nothing wrong. */
+static void a_broken_cache_costs_a_fetch(void **state) {
+    (void)state;
+    setenv("INTELLECT_CACHE_GB", "0.01", 1);
+    web_start();
+    assert_same_samples("long", "long");
+    unsigned fetched = web.blocks;
+    char path[600];
+    DIR *dir = opendir(in_folder("cache"));
+    for (struct dirent *e; (e = readdir(dir));) {
+        if (e->d_name[0] == '.') continue;
+        snprintf(path, sizeof path, "%s/cache/%s", folder, e->d_name);
+        FILE *f = fopen(path, "r+b");
+        for (long at = 4096; at < 9000000; at += 5000) fseek(f, at, SEEK_SET), fputc('x', f);
+        fclose(f);
+    }
+    closedir(dir);
+    assert_same_samples("long", "long");
+    assert_true(web.blocks > fetched);
+    web_end();
+    unsetenv("INTELLECT_CACHE_GB");
+    unsetenv("INTELLECT_CACHE");
+}
+
+/* Samples are read ahead, and what is asked for comes whatever the order and whoever asks. */
+struct reader {
+    struct data *d;
+    uint64_t from, step;
+    const int32_t *expected;
+};
+
+static void *read_all(void *arg) {
+    struct reader *r = arg;
+    int32_t tokens[SEQUENCE + 1];
+    uint64_t n = data_info(r->d)->samples;
+    for (uint64_t i = 0, at = r->from; i < 3 * n; i++, at = (at + r->step) % n) {
+        if (data_sample(r->d, at, tokens, NULL)) return arg;
+        if (memcmp(tokens, r->expected + at * (SEQUENCE + 1), sizeof tokens) != 0) return arg;
+    }
+    return NULL;
+}
+
+static void reading_ahead_changes_no_sample(void **state) {
+    (void)state;
+    struct err err = { 0 };
+    struct data *d = data_open(in_folder("part1"), NULL, 3, &err);
+    uint64_t n = data_info(d)->samples;
+    int32_t *expected = malloc(n * (SEQUENCE + 1) * sizeof *expected);
+    for (uint64_t i = n; i-- > 0;) /* backwards: nothing is read ahead */
+        assert_int_equal(data_sample(d, i, expected + i * (SEQUENCE + 1), &err), 0);
+    struct reader reader[4] = {
+        { d, 0, 1, expected }, { d, 17, 1, expected }, { d, 3, 7, expected }, { d, n - 2, n - 1, expected }
+    };
+    pthread_t thread[4];
+    assert_null(read_all(&reader[0]));
+    for (int i = 0; i < 4; i++) assert_int_equal(pthread_create(&thread[i], NULL, read_all, &reader[i]), 0);
+    for (int i = 0; i < 4; i++) {
+        void *failed;
+        pthread_join(thread[i], &failed);
+        assert_null(failed);
+    }
+    assert_true(data_waited_s(d) > 0);
+    data_close(d);
+    free(expected);
+}
+
 /* ---- what can be wrong ------------------------------------------------------------------------- */
 
 static void a_text_smaller_than_a_sequence_names_both_numbers(void **state) {
@@ -434,8 +813,8 @@ static void wrong_arguments_are_named(void **state) {
     assert_int_equal(data_prepare(in_folder("x"), files, 1, &r, NULL, &err), -1);
     r.heldout_fraction = 0;
     assert_int_equal(data_prepare(in_folder("x"), files, 0, &r, NULL, &err), -1);
-    assert_null(data_open("s3://bucket/corpus", NULL, 0, &err));
-    assert_int_equal(err.code, ERR_UNSUPPORTED);
+    assert_null(data_open("ftp://host/corpus", NULL, 0, &err));
+    assert_int_equal(err.code, ERR_CONFIG);
 }
 
 /* A member with other bytes would train on other text than the ledger says. */
@@ -519,6 +898,13 @@ int main(void) {
         cmocka_unit_test(documents_become_their_tokens),
         cmocka_unit_test(a_long_text_is_one_document),
         cmocka_unit_test(broken_sources_are_named),
+        cmocka_unit_test(a_mixture_keeps_its_weights),
+        cmocka_unit_test(the_order_of_a_mixture_never_changes),
+        cmocka_unit_test(parts_that_do_not_fit_are_refused),
+        cmocka_unit_test(samples_come_over_a_network_once),
+        cmocka_unit_test(a_wrong_block_is_found),
+        cmocka_unit_test(a_broken_cache_costs_a_fetch),
+        cmocka_unit_test(reading_ahead_changes_no_sample),
         cmocka_unit_test(a_text_smaller_than_a_sequence_names_both_numbers),
         cmocka_unit_test(wrong_arguments_are_named),
         cmocka_unit_test(changed_files_are_found),
