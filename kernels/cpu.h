@@ -124,6 +124,11 @@ void cpu_attention_forward(const struct kernels *k, void *out, float *lse, const
 void cpu_attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                             const void *out, const float *lse, const int32_t *start, int B, int T, int H,
                             int KV, int D);
+void cpu_vocabulary_part(const struct kernels *k, struct kernels_part *part, const float *logits,
+                         const int32_t *targets, int rows, int V);
+void cpu_vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
+                         const int32_t *targets, const struct kernels_part *part, int own, int parts,
+                         const struct kernels_loss *how, int rows, int V);
 void cpu_rows_entries(struct kernels *k);
 void cpu_rows_bf16_entries(struct kernels *k);
 

@@ -36,8 +36,9 @@ static void embedding_forward(const struct kernels *k, float *out, const int32_t
     const ACT *table = w;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int r = 0; r < rows; r++) {
-        assert(tokens[r] >= 0 && tokens[r] < V);
-        widen_row(out + (size_t)r * C, table + (size_t)tokens[r] * C, C);
+        assert((tokens[r] >= 0 && tokens[r] < V) || tokens[r] == KERNELS_ELSEWHERE);
+        if (tokens[r] < 0) memset(out + (size_t)r * C, 0, (size_t)C * sizeof *out);
+        else widen_row(out + (size_t)r * C, table + (size_t)tokens[r] * C, C);
     }
 }
 
@@ -47,7 +48,8 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     for (int c = 0; c < C; c += STRIP)
         for (int r = 0; r < rows; r++) {
-            assert(tokens[r] >= 0 && tokens[r] < V);
+            assert((tokens[r] >= 0 && tokens[r] < V) || tokens[r] == KERNELS_ELSEWHERE);
+            if (tokens[r] < 0) continue;
             float *to = dw + (size_t)tokens[r] * C + c;
             const float *from = dout + (size_t)r * C + c;
             for (int i = 0; i < strip_at(c, C); i++) to[i] += from[i];
@@ -292,6 +294,8 @@ void cpu_rows_bf16_entries(struct kernels *k) {
 #else
 void cpu_rows_entries(struct kernels *k) {
     k->embedding_backward = embedding_backward;
+    k->vocabulary_part = cpu_vocabulary_part;
+    k->vocabulary_loss = cpu_vocabulary_loss;
 #endif
     k->embedding_forward = embedding_forward;
     k->rmsnorm_forward = rmsnorm_forward;

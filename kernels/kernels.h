@@ -39,6 +39,14 @@ struct kernels_adamw {
     uint64_t seed, first;
 };
 
+/* What a row's logits come to over a part of the vocabulary: enough for the loss once all parts are known. */
+struct kernels_part {
+    float max, sum; /* the largest logit; the sum of exp(logit - max) */
+    float target;   /* the target's logit, -INFINITY where it is in another part */
+    float largest;  /* where in the part the largest logit stands first; exact below 2^24 */
+};
+#define KERNELS_ELSEWHERE (-2) /* a target, or a token, in another part */
+
 /* What cross-entropy is multiplied by and what is added to it, against logits that drift away. */
 struct kernels_loss {
     float grad_scale; /* of the whole gradient; usually 1 / (targets that count) */
@@ -111,7 +119,8 @@ struct kernels {
                                    const void *x, int rows, int C, int OC,
                                    enum kernels_write write);
 
-    /* Embedding: out[rows,C] = w[V,C] at tokens[rows]; a token outside [0,V) is a caller bug. */
+    /* Embedding: out[rows,C] = w[V,C] at tokens[rows]; a token outside [0,V) is a caller bug, but for
+     * KERNELS_ELSEWHERE, whose row of `out` is zero and which has no gradient here. */
     void (*embedding_forward)(const struct kernels *k, float *out, const int32_t *tokens,
                               const void *w, int rows, int C, int V);
     /* dw[V,C] += dout[rows,C] at tokens; rows are added in order, so repeats give the same bits. */
@@ -169,6 +178,16 @@ struct kernels {
     void (*cross_entropy)(const struct kernels *k, float *loss, float *penalty, void *dlogits,
                           float *logits, const int32_t *targets, const struct kernels_loss *how,
                           int rows, int V);
+
+    /* The same where each rank has the logits [rows,V] of a part of the vocabulary. Targets count from the
+     * part's first word; -1 is ignored, KERNELS_ELSEWHERE is in another part. First part[rows] of the own
+     * logits; then, from part[parts,rows] of all of them in the vocabulary's order (own: which is the
+     * caller's), the loss, the same on all, and the gradient of the own logits, as in cross_entropy. */
+    void (*vocabulary_part)(const struct kernels *k, struct kernels_part *part, const float *logits,
+                            const int32_t *targets, int rows, int V);
+    void (*vocabulary_loss)(const struct kernels *k, float *loss, float *penalty, void *dlogits,
+                            float *logits, const int32_t *targets, const struct kernels_part *part,
+                            int own, int parts, const struct kernels_loss *how, int rows, int V);
 
     /* Optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) */
     void (*adamw)(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m,

@@ -133,16 +133,18 @@ static void embedding_forward(SELF, float *out, const int32_t *tokens, const voi
                               int C, int V) {
     const ACT *w = weights;
     for (size_t r = 0; r < (size_t)rows; r++) {
-        assert(tokens[r] >= 0 && tokens[r] < V);
-        for (size_t c = 0; c < (size_t)C; c++) out[r * C + c] = (float)GET(w[(size_t)tokens[r] * C + c]);
+        assert((tokens[r] >= 0 && tokens[r] < V) || tokens[r] == KERNELS_ELSEWHERE);
+        for (size_t c = 0; c < (size_t)C; c++)
+            out[r * C + c] = tokens[r] < 0 ? 0.0f : (float)GET(w[(size_t)tokens[r] * C + c]);
     }
 }
 
 static void embedding_backward(SELF, float *dw, const float *dout, const int32_t *tokens, int rows,
                                int C, int V) {
     for (int r = 0; r < rows; r++) {
-        assert(tokens[r] >= 0 && tokens[r] < V);
-        for (int c = 0; c < C; c++) dw[(size_t)tokens[r] * C + c] += dout[(size_t)r * C + c];
+        assert((tokens[r] >= 0 && tokens[r] < V) || tokens[r] == KERNELS_ELSEWHERE);
+        for (int c = 0; tokens[r] >= 0 && c < C; c++)
+            dw[(size_t)tokens[r] * C + c] += dout[(size_t)r * C + c];
     }
 }
 
@@ -376,6 +378,49 @@ static void cross_entropy(SELF, float *loss, float *penalty, void *to, float *lo
     }
 }
 
+static void vocabulary_part(SELF, struct kernels_part *part, const float *logits, const int32_t *targets,
+                            int rows, int V) {
+    for (int r = 0; r < rows; r++, logits += V) {
+        assert(targets[r] >= KERNELS_ELSEWHERE && targets[r] < V);
+        int largest = 0;
+        double sum = 0.0;
+        for (int v = 1; v < V; v++)
+            if (logits[v] > logits[largest]) largest = v;
+        for (int v = 0; v < V; v++) sum += exp((double)logits[v] - logits[largest]);
+        part[r] = (struct kernels_part){ .max = logits[largest], .sum = (float)sum, .largest = (float)largest,
+                                         .target = targets[r] >= 0 ? logits[targets[r]] : -INFINITY };
+    }
+}
+
+static void vocabulary_loss(SELF, float *loss, float *penalty, void *to, float *logits, const int32_t *targets,
+                            const struct kernels_part *part, int own, int parts,
+                            const struct kernels_loss *how, int rows, int V) {
+    for (int r = 0; r < rows; r++, logits += V) {
+        ACT *dlogits = to ? (ACT *)to + (size_t)r * V : NULL;
+        int first = 0; /* the part that has the largest logit */
+        double sum = 0.0, target = -INFINITY;
+        for (int p = 1; p < parts; p++)
+            if (part[(size_t)p * rows + r].max > part[(size_t)first * rows + r].max) first = p;
+        double max = part[(size_t)first * rows + r].max;
+        for (int p = 0; p < parts; p++) {
+            const struct kernels_part *x = &part[(size_t)p * rows + r];
+            sum += x->sum * exp(x->max - max);
+            if (x->target > target) target = x->target;
+        }
+        /* cppcheck-suppress invalidFunctionArg ; the largest logit alone makes the sum 1 */
+        double lse = log(sum) + max;
+        int counts = targets[r] != -1;
+        int largest = own == first ? (int)part[(size_t)own * rows + r].largest : -1;
+        loss[r] = counts ? (float)(lse - target) : 0.0f;
+        penalty[r] = counts ? (float)(how->z * lse * lse + how->max_z * max * max) : 0.0f;
+        for (int v = 0; dlogits && v < V; v++) {
+            double p = exp(logits[v] - max) / sum, d = p - (v == targets[r]);
+            d += 2.0 * how->z * lse * p + 2.0 * how->max_z * max * (v == largest);
+            dlogits[v] = PUT(counts ? d * how->grad_scale : 0.0);
+        }
+    }
+}
+
 static void adamw(SELF, void *param, uint16_t *rest, const float *grad, float *m, float *v, size_t n,
                   const struct kernels_adamw *a) {
     for (size_t i = 0; i < n; i++) {
@@ -428,6 +473,8 @@ const struct kernels *REFERENCE(void) {
         .add = add,
         .round = round_all,
         .cross_entropy = cross_entropy,
+        .vocabulary_part = vocabulary_part,
+        .vocabulary_loss = vocabulary_loss,
         .adamw = adamw,
         .sum_squares = sum_squares,
     };

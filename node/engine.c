@@ -71,7 +71,8 @@ static int take_memory(struct engine *e, struct err *err) {
         }
     uint32_t dp = (uint32_t)e->layout.dp;
     e->micro_batch = pick_micro_batch(&e->layout, e->k, (e->inner.batch + dp - 1) / dp);
-    e->model = model_create_piece(&e->layout, e->k, (int)e->micro_batch, (int)e->config.sequence, 1, err);
+    e->model = model_create_piece(&e->layout, e->mesh.tensor, e->k, (int)e->micro_batch,
+                                  (int)e->config.sequence, 1, err);
     return e->model ? 0 : -1;
 }
 
@@ -89,10 +90,6 @@ struct engine *engine_create_rank(const struct msg_model *model, const struct ms
                                   struct err *err) {
     if (proto_model_check(model, err) || proto_inner_check(inner, err)) return NULL;
     if (mesh && layout_check(model, mesh->tensor->size, err)) return NULL;
-    if (mesh && mesh->tensor->size > 1) {
-        err_set(err, ERR_UNSUPPORTED, "tensor parallelism is not there yet: one tensor-parallel rank");
-        return NULL;
-    }
     struct engine *e = calloc(1, sizeof *e);
     if (!e) {
         err_set(err, ERR_MEMORY, "no memory for an engine");
@@ -324,10 +321,22 @@ static int gradient(struct engine *e, const int32_t *tokens, uint32_t share, dou
     return 0;
 }
 
+/* Tensor-parallel ranks each have the norms' gradients of their own rows. */
+static void reduce_shared(struct engine *e) {
+    const struct comm *c = e->mesh.tensor;
+    if (!c || c->size == 1) return;
+    for (uint32_t i = 0; i < proto_model_tensor_count(&e->config); i++) {
+        struct layout_piece p;
+        layout_piece(&e->layout, i, &p);
+        if (p.shared) c->all_reduce(c, e->grads + p.at, p.rows * p.columns, COMM_FP32);
+    }
+}
+
 /* Add the data-parallel ranks' gradients up: all of them everywhere, or each slice where it is owned. */
 static void reduce_gradients(struct engine *e) {
     const struct comm *c = e->mesh.data;
     const struct layout *l = &e->layout;
+    reduce_shared(e);
     if (!c || c->size == 1) return;
     if (!is_sharded(e)) {
         c->all_reduce(c, e->grads, l->n, COMM_FP32);

@@ -13,7 +13,7 @@ int layout_check(const struct msg_model *m, int tp, struct err *err) {
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         if (parts[i].n % (uint32_t)tp)
             return err_set(err, ERR_CONFIG, "%d tensor-parallel ranks cannot share the model's %u %s evenly; "
-                           "take a number that divides heads (%u), kv_heads (%u), ffn, vocabulary and sequence",
+                           "take one that divides heads (%u), kv_heads (%u), ffn, vocabulary and sequence",
                            tp, parts[i].n, parts[i].what, m->heads, m->kv_heads);
     return 0;
 }

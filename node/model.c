@@ -1,6 +1,13 @@
-/* model.c - the Llama network as a sequence of kernel calls on one arena; see model.h. */
+/* model.c - the Llama network as a sequence of kernel calls on one arena; see model.h.
+ *
+ * Tensor parallelism as in Megatron-LM (arXiv:1909.08053) with sequence-parallel norms (arXiv:2205.05198): a
+ * rank has some of the heads, of the feed-forward columns and of the vocabulary, and, of the residual stream,
+ * some of the rows ("own" below: rows / tp of them). What goes into a product is gathered from all
+ * ranks' rows; what comes out of a branch are partial sums of all rows, which are added up into the own
+ * ones. Both happen in place. One rank alone has all rows and nothing to gather. */
 #include "node/model.h"
 
+#include "kernels/comm.h"
 #include "node/layout.h"
 #include "proto/model.h"
 
@@ -13,18 +20,18 @@
  * next rows. */
 #define HEAD_ELEMENTS_MAX ((size_t)16 << 20)
 
-/* What one layer keeps for its backward pass; rows = B*T. `void *` are activations as the backend keeps
- * them. */
+/* What one layer keeps for its backward pass; rows = B*T; H, KV, F: the rank's. `void *` are activations as
+ * the backend keeps them. */
 struct activations {
-    float *in;         /* [rows,C] residual stream before the layer */
+    float *in;         /* [own,C] residual stream before the layer */
     void *norm_att;    /* [rows,C] */
-    float *rstd_att;   /* [rows] */
+    float *rstd_att;   /* [own] */
     void *qkv;         /* [rows,(H+2KV)D], queries and keys rotated */
-    void *att;         /* [rows,C] heads side by side */
+    void *att;         /* [rows,HD] heads side by side */
     float *lse;        /* [B,H,T] */
-    float *middle;     /* [rows,C] residual stream between attention and feed-forward */
+    float *middle;     /* [own,C] residual stream between attention and feed-forward */
     void *norm_ffn;    /* [rows,C] */
-    float *rstd_ffn;   /* [rows] */
+    float *rstd_ffn;   /* [own] */
     void *gate_up;     /* [rows,2F]; the backward pass writes its gradient over it */
     void *swiglu;      /* [rows,F] */
 };
@@ -39,9 +46,11 @@ struct offsets {
 
 struct model {
     const struct kernels *k;
+    const struct comm *tensor; /* NULL: alone */
     struct msg_model config;
-    int B, T, C, H, KV, D, F, V;
-    int QKV; /* (H + 2 KV) D */
+    int tp, tp_rank;
+    int B, T, C, H, KV, D, F, V; /* H, KV, F, V: the rank's */
+    int QKV, A;                  /* (H + 2 KV) D, H D */
     int training;
     struct model_objective objective;
     size_t head_rows;
@@ -51,15 +60,17 @@ struct model {
     float *cos, *sin;          /* [T,D/2] */
     int32_t *tokens, *targets; /* [rows] */
     int32_t *start;            /* [rows] where in its sequence the document of a token begins */
-    float *out;                /* [rows,C] residual stream after the last layer */
+    float *out;                /* [own,C] residual stream after the last layer */
     void *norm;                /* [rows,C] final norm */
-    float *rstd;               /* [rows] */
+    float *rstd;               /* [own] */
     float *logits;             /* [head_rows,V] */
     void *dlogits;             /* [head_rows,V]; the same storage where activations are fp32 */
+    struct kernels_part *part; /* [tp,head_rows] of the vocabulary's parts; NULL where there is one */
+    float *all;                /* [rows,C] of the embedding: all rows of partial sums or gradients; or NULL */
     float *loss, *penalty;     /* [rows], neighbours, so that one copy fetches both */
     void *branch;              /* [rows,C] what a branch adds to the residual stream */
-    float *dx;                 /* [rows,C] gradient of the residual stream ... */
-    void *dstream;             /* ... as an activation; the same storage where these are fp32 */
+    float *dx;                 /* [own,C] gradient of the residual stream ... */
+    void *dstream;             /* [rows,C] ... of all rows, as activations; of one rank in fp32: the same */
     void *dbranch;             /* [rows,C] */
     void *dqkv;                /* [rows,QKV] */
     void *dswiglu;             /* [rows,F] */
@@ -90,15 +101,15 @@ static void *carve_act(const struct model *m, struct arena *a, size_t rows, size
 }
 
 static void carve_layer(const struct model *m, struct arena *a, struct activations *l) {
-    size_t rows = (size_t)m->B * (size_t)m->T, C = (size_t)m->C;
+    size_t rows = (size_t)m->B * (size_t)m->T, own = rows / (size_t)m->tp, C = (size_t)m->C;
     l->norm_att = carve_act(m, a, rows, C);
-    l->rstd_att = carve_floats(a, rows, 1);
+    l->rstd_att = carve_floats(a, own, 1);
     l->qkv = carve_act(m, a, rows, (size_t)m->QKV);
-    l->att = carve_act(m, a, rows, C);
+    l->att = carve_act(m, a, rows, (size_t)m->A);
     l->lse = carve_floats(a, rows, (size_t)m->H);
-    l->middle = carve_floats(a, rows, C);
+    l->middle = carve_floats(a, own, C);
     l->norm_ffn = carve_act(m, a, rows, C);
-    l->rstd_ffn = carve_floats(a, rows, 1);
+    l->rstd_ffn = carve_floats(a, own, 1);
     l->gate_up = carve_act(m, a, rows, 2 * (size_t)m->F);
     l->swiglu = carve_act(m, a, rows, (size_t)m->F);
 }
@@ -107,16 +118,20 @@ static void carve_layer(const struct model *m, struct arena *a, struct activatio
  * `out` from end to end. */
 static size_t carve_all(struct model *m, struct activations *layer, void *base) {
     struct arena a = { base, 0 };
-    size_t rows = (size_t)m->B * (size_t)m->T, C = (size_t)m->C, half = (size_t)m->D / 2;
+    size_t rows = (size_t)m->B * (size_t)m->T, own = rows / (size_t)m->tp;
+    size_t C = (size_t)m->C, half = (size_t)m->D / 2;
+    int is_alone = m->tp == 1;
     m->cos = carve_floats(&a, (size_t)m->T, half);
     m->sin = carve_floats(&a, (size_t)m->T, half);
     m->tokens = carve(&a, rows * sizeof(int32_t));
     m->targets = carve(&a, rows * sizeof(int32_t));
     m->start = carve(&a, rows * sizeof(int32_t));
-    m->out = carve_floats(&a, rows, C);
+    m->out = carve_floats(&a, own, C);
     m->norm = carve_act(m, &a, rows, C);
-    m->rstd = carve_floats(&a, rows, 1);
+    m->rstd = carve_floats(&a, own, 1);
     m->logits = carve_floats(&a, m->head_rows, (size_t)m->V);
+    m->part = is_alone ? NULL : carve(&a, (size_t)m->tp * m->head_rows * sizeof *m->part);
+    m->all = is_alone ? NULL : carve_floats(&a, rows, C);
     m->loss = carve_floats(&a, 2 * rows, 1);
     m->penalty = m->loss + rows;
     m->branch = carve_act(m, &a, rows, C);
@@ -124,16 +139,16 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
         struct activations unused = { 0 }, *l = layer ? &layer[i] : &unused;
         if (m->training || i == 0) carve_layer(m, &a, l);
         if (!m->training && i > 0 && layer) *l = layer[0];
-        float *in = m->training ? carve_floats(&a, rows, C) : m->out;
+        float *in = m->training ? carve_floats(&a, own, C) : m->out;
         l->in = in;
     }
     if (m->training) {
-        m->dx = carve_floats(&a, rows, C);
+        m->dx = carve_floats(&a, own, C);
         m->dbranch = carve_act(m, &a, rows, C);
         m->dqkv = carve_act(m, &a, rows, (size_t)m->QKV);
         m->dswiglu = carve_act(m, &a, rows, (size_t)m->F);
         int same = m->k->act_bytes == sizeof(float);
-        m->dstream = same ? m->dx : carve_act(m, &a, rows, C);
+        m->dstream = same && is_alone ? m->dx : carve_act(m, &a, rows, C);
         m->dlogits = same ? m->logits : carve_act(m, &a, m->head_rows, (size_t)m->V);
     }
     return a.used;
@@ -166,14 +181,17 @@ static void set_shape(struct model *m, const struct layout *l, int B, int T, int
     m->T = T;
     m->training = training;
     m->objective = (struct model_objective){ .document_end = -1 };
+    m->tp = l->tp;
+    m->tp_rank = l->tp_rank;
     m->C = (int)c->width;
-    m->H = (int)c->heads;
-    m->KV = (int)c->kv_heads;
-    m->D = m->C / m->H;
-    m->F = (int)c->ffn;
-    m->V = (int)c->vocabulary;
+    m->D = m->C / (int)c->heads;
+    m->H = (int)c->heads / m->tp;
+    m->KV = (int)c->kv_heads / m->tp;
+    m->F = (int)c->ffn / m->tp;
+    m->V = (int)c->vocabulary / m->tp;
     m->QKV = (m->H + 2 * m->KV) * m->D;
-    size_t rows = (size_t)B * (size_t)T, head_rows = HEAD_ELEMENTS_MAX / c->vocabulary;
+    m->A = m->H * m->D;
+    size_t rows = (size_t)B * (size_t)T, head_rows = HEAD_ELEMENTS_MAX / (size_t)m->V;
     m->head_rows = head_rows < rows ? head_rows : rows;
     m->at = offsets_of(l);
 }
@@ -207,17 +225,19 @@ struct model *model_create(const struct msg_model *config, const struct kernels 
                            int T, int training, struct err *err) {
     struct layout alone;
     layout_init(&alone, config, 1, 0, 1, 0);
-    return model_create_piece(&alone, kernels, B, T, training, err);
+    return model_create_piece(&alone, NULL, kernels, B, T, training, err);
 }
 
-struct model *model_create_piece(const struct layout *layout, const struct kernels *kernels, int B, int T,
-                                 int training, struct err *err) {
+struct model *model_create_piece(const struct layout *layout, const struct comm *tensor,
+                                 const struct kernels *kernels, int B, int T, int training, struct err *err) {
     const struct msg_model *config = &layout->model;
     assert(B > 0 && T > 0 && (uint32_t)T <= config->sequence);
+    assert(layout->tp == 1 || (tensor && tensor->size == layout->tp && T % layout->tp == 0));
     struct model *m = calloc(1, sizeof *m);
     size_t rows = (size_t)B * (size_t)T;
     if (!m) goto no_memory;
     m->k = kernels;
+    m->tensor = tensor;
     set_shape(m, layout, B, T, training);
     m->layer = calloc(config->layers, sizeof *m->layer);
     m->host_loss = malloc(2 * rows * sizeof *m->host_loss);
@@ -261,25 +281,81 @@ static void *row_at(const struct model *m, void *activation, size_t r) {
     return (char *)activation + r * (size_t)m->C * m->k->act_bytes;
 }
 
+/* ---- ranks ------------------------------------------------------------------------------------- */
+
+static int own_rows(const struct model *m, int rows) {
+    return rows / m->tp;
+}
+
+/* The rank's own of an activation [rows,C]. */
+static void *own_of(const struct model *m, void *x, int rows) {
+    return row_at(m, x, (size_t)m->tp_rank * (size_t)own_rows(m, rows));
+}
+
+static enum comm_type act_type(const struct model *m) {
+    return m->k->act_bytes == 2 ? COMM_BF16 : COMM_FP32;
+}
+
+/* x[rows,C]: every rank's own rows to all. */
+static void gather(const struct model *m, void *x, int rows) {
+    if (m->tp == 1) return;
+    size_t n = (size_t)own_rows(m, rows) * (size_t)m->C;
+    m->tensor->all_gather(m->tensor, x, own_of(m, x, rows), n, act_type(m));
+}
+
+/* x[rows,C] is partial sums: the own rows become those of all ranks. */
+static void add_up(const struct model *m, void *x, int rows) {
+    if (m->tp == 1) return;
+    size_t n = (size_t)own_rows(m, rows) * (size_t)m->C;
+    m->tensor->reduce_scatter(m->tensor, own_of(m, x, rows), x, n, act_type(m));
+}
+
+/* m->dx, the gradient of the own rows, as that of all rows in m->dstream: what products take. */
+static void spread(const struct model *m, int rows) {
+    m->k->round(m->k, own_of(m, m->dstream, rows), m->dx, (size_t)own_rows(m, rows) * (size_t)m->C);
+    gather(m, m->dstream, rows);
+}
+
 /* ---- forward ----------------------------------------------------------------------------------- */
 
 static void layer_forward(struct model *m, const void *w, const struct activations *l, float *out,
                           const int32_t *start, int B, int T) {
     const struct kernels *k = m->k;
-    int rows = B * T, C = m->C, F = m->F;
+    int rows = B * T, own = own_rows(m, rows), C = m->C, F = m->F;
     float eps = (float)m->config.norm_eps;
-    size_t stream = (size_t)rows * (size_t)C;
-    k->rmsnorm_forward(k, l->norm_att, l->rstd_att, l->in, at(m, w, m->at.norm_att), eps, rows, C);
+    void *norm_att = own_of(m, l->norm_att, rows), *norm_ffn = own_of(m, l->norm_ffn, rows);
+    void *branch = own_of(m, m->branch, rows);
+    size_t stream = (size_t)own * (size_t)C;
+    k->rmsnorm_forward(k, norm_att, l->rstd_att, l->in, at(m, w, m->at.norm_att), eps, own, C);
+    gather(m, l->norm_att, rows);
     k->matmul_forward(k, l->qkv, l->norm_att, at(m, w, m->at.qkv), rows, C, m->QKV);
     k->rope_forward(k, l->qkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
     k->attention_forward(k, l->att, l->lse, l->qkv, start, B, T, m->H, m->KV, m->D);
-    k->matmul_forward(k, m->branch, l->att, at(m, w, m->at.o), rows, C, C);
-    k->add(k, l->middle, l->in, m->branch, stream);
-    k->rmsnorm_forward(k, l->norm_ffn, l->rstd_ffn, l->middle, at(m, w, m->at.norm_ffn), eps, rows, C);
+    k->matmul_forward(k, m->branch, l->att, at(m, w, m->at.o), rows, m->A, C);
+    add_up(m, m->branch, rows);
+    k->add(k, l->middle, l->in, branch, stream);
+    k->rmsnorm_forward(k, norm_ffn, l->rstd_ffn, l->middle, at(m, w, m->at.norm_ffn), eps, own, C);
+    gather(m, l->norm_ffn, rows);
     k->matmul_forward(k, l->gate_up, l->norm_ffn, at(m, w, m->at.gate_up), rows, C, 2 * F);
     k->swiglu_forward(k, l->swiglu, l->gate_up, rows, F);
     k->matmul_forward(k, m->branch, l->swiglu, at(m, w, m->at.down), rows, F, C);
-    k->add(k, out, l->middle, m->branch, stream);
+    add_up(m, m->branch, rows);
+    k->add(k, out, l->middle, branch, stream);
+}
+
+/* The residual stream before the first layer: each rank knows some words. */
+static void embed(struct model *m, const void *params, int rows) {
+    size_t own = (size_t)own_rows(m, rows) * (size_t)m->C;
+    float *to = m->tp == 1 ? m->layer[0].in : m->all;
+    m->k->embedding_forward(m->k, to, m->tokens, params, rows, m->C, m->V);
+    if (m->tp > 1) m->tensor->reduce_scatter(m->tensor, m->layer[0].in, m->all, own, COMM_FP32);
+}
+
+static void embed_backward(struct model *m, float *grads, int rows) {
+    size_t own = (size_t)own_rows(m, rows) * (size_t)m->C;
+    const float *dout = m->tp == 1 ? m->dx : m->all;
+    if (m->tp > 1) m->tensor->all_gather(m->tensor, m->all, m->dx, own, COMM_FP32);
+    m->k->embedding_backward(m->k, grads, dout, m->tokens, rows, m->C, m->V);
 }
 
 /* Everything but the head: m->norm holds the final norm's output. start: NULL or m->start. */
@@ -287,12 +363,13 @@ static void forward(struct model *m, const void *params, const int32_t *start, i
     const struct kernels *k = m->k;
     uint32_t layers = m->config.layers;
     int rows = B * T;
-    k->embedding_forward(k, m->layer[0].in, m->tokens, params, rows, m->C, m->V);
+    embed(m, params, rows);
     for (uint32_t i = 0; i < layers; i++)
         layer_forward(m, at(m, params, m->at.layers + i * m->at.layer_size), &m->layer[i],
                       i + 1 < layers ? m->layer[i + 1].in : m->out, start, B, T);
-    k->rmsnorm_forward(k, m->norm, m->rstd, m->out, at(m, params, m->at.norm), (float)m->config.norm_eps,
-                       rows, m->C);
+    k->rmsnorm_forward(k, own_of(m, m->norm, rows), m->rstd, m->out, at(m, params, m->at.norm),
+                       (float)m->config.norm_eps, own_rows(m, rows), m->C);
+    gather(m, m->norm, rows);
 }
 
 /* Targets, and where documents begin, of one sequence tokens [T+1]. Returns the targets that count. */
@@ -319,6 +396,14 @@ size_t model_targets(const struct model *m, const int32_t *tokens, int B, int T)
     return count;
 }
 
+/* Words as the rank's part of the vocabulary numbers them. */
+static void localise(const struct model *m, int32_t *token, size_t n) {
+    int32_t first = m->tp_rank * m->V;
+    for (size_t i = 0; m->tp > 1 && i < n; i++)
+        if (token[i] >= 0)
+            token[i] = token[i] >= first && token[i] - first < m->V ? token[i] - first : KERNELS_ELSEWHERE;
+}
+
 /* tokens [B,T+1] to the device as inputs, targets and starts. Returns the starts, NULL where every
  * sequence is one document. */
 static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, int T) {
@@ -330,6 +415,7 @@ static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, i
         memcpy(input + at, from, (size_t)T * sizeof *from);
         cut_documents(m->objective.document_end, from, T, target + at, start + at);
     }
+    localise(m, input, 2 * rows); /* inputs and targets are neighbours */
     m->k->copy_in(m->k, m->tokens, input, bytes);
     m->k->copy_in(m->k, m->targets, target, bytes);
     if (m->objective.document_end < 0) return NULL;
@@ -339,7 +425,7 @@ static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, i
 
 int model_logits(struct model *m, const void *params, const int32_t *tokens, int T, int position,
                  float *out, struct err *err) {
-    assert(T >= 1 && T <= m->T && position >= 0 && position < T);
+    assert(m->tp == 1 && T >= 1 && T <= m->T && position >= 0 && position < T);
     memcpy(m->host_tokens, tokens, (size_t)T * sizeof *tokens);
     m->k->copy_in(m->k, m->tokens, m->host_tokens, (size_t)T * sizeof *tokens);
     forward(m, params, NULL, 1, T);
@@ -350,6 +436,21 @@ int model_logits(struct model *m, const void *params, const int32_t *tokens, int
 }
 
 /* ---- loss and backward ------------------------------------------------------------------------- */
+
+/* Losses of n rows from r on, and where it is asked for the gradient of their logits. */
+static void losses(struct model *m, void *dlogits, size_t r, int n, const struct kernels_loss *how) {
+    const struct kernels *k = m->k;
+    float *loss = m->loss + r, *penalty = m->penalty + r;
+    if (m->tp == 1) {
+        k->cross_entropy(k, loss, penalty, dlogits, m->logits, m->targets + r, how, n, m->V);
+        return;
+    }
+    struct kernels_part *part = m->part + (size_t)m->tp_rank * (size_t)n;
+    k->vocabulary_part(k, part, m->logits, m->targets + r, n, m->V);
+    m->tensor->all_gather(m->tensor, m->part, part, (size_t)n * sizeof *part, COMM_BYTES);
+    k->vocabulary_loss(k, loss, penalty, dlogits, m->logits, m->targets + r, m->part, m->tp_rank, m->tp, how, n,
+                       m->V);
+}
 
 /* Head, cross-entropy and, where grads is not NULL, their gradients: the head's into grads, that of
  * the final norm's output into m->dbranch. */
@@ -363,8 +464,7 @@ static void head(struct model *m, const void *params, float *grads, int rows, fl
         int n = (int)((size_t)rows - r < m->head_rows ? (size_t)rows - r : m->head_rows);
         const void *x = row_at(m, m->norm, r);
         k->matmul_logits(k, m->logits, x, w, n, m->C, m->V);
-        k->cross_entropy(k, m->loss + r, m->penalty + r, grads ? m->dlogits : NULL, m->logits,
-                         m->targets + r, &how, n, m->V);
+        losses(m, grads ? m->dlogits : NULL, r, n, &how);
         if (!grads) continue;
         k->matmul_backward_input(k, row_at(m, m->dbranch, r), m->dlogits, w, n, m->C, m->V);
         k->matmul_backward_weight(k, grads + m->at.head, m->dlogits, x, n, m->C, m->V,
@@ -393,29 +493,31 @@ int model_loss(struct model *m, const void *params, const int32_t *tokens, int B
 }
 
 /* m->dx, and m->dstream with it, comes in as the gradient of the layer's output and leaves as that of its
- * input. */
+ * input. Products want all rows of it; norms have the own ones. */
 static void layer_backward(struct model *m, const void *w, float *g, const struct activations *l,
                            const int32_t *start, int B, int T, enum kernels_write write) {
     const struct kernels *k = m->k;
-    int rows = B * T, C = m->C, F = m->F;
-    size_t stream = (size_t)rows * (size_t)C;
+    int rows = B * T, own = own_rows(m, rows), C = m->C, F = m->F;
+    const void *dbranch = own_of(m, m->dbranch, rows);
     k->matmul_backward_weight(k, g + m->at.down, m->dstream, l->swiglu, rows, F, C, write);
     k->matmul_backward_input(k, m->dswiglu, m->dstream, at(m, w, m->at.down), rows, F, C);
     k->swiglu_backward(k, l->gate_up, m->dswiglu, l->gate_up, rows, F);
     k->matmul_backward_weight(k, g + m->at.gate_up, l->gate_up, l->norm_ffn, rows, C, 2 * F, write);
     k->matmul_backward_input(k, m->dbranch, l->gate_up, at(m, w, m->at.gate_up), rows, C, 2 * F);
-    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, m->dbranch, l->middle, at(m, w, m->at.norm_ffn),
-                        l->rstd_ffn, rows, C);
-    k->round(k, m->dstream, m->dx, stream);
-    k->matmul_backward_weight(k, g + m->at.o, m->dstream, l->att, rows, C, C, write);
-    k->matmul_backward_input(k, m->dbranch, m->dstream, at(m, w, m->at.o), rows, C, C);
+    add_up(m, m->dbranch, rows);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, dbranch, l->middle, at(m, w, m->at.norm_ffn),
+                        l->rstd_ffn, own, C);
+    spread(m, rows);
+    k->matmul_backward_weight(k, g + m->at.o, m->dstream, l->att, rows, m->A, C, write);
+    k->matmul_backward_input(k, m->dbranch, m->dstream, at(m, w, m->at.o), rows, m->A, C);
     k->attention_backward(k, m->dqkv, m->dbranch, l->qkv, l->att, l->lse, start, B, T, m->H, m->KV, m->D);
     k->rope_backward(k, m->dqkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
     k->matmul_backward_weight(k, g + m->at.qkv, m->dqkv, l->norm_att, rows, C, m->QKV, write);
     k->matmul_backward_input(k, m->dbranch, m->dqkv, at(m, w, m->at.qkv), rows, C, m->QKV);
-    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, m->dbranch, l->in, at(m, w, m->at.norm_att),
-                        l->rstd_att, rows, C);
-    k->round(k, m->dstream, m->dx, stream);
+    add_up(m, m->dbranch, rows);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, dbranch, l->in, at(m, w, m->at.norm_att),
+                        l->rstd_att, own, C);
+    spread(m, rows);
 }
 
 /* The gradients whose kernels only add: all norm weights, and the embedding unless the tied head
@@ -437,20 +539,21 @@ int model_backward(struct model *m, const void *params, float *grads, const int3
                    struct err *err) {
     assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
     const struct kernels *k = m->k;
-    int rows = B * T, C = m->C;
+    int rows = B * T, own = own_rows(m, rows), C = m->C;
     if (write == KERNELS_SET) zero_added_grads(m, grads);
     const int32_t *start = tokens_in(m, tokens, B, T);
     forward(m, params, start, B, T);
     head(m, params, grads, rows, grad_scale, write);
-    k->zero(k, m->dx, (size_t)rows * (size_t)C * sizeof *m->dx);
-    k->rmsnorm_backward(k, m->dx, grads + m->at.norm, m->dbranch, m->out, at(m, params, m->at.norm),
-                        m->rstd, rows, C);
-    k->round(k, m->dstream, m->dx, (size_t)rows * (size_t)C);
+    add_up(m, m->dbranch, rows);
+    k->zero(k, m->dx, (size_t)own * (size_t)C * sizeof *m->dx);
+    k->rmsnorm_backward(k, m->dx, grads + m->at.norm, own_of(m, m->dbranch, rows), m->out,
+                        at(m, params, m->at.norm), m->rstd, own, C);
+    spread(m, rows);
     for (uint32_t i = m->config.layers; i-- > 0;) {
         size_t layer = m->at.layers + i * m->at.layer_size;
         layer_backward(m, at(m, params, layer), grads + layer, &m->layer[i], start, B, T, write);
     }
-    k->embedding_backward(k, grads, m->dx, m->tokens, rows, C, m->V);
+    embed_backward(m, grads, rows);
     return loss_sum(m, rows, loss, err);
 }
 

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct comm;
 struct layout;
 struct model;
 
@@ -26,12 +27,17 @@ struct model *model_create(const struct msg_model *m, const struct kernels *kern
                            int training, struct err *err);
 void model_destroy(struct model *model); /* NULL is fine */
 
-/* The same where parameters and gradients lie as a rank of a mesh holds them (layout.h; copied). */
-struct model *model_create_piece(const struct layout *layout, const struct kernels *kernels, int B, int T,
-                                 int training, struct err *err);
+/* The same where parameters and gradients lie as a rank of a mesh holds them (layout.h; copied). Its
+ * tensor-parallel ranks make the same calls with the same tokens and have the same losses; each has the
+ * gradient of what it holds, but that of a norm's weights, which all hold, is each rank's own part of the sum.
+ * tensor  their group, borrowed until model_destroy; may be NULL where it is one. tp divides T. What fails in
+ *         it is for whoever made it to see. */
+struct model *model_create_piece(const struct layout *layout, const struct comm *tensor,
+                                 const struct kernels *kernels, int B, int T, int training, struct err *err);
 
 /* Bytes that model_create_piece takes for its arena. */
-size_t model_arena_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T, int training);
+size_t model_arena_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T,
+                         int training);
 
 /* What is trained on; until it is set, all tokens and cross-entropy alone.
  *
@@ -62,7 +68,7 @@ size_t model_targets(const struct model *model, const int32_t *tokens, int B, in
  * tokens  [T] host memory, each in [0, vocabulary): the caller checked. Nothing looks ahead, so
  *         those after `position` may be anything: callers that keep to a few values of T spare the
  *         backend from preparing itself for many.
- * The sequence is one document, whatever the objective.
+ * The sequence is one document, whatever the objective; the model is alone.
  * Costs a whole forward pass over T: there is no cache of keys and values. */
 int model_logits(struct model *model, const void *params, const int32_t *tokens, int T,
                  int position, float *out, struct err *err);

@@ -103,9 +103,10 @@ static int write_genesis(const struct solo *s, const struct corpus_facts *corpus
 /* What else a run has settings for (its name, outer steps, where things lie) may be another. */
 static int compare_genesis(const struct solo *s, const struct corpus_facts *corpus,
                            const struct msg_genesis *g, struct err *err) {
-    struct settings *sealed = malloc(2 * sizeof *sealed), *now = sealed + 1;
+    struct settings *sealed = malloc(2 * sizeof *sealed);
     char what[200];
     if (!sealed) return err_set(err, ERR_MEMORY, "no memory to compare settings");
+    struct settings *now = sealed + 1;
     int rc = settings_from_genesis(sealed, g, err);
     if (rc == 0) {
         *now = *s->settings;

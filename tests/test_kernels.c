@@ -391,6 +391,75 @@ static void compare_cross_entropy(const struct kernels *k, int rows, int V, floa
     free(targets), free(logits), free(want), free(loss), free(loss_want), free(penalty), free(penalty_want);
 }
 
+/* The vocabulary in parts, each with its own logits, must come to what cross_entropy makes of the whole. */
+static void compare_vocabulary(const struct kernels *k, int rows, int V, int parts, float std,
+                               const struct kernels_loss *how) {
+    size_t n = (size_t)rows * V, own = n / parts;
+    int W = V / parts;
+    int32_t *targets = malloc((size_t)rows * sizeof *targets), *local = malloc((size_t)rows * sizeof *local);
+    for (int r = 0; r < rows; r++) targets[r] = r % 5 == 4 ? -1 : (r * 17 + V - 1) % V;
+    float *want = draw(n, std), *loss_want = unwritten(rows), *penalty_want = unwritten(rows);
+    want[V / 2] = want[V - 1] = 5 * std; /* the same largest in two parts: the first has its gradient */
+    float *piece = malloc(n * sizeof *piece), *loss = unwritten(rows), *penalty = unwritten(rows);
+    struct kernels_part *part = malloc((size_t)parts * rows * sizeof *part);
+    for (int p = 0; p < parts; p++)
+        for (int r = 0; r < rows; r++)
+            memcpy(piece + p * own + (size_t)r * W, want + (size_t)r * V + p * W, (size_t)W * sizeof *piece);
+    ref->cross_entropy(ref, loss_want, penalty_want, want, want, targets, how, rows, V);
+    for (int pass = 0; pass < 2; pass++)
+        for (int p = 0; p < parts; p++) {
+            for (int r = 0; r < rows; r++)
+                local[r] = targets[r] < 0 ? -1 : targets[r] / W == p ? targets[r] % W : KERNELS_ELSEWHERE;
+            if (pass == 0) k->vocabulary_part(k, part + (size_t)p * rows, piece + p * own, local, rows, W);
+            else k->vocabulary_loss(k, loss, penalty, piece + p * own, piece + p * own, local, part, p, parts, how, rows,
+                                    W);
+            if (pass == 1) assert_close("vocabulary loss", loss, loss_want, rows);
+            if (pass == 1) assert_close("vocabulary penalty", penalty, penalty_want, rows);
+        }
+    float *got = malloc(n * sizeof *got);
+    for (int p = 0; p < parts; p++)
+        for (int r = 0; r < rows; r++)
+            memcpy(got + (size_t)r * V + p * W, piece + p * own + (size_t)r * W, (size_t)W * sizeof *got);
+    assert_close("vocabulary dlogits", got, want, n);
+    free(targets), free(local), free(want), free(loss_want), free(penalty_want), free(piece), free(loss);
+    free(penalty), free(part), free(got);
+}
+
+static void a_vocabulary_in_parts_gives_the_loss_of_the_whole(void **state) {
+    (void)state;
+    struct err err = { 0 };
+    struct kernels *cpu = kernels_cpu_create(2, &err);
+    const struct kernels *both[] = { kernels_reference(), cpu };
+    const struct kernels_loss how = { .grad_scale = 0.25f, .z = 1e-2f, .max_z = 2e-2f };
+    for (int i = 0; i < 2; i++)
+        for (int parts = 1; parts <= 8; parts *= 2) {
+            compare_vocabulary(both[i], 9, 48, parts, 4.0f, &how);
+            compare_vocabulary(both[i], 7, 40000, parts, 30.0f, &how);
+        }
+    cpu->destroy(cpu);
+}
+
+/* A word of another part: a row of zeroes, and no gradient. */
+static void a_token_of_another_part_is_a_row_of_zeroes(void **state) {
+    (void)state;
+    struct err err = { 0 };
+    struct kernels *cpu = kernels_cpu_create(1, &err), *bf16 = kernels_cpu_bf16_create(1, 0, &err);
+    const struct kernels *all[] = { kernels_reference(), cpu, bf16 };
+    const int32_t tokens[] = { 1, KERNELS_ELSEWHERE, 0 };
+    const float dout[6] = { 1, 2, 4, 8, 16, 32 }, host[4] = { 1, 2, 3, 4 };
+    for (int i = 0; i < 3; i++) {
+        float w[4], out[6], dw[4] = { 0 };
+        uint16_t rest[4];
+        all[i]->weights_in(all[i], w, all[i]->rest_bytes ? rest : NULL, host, 4);
+        all[i]->embedding_forward(all[i], out, tokens, w, 3, 2, 2);
+        all[i]->embedding_backward(all[i], dw, dout, tokens, 3, 2, 2);
+        assert_memory_equal(out, ((float[]){ 3, 4, 0, 0, 1, 2 }), sizeof out);
+        assert_memory_equal(dw, ((float[]){ 16, 32, 1, 2 }), sizeof dw);
+    }
+    cpu->destroy(cpu);
+    bf16->destroy(bf16);
+}
+
 static void compare_elementwise(const struct kernels *k, size_t n) {
     float *a = draw(n, 1), *b = draw(n, 1), *out = copy_of(a, n), *v = draw(n, 1);
     k->add(k, out, out, b, n); /* in place */
@@ -615,6 +684,8 @@ int main(void) {
         cmocka_unit_test(sum_of_squares_has_the_same_bits_for_every_thread_count),
         cmocka_unit_test(sum_of_squares_is_not_finite_when_an_element_is_not),
         cmocka_unit_test(a_nan_logit_gives_a_nan_loss),
+        cmocka_unit_test(a_vocabulary_in_parts_gives_the_loss_of_the_whole),
+        cmocka_unit_test(a_token_of_another_part_is_a_row_of_zeroes),
         cmocka_unit_test(memory_is_zeroed_and_aligned_and_a_refusal_is_an_error),
     };
     return cmocka_run_group_tests(tests, read_vectors, NULL);

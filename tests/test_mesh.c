@@ -59,7 +59,7 @@ static struct msg_model network(const struct job *j) {
 }
 
 static struct msg_inner settings(void) {
-    return (struct msg_inner){ .batch = BATCH, .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+    return (struct msg_inner){ .batch = BATCH, .lr = 4e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
                                .weight_decay = 0.1, .clip = 1, .z_loss = 1e-3, .max_z_loss = 1e-3,
                                .warmup_tokens = 200, .decay_tokens = 2000, .total_tokens = 100000 };
 }
@@ -294,6 +294,75 @@ static void a_token_that_is_none_stops_the_step_on_every_rank(void **state) {
     free(o);
 }
 
+/* ---- tensor parallel --------------------------------------------------------------------------- */
+
+/* The same network in 2, 4 and 8 pieces: with its own head and without, whole sequences and documents. */
+static void tensor_parallel_ranks_lose_what_one_loses(void **state) {
+    (void)state;
+    for (int kind = 0; kind < 2; kind++) {
+        struct job j = { .tp = 1, .dp = 1, .steps = STEPS_MAX, .untied = kind, .documents = kind };
+        struct outcome *alone = run(j);
+        for (j.tp = 2; j.tp <= 8; j.tp *= 2) {
+            struct outcome *o = run(j);
+            assert_close_losses(alone, o, STEPS_MAX);
+            print_message("tp %d: losses of %d steps, %.3f to %.3f, differ by up to %.2g\n", j.tp, STEPS_MAX,
+                          o->loss[0], o->loss[STEPS_MAX - 1], furthest(alone, o, STEPS_MAX));
+            free(o);
+        }
+        free(alone);
+    }
+}
+
+/* Both at once, with the optimizer shared out: 2 x 2 and 4 x 2 ranks. */
+static void a_mesh_of_both_loses_what_one_loses(void **state) {
+    (void)state;
+    struct outcome *alone = run((struct job){ .tp = 1, .dp = 1, .steps = STEPS_MAX, .untied = 1 });
+    for (int i = 0; i < 4; i++) {
+        struct job j = { .tp = i & 1 ? 4 : 2, .dp = 2, .shard = i / 2, .steps = STEPS_MAX, .untied = 1 };
+        struct outcome *o = run(j), *again = run(j);
+        assert_close_losses(alone, o, STEPS_MAX);
+        assert_same_bits(o, again);
+        free(o);
+        free(again);
+    }
+    free(alone);
+}
+
+/* bf16 is coarse, so only about the same is asked; but sharding still changes no bit. */
+static void bf16_works_in_a_mesh(void **state) {
+    (void)state;
+    for (int b = BF16; b <= STOCHASTIC; b++) {
+        struct job j = { .tp = 1, .dp = 1, .steps = 20, .backend = (enum backend)b };
+        struct outcome *alone = run(j);
+        j.tp = 2, j.dp = 2;
+        struct outcome *none = run(j);
+        j.shard = ENGINE_SHARD_OPTIMIZER;
+        struct outcome *sharded = run(j);
+        assert_same_bits(none, sharded);
+        assert_true(furthest(alone, none, 20) < 0.05 && none->loss[19] < none->loss[0] - 0.5);
+        free(alone), free(none), free(sharded);
+    }
+}
+
+/* Nothing is guessed where heads do not come out even; the number that would do is said. */
+static void what_cannot_be_cut_evenly_is_refused(void **state) {
+    (void)state;
+    struct outcome *out = malloc(sizeof *out);
+    assert_int_equal(run_raw(&(struct job){ .tp = 3, .dp = 1, .steps = 1 }, out), 1);
+    assert_int_equal(out->err.code, ERR_CONFIG);
+    assert_non_null(strstr(out->err.msg, "3 tensor-parallel ranks cannot share the model's 8 heads evenly"));
+    struct msg_model m = network(&(struct job){ 0 });
+    struct err err = { 0 };
+    m.kv_heads = 2;
+    assert_int_equal(layout_check(&m, 4, &err), -1);
+    assert_non_null(strstr(err.msg, "2 kv_heads"));
+    assert_int_equal(layout_check(&m, 2, &err), 0);
+    m.vocabulary = 257;
+    assert_int_equal(layout_check(&m, 2, &err), -1);
+    assert_non_null(strstr(err.msg, "257 vocabulary"));
+    free(out);
+}
+
 /* ---- saved state ------------------------------------------------------------------------------- */
 
 static char *file_bytes(const char *path, size_t *n) {
@@ -325,6 +394,10 @@ static void a_saved_state_goes_on_in_another_mesh(void **state) {
     second.dp = 1;
     struct outcome *o = run(second);
     for (int i = 0; i < 6; i++) assert_true(fabs(o->loss[i] - w->loss[6 + i]) < 1e-5);
+    second.tp = 4, second.dp = 2, second.shard = ENGINE_SHARD_NONE;
+    struct outcome *t = run(second);
+    for (int i = 0; i < 6; i++) assert_true(fabs(t->loss[i] - w->loss[6 + i]) < 1e-5);
+    free(t);
     size_t n, m;
     first.shard = ENGINE_SHARD_NONE;
     first.save = b;
@@ -342,6 +415,10 @@ int main(void) {
         cmocka_unit_test(sharding_the_optimizer_changes_no_bit),
         cmocka_unit_test(a_rank_without_samples_keeps_in_step),
         cmocka_unit_test(a_token_that_is_none_stops_the_step_on_every_rank),
+        cmocka_unit_test(tensor_parallel_ranks_lose_what_one_loses),
+        cmocka_unit_test(a_mesh_of_both_loses_what_one_loses),
+        cmocka_unit_test(bf16_works_in_a_mesh),
+        cmocka_unit_test(what_cannot_be_cut_evenly_is_refused),
         cmocka_unit_test(a_saved_state_goes_on_in_another_mesh),
     };
     return cmocka_run_group_tests(tests, set_up, NULL);

@@ -28,7 +28,7 @@
 
 static char folder[64];
 static struct proto_buffer genesis;
-static struct msg_model model = { .layers = 1, .width = 16, .heads = 2, .kv_heads = 1, .ffn = 32,
+static struct msg_model model = { .layers = 1, .width = 16, .heads = 2, .kv_heads = 2, .ffn = 32,
                                   .vocabulary = 256, .sequence = SEQUENCE, .rope_theta = 1e4,
                                   .norm_eps = 1e-5, .tied = 1 };
 static size_t elements;
@@ -489,7 +489,7 @@ static void a_rank_that_dies_ends_the_trainer(void **state) {
 }
 
 int main(void) {
-    static const int meshes[][3] = { { 1, 1, 0 }, { 1, 2, 1 } };
+    static const int meshes[][3] = { { 1, 1, 0 }, { 1, 2, 1 }, { 2, 2, 1 } };
     const struct CMUnitTest dying[] = { cmocka_unit_test(a_rank_that_dies_ends_the_trainer) };
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(it_trains_on_what_it_was_given_and_counts_it),

@@ -84,6 +84,15 @@ worst = max(abs(x - y) for x, y in zip(a[:200], b[:200])) # later on rounding ha
 print("worst difference of 200 losses:", worst)
 raise SystemExit(not (len(a) == len(b) == 1000 and worst < 1e-4 and a[-1] < a[0] - 1))
 P
+check "cut four ways and two ways: to rounding" python3 - <<P
+import csv, subprocess
+def losses(name, *how):
+    subprocess.run(["$node", "train", "run.yaml", "--threads", "1", "--quiet", "--out", name, *how], check=True)
+    return [float(r["loss"]) for r in csv.DictReader(open(name + "/loss.csv"))]
+a, b = losses("whole"), losses("tp", "--tp", "4", "--dp", "2", "--shard", "optimizer")
+print("worst difference:", max(abs(x - y) for x, y in zip(a, b)))
+raise SystemExit(not (len(a) == len(b) == 30 and max(abs(x - y) for x, y in zip(a, b)) < 1e-5))
+P
 expect 0 'ended after 1000' long --out two --plot loss.svg
 check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m.parse("loss.svg").getElementsByTagName("polyline")) == 2'
 
@@ -93,6 +102,7 @@ expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
 expect 2 'model.sequence' train --out new --set model.sequence=16
 expect 2 "shard is 'some'; allowed are none, optimizer" train --out new --shard some
 expect 2 'dp.*from 1 to 64' train --out new --dp 0
+expect 2 '3 tensor-parallel ranks cannot share .* 8 heads' train --out new --tp 3
 expect 1 'no/such/folder' train --out no/such/folder/new
 printf 'X' | dd of=cut/state bs=1 seek=5000 conv=notrunc 2>/dev/null
 expect 1 'digest' train --out cut
