@@ -211,6 +211,12 @@ static void add(const struct kernels *k, float *out, const float *a, const void 
     for (size_t i = 0; i < n; i += CPU_SLICE) add_slice(out + i, a + i, b + i, slice_at(i, n));
 }
 
+#ifndef CPU_ROWS_BF16
+static void accumulate(const struct kernels *k, float *x, const float *more, size_t n) {
+    add(k, x, x, more, n);
+}
+#endif
+
 WIDE static void round_slice(ACT *out, const float *x, size_t n) {
 #pragma omp simd
     for (size_t i = 0; i < n; i++) out[i] = PUT(x[i]);
@@ -294,6 +300,7 @@ void cpu_rows_bf16_entries(struct kernels *k) {
 #else
 void cpu_rows_entries(struct kernels *k) {
     k->embedding_backward = embedding_backward;
+    k->accumulate = accumulate;
     k->vocabulary_part = cpu_vocabulary_part;
     k->vocabulary_loss = cpu_vocabulary_loss;
 #endif

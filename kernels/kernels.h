@@ -167,6 +167,8 @@ struct kernels {
 
     /* out = a + b, of the residual stream and a branch; out may be a */
     void (*add)(const struct kernels *k, float *out, const float *a, const void *b, size_t n);
+    /* x += more */
+    void (*accumulate)(const struct kernels *k, float *x, const float *more, size_t n);
     /* out = x as an activation; out may be x where that is fp32, and nothing is done then */
     void (*round)(const struct kernels *k, void *out, const float *x, size_t n);
 

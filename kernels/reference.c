@@ -339,6 +339,10 @@ static void add(SELF, float *out, const float *a, const void *branch, size_t n) 
     for (size_t i = 0; i < n; i++) out[i] = a[i] + (float)GET(b[i]);
 }
 
+static void accumulate(SELF, float *x, const float *more, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += more[i];
+}
+
 static void round_all(SELF, void *to, const float *x, size_t n) {
     ACT *out = to;
     if (to == x) return;
@@ -392,8 +396,8 @@ static void vocabulary_part(SELF, struct kernels_part *part, const float *logits
     }
 }
 
-static void vocabulary_loss(SELF, float *loss, float *penalty, void *to, float *logits, const int32_t *targets,
-                            const struct kernels_part *part, int own, int parts,
+static void vocabulary_loss(SELF, float *loss, float *penalty, void *to, float *logits,
+                            const int32_t *targets, const struct kernels_part *part, int own, int parts,
                             const struct kernels_loss *how, int rows, int V) {
     for (int r = 0; r < rows; r++, logits += V) {
         ACT *dlogits = to ? (ACT *)to + (size_t)r * V : NULL;
@@ -471,6 +475,7 @@ const struct kernels *REFERENCE(void) {
         .swiglu_forward = swiglu_forward,
         .swiglu_backward = swiglu_backward,
         .add = add,
+        .accumulate = accumulate,
         .round = round_all,
         .cross_entropy = cross_entropy,
         .vocabulary_part = vocabulary_part,

@@ -4,9 +4,9 @@
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "node/file.h"
-#include "node/layout.h"
 #include "node/model.h"
 #include "node/schedule.h"
+#include "node/shard.h"
 #include "proto/model.h"
 #include "proto/proto.h"
 
@@ -22,30 +22,20 @@
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "saved states and wire are little-endian");
 
 struct engine {
-    const struct kernels *k;
-    struct engine_mesh mesh; /* of NULLs where the engine is alone */
+    struct shard s;
     struct msg_model config;
     struct msg_inner inner;
-    struct layout layout;
     struct model *model;
     uint32_t micro_batch; /* samples at once */
-    size_t n;             /* elements of the whole network; arrays below hold layout.n or state_n */
-    size_t state_n;
-    void *params;         /* as the backend keeps weights ... */
-    uint16_t *rest;       /* ... and what it keeps apart of them, or NULL */
-    float *grads, *m, *v;
+    size_t n;             /* elements of the whole network */
     uint64_t steps, m_count, v_count;
 };
 
 /* ---- life -------------------------------------------------------------------------------------- */
 
 const char *engine_shard_name(int shard) {
-    static const char *const names[] = { "none", "optimizer" };
+    static const char *const names[] = { "none", "optimizer", "gradients", "full" };
     return shard >= 0 && shard < (int)(sizeof names / sizeof *names) ? names[shard] : NULL;
-}
-
-static int is_sharded(const struct engine *e) {
-    return e->mesh.shard != ENGINE_SHARD_NONE && e->layout.dp > 1;
 }
 
 static uint32_t pick_micro_batch(const struct layout *l, const struct kernels *k, uint32_t batch) {
@@ -56,33 +46,15 @@ static uint32_t pick_micro_batch(const struct layout *l, const struct kernels *k
     return micro;
 }
 
-static int take_memory(struct engine *e, struct err *err) {
-    const struct { void **to; size_t n, bytes; } part[] = {
-        { &e->params, e->layout.n, e->k->weight_bytes }, { (void **)&e->rest, e->layout.n, e->k->rest_bytes },
-        { (void **)&e->grads, e->layout.n, sizeof(float) }, { (void **)&e->m, e->state_n, sizeof(float) },
-        { (void **)&e->v, e->state_n, sizeof(float) },
-    };
-    size_t all = 0;
-    for (size_t i = 0; i < 5; i++) all += part[i].n * part[i].bytes;
-    for (size_t i = 0; i < 5; i++)
-        if (part[i].bytes && !(*part[i].to = e->k->alloc(e->k, part[i].n * part[i].bytes, err))) {
-            err_prefix(err, "training %zu parameters takes %zu bytes and activations", e->n, all);
-            return -1;
-        }
-    uint32_t dp = (uint32_t)e->layout.dp;
-    e->micro_batch = pick_micro_batch(&e->layout, e->k, (e->inner.batch + dp - 1) / dp);
-    e->model = model_create_piece(&e->layout, e->mesh.tensor, e->k, (int)e->micro_batch,
+static int create(struct engine *e, const struct kernels *kernels, const struct engine_mesh *mesh,
+                  struct err *err) {
+    if (shard_init(&e->s, &e->config, kernels, mesh, err)) return -1;
+    uint32_t dp = (uint32_t)e->s.layout.dp;
+    e->n = (size_t)proto_model_elements(&e->config);
+    e->micro_batch = pick_micro_batch(&e->s.layout, kernels, (e->inner.batch + dp - 1) / dp);
+    e->model = model_create_piece(&e->s.layout, e->s.mesh.tensor, kernels, (int)e->micro_batch,
                                   (int)e->config.sequence, 1, err);
     return e->model ? 0 : -1;
-}
-
-static void place(struct engine *e, const struct engine_mesh *mesh) {
-    const struct comm *tensor = mesh ? mesh->tensor : NULL, *data = mesh ? mesh->data : NULL;
-    if (mesh) e->mesh = *mesh;
-    layout_init(&e->layout, &e->config, tensor ? tensor->size : 1, tensor ? tensor->rank : 0,
-                data ? data->size : 1, data ? data->rank : 0);
-    e->n = (size_t)proto_model_elements(&e->config);
-    e->state_n = is_sharded(e) ? e->layout.n / (size_t)e->layout.dp : e->layout.n;
 }
 
 struct engine *engine_create_rank(const struct msg_model *model, const struct msg_inner *inner,
@@ -95,11 +67,9 @@ struct engine *engine_create_rank(const struct msg_model *model, const struct ms
         err_set(err, ERR_MEMORY, "no memory for an engine");
         return NULL;
     }
-    e->k = kernels;
     e->config = *model;
     e->inner = *inner;
-    place(e, mesh);
-    if (take_memory(e, err)) {
+    if (create(e, kernels, mesh, err)) {
         engine_destroy(e);
         return NULL;
     }
@@ -115,12 +85,13 @@ struct engine *engine_create(const struct msg_model *model, const struct msg_inn
 void engine_destroy(struct engine *e) {
     if (!e) return;
     model_destroy(e->model);
-    e->k->free(e->k, e->params);
-    e->k->free(e->k, e->rest);
-    e->k->free(e->k, e->grads);
-    e->k->free(e->k, e->m);
-    e->k->free(e->k, e->v);
+    shard_release(&e->s);
     free(e);
+}
+
+void engine_limit_micro_batch(struct engine *e, uint32_t samples) {
+    assert(samples >= 1);
+    if (samples < e->micro_batch) e->micro_batch = samples;
 }
 
 void engine_set_document_end(struct engine *e, int32_t token) {
@@ -146,7 +117,7 @@ uint64_t engine_steps(const struct engine *e) {
 }
 
 void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uint32_t *count) {
-    uint32_t dp = (uint32_t)e->layout.dp, rank = (uint32_t)e->layout.dp_rank, more = samples % dp;
+    uint32_t dp = (uint32_t)e->s.layout.dp, rank = (uint32_t)e->s.layout.dp_rank, more = samples % dp;
     *first = samples / dp * rank + (rank < more ? rank : more);
     *count = samples / dp + (rank < more);
 }
@@ -158,35 +129,17 @@ static void sum_over(const struct comm *c, double *x, size_t n) {
 }
 
 static int check_mesh(const struct engine *e, struct err *err) {
-    return e->mesh.world ? e->mesh.world->check(e->mesh.world, err) : 0;
-}
-
-/* Where the moments of a local element are. */
-static size_t state_at(const struct engine *e, const struct layout_run *run) {
-    if (!is_sharded(e)) return run->local;
-    size_t first = layout_unit_at(&e->layout, run->unit);
-    size_t own = first + (size_t)e->layout.dp_rank * layout_slice(&e->layout, run->unit);
-    return first / (size_t)e->layout.dp + (run->local - own);
-}
-
-/* Cut a run down to those whose moments are here. */
-static bool has_state(const struct engine *e, struct layout_run *run) {
-    return !is_sharded(e) || layout_own(&e->layout, run);
-}
-
-/* Cut a run down to what this rank alone answers for. */
-static bool answers_for(const struct engine *e, struct layout_run *run) {
-    return (!run->shared || e->layout.tp_rank == 0) && layout_own(&e->layout, run);
+    return e->s.mesh.world ? e->s.mesh.world->check(e->s.mesh.world, err) : 0;
 }
 
 /* ---- parameters and moments -------------------------------------------------------------------- */
 
-static void *param_at(const struct engine *e, size_t local) {
-    return (char *)e->params + local * e->k->weight_bytes;
+static void *param_at(const struct engine *e, size_t at) {
+    return (char *)e->s.params + at * e->s.k->weight_bytes;
 }
 
-static uint16_t *rest_at(const struct engine *e, size_t local) {
-    return e->rest ? e->rest + local : NULL;
+static uint16_t *rest_at(const struct engine *e, size_t at) {
+    return e->s.rest ? e->s.rest + at : NULL;
 }
 
 /* A copy between a canonical range in host memory, whose first element is `first`, and what is here. */
@@ -201,58 +154,68 @@ struct transfer {
 
 static void read_params(void *arg, const struct layout_run *held) {
     const struct transfer *t = arg;
+    const struct shard *s = &t->e->s;
     struct layout_run r = *held;
-    if (answers_for(t->e, &r))
-        t->e->k->weights_out(t->e->k, t->out + (r.canonical - t->first), param_at(t->e, r.local),
-                             rest_at(t->e, r.local), r.count);
+    if (!shard_answers_for(s, &r)) return;
+    size_t at = shard_param_at(s, &r);
+    s->k->weights_out(s->k, t->out + (r.canonical - t->first), param_at(t->e, at), rest_at(t->e, at),
+                      r.count);
 }
 
-static void write_params(void *arg, const struct layout_run *r) {
+static void write_params(void *arg, const struct layout_run *held) {
     const struct transfer *t = arg;
-    t->e->k->weights_in(t->e->k, param_at(t->e, r->local), rest_at(t->e, r->local),
-                        t->in + (r->canonical - t->first), r->count);
+    const struct shard *s = &t->e->s;
+    struct layout_run r = *held;
+    if (!shard_has_params(s, &r)) return;
+    size_t at = shard_param_at(s, &r);
+    s->k->weights_in(s->k, param_at(t->e, at), rest_at(t->e, at), t->in + (r.canonical - t->first), r.count);
 }
 
 static void read_moment(void *arg, const struct layout_run *held) {
     const struct transfer *t = arg;
+    const struct shard *s = &t->e->s;
     struct layout_run r = *held;
-    if (answers_for(t->e, &r))
-        t->e->k->copy_out(t->e->k, t->out + (r.canonical - t->first), t->moment_from + state_at(t->e, &r),
-                          r.count * sizeof *t->out);
+    if (shard_answers_for(s, &r))
+        s->k->copy_out(s->k, t->out + (r.canonical - t->first), t->moment_from + shard_state_at(s, &r),
+                       r.count * sizeof *t->out);
 }
 
 static void write_moment(void *arg, const struct layout_run *held) {
     const struct transfer *t = arg;
+    const struct shard *s = &t->e->s;
     struct layout_run r = *held;
-    if (has_state(t->e, &r))
-        t->e->k->copy_in(t->e->k, t->moment_to + state_at(t->e, &r), t->in + (r.canonical - t->first),
-                         r.count * sizeof *t->in);
+    if (shard_has_state(s, &r))
+        s->k->copy_in(s->k, t->moment_to + shard_state_at(s, &r), t->in + (r.canonical - t->first),
+                      r.count * sizeof *t->in);
 }
 
 void engine_params_read(const struct engine *e, size_t first, size_t n, float *out) {
     assert(first <= e->n && n <= e->n - first);
-    layout_each(&e->layout, first, n, read_params, &(struct transfer){ .e = e, .first = first, .out = out });
+    struct transfer t = { .e = e, .first = first, .out = out };
+    layout_each(&e->s.layout, first, n, read_params, &t);
 }
 
 void engine_params_write(struct engine *e, size_t first, size_t n, const float *in) {
     assert(first <= e->n && n <= e->n - first);
-    layout_each(&e->layout, first, n, write_params, &(struct transfer){ .e = e, .first = first, .in = in });
+    struct transfer t = { .e = e, .first = first, .in = in };
+    layout_each(&e->s.layout, first, n, write_params, &t);
+    shard_forget_gathered(&e->s);
 }
 
 static void moment_read(const struct engine *e, const float *moment, size_t first, size_t n, float *out) {
     struct transfer t = { .e = e, .first = first, .out = out, .moment_from = moment };
-    layout_each(&e->layout, first, n, read_moment, &t);
+    layout_each(&e->s.layout, first, n, read_moment, &t);
 }
 
 static void moment_write(struct engine *e, float *moment, size_t first, size_t n, const float *in) {
     struct transfer t = { .e = e, .first = first, .in = in, .moment_to = moment };
-    layout_each(&e->layout, first, n, write_moment, &t);
+    layout_each(&e->s.layout, first, n, write_moment, &t);
 }
 
 void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,
                                 uint64_t *count) {
     assert(first <= e->n && n <= e->n - first);
-    moment_read(e, e->v, first, n, out);
+    moment_read(e, e->s.v, first, n, out);
     *count = e->v_count;
 }
 
@@ -264,14 +227,14 @@ int engine_second_moments_write(struct engine *e, size_t first, size_t n, const 
     for (size_t i = 0; i < n; i++)
         if (!(in[i] >= 0 && isfinite(in[i])))
             return err_set(err, ERR_CORRUPT, "second moment %zu is %g", first + i, (double)in[i]);
-    moment_write(e, e->v, first, n, in);
+    moment_write(e, e->s.v, first, n, in);
     e->v_count = count;
     return 0;
 }
 
 void engine_reset_moments(struct engine *e) {
-    e->k->zero(e->k, e->m, e->state_n * sizeof *e->m);
-    e->k->zero(e->k, e->v, e->state_n * sizeof *e->v);
+    e->s.k->zero(e->s.k, e->s.m, e->s.state_n * sizeof *e->s.m);
+    e->s.k->zero(e->s.k, e->s.v, e->s.state_n * sizeof *e->s.v);
     e->m_count = e->v_count = 0;
 }
 
@@ -289,12 +252,14 @@ static int check_tokens(const struct engine *e, const int32_t *tokens, uint32_t 
 
 /* Targets that count in the batch of all ranks, for a mean: at least 1, of which nothing is then the mean.
  * A share that cannot be trained on stops all ranks, so that they stay in step. */
-static int count_targets(const struct engine *e, const int32_t *tokens, uint32_t share, double *targets,
+static int count_targets(const struct engine *e, const int32_t *tokens, uint32_t samples, double *targets,
                          struct err *err) {
+    uint32_t first, share;
+    engine_share(e, samples, &first, &share);
     int bad = check_tokens(e, tokens, share, err) != 0;
     double sums[2] = { 0, bad };
     if (!bad) sums[0] = (double)model_targets(e->model, tokens, (int)share, (int)e->config.sequence);
-    sum_over(e->mesh.data, sums, 2);
+    sum_over(e->s.mesh.data, sums, 2);
     if (check_mesh(e, err) || bad) return -1;
     if (sums[1] != 0)
         return err_set(err, ERR_CORRUPT, "a token of another rank's samples is outside the vocabulary of %u",
@@ -303,94 +268,79 @@ static int count_targets(const struct engine *e, const int32_t *tokens, uint32_t
     return 0;
 }
 
-/* Loss and gradient of the mean over all targets, micro-batch by micro-batch: this rank's part of them. */
-static int gradient(struct engine *e, const int32_t *tokens, uint32_t share, double targets,
+/* Ranks that share out gradients or parameters make as many passes as the one with the largest share: those
+ * with fewer samples pass over none. */
+static uint32_t passes(const struct engine *e, uint32_t samples, uint32_t share) {
+    uint32_t dp = (uint32_t)e->s.layout.dp;
+    uint32_t most = e->s.mesh.shard >= ENGINE_SHARD_GRADIENTS ? (samples + dp - 1) / dp : share;
+    return (most + e->micro_batch - 1) / e->micro_batch;
+}
+
+/* Samples of pass i: *tokens moves to the first of them, or becomes NULL where none is left. */
+static uint32_t samples_of(const struct engine *e, uint32_t share, uint32_t i, const int32_t **tokens) {
+    uint32_t first = i * e->micro_batch, left = first < share ? share - first : 0;
+    *tokens = left ? *tokens + (size_t)first * (e->config.sequence + 1) : NULL;
+    return left < e->micro_batch ? left : e->micro_batch;
+}
+
+/* Loss and gradient of the mean over all targets, micro-batch by micro-batch: this rank's part of them. All
+ * passes are made whatever fails: other ranks make theirs. */
+static int gradient(struct engine *e, const int32_t *tokens, uint32_t samples, double targets,
                     struct model_loss *sum, struct err *err) {
-    uint32_t T = e->config.sequence;
+    uint32_t first, share;
+    int failed = 0;
+    engine_share(e, samples, &first, &share);
     *sum = (struct model_loss){ 0 };
-    if (share == 0) e->k->zero(e->k, e->grads, e->layout.n * sizeof *e->grads);
-    for (uint32_t i = 0; i < share; i += e->micro_batch) {
-        uint32_t B = share - i < e->micro_batch ? share - i : e->micro_batch;
+    uint32_t n = passes(e, samples, share);
+    if (n == 0) e->s.k->zero(e->s.k, e->s.grads, e->s.grads_n * sizeof *e->s.grads);
+    for (uint32_t i = 0; i < n; i++) {
+        const int32_t *these = tokens;
+        uint32_t B = samples_of(e, share, i, &these);
+        bool keeps_whole = e->s.mesh.shard < ENGINE_SHARD_GRADIENTS;
+        struct model_units units = shard_units(&e->s, i > 0);
         struct model_loss part;
-        if (model_backward(e->model, e->params, e->grads, tokens + (size_t)i * (T + 1), (int)B, (int)T,
-                           (float)(1 / targets), i ? KERNELS_ADD : KERNELS_SET, &part, err))
-            return -1;
+        if (model_backward_units(e->model, &units, these, B ? (int)B : 1, (int)e->config.sequence,
+                                 (float)(1 / targets), i && keeps_whole ? KERNELS_ADD : KERNELS_SET, &part,
+                                 failed ? NULL : err)) {
+            failed = 1;
+            continue;
+        }
         sum->nats += part.nats;
         sum->penalty += part.penalty;
     }
-    return 0;
+    return failed ? -1 : 0;
 }
 
-/* Tensor-parallel ranks each have the norms' gradients of their own rows. */
-static void reduce_shared(struct engine *e) {
-    const struct comm *c = e->mesh.tensor;
-    if (!c || c->size == 1) return;
-    for (uint32_t i = 0; i < proto_model_tensor_count(&e->config); i++) {
-        struct layout_piece p;
-        layout_piece(&e->layout, i, &p);
-        if (p.shared) c->all_reduce(c, e->grads + p.at, p.rows * p.columns, COMM_FP32);
-    }
+static double squares(const struct shard *s, const struct layout_run *r) {
+    return r->count ? s->k->sum_squares(s->k, s->grads + shard_grad_at(s, r), r->count) : 0;
 }
 
-/* Add the data-parallel ranks' gradients up: all of them everywhere, or each slice where it is owned. */
-static void reduce_gradients(struct engine *e) {
-    const struct comm *c = e->mesh.data;
-    const struct layout *l = &e->layout;
-    reduce_shared(e);
-    if (!c || c->size == 1) return;
-    if (!is_sharded(e)) {
-        c->all_reduce(c, e->grads, l->n, COMM_FP32);
-        return;
-    }
-    for (uint32_t u = 0; u < LAYOUT_UNITS(l); u++) {
-        size_t slice = layout_slice(l, u);
-        float *g = e->grads + layout_unit_at(l, u);
-        c->reduce_scatter(c, g + (size_t)c->rank * slice, g, slice, COMM_FP32);
-    }
-}
-
-/* After an update by slices: everybody's weights to everybody. */
-static void gather_params(struct engine *e) {
-    const struct comm *c = e->mesh.data;
-    const struct layout *l = &e->layout;
-    enum comm_type type = e->k->weight_bytes == 2 ? COMM_BF16 : COMM_FP32;
-    if (!is_sharded(e)) return;
-    for (uint32_t u = 0; u < LAYOUT_UNITS(l); u++) {
-        size_t slice = layout_slice(l, u), first = layout_unit_at(l, u);
-        c->all_gather(c, param_at(e, first), param_at(e, first + (size_t)c->rank * slice), slice, type);
-    }
-}
-
-/* Piece i as a run. */
-static struct layout_run run_of(const struct layout_piece *p) {
-    return (struct layout_run){ .canonical = p->canonical + p->row * p->width + p->column, .local = p->at,
-                                .count = p->rows * p->columns, .unit = p->unit, .shared = p->shared };
-}
-
-/* Of what this rank answers for; neighbours go together, so that alone it is one sum. */
+/* Of what this rank answers for. Neighbours go together, so that alone it is one sum; which are neighbours
+ * does not depend on what is sharded, so neither does a bit of the norm. */
 static double own_squares(const struct engine *e) {
+    const struct shard *s = &e->s;
+    struct layout_run all = { 0 };
     double sum = 0;
-    size_t first = 0, end = 0;
     for (uint32_t i = 0; i < proto_model_tensor_count(&e->config); i++) {
-        struct layout_piece p;
-        layout_piece(&e->layout, i, &p);
-        struct layout_run r = run_of(&p);
-        if (!answers_for(e, &r)) continue;
-        if (r.local != end) {
-            if (end > first) sum += e->k->sum_squares(e->k, e->grads + first, end - first);
-            first = r.local;
+        struct layout_run r = shard_piece(s, i);
+        if (!shard_answers_for(s, &r)) continue;
+        if (all.count && r.local == all.local + all.count) {
+            all.count += r.count;
+            continue;
         }
-        end = r.local + r.count;
+        sum += squares(s, &all);
+        all = r;
     }
-    return sum + (end > first ? e->k->sum_squares(e->k, e->grads + first, end - first) : 0);
+    return sum + squares(s, &all);
 }
 
 static void adamw_run(struct engine *e, struct layout_run r, struct kernels_adamw *a) {
-    if (!has_state(e, &r)) return;
-    size_t state = state_at(e, &r);
+    const struct shard *s = &e->s;
+    if (!shard_has_state(s, &r)) return;
+    size_t at = shard_param_at(s, &r), state = shard_state_at(s, &r);
     a->first = r.canonical;
-    e->k->adamw(e->k, param_at(e, r.local), rest_at(e, r.local), e->grads + r.local, e->m + state,
-                e->v + state, r.count, a);
+    s->k->adamw(s->k, param_at(e, at), rest_at(e, at), s->grads + shard_grad_at(s, &r), s->m + state,
+                s->v + state, r.count, a);
 }
 
 /* Stochastic rounding goes by an element's number in the whole model: there, what is not side by side in it
@@ -403,12 +353,12 @@ static void adamw(struct engine *e, double lr, double grad_scale) {
         .v_correction = (float)(1 - pow(in->beta2, (double)++e->v_count)),
         .grad_scale = (float)grad_scale, .seed = e->steps + 1,
     };
-    bool stochastic = e->k->weight_bytes == 2 && !e->k->rest_bytes;
+    bool stochastic = e->s.k->weight_bytes == 2 && !e->s.k->rest_bytes;
     for (uint32_t i = 0; i < proto_model_tensor_count(&e->config); i++) {
         struct layout_piece p;
-        layout_piece(&e->layout, i, &p);
+        struct layout_run r = shard_piece(&e->s, i);
+        layout_piece(&e->s.layout, i, &p);
         a.weight_decay = !p.shared && p.role != MODEL_EMBED ? (float)in->weight_decay : 0;
-        struct layout_run r = run_of(&p);
         if (!stochastic || p.columns == p.width) {
             adamw_run(e, r, &a);
             continue;
@@ -420,15 +370,15 @@ static void adamw(struct engine *e, double lr, double grad_scale) {
 }
 
 /* Everything up to the update; all ranks find the same. */
-static int sum_step(struct engine *e, const int32_t *tokens, uint32_t share, struct model_loss *mean,
+static int sum_step(struct engine *e, const int32_t *tokens, uint32_t samples, struct model_loss *mean,
                     double *norm, struct err *err) {
     double targets;
-    if (count_targets(e, tokens, share, &targets, err)) return -1;
-    int failed = gradient(e, tokens, share, targets, mean, err) != 0;
-    reduce_gradients(e);
+    if (count_targets(e, tokens, samples, &targets, err)) return -1;
+    int failed = gradient(e, tokens, samples, targets, mean, err) != 0;
+    shard_reduce(&e->s);
     double loss[2] = { mean->nats, mean->penalty }, all[2] = { failed ? 0 : own_squares(e), failed };
-    sum_over(e->mesh.data, loss, 2);
-    sum_over(e->mesh.world, all, 2);
+    sum_over(e->s.mesh.data, loss, 2);
+    sum_over(e->s.mesh.world, all, 2);
     if (failed) return -1;
     if (check_mesh(e, err)) return -1;
     if (all[1] != 0) return err_set(err, ERR_IO, "another rank's device failed");
@@ -442,16 +392,14 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
     assert(samples >= 1 && samples <= e->inner.batch);
     struct model_loss loss;
     double norm;
-    uint32_t first, share;
-    engine_share(e, samples, &first, &share);
-    if (sum_step(e, tokens, share, &loss, &norm, err)) return -1;
+    if (sum_step(e, tokens, samples, &loss, &norm, err)) return -1;
     if (!isfinite(loss.nats + loss.penalty) || !isfinite(norm))
         return err_set(err, ERR_CORRUPT, "inner step %llu: loss %g, gradient norm %g",
                        (unsigned long long)e->steps + 1, loss.nats + loss.penalty, norm);
     double clip = e->inner.clip, lr = schedule_lr(&e->inner, position);
     adamw(e, lr, clip > 0 && norm > clip ? clip / norm : 1);
-    gather_params(e);
-    if (e->k->check(e->k, err) || check_mesh(e, err)) return -1;
+    shard_gather(&e->s);
+    if (e->s.k->check(e->s.k, err) || check_mesh(e, err)) return -1;
     *result = (struct engine_result){ .loss = loss.nats, .penalty = loss.penalty, .grad_norm = norm,
                                       .lr = lr, .step = ++e->steps,
                                       .tokens = (uint64_t)samples * e->config.sequence };
@@ -461,19 +409,22 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
 int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
                      struct err *err) {
     assert(samples >= 1);
-    uint32_t T = e->config.sequence, first, share;
+    uint32_t first, share;
     double sum = 0, targets;
     struct model_loss part;
     int failed = 0;
     engine_share(e, samples, &first, &share);
-    if (count_targets(e, tokens, share, &targets, err)) return -1;
-    for (uint32_t i = 0; i < share && !failed; i += e->micro_batch) {
-        uint32_t B = share - i < e->micro_batch ? share - i : e->micro_batch;
-        const int32_t *these = tokens + (size_t)i * (T + 1);
-        failed = model_loss(e->model, e->params, these, (int)B, (int)T, &part, err) != 0;
-        if (!failed) sum += part.nats;
+    if (count_targets(e, tokens, samples, &targets, err)) return -1;
+    struct model_units units = shard_units(&e->s, false);
+    for (uint32_t i = 0; i < passes(e, samples, share); i++) {
+        const int32_t *these = tokens;
+        uint32_t B = samples_of(e, share, i, &these);
+        int rc = model_loss_units(e->model, &units, these, B ? (int)B : 1, (int)e->config.sequence, &part,
+                                  failed ? NULL : err);
+        if (rc) failed = 1;
+        else sum += part.nats;
     }
-    sum_over(e->mesh.data, &sum, 1);
+    sum_over(e->s.mesh.data, &sum, 1);
     *loss = sum / targets;
     return failed || check_mesh(e, err) ? -1 : 0;
 }
@@ -537,10 +488,10 @@ int engine_snapshot_take(struct engine_snapshot *s, const struct engine *e, uint
     s->header.v_count = e->v_count;
     s->header.tag = tag;
     engine_params_read(e, 0, e->n, s->values);
-    moment_read(e, e->m, 0, e->n, s->values + e->n);
-    moment_read(e, e->v, 0, e->n, s->values + 2 * e->n);
-    int rc = e->k->check(e->k, err);
-    if (e->mesh.world) e->mesh.world->barrier(e->mesh.world); /* nobody is behind: it can be written */
+    moment_read(e, e->s.m, 0, e->n, s->values + e->n);
+    moment_read(e, e->s.v, 0, e->n, s->values + 2 * e->n);
+    int rc = e->s.k->check(e->s.k, err);
+    if (e->s.mesh.world) e->s.mesh.world->barrier(e->s.mesh.world); /* nobody is behind: it can be written */
     return rc ? rc : check_mesh(e, err);
 }
 
@@ -606,7 +557,7 @@ static int check_state(const struct engine *e, int fd, const char *path, struct 
 
 /* Pass 2: into the engine. */
 static int read_state(struct engine *e, int fd, const char *path, float *block, struct err *err) {
-    float *moments[] = { e->m, e->v };
+    float *moments[] = { e->s.m, e->s.v };
     if (lseek(fd, sizeof(struct state_header), SEEK_SET) < 0)
         return err_set_errno(err, "seek %.150s", path);
     for (int i = 0; i < 3; i++)
@@ -615,7 +566,7 @@ static int read_state(struct engine *e, int fd, const char *path, float *block, 
             if (file_read(fd, block, n * sizeof *block, path, err)) return -1;
             if (i == 0) engine_params_write(e, at, n, block);
             else moment_write(e, moments[i - 1], at, n, block);
-            if (e->k->check(e->k, err)) return -1;
+            if (e->s.k->check(e->s.k, err)) return -1;
         }
     return 0;
 }

@@ -55,13 +55,15 @@ struct engine *engine_create(const struct msg_model *model, const struct msg_inn
                              const struct kernels *kernels, struct err *err);
 void engine_destroy(struct engine *e); /* NULL is fine */
 
-/* What data-parallel ranks share out among them; the result is the same to rounding, and for none and
- * optimizer bit for bit. */
+/* What data-parallel ranks share out among them, shard.h, each with what stands before it; the result is the
+ * same to rounding, and where the whole share of a rank is one micro-batch, bit for bit. */
 enum engine_shard {
     ENGINE_SHARD_NONE = 0,  /* nothing: each holds all and updates all */
-    ENGINE_SHARD_OPTIMIZER, /* moments, and the update: ZeRO-1, arXiv:1910.02054 */
+    ENGINE_SHARD_OPTIMIZER, /* moments, and the update */
+    ENGINE_SHARD_GRADIENTS, /* gradients, once a layer's are complete */
+    ENGINE_SHARD_FULL,      /* parameters, gathered when a layer needs them */
 };
-/* "none", "optimizer", or NULL past the last. */
+/* "none", "optimizer", "gradients", "full", or NULL past the last. */
 const char *engine_shard_name(int shard);
 
 /* Where a rank stands; the groups are borrowed until engine_destroy. An engine of a mesh is made by
@@ -77,6 +79,10 @@ struct engine *engine_create_rank(const struct msg_model *model, const struct ms
 
 /* Which of a batch's samples this rank trains on: [*first, *first + *count), maybe none. Alone: all. */
 void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uint32_t *count);
+
+/* At most so many samples (>= 1) at once from here on, where more would fit: less memory is touched, and
+ * gradients of more micro-batches are added up. The same on all ranks. */
+void engine_limit_micro_batch(struct engine *e, uint32_t samples);
 
 /* The token that ends a document, -1 (as after create) for none; struct model_objective. */
 void engine_set_document_end(struct engine *e, int32_t token);

@@ -1,9 +1,9 @@
 /* layout.h - which elements of the canonical parameter vector (proto/model.h) a rank of a mesh holds, and
  * where. Tensor-parallel ranks hold pieces of every matrix: rows of q, k, v (whole heads), gate, up,
- * embedding and head, columns of o and down; norm weights whole. Pieces lie one behind the other in canonical order, in
- * units: the embedding, each layer, and the final norm with the head. A unit is cut into equal slices, one
- * for each data-parallel rank, whose owner reduces and updates it; so a unit is padded with zeroes to a
- * multiple of the ranks. One rank alone holds the canonical vector as it is. */
+ * embedding and head, columns of o and down; norm weights whole. Pieces lie one behind the other in
+ * canonical order, in units: the embedding, each layer, and the final norm with the head. A unit is cut into
+ * equal slices, one for each data-parallel rank (shard.h); so a unit is padded with zeroes to a multiple of
+ * the ranks. One rank alone holds the canonical vector as it is. */
 #ifndef INTELLECT_NODE_LAYOUT_H
 #define INTELLECT_NODE_LAYOUT_H
 

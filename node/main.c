@@ -40,7 +40,8 @@ static const char node_help[] =
     "  --device DEVICE    auto, cpu or cuda (default: auto; this build has cpu)\n"
     "  --threads N        threads for training (default: all cores)\n"
     "  --tp N, --dp N     train as N x N processes: tensor-parallel by data-parallel ranks (default: 1)\n"
-    "  --shard S          what data-parallel ranks share out: none (default), optimizer\n"
+    "  --shard S          what data-parallel ranks share out: none (default), optimizer (ZeRO-1),\n"
+    "                     gradients (ZeRO-2), full (ZeRO-3); each saves memory\n"
     "  --precision P      fp32 (default); bf16: matrix products in bf16, about 1.5 times as fast where the\n"
     "                     processor has AVX512-BF16 or AMX; bf16-stochastic: and half the memory for weights\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
@@ -173,7 +174,8 @@ static const char *take_option(int c, struct agent_options *o) {
     case OPT_DP:
         return take_number(optarg, 1, COMM_RANKS_MAX, &o->dp) ? "--dp: a number from 1 to 64" : NULL;
     case OPT_SHARD:
-        return take_name(optarg, engine_shard_name, &o->shard) ? "--shard: none or optimizer" : NULL;
+        return take_name(optarg, engine_shard_name, &o->shard)
+                   ? "--shard: none, optimizer, gradients or full" : NULL;
     case OPT_NICE:
         return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
     case OPT_CORPUS: o->corpus = optarg; return NULL;

@@ -36,18 +36,21 @@ struct activations {
     void *swiglu;      /* [rows,F] */
 };
 
-/* Element offsets of the weights; a layer's are relative to the start of its layer. q, k, v and
- * gate, up are neighbours in the canonical order, so each group is one matrix product. */
+/* Element offsets of the weights in their unit, layout.h. q, k, v and gate, up are neighbours in the
+ * canonical order, so each group is one matrix product. */
 struct offsets {
-    size_t layers, layer_size;
-    size_t norm_att, qkv, o, norm_ffn, gate_up, down;
-    size_t norm, head; /* head is 0, the embedding, where tied */
+    size_t norm_att, qkv, o, norm_ffn, gate_up, down; /* of a layer */
+    size_t head;                                      /* 0, the embedding's, where tied */
 };
 
 struct model {
     const struct kernels *k;
     const struct comm *tensor; /* NULL: alone */
     struct msg_model config;
+    struct layout layout;
+    struct model_units units; /* of this pass ... */
+    const void *params;       /* ... whose callers have whole vectors: these */
+    float *grads;
     int tp, tp_rank;
     int B, T, C, H, KV, D, F, V; /* H, KV, F, V: the rank's */
     int QKV, A;                  /* (H + 2 KV) D, H D */
@@ -154,29 +157,26 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     return a.used;
 }
 
-static size_t piece_at(const struct layout *l, uint32_t i) {
+static size_t in_unit(const struct layout *l, uint32_t tensor) {
     struct layout_piece p;
-    layout_piece(l, i, &p);
-    return p.at;
+    layout_piece(l, tensor, &p);
+    return p.at - layout_unit_at(l, p.unit);
 }
 
 static struct offsets offsets_of(const struct layout *l) {
     uint32_t last = l->model.layers * PROTO_MODEL_TENSORS_PER_LAYER;
-    struct offsets at = { .layers = layout_unit_at(l, 1), .norm = piece_at(l, last + 1) };
-    at.layer_size = layout_unit_at(l, 2) - at.layers;
-    at.norm_att = piece_at(l, 1 + MODEL_INPUT_NORM) - at.layers;
-    at.qkv = piece_at(l, 1 + MODEL_Q) - at.layers;
-    at.o = piece_at(l, 1 + MODEL_O) - at.layers;
-    at.norm_ffn = piece_at(l, 1 + MODEL_POST_NORM) - at.layers;
-    at.gate_up = piece_at(l, 1 + MODEL_GATE) - at.layers;
-    at.down = piece_at(l, 1 + MODEL_DOWN) - at.layers;
-    at.head = l->model.tied ? 0 : piece_at(l, last + 2);
-    return at;
+    return (struct offsets){
+        .norm_att = in_unit(l, 1 + MODEL_INPUT_NORM), .qkv = in_unit(l, 1 + MODEL_Q),
+        .o = in_unit(l, 1 + MODEL_O), .norm_ffn = in_unit(l, 1 + MODEL_POST_NORM),
+        .gate_up = in_unit(l, 1 + MODEL_GATE), .down = in_unit(l, 1 + MODEL_DOWN),
+        .head = l->model.tied ? 0 : in_unit(l, last + 2),
+    };
 }
 
 static void set_shape(struct model *m, const struct layout *l, int B, int T, int training) {
     const struct msg_model *c = &l->model;
     m->config = *c;
+    m->layout = *l;
     m->B = B;
     m->T = T;
     m->training = training;
@@ -271,9 +271,40 @@ void model_destroy(struct model *m) {
     free(m);
 }
 
-/* The weight at an element offset. */
-static const void *at(const struct model *m, const void *params, size_t offset) {
-    return (const char *)params + offset * m->k->weight_bytes;
+/* The weight at an element offset of a unit. */
+static const void *at(const struct model *m, const void *unit, size_t offset) {
+    return (const char *)unit + offset * m->k->weight_bytes;
+}
+
+/* ---- units ------------------------------------------------------------------------------------- */
+
+static const void *weights_of(const struct model *m, uint32_t unit) {
+    return m->units.weights(m->units.arg, unit);
+}
+
+static uint32_t last_unit(const struct model *m) { return m->config.layers + 1; }
+static uint32_t head_unit(const struct model *m) { return m->config.tied ? 0 : last_unit(m); }
+
+/* Whole vectors, for whoever has them. */
+static const void *vector_weights(void *arg, uint32_t unit) {
+    const struct model *m = arg;
+    return at(m, m->params, layout_unit_at(&m->layout, unit));
+}
+
+static float *vector_grads(void *arg, uint32_t unit) {
+    const struct model *m = arg;
+    return m->grads + layout_unit_at(&m->layout, unit);
+}
+
+static void vector_done(void *arg, uint32_t unit) {
+    (void)arg, (void)unit;
+}
+
+static struct model_units vectors(struct model *m, const void *params, float *grads) {
+    m->params = params;
+    m->grads = grads;
+    return (struct model_units){ .arg = m, .weights = vector_weights, .grads = vector_grads,
+                                 .grads_done = vector_done };
 }
 
 /* Row r of an activation [rows,C]. */
@@ -344,30 +375,35 @@ static void layer_forward(struct model *m, const void *w, const struct activatio
 }
 
 /* The residual stream before the first layer: each rank knows some words. */
-static void embed(struct model *m, const void *params, int rows) {
+static void embed(struct model *m, int rows) {
     size_t own = (size_t)own_rows(m, rows) * (size_t)m->C;
     float *to = m->tp == 1 ? m->layer[0].in : m->all;
-    m->k->embedding_forward(m->k, to, m->tokens, params, rows, m->C, m->V);
+    m->k->embedding_forward(m->k, to, m->tokens, weights_of(m, 0), rows, m->C, m->V);
     if (m->tp > 1) m->tensor->reduce_scatter(m->tensor, m->layer[0].in, m->all, own, COMM_FP32);
 }
 
-static void embed_backward(struct model *m, float *grads, int rows) {
+/* Its kernel only adds; a tied head has written there first. */
+static void embed_backward(struct model *m, int rows, enum kernels_write write) {
     size_t own = (size_t)own_rows(m, rows) * (size_t)m->C;
     const float *dout = m->tp == 1 ? m->dx : m->all;
+    float *grads = m->units.grads(m->units.arg, 0);
     if (m->tp > 1) m->tensor->all_gather(m->tensor, m->all, m->dx, own, COMM_FP32);
+    if (write == KERNELS_SET && !m->config.tied)
+        m->k->zero(m->k, grads, (size_t)m->V * (size_t)m->C * sizeof *grads);
     m->k->embedding_backward(m->k, grads, dout, m->tokens, rows, m->C, m->V);
+    m->units.grads_done(m->units.arg, 0);
 }
 
 /* Everything but the head: m->norm holds the final norm's output. start: NULL or m->start. */
-static void forward(struct model *m, const void *params, const int32_t *start, int B, int T) {
+static void forward(struct model *m, const int32_t *start, int B, int T) {
     const struct kernels *k = m->k;
     uint32_t layers = m->config.layers;
     int rows = B * T;
-    embed(m, params, rows);
+    embed(m, rows);
     for (uint32_t i = 0; i < layers; i++)
-        layer_forward(m, at(m, params, m->at.layers + i * m->at.layer_size), &m->layer[i],
-                      i + 1 < layers ? m->layer[i + 1].in : m->out, start, B, T);
-    k->rmsnorm_forward(k, own_of(m, m->norm, rows), m->rstd, m->out, at(m, params, m->at.norm),
+        layer_forward(m, weights_of(m, 1 + i), &m->layer[i], i + 1 < layers ? m->layer[i + 1].in : m->out,
+                      start, B, T);
+    k->rmsnorm_forward(k, own_of(m, m->norm, rows), m->rstd, m->out, weights_of(m, last_unit(m)),
                        (float)m->config.norm_eps, own_rows(m, rows), m->C);
     gather(m, m->norm, rows);
 }
@@ -409,7 +445,12 @@ static void localise(const struct model *m, int32_t *token, size_t n) {
 static const int32_t *tokens_in(struct model *m, const int32_t *tokens, int B, int T) {
     size_t rows = (size_t)B * (size_t)T, bytes = rows * sizeof *tokens;
     int32_t *input = m->host_tokens, *target = input + rows, *start = target + rows;
-    for (size_t b = 0; b < (size_t)B; b++) {
+    if (!tokens) {
+        memset(input, 0, rows * sizeof *input);
+        memset(target, 0xff, rows * sizeof *target); /* -1 */
+        memset(start, 0, rows * sizeof *start);
+    }
+    for (size_t b = 0; tokens && b < (size_t)B; b++) {
         const int32_t *from = tokens + b * ((size_t)T + 1);
         size_t at = b * (size_t)T;
         memcpy(input + at, from, (size_t)T * sizeof *from);
@@ -428,9 +469,10 @@ int model_logits(struct model *m, const void *params, const int32_t *tokens, int
     assert(m->tp == 1 && T >= 1 && T <= m->T && position >= 0 && position < T);
     memcpy(m->host_tokens, tokens, (size_t)T * sizeof *tokens);
     m->k->copy_in(m->k, m->tokens, m->host_tokens, (size_t)T * sizeof *tokens);
-    forward(m, params, NULL, 1, T);
-    m->k->matmul_logits(m->k, m->logits, row_at(m, m->norm, (size_t)position), at(m, params, m->at.head), 1,
-                        m->C, m->V);
+    m->units = vectors(m, params, NULL);
+    forward(m, NULL, 1, T);
+    m->k->matmul_logits(m->k, m->logits, row_at(m, m->norm, (size_t)position),
+                        at(m, weights_of(m, head_unit(m)), m->at.head), 1, m->C, m->V);
     m->k->copy_out(m->k, out, m->logits, (size_t)m->V * sizeof *out);
     return m->k->check(m->k, err);
 }
@@ -448,16 +490,15 @@ static void losses(struct model *m, void *dlogits, size_t r, int n, const struct
     struct kernels_part *part = m->part + (size_t)m->tp_rank * (size_t)n;
     k->vocabulary_part(k, part, m->logits, m->targets + r, n, m->V);
     m->tensor->all_gather(m->tensor, m->part, part, (size_t)n * sizeof *part, COMM_BYTES);
-    k->vocabulary_loss(k, loss, penalty, dlogits, m->logits, m->targets + r, m->part, m->tp_rank, m->tp, how, n,
-                       m->V);
+    k->vocabulary_loss(k, loss, penalty, dlogits, m->logits, m->targets + r, m->part, m->tp_rank, m->tp, how,
+                       n, m->V);
 }
 
-/* Head, cross-entropy and, where grads is not NULL, their gradients: the head's into grads, that of
- * the final norm's output into m->dbranch. */
-static void head(struct model *m, const void *params, float *grads, int rows, float grad_scale,
-                 enum kernels_write write) {
+/* Head, cross-entropy and, where grads is not NULL, their gradients: the head's into its unit's grads, that
+ * of the final norm's output into m->dbranch. */
+static void head(struct model *m, float *grads, int rows, float grad_scale, enum kernels_write write) {
     const struct kernels *k = m->k;
-    const void *w = at(m, params, m->at.head);
+    const void *w = at(m, weights_of(m, head_unit(m)), m->at.head);
     struct kernels_loss how = { .grad_scale = grad_scale, .z = m->objective.z,
                                 .max_z = m->objective.max_z };
     for (size_t r = 0; r < (size_t)rows; r += m->head_rows) {
@@ -484,12 +525,19 @@ static int loss_sum(struct model *m, int rows, struct model_loss *loss, struct e
     return 0;
 }
 
+int model_loss_units(struct model *m, const struct model_units *units, const int32_t *tokens, int B, int T,
+                     struct model_loss *loss, struct err *err) {
+    assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
+    m->units = *units;
+    forward(m, tokens_in(m, tokens, B, T), B, T);
+    head(m, NULL, B * T, 0, KERNELS_SET);
+    return loss_sum(m, B * T, loss, err);
+}
+
 int model_loss(struct model *m, const void *params, const int32_t *tokens, int B, int T,
                struct model_loss *loss, struct err *err) {
-    assert(B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
-    forward(m, params, tokens_in(m, tokens, B, T), B, T);
-    head(m, params, NULL, B * T, 0, KERNELS_SET);
-    return loss_sum(m, B * T, loss, err);
+    struct model_units units = vectors(m, params, NULL);
+    return model_loss_units(m, &units, tokens, B, T, loss, err);
 }
 
 /* m->dx, and m->dstream with it, comes in as the gradient of the layer's output and leaves as that of its
@@ -499,6 +547,10 @@ static void layer_backward(struct model *m, const void *w, float *g, const struc
     const struct kernels *k = m->k;
     int rows = B * T, own = own_rows(m, rows), C = m->C, F = m->F;
     const void *dbranch = own_of(m, m->dbranch, rows);
+    if (write == KERNELS_SET) { /* norms' kernels only add */
+        k->zero(k, g + m->at.norm_att, (size_t)C * sizeof *g);
+        k->zero(k, g + m->at.norm_ffn, (size_t)C * sizeof *g);
+    }
     k->matmul_backward_weight(k, g + m->at.down, m->dstream, l->swiglu, rows, F, C, write);
     k->matmul_backward_input(k, m->dswiglu, m->dstream, at(m, w, m->at.down), rows, F, C);
     k->swiglu_backward(k, l->gate_up, m->dswiglu, l->gate_up, rows, F);
@@ -520,41 +572,46 @@ static void layer_backward(struct model *m, const void *w, float *g, const struc
     spread(m, rows);
 }
 
-/* The gradients whose kernels only add: all norm weights, and the embedding unless the tied head
- * writes there first. */
-static void zero_added_grads(struct model *m, float *grads) {
+/* The head, and the final norm, whose weights are the first of its unit: m->dx, m->dstream become the
+ * gradient of the last layer's output. */
+static void head_backward(struct model *m, int rows, float grad_scale, enum kernels_write write) {
     const struct kernels *k = m->k;
-    size_t norm_bytes = (size_t)m->C * sizeof *grads;
-    for (uint32_t i = 0; i < m->config.layers; i++) {
-        float *g = grads + m->at.layers + i * m->at.layer_size;
-        k->zero(k, g + m->at.norm_att, norm_bytes);
-        k->zero(k, g + m->at.norm_ffn, norm_bytes);
+    const struct model_units *u = &m->units;
+    int own = own_rows(m, rows), C = m->C;
+    float *g = u->grads(u->arg, last_unit(m));
+    if (write == KERNELS_SET) k->zero(k, g, (size_t)C * sizeof *g);
+    head(m, u->grads(u->arg, head_unit(m)), rows, grad_scale, write);
+    add_up(m, m->dbranch, rows);
+    k->zero(k, m->dx, (size_t)own * (size_t)C * sizeof *m->dx);
+    k->rmsnorm_backward(k, m->dx, g, own_of(m, m->dbranch, rows), m->out, weights_of(m, last_unit(m)),
+                        m->rstd, own, C);
+    u->grads_done(u->arg, last_unit(m));
+    spread(m, rows);
+}
+
+int model_backward_units(struct model *m, const struct model_units *units, const int32_t *tokens, int B,
+                         int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
+                         struct err *err) {
+    assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
+    int rows = B * T;
+    m->units = *units;
+    const int32_t *start = tokens_in(m, tokens, B, T);
+    forward(m, start, B, T);
+    head_backward(m, rows, grad_scale, write);
+    for (uint32_t i = m->config.layers; i-- > 0;) {
+        const void *w = weights_of(m, 1 + i);
+        layer_backward(m, w, units->grads(units->arg, 1 + i), &m->layer[i], start, B, T, write);
+        units->grads_done(units->arg, 1 + i);
     }
-    k->zero(k, grads + m->at.norm, norm_bytes);
-    if (!m->config.tied) k->zero(k, grads, (size_t)m->V * norm_bytes);
+    embed_backward(m, rows, write);
+    return loss_sum(m, rows, loss, err);
 }
 
 int model_backward(struct model *m, const void *params, float *grads, const int32_t *tokens, int B,
                    int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
                    struct err *err) {
-    assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
-    const struct kernels *k = m->k;
-    int rows = B * T, own = own_rows(m, rows), C = m->C;
-    if (write == KERNELS_SET) zero_added_grads(m, grads);
-    const int32_t *start = tokens_in(m, tokens, B, T);
-    forward(m, params, start, B, T);
-    head(m, params, grads, rows, grad_scale, write);
-    add_up(m, m->dbranch, rows);
-    k->zero(k, m->dx, (size_t)own * (size_t)C * sizeof *m->dx);
-    k->rmsnorm_backward(k, m->dx, grads + m->at.norm, own_of(m, m->dbranch, rows), m->out,
-                        at(m, params, m->at.norm), m->rstd, own, C);
-    spread(m, rows);
-    for (uint32_t i = m->config.layers; i-- > 0;) {
-        size_t layer = m->at.layers + i * m->at.layer_size;
-        layer_backward(m, at(m, params, layer), grads + layer, &m->layer[i], start, B, T, write);
-    }
-    embed_backward(m, grads, rows);
-    return loss_sum(m, rows, loss, err);
+    struct model_units units = vectors(m, params, grads);
+    return model_backward_units(m, &units, tokens, B, T, grad_scale, write, loss, err);
 }
 
 /* ---- initial values ---------------------------------------------------------------------------- */

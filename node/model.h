@@ -29,7 +29,7 @@ void model_destroy(struct model *model); /* NULL is fine */
 
 /* The same where parameters and gradients lie as a rank of a mesh holds them (layout.h; copied). Its
  * tensor-parallel ranks make the same calls with the same tokens and have the same losses; each has the
- * gradient of what it holds, but that of a norm's weights, which all hold, is each rank's own part of the sum.
+ * gradient of what it holds, but of a norm's weights, which all hold, its own part of the sum.
  * tensor  their group, borrowed until model_destroy; may be NULL where it is one. tp divides T. What fails in
  *         it is for whoever made it to see. */
 struct model *model_create_piece(const struct layout *layout, const struct comm *tensor,
@@ -38,6 +38,21 @@ struct model *model_create_piece(const struct layout *layout, const struct comm 
 /* Bytes that model_create_piece takes for its arena. */
 size_t model_arena_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T,
                          int training);
+
+/* Where the weights of a unit (layout.h: embedding, layers, final norm with head) are, for a caller that does
+ * not hold them all, and where their gradient goes. A pass asks for units in order of the layers and, going
+ * back, in reverse; a tied head asks for unit 0 again.
+ *
+ * weights     the unit's; at least the last two layers asked for, and units 0 and layers + 1, stay valid
+ *             until the pass ends.
+ * grads       room for the unit's gradient; asked for when the first part of it comes, and again.
+ * grads_done  nothing more comes for this unit in this pass. */
+struct model_units {
+    void *arg;
+    const void *(*weights)(void *arg, uint32_t unit);
+    float *(*grads)(void *arg, uint32_t unit);
+    void (*grads_done)(void *arg, uint32_t unit);
+};
 
 /* What is trained on; until it is set, all tokens and cross-entropy alone.
  *
@@ -78,12 +93,21 @@ int model_logits(struct model *model, const void *params, const int32_t *tokens,
 int model_loss(struct model *model, const void *params, const int32_t *tokens, int B, int T,
                struct model_loss *loss, struct err *err);
 
+int model_loss_units(struct model *model, const struct model_units *units, const int32_t *tokens, int B,
+                     int T, struct model_loss *loss, struct err *err);
+
 /* Forward and backward: the same loss, and the gradient of (nats + penalty) * grad_scale.
  * grads  canonical vector in the backend's memory; replaced (KERNELS_SET) or added to.
  * The model must have been created for training. */
 int model_backward(struct model *model, const void *params, float *grads, const int32_t *tokens,
                    int B, int T, float grad_scale, enum kernels_write write,
                    struct model_loss *loss, struct err *err);
+
+/* The same for a caller that hands out units. tokens may be NULL here and in model_loss_units(): B sequences
+ * in which no target counts, for a rank that has no samples and must keep in step with those that have. */
+int model_backward_units(struct model *model, const struct model_units *units, const int32_t *tokens, int B,
+                         int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
+                         struct err *err);
 
 /* Initial parameters [first, first + n) of the canonical vector, host memory: norm weights are 1,
  * matrices are N(0, std) from outer_init_normal(seed), whose stream is indexed by canonical

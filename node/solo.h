@@ -1,6 +1,6 @@
 /* solo.h - training alone: no coordinator, no rounds, one node's ranks on one corpus, from the first
- * parameters to the last step of run.yaml's schedule. The engine, the order of samples and the learning rate are those of a
- * member of a run; position in the schedule is the tokens of the batches done.
+ * parameters to the last step of run.yaml's schedule. The engine, the order of samples and the learning rate
+ * are those of a member of a run; position in the schedule is the tokens of the batches done.
  *
  * Everything of a run lies in one folder:
  *   genesis      the settings it was begun with; other ones are refused

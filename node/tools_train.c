@@ -32,7 +32,8 @@ static const char train_help[] =
     "  --out DIR          the folder (default: CONFIG's, with .out in place of .yaml)\n"
     "  --set SECTION.KEY=VALUE  any setting of CONFIG; may be given several times\n"
     "  --tp N, --dp N     train as N x N processes: tensor-parallel by data-parallel ranks (default: 1)\n"
-    "  --shard S          what data-parallel ranks share out: none (default), optimizer\n"
+    "  --shard S          what data-parallel ranks share out: none (default), optimizer (ZeRO-1),\n"
+    "                     gradients (ZeRO-2), full (ZeRO-3); each saves memory\n"
     "  --precision P      fp32 (default), bf16 or bf16-stochastic, as in `join --help`\n"
     "  --threads N        CPU threads of all ranks together (default: all cores)\n"
     "  --stop-after N     stop once N steps are done in all; the schedule stays that of CONFIG\n"
@@ -153,15 +154,14 @@ static void print_number(const char *key, double x) {
 }
 
 static void print_result(const struct train_wish *w, const struct solo_result *r) {
+    unsigned long long steps = r->steps, total = r->steps_total, tokens = r->tokens;
     if (!w->json) {
         printf("%s after %llu of %llu steps, %llu tokens; loss %.4f, held-out %.4f; %.0f tokens/s, %.2f %% of "
-               "the time waited for samples\n", r->stopped ? "stopped" : "ended", (unsigned long long)r->steps,
-               (unsigned long long)r->steps_total, (unsigned long long)r->tokens, r->loss, r->heldout,
-               r->tokens_per_s, 100 * r->data_share);
+               "the time waited for samples\n", r->stopped ? "stopped" : "ended", steps, total, tokens, r->loss,
+               r->heldout, r->tokens_per_s, 100 * r->data_share);
         return;
     }
-    printf("{\"steps\": %llu, \"steps_total\": %llu, \"tokens\": %llu", (unsigned long long)r->steps,
-           (unsigned long long)r->steps_total, (unsigned long long)r->tokens);
+    printf("{\"steps\": %llu, \"steps_total\": %llu, \"tokens\": %llu", steps, total, tokens);
     print_number("loss", r->loss);
     print_number("heldout", r->heldout);
     print_number("tokens_per_s", r->tokens_per_s);

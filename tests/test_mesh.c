@@ -39,6 +39,7 @@ struct job {
     uint32_t steps;
     int untied, documents;
     uint32_t samples;                /* of a batch; 0: BATCH */
+    uint32_t micro;                  /* samples at once; 0: all */
     uint32_t bad_step;               /* in this step sample 0 has a token that is none; 0: never */
     const char *load, *save;         /* a saved state to begin with and to leave; NULL: neither */
 };
@@ -47,7 +48,7 @@ struct job {
 struct outcome {
     int rc;
     struct err err;
-    double loss[STEPS_MAX], norm[STEPS_MAX];
+    double loss[STEPS_MAX], norm[STEPS_MAX], eval;
     float params[ELEMENTS_MAX];
 };
 static struct outcome *shared;
@@ -86,6 +87,7 @@ static void begin(struct engine *e, const struct job *j) {
     engine_params_write(e, 0, n, init);
     free(init);
     if (j->documents) engine_set_document_end(e, 7);
+    if (j->micro) engine_limit_micro_batch(e, j->micro);
 }
 
 /* One step as a trainer takes it: each rank has its own samples alone. */
@@ -113,6 +115,13 @@ static int train(const struct job *j, struct engine *e, int rank, struct err *er
         if (rank == 0) shared->norm[i] = bad ? -1 : r.grad_norm;
     }
     engine_params_read(e, 0, engine_elements(e), shared->params);
+    uint32_t first, share;
+    int32_t tokens[BATCH * (SEQUENCE + 1)];
+    double loss;
+    fill_batch(tokens, BATCH - 1, 1000);
+    engine_share(e, BATCH - 1, &first, &share);
+    if (engine_eval_loss(e, tokens + first * (SEQUENCE + 1), BATCH - 1, &loss, err)) return -1;
+    if (rank == 0) shared->eval = loss;
     return 0;
 }
 
@@ -186,6 +195,7 @@ static void assert_close_losses(const struct outcome *a, const struct outcome *b
     double worst = furthest(a, b, steps);
     assert_true(a->loss[steps - 1] < a->loss[0] - 0.5); /* something was learnt */
     if (!(worst < 1e-5)) fail_msg("losses differ by up to %g", worst);
+    assert_true(fabs(a->eval - b->eval) < 1e-4 && a->eval > 0);
 }
 
 static void assert_same_bits(const struct outcome *a, const struct outcome *b) {
@@ -255,19 +265,18 @@ static void data_parallel_ranks_lose_what_one_loses(void **state) {
 }
 
 /* Who updates an element has no say in its value: gradients are added in rank order everywhere. */
-static void sharding_the_optimizer_changes_no_bit(void **state) {
+static void sharding_changes_no_bit(void **state) {
     (void)state;
     for (int b = FP32; b <= STOCHASTIC; b++)
         for (int dp = 2; dp <= 3; dp++) {
             struct job j = { .tp = 1, .dp = dp, .steps = 8, .backend = (enum backend)b, .documents = 1 };
             struct outcome *none = run(j);
-            j.shard = ENGINE_SHARD_OPTIMIZER;
-            struct outcome *sharded = run(j), *again = run(j);
-            assert_same_bits(none, sharded);
-            assert_same_bits(again, sharded);
+            for (j.shard = ENGINE_SHARD_OPTIMIZER; engine_shard_name(j.shard); j.shard++) {
+                struct outcome *sharded = run(j);
+                assert_same_bits(none, sharded);
+                free(sharded);
+            }
             free(none);
-            free(sharded);
-            free(again);
         }
 }
 
@@ -280,6 +289,23 @@ static void a_rank_without_samples_keeps_in_step(void **state) {
         assert_true(furthest(alone, o, 20) < 1e-5);
         free(o);
     }
+    free(alone);
+}
+
+/* Gradients of several micro-batches are added up where they are kept: whole, or in slices, whose ranks with
+ * fewer samples pass over none while the others work. */
+static void micro_batches_add_up_whatever_is_sharded(void **state) {
+    (void)state;
+    struct job j = { .tp = 1, .dp = 1, .steps = 20, .samples = 5, .untied = 1, .documents = 1 };
+    struct outcome *alone = run(j);
+    j.micro = 1, j.dp = 3;
+    for (j.shard = 0; engine_shard_name(j.shard); j.shard++)
+        for (j.tp = 1; j.tp <= 2; j.tp++) {
+            struct outcome *o = run(j);
+            assert_true(furthest(alone, o, 20) < 1e-5);
+            assert_true(fabs(alone->eval - o->eval) < 1e-4);
+            free(o);
+        }
     free(alone);
 }
 
@@ -317,7 +343,7 @@ static void tensor_parallel_ranks_lose_what_one_loses(void **state) {
 static void a_mesh_of_both_loses_what_one_loses(void **state) {
     (void)state;
     struct outcome *alone = run((struct job){ .tp = 1, .dp = 1, .steps = STEPS_MAX, .untied = 1 });
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 8; i++) {
         struct job j = { .tp = i & 1 ? 4 : 2, .dp = 2, .shard = i / 2, .steps = STEPS_MAX, .untied = 1 };
         struct outcome *o = run(j), *again = run(j);
         assert_close_losses(alone, o, STEPS_MAX);
@@ -339,6 +365,10 @@ static void bf16_works_in_a_mesh(void **state) {
         j.shard = ENGINE_SHARD_OPTIMIZER;
         struct outcome *sharded = run(j);
         assert_same_bits(none, sharded);
+        j.shard = ENGINE_SHARD_FULL;
+        struct outcome *full = run(j);
+        assert_true(furthest(full, none, 20) < 0.05);
+        free(full);
         assert_true(furthest(alone, none, 20) < 0.05 && none->loss[19] < none->loss[0] - 0.5);
         free(alone), free(none), free(sharded);
     }
@@ -394,17 +424,19 @@ static void a_saved_state_goes_on_in_another_mesh(void **state) {
     second.dp = 1;
     struct outcome *o = run(second);
     for (int i = 0; i < 6; i++) assert_true(fabs(o->loss[i] - w->loss[6 + i]) < 1e-5);
-    second.tp = 4, second.dp = 2, second.shard = ENGINE_SHARD_NONE;
+    second.tp = 4, second.dp = 2, second.shard = ENGINE_SHARD_FULL;
     struct outcome *t = run(second);
     for (int i = 0; i < 6; i++) assert_true(fabs(t->loss[i] - w->loss[6 + i]) < 1e-5);
-    free(t);
     size_t n, m;
-    first.shard = ENGINE_SHARD_NONE;
+    char *x = file_bytes(a, &n);
     first.save = b;
-    free(run(first));
-    char *x = file_bytes(a, &n), *y = file_bytes(b, &m);
-    assert_true(n == m && n > 10000 && !memcmp(x, y, n));
-    free(x), free(y), free(w), free(f), free(s), free(o);
+    for (first.shard = 0; engine_shard_name(first.shard); first.shard++) {
+        free(run(first));
+        char *y = file_bytes(b, &m);
+        assert_true(n == m && n > 10000 && !memcmp(x, y, n));
+        free(y);
+    }
+    free(x), free(w), free(f), free(s), free(o), free(t);
     unlink(a), unlink(b), rmdir(folder);
 }
 
@@ -412,8 +444,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_element_has_one_owner),
         cmocka_unit_test(data_parallel_ranks_lose_what_one_loses),
-        cmocka_unit_test(sharding_the_optimizer_changes_no_bit),
+        cmocka_unit_test(sharding_changes_no_bit),
         cmocka_unit_test(a_rank_without_samples_keeps_in_step),
+        cmocka_unit_test(micro_batches_add_up_whatever_is_sharded),
         cmocka_unit_test(a_token_that_is_none_stops_the_step_on_every_rank),
         cmocka_unit_test(tensor_parallel_ranks_lose_what_one_loses),
         cmocka_unit_test(a_mesh_of_both_loses_what_one_loses),

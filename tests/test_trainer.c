@@ -489,7 +489,7 @@ static void a_rank_that_dies_ends_the_trainer(void **state) {
 }
 
 int main(void) {
-    static const int meshes[][3] = { { 1, 1, 0 }, { 1, 2, 1 }, { 2, 2, 1 } };
+    static const int meshes[][3] = { { 1, 1, 0 }, { 1, 2, 1 }, { 2, 2, 3 } };
     const struct CMUnitTest dying[] = { cmocka_unit_test(a_rank_that_dies_ends_the_trainer) };
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(it_trains_on_what_it_was_given_and_counts_it),

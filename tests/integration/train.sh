@@ -89,7 +89,7 @@ import csv, subprocess
 def losses(name, *how):
     subprocess.run(["$node", "train", "run.yaml", "--threads", "1", "--quiet", "--out", name, *how], check=True)
     return [float(r["loss"]) for r in csv.DictReader(open(name + "/loss.csv"))]
-a, b = losses("whole"), losses("tp", "--tp", "4", "--dp", "2", "--shard", "optimizer")
+a, b = losses("whole"), losses("tp", "--tp", "4", "--dp", "2", "--shard", "full")
 print("worst difference:", max(abs(x - y) for x, y in zip(a, b)))
 raise SystemExit(not (len(a) == len(b) == 30 and max(abs(x - y) for x, y in zip(a, b)) < 1e-5))
 P
@@ -100,7 +100,7 @@ check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m
 expect 2 'inner.lr is 0.5 .*take another folder' train --out whole --set inner.lr=0.5
 expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
 expect 2 'model.sequence' train --out new --set model.sequence=16
-expect 2 "shard is 'some'; allowed are none, optimizer" train --out new --shard some
+expect 2 "shard is 'some'; allowed are none, optimizer, gradients, full" train --out new --shard some
 expect 2 'dp.*from 1 to 64' train --out new --dp 0
 expect 2 '3 tensor-parallel ranks cannot share .* 8 heads' train --out new --tp 3
 expect 1 'no/such/folder' train --out no/such/folder/new

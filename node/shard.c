@@ -1,0 +1,212 @@
+/* shard.c - a rank's vectors; see shard.h. */
+#include "node/shard.h"
+
+#include "proto/model.h"
+
+#include <assert.h>
+
+#define NO_UNIT UINT32_MAX
+
+static bool cuts(const struct shard *s, enum engine_shard least) { return s->mesh.shard >= least; }
+
+/* ---- memory ------------------------------------------------------------------------------------ */
+
+static size_t padded(const struct layout *l, uint32_t unit) { return (size_t)l->dp * layout_slice(l, unit); }
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+struct room {
+    void **to;
+    size_t n, bytes; /* elements, of each */
+};
+
+/* Slots: the embedding's, the last unit's, and two that layers have in turn. */
+static int take_slots(struct shard *s, struct err *err) {
+    const struct layout *l = &s->layout;
+    size_t embed = padded(l, 0), layer = padded(l, 1), last = padded(l, LAYOUT_UNITS(l) - 1);
+    const size_t weights[SHARD_WEIGHT_SLOTS] = { embed, last, layer, layer };
+    const size_t grads[SHARD_GRAD_SLOTS] = { embed, larger(layer, last) };
+    for (int i = 0; i < SHARD_WEIGHT_SLOTS && cuts(s, ENGINE_SHARD_FULL); i++)
+        if (!(s->weights[i] = s->k->alloc(s->k, weights[i] * s->k->weight_bytes, err))) return -1;
+    for (int i = 0; i < SHARD_GRAD_SLOTS && cuts(s, ENGINE_SHARD_GRADIENTS); i++)
+        if (!(s->unit_grads[i] = s->k->alloc(s->k, grads[i] * sizeof(float), err))) return -1;
+    return 0;
+}
+
+static int take_memory(struct shard *s, struct err *err) {
+    const struct room room[] = {
+        { &s->params, s->params_n, s->k->weight_bytes }, { (void **)&s->rest, s->params_n, s->k->rest_bytes },
+        { (void **)&s->grads, s->grads_n, sizeof(float) }, { (void **)&s->m, s->state_n, sizeof(float) },
+        { (void **)&s->v, s->state_n, sizeof(float) },
+    };
+    size_t all = 0;
+    for (size_t i = 0; i < 5; i++) all += room[i].n * room[i].bytes;
+    for (size_t i = 0; i < 5; i++)
+        if (room[i].bytes && !(*room[i].to = s->k->alloc(s->k, room[i].n * room[i].bytes, err))) goto failed;
+    if (take_slots(s, err) == 0) return 0;
+failed:
+    err_prefix(err, "training %llu parameters takes %zu bytes and activations",
+               (unsigned long long)proto_model_elements(&s->layout.model), all);
+    return -1;
+}
+
+int shard_init(struct shard *s, const struct msg_model *m, const struct kernels *k,
+               const struct engine_mesh *mesh, struct err *err) {
+    const struct comm *tensor = mesh ? mesh->tensor : NULL, *data = mesh ? mesh->data : NULL;
+    *s = (struct shard){ .k = k };
+    if (mesh) s->mesh = *mesh;
+    if (!data || data->size == 1) s->mesh.shard = ENGINE_SHARD_NONE;
+    layout_init(&s->layout, m, tensor ? tensor->size : 1, tensor ? tensor->rank : 0, data ? data->size : 1,
+                data ? data->rank : 0);
+    size_t whole = s->layout.n, own = whole / (size_t)s->layout.dp;
+    s->params_n = cuts(s, ENGINE_SHARD_FULL) ? own : whole;
+    s->grads_n = cuts(s, ENGINE_SHARD_GRADIENTS) ? own : whole;
+    s->state_n = cuts(s, ENGINE_SHARD_OPTIMIZER) ? own : whole;
+    shard_forget_gathered(s);
+    return take_memory(s, err);
+}
+
+void shard_release(struct shard *s) {
+    void *all[] = { s->params, s->rest, s->grads, s->m, s->v };
+    for (size_t i = 0; i < 5; i++) s->k->free(s->k, all[i]);
+    for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->k->free(s->k, s->weights[i]);
+    for (int i = 0; i < SHARD_GRAD_SLOTS; i++) s->k->free(s->k, s->unit_grads[i]);
+}
+
+void shard_forget_gathered(struct shard *s) {
+    for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->weights_unit[i] = NO_UNIT;
+}
+
+/* ---- where elements are ------------------------------------------------------------------------ */
+
+/* In a vector of own slices, which lie one behind the other. */
+static size_t in_slices(const struct layout *l, const struct layout_run *run) {
+    size_t first = layout_unit_at(l, run->unit);
+    return first / (size_t)l->dp + (run->local - first - (size_t)l->dp_rank * layout_slice(l, run->unit));
+}
+
+static bool has(const struct shard *s, enum engine_shard least, struct layout_run *run) {
+    return !cuts(s, least) || layout_own(&s->layout, run);
+}
+
+static size_t place(const struct shard *s, enum engine_shard least, const struct layout_run *run) {
+    return cuts(s, least) ? in_slices(&s->layout, run) : run->local;
+}
+
+bool shard_has_params(const struct shard *s, struct layout_run *run) {
+    return has(s, ENGINE_SHARD_FULL, run);
+}
+bool shard_has_grads(const struct shard *s, struct layout_run *run) {
+    return has(s, ENGINE_SHARD_GRADIENTS, run);
+}
+bool shard_has_state(const struct shard *s, struct layout_run *run) {
+    return has(s, ENGINE_SHARD_OPTIMIZER, run);
+}
+
+size_t shard_param_at(const struct shard *s, const struct layout_run *run) {
+    return place(s, ENGINE_SHARD_FULL, run);
+}
+size_t shard_grad_at(const struct shard *s, const struct layout_run *run) {
+    return place(s, ENGINE_SHARD_GRADIENTS, run);
+}
+size_t shard_state_at(const struct shard *s, const struct layout_run *run) {
+    return place(s, ENGINE_SHARD_OPTIMIZER, run);
+}
+
+bool shard_answers_for(const struct shard *s, struct layout_run *run) {
+    return (!run->shared || s->layout.tp_rank == 0) && layout_own(&s->layout, run);
+}
+
+struct layout_run shard_piece(const struct shard *s, uint32_t i) {
+    struct layout_piece p;
+    layout_piece(&s->layout, i, &p);
+    return (struct layout_run){ .canonical = p.canonical + p.row * p.width + p.column, .local = p.at,
+                                .count = p.rows * p.columns, .unit = p.unit, .shared = p.shared };
+}
+
+/* ---- a pass ------------------------------------------------------------------------------------ */
+
+static void *weight(const struct shard *s, size_t at) {
+    return (char *)s->params + at * s->k->weight_bytes;
+}
+
+static enum comm_type weight_type(const struct shard *s) {
+    return s->k->weight_bytes == 2 ? COMM_BF16 : COMM_FP32;
+}
+
+static const void *unit_weights(void *arg, uint32_t unit) {
+    struct shard *s = arg;
+    const struct comm *c = s->mesh.data;
+    size_t first = layout_unit_at(&s->layout, unit);
+    if (!cuts(s, ENGINE_SHARD_FULL)) return weight(s, first);
+    int slot = unit == 0 ? 0 : unit == LAYOUT_UNITS(&s->layout) - 1 ? 1 : 2 + (int)(unit & 1);
+    if (s->weights_unit[slot] == unit) return s->weights[slot];
+    s->weights_unit[slot] = unit;
+    c->all_gather(c, s->weights[slot], weight(s, first / (size_t)c->size), layout_slice(&s->layout, unit),
+                  weight_type(s));
+    return s->weights[slot];
+}
+
+/* What is behind a unit in its slot is another one's, and is added up with it for nothing. */
+static float *unit_grads(void *arg, uint32_t unit) {
+    struct shard *s = arg;
+    if (!cuts(s, ENGINE_SHARD_GRADIENTS)) return s->grads + layout_unit_at(&s->layout, unit);
+    return s->unit_grads[unit > 0];
+}
+
+static void unit_done(void *arg, uint32_t unit) {
+    struct shard *s = arg;
+    const struct comm *c = s->mesh.data;
+    if (!cuts(s, ENGINE_SHARD_GRADIENTS)) return;
+    size_t slice = layout_slice(&s->layout, unit);
+    float *part = s->unit_grads[unit > 0];
+    float *sum = s->grads + layout_unit_at(&s->layout, unit) / (size_t)c->size;
+    if (s->adds) s->k->accumulate(s->k, part + (size_t)c->rank * slice, sum, slice);
+    c->reduce_scatter(c, sum, part, slice, COMM_FP32);
+}
+
+struct model_units shard_units(struct shard *s, bool adds) {
+    s->adds = adds;
+    return (struct model_units){ .arg = s, .weights = unit_weights, .grads = unit_grads,
+                                 .grads_done = unit_done };
+}
+
+/* ---- between passes ---------------------------------------------------------------------------- */
+
+/* Tensor-parallel ranks each have the norms' gradients of their own rows. */
+static void reduce_shared(struct shard *s) {
+    const struct comm *c = s->mesh.tensor;
+    if (!c || c->size == 1) return;
+    for (uint32_t i = 0; i < proto_model_tensor_count(&s->layout.model); i++) {
+        struct layout_run r = shard_piece(s, i);
+        if (r.shared && shard_has_grads(s, &r))
+            c->all_reduce(c, s->grads + shard_grad_at(s, &r), r.count, COMM_FP32);
+    }
+}
+
+void shard_reduce(struct shard *s) {
+    const struct comm *c = s->mesh.data;
+    const struct layout *l = &s->layout;
+    reduce_shared(s);
+    if (!c || c->size == 1 || cuts(s, ENGINE_SHARD_GRADIENTS)) return;
+    if (!cuts(s, ENGINE_SHARD_OPTIMIZER)) {
+        c->all_reduce(c, s->grads, l->n, COMM_FP32);
+        return;
+    }
+    for (uint32_t u = 0; u < LAYOUT_UNITS(l); u++) {
+        size_t slice = layout_slice(l, u);
+        float *g = s->grads + layout_unit_at(l, u);
+        c->reduce_scatter(c, g + (size_t)c->rank * slice, g, slice, COMM_FP32);
+    }
+}
+
+void shard_gather(struct shard *s) {
+    const struct comm *c = s->mesh.data;
+    const struct layout *l = &s->layout;
+    shard_forget_gathered(s);
+    if (!cuts(s, ENGINE_SHARD_OPTIMIZER) || cuts(s, ENGINE_SHARD_FULL)) return;
+    for (uint32_t u = 0; u < LAYOUT_UNITS(l); u++) {
+        size_t slice = layout_slice(l, u), first = layout_unit_at(l, u);
+        c->all_gather(c, weight(s, first), weight(s, first + (size_t)c->rank * slice), slice, weight_type(s));
+    }
+}

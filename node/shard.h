@@ -1,0 +1,74 @@
+/* shard.h - the vectors that a rank trains: its parameters, their gradient and the optimizer's moments, and
+ * what the data-parallel ranks do with them together. Each unit (layout.h) is cut into a slice for every
+ * rank; the setting says which of the vectors a rank keeps whole and which in its own slices only:
+ *
+ *              parameters   gradients    moments
+ *   none       whole        whole        whole     every rank updates everything
+ *   optimizer  whole        whole        own       ZeRO-1 (arXiv:1910.02054)
+ *   gradients  whole        own          own       ZeRO-2: a unit's gradient is reduced once it is complete
+ *   full       own          own          own       ZeRO-3: and its weights are gathered when they are needed
+ *
+ * Gradients are added in the order of ranks whatever the setting. */
+#ifndef INTELLECT_NODE_SHARD_H
+#define INTELLECT_NODE_SHARD_H
+
+#include "kernels/comm.h"
+#include "kernels/kernels.h"
+#include "node/engine.h"
+#include "node/layout.h"
+#include "node/model.h"
+
+#define SHARD_WEIGHT_SLOTS 4
+#define SHARD_GRAD_SLOTS 2
+
+/* Fields are for reading; NULLs of the mesh where the engine is alone. */
+struct shard {
+    const struct kernels *k;
+    struct engine_mesh mesh; /* shard NONE where there is one data-parallel rank */
+    struct layout layout;
+    size_t params_n, grads_n, state_n;
+    void *params;            /* [params_n] as the backend keeps weights ... */
+    uint16_t *rest;          /* ... and what it keeps apart of them, or NULL */
+    float *grads;            /* [grads_n] */
+    float *m, *v;            /* [state_n] */
+    /* Room for units on their way. */
+    void *weights[SHARD_WEIGHT_SLOTS];
+    uint32_t weights_unit[SHARD_WEIGHT_SLOTS]; /* which unit's it has, UINT32_MAX: none */
+    float *unit_grads[SHARD_GRAD_SLOTS];
+    bool adds;               /* the next pass adds to the gradient */
+};
+
+/* Take all memory. mesh: NULL where alone. -1 with ERR_MEMORY; release what there is. */
+int shard_init(struct shard *s, const struct msg_model *m, const struct kernels *k,
+               const struct engine_mesh *mesh, struct err *err);
+void shard_release(struct shard *s);
+
+/* Cut a run down to what of the parameters, of the gradients and the moments is here: false where nothing
+ * is. The second says where it begins in the vector. */
+bool shard_has_params(const struct shard *s, struct layout_run *run);
+bool shard_has_grads(const struct shard *s, struct layout_run *run);
+bool shard_has_state(const struct shard *s, struct layout_run *run);
+size_t shard_param_at(const struct shard *s, const struct layout_run *run);
+size_t shard_grad_at(const struct shard *s, const struct layout_run *run);
+size_t shard_state_at(const struct shard *s, const struct layout_run *run);
+
+/* Cut a run down to what this rank alone answers for, of all ranks of the mesh. */
+bool shard_answers_for(const struct shard *s, struct layout_run *run);
+
+/* Piece i of the layout as a run. */
+struct layout_run shard_piece(const struct shard *s, uint32_t i);
+
+/* A pass of the model over this rank's units. Ranks make as many passes as each other. adds: to the gradient
+ * that is there, else in its place; gradients come to be complete in shard_reduce(). */
+struct model_units shard_units(struct shard *s, bool adds);
+
+/* After the last pass: add up what ranks still have apart. */
+void shard_reduce(struct shard *s);
+
+/* After an update: the slices of all to all who keep them whole. */
+void shard_gather(struct shard *s);
+
+/* Parameters were written: what was gathered of them is old. */
+void shard_forget_gathered(struct shard *s);
+
+#endif
