@@ -44,7 +44,8 @@ struct cpu {
     unsigned product_next;         /* which one to replace when all are taken */
     void *buffer[CPU_BUFFERS];     /* operands on their way; they grow */
     size_t buffer_bytes[CPU_BUFFERS];
-    int native_bf16;               /* with bf16: the processor multiplies it itself */
+    int native_bf16;               /* with bf16: the processor multiplies it itself; for attention it ... */
+    int attention_bf16;            /* ... must have AVX512-BF16 */
 };
 
 static inline struct cpu *cpu_of(const struct kernels *k) {
@@ -129,6 +130,19 @@ void cpu_vocabulary_part(const struct kernels *k, struct kernels_part *part, con
 void cpu_vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                          const int32_t *targets, const struct kernels_part *part, int own, int parts,
                          const struct kernels_loss *how, int rows, int V);
+/* In bf16, where cpu_attention_bf16_can(). */
+#if defined(__x86_64__) && defined(__GNUC__)
+int cpu_attention_bf16_can(void);
+void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
+                                const int32_t *start, int B, int T, int H, int KV, int D);
+void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
+                                 const void *out, const float *lse, const int32_t *start, int B, int T,
+                                 int H, int KV, int D);
+#else
+#define cpu_attention_bf16_can() 0
+#define cpu_attention_bf16_forward(...) ((void)0)
+#define cpu_attention_bf16_backward(...) ((void)0)
+#endif
 void cpu_rows_entries(struct kernels *k);
 void cpu_rows_bf16_entries(struct kernels *k);
 

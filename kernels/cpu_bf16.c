@@ -1,6 +1,6 @@
 /* cpu_bf16.c - the CPU backend with weights and activations in bf16: what differs from cpu.c but for the
- * kernels that go row by row (cpu_rows_bf16.c). All are computed in fp32 and rounded where they are stored;
- * gradients of weights and moments are fp32.
+ * kernels that go row by row (cpu_rows_bf16.c) and attention (cpu_attention_bf16.c). All are computed in
+ * fp32 and rounded where they are stored; gradients of weights and moments are fp32.
  *
  * oneDNN's bf16 product needs AVX512-BF16 or AMX; elsewhere operands are widened and multiplied as fp32,
  * which gives the same result but for the order of additions. */
@@ -118,10 +118,14 @@ static void matmul_backward_weight(const struct kernels *k, float *dw, const voi
 
 /* ---- attention ----------------------------------------------------------------------------------- */
 
-/* In fp32 on widened operands, rounded in the end. */
+/* Without AVX512-BF16 in fp32 on widened operands, rounded in the end. */
 static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                               const int32_t *start, int B, int T, int H, int KV, int D) {
     struct cpu *cpu = cpu_of(k);
+    if (cpu->attention_bf16) {
+        cpu_attention_bf16_forward(k, out, lse, qkv, start, B, T, H, KV, D);
+        return;
+    }
     size_t rows = (size_t)B * (size_t)T, in = rows * (size_t)(H + 2 * KV) * (size_t)D,
            n = rows * (size_t)H * (size_t)D;
     float *wide_in = cpu_buffer(cpu, CPU_WIDE_A, in * sizeof *wide_in);
@@ -136,6 +140,10 @@ static void attention_backward(const struct kernels *k, void *dqkv, const void *
                                const void *out, const float *lse, const int32_t *start, int B, int T, int H,
                                int KV, int D) {
     struct cpu *cpu = cpu_of(k);
+    if (cpu->attention_bf16) {
+        cpu_attention_bf16_backward(k, dqkv, dout, qkv, out, lse, start, B, T, H, KV, D);
+        return;
+    }
     size_t rows = (size_t)B * (size_t)T, in = rows * (size_t)(H + 2 * KV) * (size_t)D,
            n = rows * (size_t)H * (size_t)D;
     float *wide_in = cpu_buffer(cpu, CPU_WIDE_A, in * sizeof *wide_in);

@@ -2,9 +2,9 @@
  * once for each shape and layout.
  *
  * oneDNN packs B for itself in each block of rows, so that with many rows it is cheaper to hand it over
- * packed: at 4096 rows, one core of AVX512-BF16, that is 210 to 220 GFLOP/s instead of 195 to 210 in bf16 and 110
- * instead of 100 in fp32, and packing takes 1 % of 2048 rows. A copy kept from one optimizer step to the next
- * would save that one percent for the bytes of a weight. */
+ * packed: at 4096 rows, one core of AVX512-BF16, that is 210 to 220 GFLOP/s instead of 195 to 210 in bf16 and
+ * 110 instead of 100 in fp32, and packing takes 1 % of 2048 rows. A copy kept from one optimizer step to the
+ * next would save that one percent for the bytes of a weight. */
 #include "kernels/cpu.h"
 
 #include <oneapi/dnnl/dnnl.h>

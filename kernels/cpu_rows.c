@@ -154,11 +154,28 @@ static void rope_backward(const struct kernels *k, void *dqkv, const float *cosi
 
 /* ---- SwiGLU ---- */
 
-WIDE static void swiglu_row(ACT *out, const ACT *gate, const ACT *up, int F) {
+/* Rounding in the loop of an exponential would keep gcc 12 from vectorising it: so part by part. */
+#define PART 512
+
+WIDE static void round_part(ACT *out, const float *x, int n) {
 #pragma omp simd
-    for (int f = 0; f < F; f++) {
+    for (int i = 0; i < n; i++) out[i] = PUT(x[i]);
+}
+
+WIDE static void swiglu_part(float *out, const ACT *gate, const ACT *up, int n) {
+#pragma omp simd
+    for (int f = 0; f < n; f++) {
         float g = GET(gate[f]);
-        out[f] = PUT(g / (1.0f + cpu_exp(-g)) * GET(up[f]));
+        out[f] = g / (1.0f + cpu_exp(-g)) * GET(up[f]);
+    }
+}
+
+static void swiglu_row(ACT *out, const ACT *gate, const ACT *up, int F) {
+    float part[PART];
+    for (int f = 0; f < F; f += PART) {
+        int n = F - f < PART ? F - f : PART;
+        swiglu_part(part, gate + f, up + f, n);
+        round_part(out + f, part, n);
     }
 }
 
@@ -172,13 +189,24 @@ static void swiglu_forward(const struct kernels *k, void *to, const void *from, 
     }
 }
 
-WIDE static void swiglu_backward_row(ACT *dgate, ACT *dup, const ACT *dout, const ACT *gate, const ACT *up,
-                                     int F) {
+WIDE static void swiglu_backward_part(float *dgate, float *dup, const ACT *dout, const ACT *gate,
+                                      const ACT *up, int n) {
 #pragma omp simd
-    for (int f = 0; f < F; f++) {
+    for (int f = 0; f < n; f++) {
         float g = GET(gate[f]), u = GET(up[f]), d = GET(dout[f]), sigmoid = 1.0f / (1.0f + cpu_exp(-g));
-        dgate[f] = PUT(d * u * sigmoid * (1.0f + g * (1.0f - sigmoid)));
-        dup[f] = PUT(d * g * sigmoid);
+        dgate[f] = d * u * sigmoid * (1.0f + g * (1.0f - sigmoid));
+        dup[f] = d * g * sigmoid;
+    }
+}
+
+static void swiglu_backward_row(ACT *dgate, ACT *dup, const ACT *dout, const ACT *gate, const ACT *up,
+                                int F) {
+    float part[2][PART];
+    for (int f = 0; f < F; f += PART) {
+        int n = F - f < PART ? F - f : PART;
+        swiglu_backward_part(part[0], part[1], dout + f, gate + f, up + f, n);
+        round_part(dgate + f, part[0], n);
+        round_part(dup + f, part[1], n);
     }
 }
 
@@ -260,12 +288,12 @@ static int first_of(const float *x, float max, int n) {
 
 static void cross_entropy_row(float *loss, float *penalty, ACT *dlogits, float *logits, int target,
                               const struct kernels_loss *how, int V) {
-    enum { PART = 4096 }; /* a vocabulary of 128k: parts in float, their sum in double */
+    enum { ADDED = 4096 }; /* a vocabulary of 128k: so many in float, their sum in double */
     float max = row_max(logits, V), logit = logits[target];
     int largest = how->max_z > 0 ? first_of(logits, max, V) : 0;
     double sum = 0.0;
-    for (int v = 0; v < V; v += PART)
-        sum += exponentials(logits + v, max, V - v < PART ? V - v : PART);
+    for (int v = 0; v < V; v += ADDED)
+        sum += exponentials(logits + v, max, V - v < ADDED ? V - v : ADDED);
     /* cppcheck-suppress invalidFunctionArg ; the largest logit alone makes the sum 1 */
     double lse = log(sum) + max;
     *loss = (float)(lse - logit);

@@ -14,7 +14,9 @@
 
 #include "kernels/kernels.h"
 
+/* Seconds that passed, or that this process worked after use_one_core(). */
 double now_s(void);
+void use_one_core(void);
 
 /* ---- measure.c ------------------------------------------------------------------------------- */
 
