@@ -130,7 +130,8 @@ void cpu_vocabulary_part(const struct kernels *k, struct kernels_part *part, con
 void cpu_vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                          const int32_t *targets, const struct kernels_part *part, int own, int parts,
                          const struct kernels_loss *how, int rows, int V);
-/* In bf16, where cpu_attention_bf16_can(). */
+/* In bf16, where cpu_attention_bf16_can(), for heads up to this size. */
+#define CPU_ATTENTION_BF16_D_MAX 1024
 #if defined(__x86_64__) && defined(__GNUC__)
 int cpu_attention_bf16_can(void);
 void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, const void *qkv,

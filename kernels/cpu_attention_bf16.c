@@ -177,22 +177,25 @@ static void transpose_pairs(uint32_t *to, const uint32_t *rows, int keys, int D,
     for (int d = D; d < D4; d++) memset(to + (size_t)d * pairs, 0, pairs * sizeof *to);
 }
 
+/* Two rows as pairs. */
+TARGET static void pair_rows(uint32_t *to, const uint16_t *first, const uint16_t *second, int D) {
+#pragma omp simd
+    for (int d = 0; d < D; d++) to[d] = first[d] | (uint32_t)second[d] << 16;
+}
+
 /* A block of rows both ways: by d, and (unless NULL) by row. Rows from `count` on are zero. */
-static void turn_block(uint32_t *by_d, uint32_t *by_row, const uint16_t *from, size_t stride, int count,
-                       int D, int D16) {
-    for (int t = 0; t < BLOCK; t++)
-        for (int i = 0; i < D / 2; i++) {
-            uint32_t pair = 0;
-            if (t < count) memcpy(&pair, from + (size_t)t * stride + 2 * i, sizeof pair);
-            by_d[i * BLOCK + t] = pair;
-        }
-    for (int t = 0; by_row && t < PAIRS; t++)
-        for (int d = 0; d < D16; d++) {
-            const uint16_t *x = from + (size_t)(2 * t) * stride + d;
-            uint32_t first = d < D && 2 * t < count ? x[0] : 0,
-                     second = d < D && 2 * t + 1 < count ? x[stride] : 0;
-            by_row[t * D16 + d] = first | second << 16;
-        }
+TARGET static void turn_block(uint32_t *by_d, uint32_t *by_row, const uint16_t *from, size_t stride, int count,
+                              int D, int D16) {
+    static const uint16_t nothing[CPU_ATTENTION_BF16_D_MAX];
+    const uint16_t *row[BLOCK];
+    for (int t = 0; t < BLOCK; t++) row[t] = t < count ? from + (size_t)t * stride : nothing;
+    for (int t = 0; t < BLOCK; t += 16)
+        for (int i = 0; i < D / 2; i++)
+            for (int j = 0; j < 16; j++) memcpy(by_d + i * BLOCK + t + j, row[t + j] + 2 * i, 4);
+    for (int t = 0; by_row && t < PAIRS; t++) {
+        pair_rows(by_row + t * D16, row[2 * t], row[2 * t + 1], D);
+        memset(by_row + t * D16 + D, 0, (size_t)(D16 - D) * sizeof *by_row);
+    }
 }
 
 /* ---- masks ------------------------------------------------------------------------------------- */
