@@ -38,22 +38,28 @@ const char *engine_shard_name(int shard) {
     return shard >= 0 && shard < (int)(sizeof names / sizeof *names) ? names[shard] : NULL;
 }
 
-static uint32_t pick_micro_batch(const struct layout *l, const struct kernels *k, uint32_t batch) {
-    uint32_t micro = batch;
-    while (micro > 1 &&
-           model_arena_bytes(l, k, (int)micro, (int)l->model.sequence, 1) > ENGINE_ACTIVATION_BYTES_MAX)
-        micro = (micro + 1) / 2;
-    return micro;
+static int fits(const struct engine *e, const struct kernels *k, uint32_t samples, enum model_training training) {
+    const struct layout *l = &e->s.layout;
+    return model_arena_bytes(l, k, (int)samples, (int)l->model.sequence, training) <= ENGINE_ACTIVATION_BYTES_MAX;
+}
+
+/* As many samples at once as fit; only where not even one does, some of it is computed twice. */
+static enum model_training pick_micro_batch(struct engine *e, const struct kernels *k) {
+    enum model_training training = MODEL_TRAINS;
+    uint32_t dp = (uint32_t)e->s.layout.dp;
+    e->micro_batch = (e->inner.batch + dp - 1) / dp;
+    while (e->micro_batch > 1 && !fits(e, k, e->micro_batch, training)) e->micro_batch = (e->micro_batch + 1) / 2;
+    while (training < MODEL_AGAIN_LAYER && !fits(e, k, e->micro_batch, training)) training++;
+    return training;
 }
 
 static int create(struct engine *e, const struct kernels *kernels, const struct engine_mesh *mesh,
                   struct err *err) {
     if (shard_init(&e->s, &e->config, kernels, mesh, err)) return -1;
-    uint32_t dp = (uint32_t)e->s.layout.dp;
     e->n = (size_t)proto_model_elements(&e->config);
-    e->micro_batch = pick_micro_batch(&e->s.layout, kernels, (e->inner.batch + dp - 1) / dp);
+    enum model_training training = pick_micro_batch(e, kernels);
     e->model = model_create_piece(&e->s.layout, e->s.mesh.tensor, kernels, (int)e->micro_batch,
-                                  (int)e->config.sequence, 1, err);
+                                  (int)e->config.sequence, training, err);
     return e->model ? 0 : -1;
 }
 

@@ -48,7 +48,8 @@ struct engine_result {
  * kernels       the backend, borrowed until engine_destroy; see kernels/kernels.h.
  *
  * A batch whose activations would pass ENGINE_ACTIVATION_BYTES_MAX is run as several micro-batches
- * whose gradients add up; how many depends on model and inner alone.
+ * whose gradients add up; how many depends on model, inner and how the backend keeps activations. Where
+ * one sample passes it, some activations are computed twice (enum model_training).
  * Returns the engine, or NULL with ERR_CONFIG or ERR_MEMORY (msg says how many bytes). */
 #define ENGINE_ACTIVATION_BYTES_MAX ((size_t)2 << 30)
 struct engine *engine_create(const struct msg_model *model, const struct msg_inner *inner,

@@ -54,12 +54,13 @@ struct model {
     int tp, tp_rank;
     int B, T, C, H, KV, D, F, V; /* H, KV, F, V: the rank's */
     int QKV, A;                  /* (H + 2 KV) D, H D */
-    int training;
+    enum model_training training;
     struct model_objective objective;
     size_t head_rows;
     struct offsets at;
     void *arena;
     struct activations *layer; /* [layers]; all the same storage unless training */
+    struct activations again;  /* storage of what is computed again, one layer at a time */
     float *cos, *sin;          /* [T,D/2] */
     int32_t *tokens, *targets; /* [rows] */
     int32_t *start;            /* [rows] where in its sequence the document of a token begins */
@@ -74,8 +75,8 @@ struct model {
     void *branch;              /* [rows,C] what a branch adds to the residual stream */
     float *dx;                 /* [own,C] gradient of the residual stream ... */
     void *dstream;             /* [rows,C] ... of all rows, as activations; of one rank in fp32: the same */
-    void *dbranch;             /* [rows,C] */
-    void *dqkv;                /* [rows,QKV] */
+    void *dbranch;             /* [rows,C]; where branch is, which only the forward pass has */
+    void *dqkv;                /* [rows,QKV]; where dswiglu is, for each is dead when the other lives */
     void *dswiglu;             /* [rows,F] */
     float *host_loss;          /* [2,rows] */
     int32_t *host_tokens;      /* [3,rows] inputs, targets, starts: a copy may still be on its way */
@@ -103,18 +104,42 @@ static void *carve_act(const struct model *m, struct arena *a, size_t rows, size
     return carve(a, rows * width * m->k->act_bytes);
 }
 
-static void carve_layer(const struct model *m, struct arena *a, struct activations *l) {
+/* Is what the step `from` computes again of each layer its own? */
+static int keeps(const struct model *m, enum model_training from) {
+    return m->training < from;
+}
+
+/* With `again` NULL all of it; else what is kept, the rest is the same for all layers. */
+static void carve_layer(const struct model *m, struct arena *a, struct activations *l,
+                        const struct activations *again) {
     size_t rows = (size_t)m->B * (size_t)m->T, own = rows / (size_t)m->tp, C = (size_t)m->C;
-    l->norm_att = carve_act(m, a, rows, C);
-    l->rstd_att = carve_floats(a, own, 1);
-    l->qkv = carve_act(m, a, rows, (size_t)m->QKV);
+    int norms = !again || keeps(m, MODEL_AGAIN_NORMS), whole = !again || keeps(m, MODEL_AGAIN_LAYER);
+    int gate_up = !again || keeps(m, MODEL_AGAIN_GATE_UP), swiglu = !again || keeps(m, MODEL_AGAIN_SWIGLU);
     l->att = carve_act(m, a, rows, (size_t)m->A);
     l->lse = carve_floats(a, rows, (size_t)m->H);
-    l->middle = carve_floats(a, own, C);
-    l->norm_ffn = carve_act(m, a, rows, C);
+    l->rstd_att = carve_floats(a, own, 1);
     l->rstd_ffn = carve_floats(a, own, 1);
-    l->gate_up = carve_act(m, a, rows, 2 * (size_t)m->F);
-    l->swiglu = carve_act(m, a, rows, (size_t)m->F);
+    l->norm_att = norms ? carve_act(m, a, rows, C) : again->norm_att;
+    l->norm_ffn = norms ? carve_act(m, a, rows, C) : again->norm_ffn;
+    l->qkv = whole ? carve_act(m, a, rows, (size_t)m->QKV) : again->qkv;
+    l->middle = whole ? carve_floats(a, own, C) : again->middle;
+    l->gate_up = gate_up ? carve_act(m, a, rows, 2 * (size_t)m->F) : again->gate_up;
+    l->swiglu = swiglu ? carve_act(m, a, rows, (size_t)m->F) : again->swiglu;
+}
+
+/* What carve_layer leaves out. */
+static void carve_again(const struct model *m, struct arena *a, struct activations *l) {
+    size_t rows = (size_t)m->B * (size_t)m->T, own = rows / (size_t)m->tp, C = (size_t)m->C;
+    if (!keeps(m, MODEL_AGAIN_NORMS)) {
+        l->norm_att = carve_act(m, a, rows, C);
+        l->norm_ffn = carve_act(m, a, rows, C);
+    }
+    if (!keeps(m, MODEL_AGAIN_SWIGLU)) l->swiglu = carve_act(m, a, rows, (size_t)m->F);
+    if (!keeps(m, MODEL_AGAIN_GATE_UP)) l->gate_up = carve_act(m, a, rows, 2 * (size_t)m->F);
+    if (!keeps(m, MODEL_AGAIN_LAYER)) {
+        l->qkv = carve_act(m, a, rows, (size_t)m->QKV);
+        l->middle = carve_floats(a, own, C);
+    }
 }
 
 /* Inference walks through one layer's storage again and again; the residual stream then lives in
@@ -137,19 +162,18 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     m->all = is_alone ? NULL : carve_floats(&a, rows, C);
     m->loss = carve_floats(&a, 2 * rows, 1);
     m->penalty = m->loss + rows;
-    m->branch = carve_act(m, &a, rows, C);
+    m->branch = m->dbranch = carve_act(m, &a, rows, C);
+    if (m->training) carve_again(m, &a, &m->again);
     for (uint32_t i = 0; i < m->config.layers; i++) {
         struct activations unused = { 0 }, *l = layer ? &layer[i] : &unused;
-        if (m->training || i == 0) carve_layer(m, &a, l);
+        if (m->training || i == 0) carve_layer(m, &a, l, m->training ? &m->again : NULL);
         if (!m->training && i > 0 && layer) *l = layer[0];
         float *in = m->training ? carve_floats(&a, own, C) : m->out;
         l->in = in;
     }
     if (m->training) {
         m->dx = carve_floats(&a, own, C);
-        m->dbranch = carve_act(m, &a, rows, C);
-        m->dqkv = carve_act(m, &a, rows, (size_t)m->QKV);
-        m->dswiglu = carve_act(m, &a, rows, (size_t)m->F);
+        m->dqkv = m->dswiglu = carve_act(m, &a, rows, (size_t)(m->QKV > m->F ? m->QKV : m->F));
         int same = m->k->act_bytes == sizeof(float);
         m->dstream = same && is_alone ? m->dx : carve_act(m, &a, rows, C);
         m->dlogits = same ? m->logits : carve_act(m, &a, m->head_rows, (size_t)m->V);
@@ -173,7 +197,8 @@ static struct offsets offsets_of(const struct layout *l) {
     };
 }
 
-static void set_shape(struct model *m, const struct layout *l, int B, int T, int training) {
+static void set_shape(struct model *m, const struct layout *l, int B, int T,
+                      enum model_training training) {
     const struct msg_model *c = &l->model;
     m->config = *c;
     m->layout = *l;
@@ -196,7 +221,8 @@ static void set_shape(struct model *m, const struct layout *l, int B, int T, int
     m->at = offsets_of(l);
 }
 
-size_t model_arena_bytes(const struct layout *l, const struct kernels *kernels, int B, int T, int training) {
+size_t model_arena_bytes(const struct layout *l, const struct kernels *kernels, int B, int T,
+                         enum model_training training) {
     struct model m = { .k = kernels };
     set_shape(&m, l, B, T, training);
     return carve_all(&m, NULL, NULL);
@@ -222,14 +248,15 @@ static int fill_rope(struct model *m, struct err *err) {
 }
 
 struct model *model_create(const struct msg_model *config, const struct kernels *kernels, int B,
-                           int T, int training, struct err *err) {
+                           int T, enum model_training training, struct err *err) {
     struct layout alone;
     layout_init(&alone, config, 1, 0, 1, 0);
     return model_create_piece(&alone, NULL, kernels, B, T, training, err);
 }
 
 struct model *model_create_piece(const struct layout *layout, const struct comm *tensor,
-                                 const struct kernels *kernels, int B, int T, int training, struct err *err) {
+                                 const struct kernels *kernels, int B, int T, enum model_training training,
+                                 struct err *err) {
     const struct msg_model *config = &layout->model;
     assert(B > 0 && T > 0 && (uint32_t)T <= config->sequence);
     assert(layout->tp == 1 || (tensor && tensor->size == layout->tp && T % layout->tp == 0));
@@ -349,26 +376,37 @@ static void spread(const struct model *m, int rows) {
 
 /* ---- forward ----------------------------------------------------------------------------------- */
 
+/* A layer; or again, what of it the backward pass needs and was not kept: the same kernels on the same inputs,
+ * so the same bits. */
 static void layer_forward(struct model *m, const void *w, const struct activations *l, float *out,
-                          const int32_t *start, int B, int T) {
+                          const int32_t *start, int B, int T, int again) {
     const struct kernels *k = m->k;
     int rows = B * T, own = own_rows(m, rows), C = m->C, F = m->F;
+    int norms = !again || !keeps(m, MODEL_AGAIN_NORMS), whole = !again || !keeps(m, MODEL_AGAIN_LAYER);
     float eps = (float)m->config.norm_eps;
     void *norm_att = own_of(m, l->norm_att, rows), *norm_ffn = own_of(m, l->norm_ffn, rows);
     void *branch = own_of(m, m->branch, rows);
     size_t stream = (size_t)own * (size_t)C;
-    k->rmsnorm_forward(k, norm_att, l->rstd_att, l->in, at(m, w, m->at.norm_att), eps, own, C);
-    gather(m, l->norm_att, rows);
-    k->matmul_forward(k, l->qkv, l->norm_att, at(m, w, m->at.qkv), rows, C, m->QKV);
-    k->rope_forward(k, l->qkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
-    k->attention_forward(k, l->att, l->lse, l->qkv, start, B, T, m->H, m->KV, m->D);
-    k->matmul_forward(k, m->branch, l->att, at(m, w, m->at.o), rows, m->A, C);
-    add_up(m, m->branch, rows);
-    k->add(k, l->middle, l->in, branch, stream);
-    k->rmsnorm_forward(k, norm_ffn, l->rstd_ffn, l->middle, at(m, w, m->at.norm_ffn), eps, own, C);
-    gather(m, l->norm_ffn, rows);
-    k->matmul_forward(k, l->gate_up, l->norm_ffn, at(m, w, m->at.gate_up), rows, C, 2 * F);
-    k->swiglu_forward(k, l->swiglu, l->gate_up, rows, F);
+    if (norms) {
+        k->rmsnorm_forward(k, norm_att, l->rstd_att, l->in, at(m, w, m->at.norm_att), eps, own, C);
+        gather(m, l->norm_att, rows);
+    }
+    if (whole) {
+        k->matmul_forward(k, l->qkv, l->norm_att, at(m, w, m->at.qkv), rows, C, m->QKV);
+        k->rope_forward(k, l->qkv, m->cos, m->sin, start, B, T, m->H, m->KV, m->D);
+        if (!again) k->attention_forward(k, l->att, l->lse, l->qkv, start, B, T, m->H, m->KV, m->D);
+        k->matmul_forward(k, m->branch, l->att, at(m, w, m->at.o), rows, m->A, C);
+        add_up(m, m->branch, rows);
+        k->add(k, l->middle, l->in, branch, stream);
+    }
+    if (norms) {
+        k->rmsnorm_forward(k, norm_ffn, l->rstd_ffn, l->middle, at(m, w, m->at.norm_ffn), eps, own, C);
+        gather(m, l->norm_ffn, rows);
+    }
+    if (!again || !keeps(m, MODEL_AGAIN_GATE_UP))
+        k->matmul_forward(k, l->gate_up, l->norm_ffn, at(m, w, m->at.gate_up), rows, C, 2 * F);
+    if (!again || !keeps(m, MODEL_AGAIN_SWIGLU)) k->swiglu_forward(k, l->swiglu, l->gate_up, rows, F);
+    if (again) return;
     k->matmul_forward(k, m->branch, l->swiglu, at(m, w, m->at.down), rows, F, C);
     add_up(m, m->branch, rows);
     k->add(k, out, l->middle, branch, stream);
@@ -402,7 +440,7 @@ static void forward(struct model *m, const int32_t *start, int B, int T) {
     embed(m, rows);
     for (uint32_t i = 0; i < layers; i++)
         layer_forward(m, weights_of(m, 1 + i), &m->layer[i], i + 1 < layers ? m->layer[i + 1].in : m->out,
-                      start, B, T);
+                      start, B, T, 0);
     k->rmsnorm_forward(k, own_of(m, m->norm, rows), m->rstd, m->out, weights_of(m, last_unit(m)),
                        (float)m->config.norm_eps, own_rows(m, rows), m->C);
     gather(m, m->norm, rows);
@@ -600,6 +638,7 @@ int model_backward_units(struct model *m, const struct model_units *units, const
     head_backward(m, rows, grad_scale, write);
     for (uint32_t i = m->config.layers; i-- > 0;) {
         const void *w = weights_of(m, 1 + i);
+        layer_forward(m, w, &m->layer[i], NULL, start, B, T, 1);
         layer_backward(m, w, units->grads(units->arg, 1 + i), &m->layer[i], start, B, T, write);
         units->grads_done(units->arg, 1 + i);
     }

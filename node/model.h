@@ -16,15 +16,27 @@ struct comm;
 struct layout;
 struct model;
 
+/* What is kept for the backward pass, and what is computed again there, the cheapest first: each step has that
+ * of the one before it too. Attention's output and statistics are always kept. Loss and gradients are the same,
+ * bit for bit. */
+enum model_training {
+    MODEL_EVALUATES = 0,     /* nothing is kept, there is no backward pass */
+    MODEL_TRAINS = 1,        /* everything */
+    MODEL_AGAIN_NORMS = 2,   /* not the norms' outputs ... */
+    MODEL_AGAIN_SWIGLU = 3,  /* ... nor SwiGLU's output ... */
+    MODEL_AGAIN_GATE_UP = 4, /* ... nor the product before it, half of a layer's forward FLOP ... */
+    MODEL_AGAIN_LAYER = 5,   /* ... nor anything but a layer's input and attention's output */
+};
+
 /* Take the arena of activations for B sequences of T tokens, once.
  *
  * m         checked with proto_model_check; copied.
  * T         tokens per sequence in [1, m->sequence].
- * training  1 keeps what the backward pass needs of every layer; 0 keeps one layer's worth.
+ * training  what is kept of every layer; MODEL_EVALUATES has one layer's worth.
  * kernels   borrowed until model_destroy.
  * Returns the model, or NULL with ERR_MEMORY (msg says how many bytes). */
 struct model *model_create(const struct msg_model *m, const struct kernels *kernels, int B, int T,
-                           int training, struct err *err);
+                           enum model_training training, struct err *err);
 void model_destroy(struct model *model); /* NULL is fine */
 
 /* The same where parameters and gradients lie as a rank of a mesh holds them (layout.h; copied). Its
@@ -33,11 +45,12 @@ void model_destroy(struct model *model); /* NULL is fine */
  * tensor  their group, borrowed until model_destroy; may be NULL where it is one. tp divides T. What fails in
  *         it is for whoever made it to see. */
 struct model *model_create_piece(const struct layout *layout, const struct comm *tensor,
-                                 const struct kernels *kernels, int B, int T, int training, struct err *err);
+                                 const struct kernels *kernels, int B, int T, enum model_training training,
+                                 struct err *err);
 
 /* Bytes that model_create_piece takes for its arena. */
 size_t model_arena_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T,
-                         int training);
+                         enum model_training training);
 
 /* Where the weights of a unit (layout.h: embedding, layers, final norm with head) are, for a caller that does
  * not hold them all, and where their gradient goes. A pass asks for units in order of the layers and, going

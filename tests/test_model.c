@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "node/layout.h"
 #include "node/model.h"
 #include "proto/model.h"
 
@@ -239,6 +240,45 @@ static void gradients_of_micro_batches_add_up(void **state) {
     free(twice);
 }
 
+/* What is not kept is computed again by the same kernels from the same inputs: no bit may differ, in either
+ * precision, with documents and without. And each step takes less memory than the one before. */
+static void computing_again_changes_no_bit(void **state) {
+    (void)state;
+    struct msg_model m = tiny(1);
+    size_t n = (size_t)proto_model_elements(&m);
+    float *init = malloc(n * sizeof *init), *grads[2] = { malloc(n * sizeof(float)), malloc(n * sizeof(float)) };
+    int32_t tokens[2 * 7];
+    fill_tokens(tokens, 14, m.vocabulary);
+    model_init_elements(&m, 0.3f, 3, 0, n, init);
+    struct kernels *backend[] = { kernels_cpu_create(2, NULL), kernels_cpu_bf16_create(2, 0, NULL) };
+    for (int i = 0; i < 4; i++) {
+        const struct kernels *k = backend[i / 2];
+        void *params = k->alloc(k, n * 4, NULL);
+        uint16_t *rest = k->rest_bytes ? k->alloc(k, n * 2, NULL) : NULL;
+        struct model_loss loss[2];
+        size_t bytes = SIZE_MAX;
+        struct layout alone;
+        layout_init(&alone, &m, 1, 0, 1, 0);
+        k->weights_in(k, params, rest, init, n);
+        for (enum model_training t = MODEL_TRAINS; t <= MODEL_AGAIN_LAYER; t++) {
+            int which = t > MODEL_TRAINS;
+            struct model *model = model_create(&m, k, 2, 6, t, NULL);
+            assert_non_null(model);
+            model_set_objective(model, &(struct model_objective){ .document_end = i % 2 ? 4 : -1 });
+            assert_int_equal(model_backward(model, params, grads[which], tokens, 2, 6, 0.1f, KERNELS_SET,
+                                            &loss[which], NULL), 0);
+            if (which) assert_memory_equal(grads[0], grads[1], n * sizeof(float));
+            assert_true(loss[0].nats == loss[which].nats);
+            assert_true(model_arena_bytes(&alone, k, 2, 6, t) < bytes);
+            bytes = model_arena_bytes(&alone, k, 2, 6, t);
+            model_destroy(model);
+        }
+        k->free(k, params), k->free(k, rest);
+    }
+    for (int i = 0; i < 2; i++) free(grads[i]), backend[i]->destroy(backend[i]);
+    free(init);
+}
+
 /* ---- against PyTorch --------------------------------------------------------------------------- */
 
 /* REFERENCE names another folder of vectors, as `make test-reference` does. */
@@ -422,6 +462,7 @@ int main(void) {
         cmocka_unit_test(initial_values_do_not_depend_on_the_ranges_asked_for),
         cmocka_unit_test(gradients_match_finite_differences),
         cmocka_unit_test(gradients_of_micro_batches_add_up),
+        cmocka_unit_test(computing_again_changes_no_bit),
         cmocka_unit_test(network_is_hugging_faces_llama),
         cmocka_unit_test(network_is_hugging_faces_llama_on_the_fast_backend),
     };
