@@ -178,7 +178,6 @@ void cpu_describe_bf16(struct cpu *cpu, int stochastic) {
     unsigned vector = (unsigned)dnnl_cpu_isa_avx512_core_bf16;
     const dnnl_version_t *version = dnnl_version();
     cpu->native_bf16 = (isa & vector) == vector;
-    cpu->attention_bf16 = cpu->native_bf16 && cpu_attention_bf16_can();
     snprintf(cpu->description, sizeof cpu->description,
              "oneDNN %d.%d.%d, bf16%s, products by %s%s, %d thread%s",
              version->major, version->minor, version->patch,

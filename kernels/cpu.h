@@ -44,8 +44,8 @@ struct cpu {
     unsigned product_next;         /* which one to replace when all are taken */
     void *buffer[CPU_BUFFERS];     /* operands on their way; they grow */
     size_t buffer_bytes[CPU_BUFFERS];
-    int native_bf16;               /* with bf16: the processor multiplies it itself; for attention it ... */
-    int attention_bf16;            /* ... must have AVX512-BF16 */
+    int native_bf16;               /* with bf16: the processor multiplies it itself */
+    int plain_attention;           /* for tests: as where there is no AVX-512 */
 };
 
 static inline struct cpu *cpu_of(const struct kernels *k) {
@@ -130,17 +130,26 @@ void cpu_vocabulary_part(const struct kernels *k, struct kernels_part *part, con
 void cpu_vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                          const int32_t *targets, const struct kernels_part *part, int own, int parts,
                          const struct kernels_loss *how, int rows, int V);
-/* In bf16, where cpu_attention_bf16_can(), for heads up to this size. */
-#define CPU_ATTENTION_BF16_D_MAX 1024
+/* The same with AVX-512, and in bf16 with AVX512-BF16; _can: on this processor, and for heads of this size. */
+#define CPU_ATTENTION_D_MAX 1024
 #if defined(__x86_64__) && defined(__GNUC__)
-int cpu_attention_bf16_can(void);
+int cpu_attention_512_can(int D);
+void cpu_attention_512_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
+                               const int32_t *start, int B, int T, int H, int KV, int D);
+void cpu_attention_512_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
+                                const void *out, const float *lse, const int32_t *start, int B, int T, int H,
+                                int KV, int D);
+int cpu_attention_bf16_can(int D);
 void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                                 const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                                  const void *out, const float *lse, const int32_t *start, int B, int T,
                                  int H, int KV, int D);
 #else
-#define cpu_attention_bf16_can() 0
+#define cpu_attention_512_can(D) 0
+#define cpu_attention_512_forward(...) ((void)0)
+#define cpu_attention_512_backward(...) ((void)0)
+#define cpu_attention_bf16_can(D) 0
 #define cpu_attention_bf16_forward(...) ((void)0)
 #define cpu_attention_bf16_backward(...) ((void)0)
 #endif

@@ -1,4 +1,5 @@
-/* cpu_attention.c - causal grouped-query attention of the CPU backend. Queries are taken in blocks
+/* cpu_attention.c - causal grouped-query attention of the CPU backend, where there is no AVX-512
+ * (cpu_attention_512.c). Queries are taken in blocks
  * of BLOCK rows against the keys from where the first row's document begins to the block's end, so a
  * thread holds BLOCK x T scores at most (two of them backward), never [T,T] for every head. The
  * products are oneDNN's, one thread each; threads share out the heads. */
@@ -97,6 +98,10 @@ static void forward_block(struct cpu *cpu, float *out, float *lse, const float *
 void cpu_attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                            const int32_t *start, int B, int T, int H, int KV, int D) {
     struct cpu *cpu = cpu_of(k);
+    if (!cpu->plain_attention && cpu_attention_512_can(D)) {
+        cpu_attention_512_forward(k, out, lse, qkv, start, B, T, H, KV, D);
+        return;
+    }
     float *scratch = cpu_scratch(cpu, (size_t)BLOCK * T);
     if (!scratch) return;
     int threads = threads_for(cpu, B, T, H, D), blocks = (T + BLOCK - 1) / BLOCK;
@@ -173,6 +178,10 @@ void cpu_attention_backward(const struct kernels *k, void *dqkv, const void *dou
                             const void *out, const float *lse, const int32_t *start, int B, int T, int H,
                             int KV, int D) {
     struct cpu *cpu = cpu_of(k);
+    if (!cpu->plain_attention && cpu_attention_512_can(D)) {
+        cpu_attention_512_backward(k, dqkv, dout, qkv, out, lse, start, B, T, H, KV, D);
+        return;
+    }
     float *scratch = cpu_scratch(cpu, 2 * (size_t)BLOCK * T);
     if (!scratch) return;
     int threads = threads_for(cpu, B, T, H, D), before = cpu_use_threads(threads);

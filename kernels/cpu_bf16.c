@@ -122,7 +122,7 @@ static void matmul_backward_weight(const struct kernels *k, float *dw, const voi
 static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                               const int32_t *start, int B, int T, int H, int KV, int D) {
     struct cpu *cpu = cpu_of(k);
-    if (cpu->attention_bf16 && D <= CPU_ATTENTION_BF16_D_MAX) {
+    if (cpu->native_bf16 && cpu_attention_bf16_can(D)) {
         cpu_attention_bf16_forward(k, out, lse, qkv, start, B, T, H, KV, D);
         return;
     }
@@ -140,7 +140,7 @@ static void attention_backward(const struct kernels *k, void *dqkv, const void *
                                const void *out, const float *lse, const int32_t *start, int B, int T, int H,
                                int KV, int D) {
     struct cpu *cpu = cpu_of(k);
-    if (cpu->attention_bf16 && D <= CPU_ATTENTION_BF16_D_MAX) {
+    if (cpu->native_bf16 && cpu_attention_bf16_can(D)) {
         cpu_attention_bf16_backward(k, dqkv, dout, qkv, out, lse, start, B, T, H, KV, D);
         return;
     }

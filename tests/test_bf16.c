@@ -31,7 +31,6 @@ static struct kernels *create(int threads, int stochastic, int native) {
         return NULL;
     }
     cpu_of(k)->native_bf16 = native;
-    if (!native) cpu_of(k)->attention_bf16 = 0;
     return k;
 }
 
