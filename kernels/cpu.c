@@ -9,6 +9,7 @@
 #include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 /* ---- state ---- */
 
@@ -49,6 +50,22 @@ void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes) {
     return cpu->buffer[which] = grown;
 }
 
+/* In huge pages where the system gives them on request: what is walked through once a step is then not mapped page
+ * by page. */
+static void *alloc_large(const struct kernels *k, size_t bytes, struct err *err) {
+    size_t page = (size_t)2 << 20, rounded = (bytes + page - 1) / page * page;
+    if (bytes < 2 * page || rounded < bytes) return kernels_reference()->alloc(k, bytes, err);
+    void *p = aligned_alloc(page, rounded);
+    if (!p) {
+        err_set(err, ERR_MEMORY, "no memory for a tensor of %zu bytes", bytes);
+        return NULL;
+    }
+#ifdef MADV_HUGEPAGE
+    madvise(p, rounded, MADV_HUGEPAGE);
+#endif
+    return memset(p, 0, bytes);
+}
+
 /* ---- matrix products ---- */
 
 int cpu_use_threads(int threads) {
@@ -70,11 +87,13 @@ void cpu_gemm(struct cpu *cpu, char op_a, char op_b, int m, int n, int k, float 
                 (int)status);
 }
 
+#define PRIMITIVE_ROWS_MIN 128
+
 /* Few rows, of as many shapes as there are prompts, go without a primitive prepared for each. */
 static void multiply(const struct kernels *k, struct cpu_product_key key, const float *A, const float *B,
                      float *C) {
     struct cpu *cpu = cpu_of(k);
-    if (key.m >= CPU_PACK_ROWS_MIN) {
+    if (key.m >= PRIMITIVE_ROWS_MIN) {
         cpu_multiply(cpu, key, A, B, C);
         return;
     }
@@ -210,6 +229,7 @@ struct kernels *kernels_cpu_create(int threads, struct err *err) {
     }
     k->name = "cpu";
     k->description = cpu->description;
+    k->alloc = alloc_large;
     k->check = check;
     k->destroy = destroy;
     k->matmul_forward = matmul_forward;

@@ -28,7 +28,6 @@ struct cpu_product {
     size_t packed_bytes;           /* ... which is so large */
 };
 #define CPU_PRODUCTS_MAX 64
-#define CPU_PACK_ROWS_MIN 128 /* of A: from here on B is packed first */
 enum cpu_buffer { CPU_WIDE_A, CPU_WIDE_B, CPU_WIDE_C, CPU_PACKED, CPU_BUFFERS };
 
 struct cpu {
@@ -130,7 +129,7 @@ void cpu_vocabulary_part(const struct kernels *k, struct kernels_part *part, con
 void cpu_vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                          const int32_t *targets, const struct kernels_part *part, int own, int parts,
                          const struct kernels_loss *how, int rows, int V);
-/* The same with AVX-512, and in bf16 with AVX512-BF16; _can: on this processor, and for heads of this size. */
+/* The same with AVX-512, and in bf16 with AVX512-BF16; _can: this processor, for heads of this size. */
 #define CPU_ATTENTION_D_MAX 1024
 #if defined(__x86_64__) && defined(__GNUC__)
 int cpu_attention_512_can(int D);

@@ -4,7 +4,8 @@
  * oneDNN packs B for itself in each block of rows, so that with many rows it is cheaper to hand it over
  * packed: at 4096 rows, one core of AVX512-BF16, that is 210 to 220 GFLOP/s instead of 195 to 210 in bf16 and
  * 110 instead of 100 in fp32, and packing takes 1 % of 2048 rows. A copy kept from one optimizer step to the
- * next would save that one percent for the bytes of a weight. */
+ * next would save that one percent for the bytes of a weight. With few rows packing takes longer than it saves:
+ * at the head of 1b, 130 rows at a time, logits took twice as long with it. */
 #include "kernels/cpu.h"
 
 #include <oneapi/dnnl/dnnl.h>
@@ -88,6 +89,10 @@ static int pack_prepare(struct cpu *cpu, struct cpu_product *p, desc_pointer pla
     return failed ? -1 : 0;
 }
 
+static int is_packed(struct cpu_product_key key) {
+    return key.m >= (key.transposed_b ? 1024 : 512);
+}
+
 /* [m,k] x [k,n], each stored as it is or transposed. */
 static int product_prepare(struct cpu *cpu, struct cpu_product *p, struct cpu_product_key key) {
     dnnl_memory_desc_t d[3] = { 0 }, plain = { 0 };
@@ -96,8 +101,8 @@ static int product_prepare(struct cpu *cpu, struct cpu_product *p, struct cpu_pr
     dnnl_data_type_t in = key.bf16 ? dnnl_bf16 : dnnl_f32, out = key.bf16_out ? dnnl_bf16 : dnnl_f32;
     int failed = describe_operand(&d[0], in, key.m, key.k, key.transposed_a) ||
                  describe_operand(&plain, in, key.k, key.n, key.transposed_b) ||
-                 (key.m < CPU_PACK_ROWS_MIN ? describe_operand(&d[1], in, key.k, key.n, key.transposed_b)
-                                            : describe_any(&d[1], in, key.k, key.n)) ||
+                 (is_packed(key) ? describe_any(&d[1], in, key.k, key.n)
+                                 : describe_operand(&d[1], in, key.k, key.n, key.transposed_b)) ||
                  describe_operand(&d[2], out, key.m, key.n, 0) || describe_sum(&attr, key.add) ||
                  describe_product(&description, cpu->engine, d, attr) ||
                  dnnl_primitive_create(&p->primitive, description);

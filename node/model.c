@@ -18,7 +18,7 @@
 /* Logits are the largest tensor of a model with a large vocabulary, so the head works on so many
  * rows at a time that they stay under this many elements; loss and gradient are done before the
  * next rows. */
-#define HEAD_ELEMENTS_MAX ((size_t)16 << 20)
+#define HEAD_ELEMENTS_MAX ((size_t)32 << 20)
 
 /* What one layer keeps for its backward pass; rows = B*T; H, KV, F: the rank's. `void *` are activations as
  * the backend keeps them. */

@@ -198,7 +198,8 @@ static void compare_products(const struct kernels *k, int rows, int C, int OC, i
 static void products_are_the_references_on_rounded_operands(void **state) {
     (void)state;
     static const int shape[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 64, 64, 64 }, { 65, 33, 129 }, { 1, 300, 17 },
-                                    { 200, 2, 31 }, { 130, 100, 200 }, { 150, 77, 45 } };
+                                    { 200, 2, 31 }, { 130, 100, 200 }, { 150, 77, 45 }, { 513, 30, 21 },
+                                    { 1030, 34, 50 }, { 70, 1100, 90 } };
     struct kernels *backend[] = { cuda(PLANES), create(1, 0, 0), create(3, 0, 0), create(1, 0, 1), create(3, 0, 1) };
     for (size_t b = 0; b < sizeof backend / sizeof *backend; b++) {
         if (!backend[b]) continue;

@@ -490,7 +490,7 @@ static void compare_elementwise(const struct kernels *k, size_t n) {
 
 static void compare_on_odd_shapes(struct kernels *k) {
     static const int shape[][3] = { { 1, 1, 1 }, { 1, 64, 3 }, { 37, 19, 1 }, { 129, 65, 130 },
-                                    { 140, 1, 200 } };
+                                    { 140, 1, 200 },   { 1030, 20, 30 } };
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++) {
         const int *s = shape[i];
         compare_matmul(k, s[0], s[1], s[2]);
