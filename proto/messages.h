@@ -53,13 +53,14 @@
     F(U8, rope_type, 2) F(F64, rope_factor, 0) F(F64, rope_low_factor, 0)                          \
     F(F64, rope_high_factor, 0) F(U32, rope_original, 1u << 20)
 
-/* Settings of inner training; lr follows committed tokens (schedule: WSD, arXiv:2404.06395). */
+/* Settings of inner training; lr follows committed tokens. */
 #define FIELDS_inner(F, L)                                                                         \
     F(U32, batch, 65536)            /* samples per inner step */                                   \
     F(F64, lr, 0) F(F64, beta1, 0) F(F64, beta2, 0) F(F64, eps, 0) F(F64, weight_decay, 0)         \
     F(F64, clip, 0)                 /* global norm; 0 = none */                                    \
     F(F64, z_loss, 0) F(F64, max_z_loss, 0) /* weights of what is added to the loss; 0 = none */   \
-    F(U64, warmup_tokens, 0) F(U64, decay_tokens, 0) F(U64, total_tokens, 0)
+    F(U64, warmup_tokens, 0) F(U64, decay_tokens, 0) F(U64, total_tokens, 0)                       \
+    F(U8, schedule, 2)              /* enum inner_schedule */
 
 /* Settings of the outer step. Times in milliseconds. */
 #define FIELDS_outer(F, L)                                                                         \
@@ -385,6 +386,9 @@ enum ledger_kind {
     LEDGER_GENESIS = 0, LEDGER_DELEGATION = 1, LEDGER_ENROLMENT = 2, LEDGER_REVOCATION = 3,
     LEDGER_COMMIT = 4, LEDGER_CHECKPOINT = 5, LEDGER_QUARANTINE = 6, LEDGER_REWIND = 7
 };
+
+/* How the inner learning rate goes on after its warm-up: node/schedule.h. */
+enum inner_schedule { SCHEDULE_WSD = 0, SCHEDULE_COSINE = 1, SCHEDULE_CONSTANT = 2 };
 
 /* The outer learning rate of a round: 0 = the setting; 1 = the setting times the square root of the round's
  * weight over that of the rounds before, where that is under 2/3 or over 3/2 (docs/flow.md). */

@@ -160,6 +160,9 @@ int proto_inner_check(const struct msg_inner *in, struct err *err) {
         check_rate("z_loss", in->z_loss, true, 1, err) ||
         check_rate("max_z_loss", in->max_z_loss, true, 1, err))
         return -1;
+    if (in->schedule > SCHEDULE_CONSTANT)
+        return err_set(err, ERR_CONFIG, "inner.schedule is %u; allowed are 0 to %d", in->schedule,
+                       SCHEDULE_CONSTANT);
     if (in->total_tokens && in->decay_tokens > in->total_tokens)
         return err_set(err, ERR_CONFIG, "inner.decay_tokens %llu is more than inner.total_tokens %llu",
                        (unsigned long long)in->decay_tokens, (unsigned long long)in->total_tokens);

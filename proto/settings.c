@@ -16,7 +16,7 @@
 
 #include "proto/model.h"
 
-enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U32, U64, F32, F64, SECONDS };
+enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U8_SCHEDULE, U32, U64, F32, F64, SECONDS };
 
 struct setting {
     const char *section, *key;
@@ -111,11 +111,14 @@ static const struct setting table[] = {
     { "inner", "total_tokens", U64, AT(inner.total_tokens), 1, 9e18, SEALED,
       "(the tokens of the corpus)",
       "Tokens of the whole run: it ends there, or when every sample is spent." },
+    { "inner", "schedule", U8_SCHEDULE, AT(inner.schedule), 0, 2, SEALED, NULL,
+      "How the learning rate goes on after the warm-up: wsd (stays, then falls over decay_tokens: a run can\n"
+      "be prolonged before that), cosine (falls from there to the end), constant." },
     { "inner", "warmup_tokens", U64, AT(inner.warmup_tokens), 0, 9e18, SEALED,
       "(1 % of total_tokens)", "The learning rate rises for so many tokens. 0: early divergence." },
     { "inner", "decay_tokens", U64, AT(inner.decay_tokens), 0, 9e18, SEALED,
       "(20 % of total_tokens)",
-      "It falls over the last so many tokens. 0: the loss stays where noise keeps it; all of them:\n"
+      "wsd: it falls over the last so many tokens. 0: the loss stays where noise keeps it; all of them:\n"
       "little is learnt at the full rate." },
 
     { "outer", "mode", TEXT, AT(mode), 1, 15, FREE, NULL,
@@ -216,6 +219,7 @@ static const char *const codec_name[] = { "fp32", "int8" };
 static const char *const rule_name[] = { "constant", "sqrt" };
 static const char *const weights_name[] = { "fp32", "bf16" };
 static const char *const rope_name[] = { "default", "linear", "llama3" };
+static const char *const schedule_name[] = { "wsd", "cosine", "constant" };
 
 void settings_init(struct settings *s) {
     memset(s, 0, sizeof *s);
@@ -267,6 +271,7 @@ static void describe_allowed(const struct setting *t, char *out, size_t size) {
     case U8_RULE: snprintf(out, size, "constant and sqrt"); return;
     case U8_ROPE: snprintf(out, size, "default, linear and llama3"); return;
     case U8_WEIGHTS: snprintf(out, size, "fp32 and bf16"); return;
+    case U8_SCHEDULE: snprintf(out, size, "wsd, cosine and constant"); return;
     case U32:
     case U64: snprintf(out, size, "whole numbers from %.0f to %.0f", t->min, t->max); return;
     case SECONDS: snprintf(out, size, "seconds from %g to %g", t->min, t->max); return;
@@ -347,6 +352,7 @@ static bool store_value(struct settings *s, const struct setting *t, const char 
     case U8_RULE: return parse_name(text, rule_name, 2, (uint8_t *)field);
     case U8_ROPE: return parse_name(text, rope_name, 3, (uint8_t *)field);
     case U8_WEIGHTS: return parse_name(text, weights_name, 2, (uint8_t *)field);
+    case U8_SCHEDULE: return parse_name(text, schedule_name, 3, (uint8_t *)field);
     case U32:
     case U64: return store_whole(field, t, text);
     case F32:
@@ -608,6 +614,7 @@ static void format_value(const struct settings *s, const struct setting *t, char
     case U8_RULE: snprintf(out, size, "%s", rule_name[*(const uint8_t *)field & 1]); return;
     case U8_ROPE: snprintf(out, size, "%s", rope_name[*(const uint8_t *)field % 3]); return;
     case U8_WEIGHTS: snprintf(out, size, "%s", weights_name[*(const uint8_t *)field & 1]); return;
+    case U8_SCHEDULE: snprintf(out, size, "%s", schedule_name[*(const uint8_t *)field % 3]); return;
     case U32: snprintf(out, size, "%u", *(const uint32_t *)field); return;
     case U64:
         snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)field);
@@ -675,7 +682,8 @@ static size_t value_size(const struct setting *t) {
     case U8_CODEC:
     case U8_RULE:
     case U8_ROPE:
-    case U8_WEIGHTS: return 1;
+    case U8_WEIGHTS:
+    case U8_SCHEDULE: return 1;
     case U32:
     case F32:
     case SECONDS: return 4;

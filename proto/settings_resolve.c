@@ -161,6 +161,7 @@ static int default_inner(struct settings *s, const struct corpus_facts *corpus, 
     DEFAULT(inner.clip, in.clip);
     DEFAULT(inner.z_loss, in.z_loss);
     DEFAULT(inner.max_z_loss, in.max_z_loss);
+    DEFAULT(inner.schedule, in.schedule);
     DEFAULT(inner.warmup_tokens, known ? in.warmup_tokens : 0);
     DEFAULT(inner.decay_tokens, known ? in.decay_tokens : 0);
     DEFAULT(init_std, init_std);

@@ -162,6 +162,23 @@ static void schedule_warms_up_stays_and_decays(void **state) {
     assert_true(schedule_lr(&in, 0) == 1e-2);
 }
 
+static void schedule_can_be_a_cosine_or_constant(void **state) {
+    (void)state;
+    struct msg_inner in = settings();
+    in.schedule = SCHEDULE_COSINE;
+    assert_true(fabs(schedule_lr(&in, 50) - 5.5e-3) < 1e-12);
+    assert_true(schedule_lr(&in, 100) == 1e-2);
+    assert_true(fabs(schedule_lr(&in, 100 + 9900 / 2) - 5e-3) < 1e-12); /* half way */
+    assert_true(fabs(schedule_lr(&in, 100 + 9900 / 3) - 7.5e-3) < 1e-12);
+    assert_true(schedule_lr(&in, 9999) == 1e-4 && schedule_lr(&in, UINT64_MAX) == 1e-4);
+    in.warmup_tokens = in.total_tokens;
+    assert_true(schedule_lr(&in, 9999) < 1e-2 && schedule_lr(&in, 10000) == 1e-4);
+    in = settings();
+    in.schedule = SCHEDULE_CONSTANT;
+    assert_true(fabs(schedule_lr(&in, 50) - 5.5e-3) < 1e-12);
+    assert_true(schedule_lr(&in, 9999) == 1e-2 && schedule_lr(&in, UINT64_MAX) == 1e-2);
+}
+
 static void impossible_settings_are_refused(void **state) {
     (void)state;
     struct msg_model m = tiny();
@@ -174,6 +191,10 @@ static void impossible_settings_are_refused(void **state) {
     in.lr = NAN;
     assert_null(engine_create(&m, &in, kernels_reference(), &err));
     assert_non_null(strstr(err.msg, "lr"));
+    in = settings();
+    in.schedule = 3;
+    assert_null(engine_create(&m, &in, kernels_reference(), &err));
+    assert_non_null(strstr(err.msg, "schedule"));
     in = settings();
     in.decay_tokens = in.total_tokens + 1;
     assert_null(engine_create(&m, &in, kernels_reference(), &err));
@@ -508,6 +529,7 @@ int main(void) {
         cmocka_unit_test(a_batch_without_a_target_changes_nothing_but_decay),
         cmocka_unit_test(z_loss_is_trained_on_and_reported_apart),
         cmocka_unit_test(schedule_warms_up_stays_and_decays),
+        cmocka_unit_test(schedule_can_be_a_cosine_or_constant),
         cmocka_unit_test(impossible_settings_are_refused),
         cmocka_unit_test(training_lowers_the_loss),
         cmocka_unit_test(first_step_is_adamws),

@@ -99,6 +99,7 @@ check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m
 # What a person gets wrong.
 expect 2 'inner.lr is 0.5 .*take another folder' train --out whole --set inner.lr=0.5
 expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
+expect 2 'wsd, cosine and constant' train --out new --set inner.schedule=linear
 expect 2 'model.sequence' train --out new --set model.sequence=16
 expect 2 "shard is 'some'; allowed are none, optimizer, gradients, full" train --out new --shard some
 expect 2 'dp.*from 1 to 64' train --out new --dp 0
