@@ -199,8 +199,9 @@ struct rooting {
 };
 /* ERR_CORRUPT: the genesis names no chunks. rooting_end() in any case. */
 int rooting_begin(struct rooting *r, const struct msg_genesis *g, bool narrowed, struct err *err);
-/* The next file, of elements [first, first + count) from byte `data` (a multiple of 4) on: fp32, weights bf16.
- * Those of a vector come in its order, and of the vectors weights, anchor, momentum; weights only where narrowed. */
+/* The next file, of elements [first, first + count) from byte `data` (a multiple of 4) on: fp32, weights
+ * bf16. Those of a vector come in its order, and of the vectors weights (only where narrowed), anchor,
+ * momentum. */
 void rooting_file(struct rooting *r, enum ckpt_which which, uint64_t data, uint64_t first, uint64_t count);
 /* A taker of object_stream()'s blocks. */
 int rooting_block(void *rooting, uint64_t offset, const void *data, size_t n, struct err *err);

@@ -1,6 +1,6 @@
-/* root.c - the root of a state, and bf16 weights beside their anchor, from the files of a checkpoint as they pass
- * by once. A leaf of the digest tree covers a chunk of the anchor and the same of the momentum, which lie in
- * different files: its digest stays open from the one to the other. */
+/* root.c - the root of a state, and bf16 weights beside their anchor, from the files of a checkpoint as
+ * they pass by once. A leaf of the digest tree covers a chunk of the anchor and the same of the momentum,
+ * which lie in different files: its digest stays open from the one to the other. */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +12,8 @@ int rooting_begin(struct rooting *r, const struct msg_genesis *g, bool narrowed,
     uint64_t elements = proto_model_elements(g->model);
     *r = (struct rooting){.narrowed = narrowed, .chunk_bytes = chunk * 4};
     if (chunk == 0 || (elements - 1) / chunk >= PROTO_CHUNKS_MAX)
-        return err_set(err, ERR_CORRUPT, "genesis: %" PRIu64 " elements in chunks of %" PRIu64, elements, chunk);
+        return err_set(err, ERR_CORRUPT, "genesis: %" PRIu64 " elements in chunks of %" PRIu64, elements,
+                       chunk);
     r->chunks = (size_t)((elements - 1) / chunk) + 1;
     r->stream = aligned_alloc(_Alignof(struct digest_stream), r->chunks * sizeof *r->stream);
     r->leaf = calloc(r->chunks, sizeof *r->leaf);

@@ -196,20 +196,22 @@ struct hashing {
 static int hash_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
     struct hashing *h = arg;
     const struct ckpt_blob *header = &h->file->header;
-    size_t of_header = offset >= header->length ? 0 : n < header->length - offset ? n : header->length - offset;
+    uint64_t left = offset < header->length ? header->length - offset : 0;
+    size_t of_header = n < left ? n : (size_t)left;
     if (of_header && memcmp(data, header->data + offset, of_header))
         return err_set(err, ERR_CORRUPT, "%.120s: the store gives back another header", h->file->name);
     digest_stream_update(&h->stream, data, n);
     return aborted(h->writer, err) ? -1 : rooting_block(h->root, offset, data, n, err);
 }
 
-static int complete_file(struct ckpt_writer *w, struct file *f, struct manifest_object *o, struct rooting *root,
-                         struct err *err) {
+static int complete_file(struct ckpt_writer *w, struct file *f, struct manifest_object *o,
+                         struct rooting *root, struct err *err) {
     struct hashing h = {.writer = w, .file = f, .root = root};
+    enum ckpt_which which = f->momentum ? CKPT_MOMENTUM
+                          : f->dtype == SAFETENSORS_BF16 ? CKPT_WEIGHTS : CKPT_ANCHOR;
     if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
     f->completed = true;
-    rooting_file(root, f->momentum ? CKPT_MOMENTUM : f->dtype == SAFETENSORS_BF16 ? CKPT_WEIGHTS : CKPT_ANCHOR,
-                 f->header.length, f->first, f->count);
+    rooting_file(root, which, f->header.length, f->first, f->count);
     digest_stream_init(&h.stream);
     if (object_stream(w->store, f->name, 0, o->bytes, hash_block, &h, err)) return -1;
     o->digest = digest_stream_final(&h.stream);

@@ -14,6 +14,7 @@
  *   channel.c     the channel, and plain connections beside it
  *   train.c       matrix products and training steps
  *   checkpoint.c  checkpoints and a trainer's own state
+ *   store.c       an object store behind a network, beside curl
  *   fleet.h       a coordinator and light members, for what follows: fleet.c, member*.c, profile.c
  *   step.c        the whole outer step between members
  *   handover.c    a killed aggregator
@@ -154,6 +155,11 @@ int bench_matmul(struct bench *b, int preset, struct err *err);
 int bench_debug(struct bench *b, int threads, struct err *err);
 int bench_10m(struct bench *b, int threads, struct err *err);
 int bench_checkpoint(struct bench *b, int unused, struct err *err);
+int bench_storing(struct bench *b, int unused, struct err *err);
+/* The object store that BENCH_STORE names, where the case above runs and checkpoints of `stall` go; NULL: none. */
+const char *bench_store(void);
+/* The URL of a place below it; only where there is one. */
+void bench_store_below(const char *name, char *out, size_t size);
 /* members, + STEP_ON_DISK where their state is on the disk and not in memory. */
 #define STEP_ON_DISK 100
 int bench_step(struct bench *b, int members, struct err *err);

@@ -55,6 +55,7 @@ static const struct {
     {"coordinator", bench_load, 0},
     {"join", bench_join, 0},
     {"stall", bench_stall, 0},
+    {"store", bench_storing, 0}, /* where BENCH_STORE names one */
     {"handover.60s", bench_handover, 60, true}, /* outer.silence_seconds as it is by default */
 };
 #define CASES (sizeof cases / sizeof *cases)

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "coordinator/run.h"
 #include "tests/bench/member.h"
@@ -84,10 +85,12 @@ static void store_path(const struct member *m, char out[FLEET_PATH_BYTES + 32]) 
 }
 
 static void begin_checkpoint(struct member *m) {
-    char path[FLEET_PATH_BYTES + 32], url[FLEET_PATH_BYTES + 48];
+    char path[FLEET_PATH_BYTES + 32], url[PROTO_URL_BYTES_MAX + 1], name[64];
     struct sync_view v;
     store_path(m, path);
     snprintf(url, sizeof url, "file://%s", path);
+    snprintf(name, sizeof name, "stall-%d-%u", (int)getpid(), m->real.checkpoints_begun);
+    if (bench_store()) bench_store_below(name, url, sizeof url); /* each is of the same state */
     sync_look(m->sync, &v);
     struct msg_checkpoint_write write = {.index = v.state_index, .root = v.state_root,
                                          .url = proto_str(url), .round = v.round};

@@ -12,6 +12,11 @@
 #define REST_S 0.5
 #define PATIENCE_S 60.0
 #define ASKED_MS 20
+#define ASKED_SLOWER 2
+
+struct window {
+    double begin_s, end_s, late_s;
+};
 
 static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -27,6 +32,17 @@ static double median_gap(const struct fleet_member *m) {
     double middle_one = gap[count / 2];
     free(gap);
     return middle_one;
+}
+
+/* Steps a second of those that ended between the two. */
+static double speed(const struct fleet_member *m, const struct window *w) {
+    uint32_t first = 0, last = 0;
+    for (uint32_t i = 1; i < m->inner_steps && m->inner_step_s[i] <= w->end_s; i++) {
+        if (m->inner_step_s[i] < w->begin_s) continue;
+        if (!first) first = i;
+        last = i;
+    }
+    return last > first ? (last - first) / (m->inner_step_s[last] - m->inner_step_s[first]) : 0;
 }
 
 /* Of the steps that were under way between the two. */
@@ -49,10 +65,6 @@ static int wait_steps(struct fleet *f, uint32_t steps, struct err *err) {
     }
     return 0;
 }
-
-struct window {
-    double begin_s, end_s, late_s;
-};
 
 static int without(struct fleet *f, double seconds, struct window *w, struct err *err) {
     struct fleet_member *m = &f->member[0];
@@ -80,9 +92,11 @@ static int with(struct fleet *f, struct window *w, struct err *err) {
 static void add_rows(struct bench *b, const struct fleet *f, const struct window *quiet,
                      const struct window *writing) {
     const struct fleet_member *m = &f->member[0];
-    struct series stall = {0}, calm = {0}, late = {0}, calm_late = {0}, took = {0};
+    struct series stall = {0}, calm = {0}, late = {0}, calm_late = {0}, took = {0}, share = {0};
     double median = median_gap(m);
     for (int i = 0; i < CHECKPOINTS; i++) {
+        double calm_speed = speed(m, &quiet[i]);
+        if (calm_speed > 0) series_add(&share, 100 * (1 - speed(m, &writing[i]) / calm_speed));
         series_add(&stall, 1e3 * (longest_gap(m, writing[i].begin_s, writing[i].end_s) - median));
         series_add(&calm, 1e3 * (longest_gap(m, quiet[i].begin_s, quiet[i].end_s) - median));
         series_add(&late, 1e3 * writing[i].late_s);
@@ -95,6 +109,9 @@ static void add_rows(struct bench *b, const struct fleet *f, const struct window
     row_value(b, "    the agent's loop held up, longest turn", "ms", &late, ASKED_MS);
     row_note(b, "without a checkpoint best %.2f, median %.2f ms; a checkpoint took %.2f s",
              smallest(&calm_late), middle(&calm_late), middle(&took));
+    if (!share.count) return; /* too short to hold two steps */
+    row_value(b, "    training slower while one is written", "%", &share, ASKED_SLOWER);
+    row_note(b, "steps a second of as long without one; other processes on these cores count, a store's too");
 }
 
 static int run(struct bench *b, struct fleet *f, const char *folder, const char *corpus,
