@@ -429,14 +429,16 @@ static void a_vocabulary_in_parts_gives_the_loss_of_the_whole(void **state) {
     (void)state;
     struct err err = { 0 };
     struct kernels *cpu = kernels_cpu_create(2, &err);
-    const struct kernels *both[] = { kernels_reference(), cpu };
+    struct kernels *device = cuda();
+    const struct kernels *all[] = { kernels_reference(), cpu, device };
     const struct kernels_loss how = { .grad_scale = 0.25f, .z = 1e-2f, .max_z = 2e-2f };
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 3; i++)
         for (int parts = 1; parts <= 8; parts *= 2) {
-            compare_vocabulary(both[i], 9, 48, parts, 4.0f, &how);
-            compare_vocabulary(both[i], 7, 40000, parts, 30.0f, &how);
+            compare_vocabulary(all[i], 9, 48, parts, 4.0f, &how);
+            compare_vocabulary(all[i], 7, 40000, parts, 30.0f, &how);
         }
-    cpu->destroy(cpu);
+    finish(cpu);
+    finish(device);
 }
 
 /* A word of another part: a row of zeroes, and no gradient. */
@@ -444,10 +446,11 @@ static void a_token_of_another_part_is_a_row_of_zeroes(void **state) {
     (void)state;
     struct err err = { 0 };
     struct kernels *cpu = kernels_cpu_create(1, &err), *bf16 = kernels_cpu_bf16_create(1, 0, &err);
-    const struct kernels *all[] = { kernels_reference(), cpu, bf16 };
+    struct kernels *device = cuda();
+    const struct kernels *all[] = { kernels_reference(), cpu, bf16, device };
     const int32_t tokens[] = { 1, KERNELS_ELSEWHERE, 0 };
     const float dout[6] = { 1, 2, 4, 8, 16, 32 }, host[4] = { 1, 2, 3, 4 };
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         float w[4], out[6], dw[4] = { 0 };
         uint16_t rest[4];
         all[i]->weights_in(all[i], w, all[i]->rest_bytes ? rest : NULL, host, 4);
@@ -456,8 +459,9 @@ static void a_token_of_another_part_is_a_row_of_zeroes(void **state) {
         assert_memory_equal(out, ((float[]){ 3, 4, 0, 0, 1, 2 }), sizeof out);
         assert_memory_equal(dw, ((float[]){ 16, 32, 1, 2 }), sizeof dw);
     }
-    cpu->destroy(cpu);
-    bf16->destroy(bf16);
+    finish(cpu);
+    finish(bf16);
+    finish(device);
 }
 
 static void compare_elementwise(const struct kernels *k, size_t n) {

@@ -6,7 +6,9 @@
 template <class E>
 __global__ void embed(float *out, const int32_t *tokens, const E *w, size_t n, int C) {
     size_t i = grid_index();
-    if (i < n) out[i] = wide(w[(size_t)tokens[i / C] * C + i % C]);
+    if (i >= n) return;
+    int token = tokens[i / C];
+    out[i] = token == KERNELS_ELSEWHERE ? 0.0f : wide(w[(size_t)token * C + i % C]);
 }
 
 static void embedding_forward(const struct kernels *k, float *out, const int32_t *tokens, const void *w,
@@ -21,7 +23,7 @@ static void embedding_forward(const struct kernels *k, float *out, const int32_t
  * every other is a thousandth of the products' work, and needs no sorting. */
 __global__ void embed_gradient(float *dw, const float *dout, const int32_t *tokens, int rows, int C) {
     __shared__ int found[CUDA_THREADS]; /* one flag a row of the window */
-    int own = (int)blockIdx.x, token = tokens[own], earlier = 0;
+    int own = (int)blockIdx.x, token = tokens[own], earlier = token == KERNELS_ELSEWHERE;
     for (int r = (int)threadIdx.x; r < own; r += CUDA_THREADS) earlier |= tokens[r] == token;
     if (__syncthreads_or(earlier)) return;
     for (int window = own; window < rows; window += CUDA_THREADS) {
@@ -222,31 +224,31 @@ __device__ static struct peak peak_of(const float *logits, int V) {
     return p;
 }
 
-/* dlogits may be logits, or NULL. */
-template <class E>
-__global__ void entropy(float *loss, float *penalty, E *dlogits, const float *logits, const int32_t *targets,
-                        struct kernels_loss how, int V) {
+/* The same for all threads of the block. */
+__device__ static struct peak block_peak(const float *logits, int V) {
     __shared__ struct peak parts[CUDA_THREADS / CUDA_WARP];
-    size_t row = blockIdx.x;
-    int target = targets[row];
-    logits += row * V;
-    if (dlogits) dlogits += row * V;
-    if (target < 0) {
-        for (int v = (int)threadIdx.x; dlogits && v < V; v += CUDA_THREADS) put(&dlogits[v], 0.0f);
-        if (threadIdx.x == 0) loss[row] = penalty[row] = 0.0f;
-        return;
-    }
     struct peak p = peak_of(logits, V);
     for (int step = CUDA_WARP / 2; step; step /= 2) p = merge(p, shuffled(p, step));
     if (threadIdx.x % CUDA_WARP == 0) parts[threadIdx.x / CUDA_WARP] = p;
-    float at_target = logits[target];
     __syncthreads();
     p = parts[0];
     for (int i = 1; i < CUDA_THREADS / CUDA_WARP; i++) p = merge(p, parts[i]);
+    return p;
+}
+
+template <class E> __device__ static void clear_row(E *dlogits, int V) {
+    for (int v = (int)threadIdx.x; dlogits && v < V; v += CUDA_THREADS) put(&dlogits[v], 0.0f);
+}
+
+/* Loss and gradient of a row: all of it, or a rank's part. p: of the whole row, `at` counted in this part (or
+ * outside of it). dlogits may be logits, or NULL. */
+template <class E>
+__device__ static void finish_row(float *loss, float *penalty, E *dlogits, const float *logits, struct peak p,
+                                  int target, float at_target, struct kernels_loss how, int V) {
     float below = logf(p.sum), lse = below + p.max;
     if (threadIdx.x == 0) {
-        loss[row] = below + (p.max - at_target);
-        penalty[row] = how.z * lse * lse + how.max_z * p.max * p.max;
+        *loss = below + (p.max - at_target);
+        *penalty = how.z * lse * lse + how.max_z * p.max * p.max;
     }
     float unit = 1.0f / p.sum, pull = 1.0f + 2.0f * how.z * lse, peak = 2.0f * how.max_z * p.max;
     for (int v = (int)threadIdx.x; dlogits && v < V; v += CUDA_THREADS) {
@@ -257,10 +259,71 @@ __global__ void entropy(float *loss, float *penalty, E *dlogits, const float *lo
     }
 }
 
+template <class E>
+__global__ void entropy(float *loss, float *penalty, E *dlogits, const float *logits, const int32_t *targets,
+                        struct kernels_loss how, int V) {
+    size_t row = blockIdx.x;
+    int target = targets[row];
+    logits += row * V;
+    if (dlogits) dlogits += row * V;
+    if (target < 0) {
+        clear_row(dlogits, V);
+        if (threadIdx.x == 0) loss[row] = penalty[row] = 0.0f;
+        return;
+    }
+    float at_target = logits[target];
+    struct peak p = block_peak(logits, V); /* nobody writes before all have read */
+    finish_row(&loss[row], &penalty[row], dlogits, logits, p, target, at_target, how, V);
+}
+
 static void cross_entropy(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                           const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
     WITH_TYPE(k, RUN(cuda_of(k), entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, (E *)dlogits, logits,
                      targets, *how, V));
+}
+
+__global__ void part_of_row(struct kernels_part *part, const float *logits, const int32_t *targets, int V) {
+    size_t row = blockIdx.x;
+    int target = targets[row];
+    logits += row * V;
+    struct peak p = block_peak(logits, V);
+    struct kernels_part found = { p.max, p.sum, target >= 0 ? logits[target] : -INFINITY, (float)p.at };
+    if (threadIdx.x == 0) part[row] = found;
+}
+
+static void vocabulary_part(const struct kernels *k, struct kernels_part *part, const float *logits,
+                            const int32_t *targets, int rows, int V) {
+    RUN(cuda_of(k), part_of_row, (unsigned)rows, CUDA_THREADS, 0, part, logits, targets, V);
+}
+
+template <class E>
+__global__ void part_entropy(float *loss, float *penalty, E *dlogits, const float *logits, const int32_t *targets,
+                             const struct kernels_part *part, int own, int parts, struct kernels_loss how, int V) {
+    size_t row = blockIdx.x, rows = gridDim.x;
+    logits += row * V;
+    if (dlogits) dlogits += row * V;
+    if (targets[row] == -1) {
+        clear_row(dlogits, V);
+        if (threadIdx.x == 0) loss[row] = penalty[row] = 0.0f;
+        return;
+    }
+    struct peak p = { -INFINITY, 0.0f, 0 }; /* at: the part that has the largest logit first */
+    float at_target = -INFINITY;
+    for (int i = 0; i < parts; i++) {
+        struct kernels_part x = part[i * rows + row];
+        struct peak q = { x.max, x.sum, i };
+        p = i ? merge(p, q) : q;
+        at_target = fmaxf(at_target, x.target);
+    }
+    p.at = p.at == own ? (int)part[own * rows + row].largest : -1;
+    finish_row(&loss[row], &penalty[row], dlogits, logits, p, targets[row], at_target, how, V);
+}
+
+static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
+                            const int32_t *targets, const struct kernels_part *part, int own, int parts,
+                            const struct kernels_loss *how, int rows, int V) {
+    WITH_TYPE(k, RUN(cuda_of(k), part_entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, (E *)dlogits,
+                     logits, targets, part, own, parts, *how, V));
 }
 
 void cuda_fill_rows(struct kernels *k) {
@@ -273,4 +336,6 @@ void cuda_fill_rows(struct kernels *k) {
     k->swiglu_forward = swiglu_forward;
     k->swiglu_backward = swiglu_backward;
     k->cross_entropy = cross_entropy;
+    k->vocabulary_part = vocabulary_part;
+    k->vocabulary_loss = vocabulary_loss;
 }

@@ -240,6 +240,30 @@ static void cross_entropy(const struct kernels *k, float *loss, float *penalty, 
     end(&c);
 }
 
+static void vocabulary_part(const struct kernels *k, struct kernels_part *part, const float *logits,
+                            const int32_t *targets, int rows, int V) {
+    struct call c = begin(k);
+    size_t r = (size_t)rows;
+    struct kernels_part *d_part = writes(&c, part, r * sizeof *part);
+    const float *d_logits = reads_floats(&c, logits, r * V);
+    c.k->vocabulary_part(c.k, d_part, d_logits, reads_ints(&c, targets, r), rows, V);
+    end(&c);
+}
+
+static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
+                            const int32_t *targets, const struct kernels_part *part, int own, int parts,
+                            const struct kernels_loss *how, int rows, int V) {
+    struct call c = begin(k);
+    size_t r = (size_t)rows;
+    float *d_loss = writes_floats(&c, loss, r), *d_penalty = writes_floats(&c, penalty, r);
+    float *d_logits = writes_floats(&c, logits, r * V);
+    void *d_dlogits = dlogits == logits ? d_logits : writes_acts(&c, dlogits, r * V);
+    const struct kernels_part *d_part = reads(&c, part, r * (size_t)parts * sizeof *part);
+    c.k->vocabulary_loss(c.k, d_loss, d_penalty, d_dlogits, d_logits, reads_ints(&c, targets, r), d_part, own, parts,
+                         how, rows, V);
+    end(&c);
+}
+
 static void adamw(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m, float *v,
                   size_t n, const struct kernels_adamw *a) {
     struct call c = begin(k);
@@ -300,6 +324,8 @@ struct kernels *staged_create(struct kernels *device) {
     k->add = add;
     k->round = round_to;
     k->cross_entropy = cross_entropy;
+    k->vocabulary_part = vocabulary_part;
+    k->vocabulary_loss = vocabulary_loss;
     k->adamw = adamw;
     k->sum_squares = sum_squares;
     return k;
