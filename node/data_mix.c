@@ -131,7 +131,7 @@ static int check(const struct data_mix_part *part, uint32_t n, uint64_t samples,
 
 int data_mix(const char *out_dir, const struct data_mix_part *part, uint32_t n, uint64_t samples,
              struct data_info *info, struct err *err) {
-    struct data_info first;
+    struct data_info first = { 0 };
     uint64_t once;
     if (check(part, n, samples, err)) return -1;
     if (mkdir(out_dir, 0755) && errno != EEXIST) return err_set_errno(err, "create %.150s", out_dir);

@@ -59,13 +59,14 @@ static void show_tokens(void *arg, const struct data_progress *now) {
 }
 
 static int tokenize(const char *name, const char *out, const char *const *paths, int n,
-                    struct data_recipe *recipe, int json) {
+                    const struct data_recipe *wanted, int json) {
     struct progress bar = { 0 };
+    struct data_recipe recipe = *wanted;
     struct data_info info;
     struct err err;
-    recipe->progress = show_tokens;
-    recipe->progress_arg = &bar;
-    int rc = data_prepare(out, paths, (uint32_t)n, recipe, &info, &err);
+    recipe.progress = show_tokens;
+    recipe.progress_arg = &bar;
+    int rc = data_prepare(out, paths, (uint32_t)n, &recipe, &info, &err);
     progress_end();
     if (rc) return args_failed(name, &err);
     print_corpus(out, &info, progress_seconds(&bar), json);

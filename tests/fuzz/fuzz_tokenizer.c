@@ -178,10 +178,10 @@ static bool take(const uint8_t *bytes, size_t length) {
 
 static void put(const struct fuzz_sink *out, const char *name, char first, const char *text) {
     size_t n = strlen(text);
-    char *b = malloc(n + 1);
+    char *b = malloc(n + 2);
     assert(b);
     b[0] = first;
-    memcpy(b + 1, text, n);
+    memcpy(b + 1, text, n + 1);
     out->sample(out->arg, name, b, n + 1);
     free(b);
 }
@@ -192,11 +192,11 @@ static void samples(const struct fuzz_sink *out) {
         "\"added_tokens\":[", "\"normalized\":true", "\"lstrip\":true", "null", "\u00e9", "e\u0301", "\u0f71\u0f72",
         "\u1100\u1161\u11a8", "\u180e", "\u3000", "\xed\xa0\x80", "'\u017f", "\u0344", "<|end|>" };
     for (int i = 0; i < SAMPLES; i++) {
-        char name[] = "file-0", *text = file_of(i);
-        name[5] = (char)('0' + i);
+        char name[16], *text = file_of(i);
+        snprintf(name, sizeof name, "file-%d", i);
         put(out, name, 0, text);
         free(text);
-        memcpy(name, "text", 4);
+        snprintf(name, sizeof name, "text-%d", i);
         put(out, name, (char)(3 + i),
             "It's the \u00e9e\u0301\u0301x 12345 <|end|>\r\n  \n\u4e2d\u6587, a\u0328\u0301aaaa\n\nend of "
             "it");
