@@ -126,7 +126,8 @@ int prefetch_take(struct prefetch *p, uint64_t index, void *out, struct err *err
     if (!have && (index < p->wanted || index >= p->next)) p->next = index + 1; /* a jump */
     p->wanted = index + 1;
     if (p->next < p->wanted) p->next = p->wanted;
-    pthread_cond_broadcast(&p->room);
+    /* Threads are woken when half of what was ahead is used up, not for each sample. */
+    if (p->next - p->wanted <= p->ahead / 2) pthread_cond_broadcast(&p->room);
     pthread_mutex_unlock(&p->lock);
     return have ? 0 : p->read(p->arg, index, out, err);
 }
