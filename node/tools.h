@@ -23,10 +23,10 @@ int tool_train(int argc, char **argv);
 
 /* eval CHECKPOINT (--text FILE | --corpus CORPUS) [--sequence N] [--tokenizer NAME] [--threads N]
  * [--json]
- * Mean loss in nats per token, perplexity, tokens; of a text or of a corpus' held-out slice. */
+ * Mean loss in nats per token, perplexity, bits per byte, tokens; of a text or of a corpus' held-out slice. */
 int tool_eval(int argc, char **argv);
 
-/* generate CHECKPOINT --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--seed N]
+/* generate CHECKPOINT --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed N]
  * [--tokenizer NAME] [--threads N] [--json]
  * Continue a text. */
 int tool_generate(int argc, char **argv);

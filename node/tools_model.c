@@ -109,7 +109,8 @@ static const char eval_help[] =
     "eval CHECKPOINT (--text FILE | --corpus CORPUS) [options]\n"
     "\n"
     "Mean loss in nats per token of a model on a text: windows of N tokens side by side, in which each\n"
-    "token predicts its next. What is left at the end, less than a window, is not counted.\n"
+    "token predicts its next. What is left at the end, less than a window, is not counted. Bits per byte\n"
+    "compare models of different tokenizers: the loss of all tokens over the bytes that they stand for.\n"
     "CHECKPOINT is a folder or URL that a run wrote, a store (then its newest checkpoint), or a plain\n"
     "Hugging Face folder of a Llama model.\n"
     "\n"
@@ -120,7 +121,7 @@ static const char eval_help[] =
     "  --logits FILE      write the first window's logits too: fp32, [tokens, vocabulary]; takes a pass a token\n"
     "  --untrained        the parameters that the run began with, instead of the checkpoint's\n"
     "  --threads N        CPU threads (default: all)\n"
-    "  --json             print one JSON object: loss, perplexity, tokens, sequence\n"
+    "  --json             print one JSON object: loss, perplexity, bits_per_byte, tokens, sequence\n"
     "\n"
     "Example: eval demo-run/checkpoints --text book.txt --sequence 128\n";
 
@@ -217,6 +218,18 @@ static int loss_of_windows(const struct loaded *l, int32_t document_end, const i
     return rc;
 }
 
+/* What the targets that count stand for; the token that ends a document is no byte of it. */
+static uint64_t bytes_of_targets(const struct loaded *l, int32_t document_end, const int32_t *tokens, size_t n) {
+    uint64_t bytes = 0;
+    size_t length;
+    for (size_t i = 1; i < n; i++) {
+        if (tokens[i - 1] == document_end || tokens[i] == document_end) continue;
+        tokenizer_token(l->tokenizer, (uint32_t)tokens[i], &length);
+        bytes += length;
+    }
+    return bytes;
+}
+
 struct eval_wish {
     const char *where, *text, *corpus, *tokenizer, *logits;
     uint64_t sequence, threads;
@@ -252,10 +265,13 @@ static int eval_tokens(const struct eval_wish *w, const struct loaded *l, int32_
     size_t windows = (n - 1) / T;
     if (loss_of_windows(l, document_end, tokens, windows, (int)T, &loss, &targets, err)) return -1;
     if (w->logits && write_logits(l, tokens, (int)T, w->logits, err)) return -1;
-    printf(w->json ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"tokens\": %zu, \"windows\": %zu, "
-                     "\"sequence\": %zu}\n"
-                   : "loss %.4f nats per token, perplexity %.3f, %zu tokens in %zu windows of %zu\n",
-           loss, exp(loss), targets, windows, T);
+    uint64_t bytes = bytes_of_targets(l, document_end, tokens, windows * T + 1);
+    double bits = bytes ? loss * (double)targets / log(2) / (double)bytes : 0;
+    printf(w->json ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"bits_per_byte\": %.9g, \"tokens\": %zu, "
+                     "\"windows\": %zu, \"sequence\": %zu}\n"
+                   : "loss %.4f nats per token, perplexity %.3f, %.4f bits per byte, %zu tokens in %zu windows "
+                     "of %zu\n",
+           loss, exp(loss), bits, targets, windows, T);
     return 0;
 }
 
@@ -315,6 +331,7 @@ static const char generate_help[] =
     "  --tokens N         how many tokens to add (default 200)\n"
     "  --temperature T    0 takes the likeliest token always; above 1 gets wild (default 0.8)\n"
     "  --top-k K          draw from the K likeliest tokens; 0 = all (default 40)\n"
+    "  --top-p P          and of these from the fewest that have P of the probability (default 1)\n"
     "  --seed N           of the draws (default 1)\n"
     "  --tokenizer T      bytes, or a tokenizer.json; needed where the model does not say\n"
     "  --threads N        CPU threads (default: all)\n"
@@ -326,7 +343,7 @@ static const char generate_help[] =
 struct generate_wish {
     const char *where, *prompt, *tokenizer;
     uint64_t tokens, top_k, seed, threads;
-    double temperature;
+    double temperature, top_p;
     int json;
 };
 
@@ -341,6 +358,15 @@ static int by_logit(const void *a, const void *b) {
     return x->id < y->id ? -1 : 1; /* the same order everywhere */
 }
 
+/* Of the k likeliest, how many have the share top_p of their probability (arXiv:1904.09751); *sum is then theirs. */
+static size_t nucleus(const struct choice *choice, size_t k, double temperature, double top_p, double *sum) {
+    double all = *sum;
+    size_t n = 0;
+    if (top_p >= 1) return k;
+    for (*sum = 0; n < k && *sum < top_p * all; n++) *sum += exp((choice[n].logit - choice[0].logit) / temperature);
+    return n ? n : 1;
+}
+
 /* Draw from the k likeliest of the V logits; `choice` has room for V. */
 static int32_t draw(const struct generate_wish *w, const float *logits, size_t V, struct choice *choice,
                     unsigned short random[3]) {
@@ -350,6 +376,7 @@ static int32_t draw(const struct generate_wish *w, const float *logits, size_t V
     qsort(choice, V, sizeof *choice, by_logit);
     if (k == 1) return choice[0].id;
     for (size_t i = 0; i < k; i++) sum += exp((choice[i].logit - choice[0].logit) / w->temperature);
+    k = nucleus(choice, k, w->temperature, w->top_p, &sum);
     u *= sum;
     for (size_t i = 0; i < k; i++) {
         u -= exp((choice[i].logit - choice[0].logit) / w->temperature);
@@ -470,9 +497,10 @@ int tool_generate(int argc, char **argv) {
         { "temperature", required_argument, NULL, 'e' }, { "top-k", required_argument, NULL, 'k' },
         { "seed", required_argument, NULL, 's' },      { "tokenizer", required_argument, NULL, 'z' },
         { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
-        { "help", no_argument, NULL, 'h' },            { 0 },
+        { "top-p", required_argument, NULL, 'q' },     { "help", no_argument, NULL, 'h' },
+        { 0 },
     };
-    struct generate_wish w = { .tokens = 200, .top_k = 40, .seed = 1, .temperature = 0.8 };
+    struct generate_wish w = { .tokens = 200, .top_k = 40, .seed = 1, .temperature = 0.8, .top_p = 1 };
     struct err err;
     int c;
     optind = 0;
@@ -482,6 +510,7 @@ int tool_generate(int argc, char **argv) {
         case 'e': if (args_real("--temperature", optarg, 0, 100, &w.temperature)) return 2; break;
         case 'k': if (args_integer("--top-k", optarg, 0, 1u << 20, &w.top_k)) return 2; break;
         case 's': if (args_integer("--seed", optarg, 0, UINT64_MAX, &w.seed)) return 2; break;
+        case 'q': if (args_real("--top-p", optarg, 0, 1, &w.top_p)) return 2; break;
         case 'z': w.tokenizer = optarg; break;
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
         case 'j': w.json = 1; break;

@@ -102,6 +102,7 @@ static void eval_agrees_with_hugging_face(void **state) {
     assert_true(fabs(number("loss") - json_number_value(json_object_get(expected, "loss"))) < 1e-5);
     assert_true(number("tokens") == json_number_value(json_object_get(expected, "tokens")));
     assert_true(fabs(number("perplexity") - exp(number("loss"))) < 1e-3);
+    assert_true(fabs(number("bits_per_byte") - number("loss") / log(2)) < 1e-6); /* a token is a byte */
     assert_true(number("sequence") == 32);
     json_decref(expected);
 }
@@ -132,6 +133,23 @@ static void generate(const char *seed, const char *temperature, char *out) {
     assert_int_equal(call(tool_generate, "generate", FOLDER, "--prompt", "once", "--tokens", "40", "--seed", seed,
                           "--temperature", temperature, NULL), 0);
     strcpy(out, output);
+}
+
+/* The fewest tokens that have a share P of the probability: with none of it the likeliest, with all of it as ever. */
+static void top_p_leaves_the_likeliest(void **state) {
+    (void)state;
+    static char likeliest[sizeof output], drawn[sizeof output];
+    static const char *const shares[] = { "0", "1", "0.5" };
+    generate("1", "0", likeliest);
+    generate("1", "0.8", drawn);
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(call(tool_generate, "generate", FOLDER, "--prompt", "once", "--tokens", "40", "--seed", "1",
+                              "--temperature", "0.8", "--top-p", shares[i], NULL), 0);
+        if (i == 0) assert_string_equal(output, likeliest);
+        if (i == 1) assert_string_equal(output, drawn);
+        if (i == 2) assert_string_not_equal(output, likeliest);
+    }
+    assert_int_equal(call(tool_generate, "generate", FOLDER, "--prompt", "once", "--top-p", "1.5", NULL), 2);
 }
 
 static void the_same_seed_gives_the_same_text(void **state) {
@@ -179,6 +197,7 @@ int main(void) {
         cmocka_unit_test(eval_agrees_with_hugging_face),
         cmocka_unit_test(eval_takes_a_corpus_heldout_slice),
         cmocka_unit_test(eval_names_what_is_too_short_or_too_long),
+        cmocka_unit_test(top_p_leaves_the_likeliest),
         cmocka_unit_test(the_same_seed_gives_the_same_text),
         cmocka_unit_test(order_two_knows_a_period_that_order_one_does_not),
         cmocka_unit_test(wrong_use_is_two_and_teaches),
