@@ -50,6 +50,7 @@ static const char train_help[] =
 
 struct train_wish {
     const char *config, *out, *plot, *set[SETS_MAX];
+    char folder[PATH_MAX];
     int sets, json;
     struct solo_options solo;
 };
@@ -118,9 +119,12 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'h': fputs(train_help, stdout); return 0;
         default: return args_wrong(argv[0], "wrong arguments");
         }
-    if (optind + 1 != argc) return args_wrong(argv[0], "one configuration is needed");
-    w->config = argv[optind];
-    return -1;
+    if (optind + 1 == argc) {
+        w->config = argv[optind];
+        return -1;
+    }
+    args_wrong(argv[0], "one configuration is needed");
+    return 2;
 }
 
 /* ---- the configuration ------------------------------------------------------------------------- */
@@ -170,12 +174,12 @@ static void print_result(const struct train_wish *w, const struct solo_result *r
 }
 
 static int train(struct train_wish *w, struct settings *s, struct err *err) {
-    char folder[PATH_MAX], csv[PATH_MAX + 16];
+    char csv[PATH_MAX + 16];
     struct corpus_facts corpus;
     struct solo_result r;
     if (read_settings(w, s, &corpus, err)) return -1;
-    default_folder(w->config, folder);
-    w->solo.out = w->out ? w->out : folder;
+    default_folder(w->config, w->folder);
+    w->solo.out = w->out ? w->out : w->folder;
     if (solo_run(&w->solo, s, &corpus, &r, err)) return -1;
     print_result(w, &r);
     snprintf(csv, sizeof csv, "%s/loss.csv", w->solo.out);
