@@ -119,10 +119,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'h': fputs(train_help, stdout); return 0;
         default: return args_wrong(argv[0], "wrong arguments");
         }
-    if (optind + 1 == argc) {
-        w->config = argv[optind];
-        return -1;
-    }
+    if (optind + 1 == argc && (w->config = argv[optind])) return -1;
     args_wrong(argv[0], "one configuration is needed");
     return 2;
 }
