@@ -50,8 +50,40 @@ void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes) {
     return cpu->buffer[which] = grown;
 }
 
-/* In huge pages where the system gives them on request: what is walked through once a step is then not mapped page
- * by page. */
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+/* B of the largest product: of [rows,C] x [OC,C], forward, backward to its input and to its weight. */
+static size_t packed_bytes(const struct kernels *k, int rows, int C, int OC) {
+    int bf16 = k->act_bytes == sizeof(uint16_t);
+    struct cpu_product_key out = { .m = rows, .n = OC, .k = C, .transposed_b = 1, .bf16 = bf16 };
+    struct cpu_product_key dx = { .m = rows, .n = C, .k = OC, .bf16 = bf16 };
+    struct cpu_product_key dw = { .m = OC, .n = C, .k = rows, .transposed_a = 1, .bf16 = bf16 };
+    return larger(larger(cpu_packed_bytes(out), cpu_packed_bytes(dx)), cpu_packed_bytes(dw));
+}
+
+/* Operands of products and attention in fp32, where the processor multiplies no bf16. */
+static size_t widened_bytes(const struct kernels_shape *s) {
+    size_t rows = (size_t)s->rows, F = (size_t)s->ffn, C = (size_t)s->width;
+    size_t a = larger(2 * rows * F, (size_t)s->head_rows * (size_t)s->vocabulary);
+    size_t b = larger(rows * larger(F, 2 * C), larger(2 * F, (size_t)s->vocabulary) * C);
+    return (a + b + 2 * rows * F) * sizeof(float);
+}
+
+static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape *s) {
+    const struct cpu *cpu = cpu_of(k);
+    int C = s->width, F = s->ffn, D = C / s->heads, bf16 = k->act_bytes == sizeof(uint16_t);
+    size_t qkv = packed_bytes(k, s->rows, C, C + 2 * s->kv_heads * D), down = packed_bytes(k, s->rows, F, C);
+    size_t gate_up = packed_bytes(k, s->rows, C, 2 * F), head = packed_bytes(k, s->head_rows, C, s->vocabulary);
+    size_t packed = larger(larger(qkv, down), larger(gate_up, head));
+    size_t attention = bf16 && cpu->native_bf16 && cpu_attention_bf16_can(D)
+                           ? cpu_attention_bf16_scratch(s->T, s->heads, s->kv_heads, D)
+                       : cpu_attention_512_can(D) ? cpu_attention_512_scratch(s->T, s->heads, s->kv_heads, D)
+                                                  : (size_t)(2 * 64) * (size_t)s->T * sizeof(float);
+    return packed + (size_t)cpu->threads * attention + (bf16 && !cpu->native_bf16 ? widened_bytes(s) : 0);
+}
+
+/* In huge pages where the system gives them on request: what is walked through once a step is then not mapped
+ * page by page. */
 static void *alloc_large(const struct kernels *k, size_t bytes, struct err *err) {
     size_t page = (size_t)2 << 20, rounded = (bytes + page - 1) / page * page;
     if (bytes < 2 * page || rounded < bytes) return kernels_reference()->alloc(k, bytes, err);
@@ -231,6 +263,7 @@ struct kernels *kernels_cpu_create(int threads, struct err *err) {
     k->description = cpu->description;
     k->alloc = alloc_large;
     k->check = check;
+    k->scratch_bytes = scratch_bytes;
     k->destroy = destroy;
     k->matmul_forward = matmul_forward;
     k->matmul_logits = matmul_logits;

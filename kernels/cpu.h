@@ -63,6 +63,7 @@ void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes);
 int cpu_products_init(struct cpu *cpu, struct err *err);
 void cpu_products_release(struct cpu *cpu);
 void cpu_multiply(struct cpu *cpu, struct cpu_product_key key, const void *A, const void *B, void *C);
+size_t cpu_packed_bytes(struct cpu_product_key key); /* about: as if its dimensions were whole blocks */
 
 /* C[m,n] = alpha * op(A) * op(B) + beta * C, row-major, op is 'N' or 'T'; lda, ldb, ldc: row
  * strides. Inside a parallel region it runs on the calling thread alone. */
@@ -133,12 +134,14 @@ void cpu_vocabulary_loss(const struct kernels *k, float *loss, float *penalty, v
 #define CPU_ATTENTION_D_MAX 1024
 #if defined(__x86_64__) && defined(__GNUC__)
 int cpu_attention_512_can(int D);
+size_t cpu_attention_512_scratch(int T, int H, int KV, int D); /* of a thread */
 void cpu_attention_512_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                                const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_attention_512_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                                 const void *out, const float *lse, const int32_t *start, int B, int T, int H,
                                 int KV, int D);
 int cpu_attention_bf16_can(int D);
+size_t cpu_attention_bf16_scratch(int T, int H, int KV, int D);
 void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                                 const int32_t *start, int B, int T, int H, int KV, int D);
 void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
@@ -146,9 +149,11 @@ void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void
                                  int H, int KV, int D);
 #else
 #define cpu_attention_512_can(D) 0
+#define cpu_attention_512_scratch(...) 0
 #define cpu_attention_512_forward(...) ((void)0)
 #define cpu_attention_512_backward(...) ((void)0)
 #define cpu_attention_bf16_can(D) 0
+#define cpu_attention_bf16_scratch(...) 0
 #define cpu_attention_bf16_forward(...) ((void)0)
 #define cpu_attention_bf16_backward(...) ((void)0)
 #endif

@@ -507,6 +507,11 @@ void ENTRY(backward)(const struct kernels *k, void *dqkv, const void *dout, cons
         }
 }
 
+size_t ENTRY(scratch)(int T, int H, int KV, int D) {
+    struct shape a = shape_of(NULL, T, H, KV, D);
+    return scratch_lay_out(&(struct scratch){ 0 }, NULL, &a) * sizeof(float);
+}
+
 int ENTRY(can)(int D) {
 #ifdef ATTENTION_BF16
     if (!__builtin_cpu_supports("avx512bf16")) return 0;

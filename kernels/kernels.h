@@ -67,6 +67,13 @@ struct kernels_rope {
     int original;
 };
 
+/* What a network asks of a backend, for scratch_bytes(). */
+struct kernels_shape {
+    int rows, T;                     /* tokens of a micro-batch, of a sequence */
+    int width, heads, kv_heads, ffn; /* of a layer */
+    int head_rows, vocabulary;       /* the head goes by so many rows */
+};
+
 /* A backend. Call an entry as k->matmul_forward(k, ...). All pointers to tensors are memory from
  * k->alloc(); `host` pointers are ordinary memory. Entries run in order; on a GPU they return
  * before they are done. They return nothing: a backend keeps its first failure, later calls may
@@ -101,6 +108,9 @@ struct kernels {
                         size_t n);
     /* Wait for everything asked for so far: 0, or -1 with the first failure since last time. */
     int (*check)(const struct kernels *k, struct err *err);
+    /* Scratch that the backend will hold once these entries ran: the largest of the products, and
+     * attention. About: what a library takes for itself is estimated. */
+    size_t (*scratch_bytes)(const struct kernels *k, const struct kernels_shape *s);
     void (*destroy)(struct kernels *k); /* frees k; does nothing for the reference */
 
     /* Matrix products: every weight is [OC,C], "out x in", as in a checkpoint. Sums are fp32. */

@@ -81,6 +81,11 @@ static int host_check(SELF, struct err *err) {
     return 0;
 }
 
+static size_t no_scratch(SELF, const struct kernels_shape *s) {
+    (void)s;
+    return 0;
+}
+
 static void nothing_to_destroy(struct kernels *k) {
     (void)k;
 }
@@ -459,6 +464,7 @@ const struct kernels *REFERENCE(void) {
         .weights_in = host_weights_in,
         .weights_out = host_weights_out,
         .check = host_check,
+        .scratch_bytes = no_scratch,
         .destroy = nothing_to_destroy,
         .matmul_forward = matmul_forward,
         .matmul_logits = matmul_logits,

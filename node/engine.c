@@ -38,28 +38,45 @@ const char *engine_shard_name(int shard) {
     return shard >= 0 && shard < (int)(sizeof names / sizeof *names) ? names[shard] : NULL;
 }
 
-static int fits(const struct engine *e, const struct kernels *k, uint32_t samples, enum model_training training) {
-    const struct layout *l = &e->s.layout;
-    return model_arena_bytes(l, k, (int)samples, (int)l->model.sequence, training) <= ENGINE_ACTIVATION_BYTES_MAX;
+static size_t activation_bytes(const struct layout *l, const struct kernels *k, uint32_t samples, int training) {
+    return model_arena_bytes(l, k, (int)samples, (int)l->model.sequence, (enum model_training)training);
 }
 
 /* As many samples at once as fit; only where not even one does, some of it is computed twice. */
-static enum model_training pick_micro_batch(struct engine *e, const struct kernels *k) {
-    enum model_training training = MODEL_TRAINS;
-    uint32_t dp = (uint32_t)e->s.layout.dp;
-    e->micro_batch = (e->inner.batch + dp - 1) / dp;
-    while (e->micro_batch > 1 && !fits(e, k, e->micro_batch, training)) e->micro_batch = (e->micro_batch + 1) / 2;
-    while (training < MODEL_AGAIN_LAYER && !fits(e, k, e->micro_batch, training)) training++;
-    return training;
+static void plan_activations(const struct layout *l, const struct kernels *k, uint32_t batch,
+                             struct engine_memory *out) {
+    out->micro_batch = (batch + (uint32_t)l->dp - 1) / (uint32_t)l->dp;
+    out->training = MODEL_TRAINS;
+    while (out->micro_batch > 1 &&
+           activation_bytes(l, k, out->micro_batch, out->training) > ENGINE_ACTIVATION_BYTES_MAX)
+        out->micro_batch = (out->micro_batch + 1) / 2;
+    while (out->training < MODEL_AGAIN_LAYER &&
+           activation_bytes(l, k, out->micro_batch, out->training) > ENGINE_ACTIVATION_BYTES_MAX)
+        out->training++;
+    out->activations = activation_bytes(l, k, out->micro_batch, out->training);
+}
+
+void engine_plan(const struct msg_model *m, const struct msg_inner *inner, const struct kernels *k,
+                 struct engine_memory *out) {
+    size_t n = (size_t)proto_model_elements(m);
+    struct layout alone;
+    layout_init(&alone, m, 1, 0, 1, 0);
+    *out = (struct engine_memory){ .weights = n * (k->weight_bytes + k->rest_bytes),
+                                   .gradients = n * sizeof(float), .moments = 2 * n * sizeof(float) };
+    plan_activations(&alone, k, inner->batch, out);
+    out->scratch = model_scratch_bytes(&alone, k, (int)out->micro_batch, (int)m->sequence);
+    out->all = out->weights + out->gradients + out->moments + out->activations + out->scratch;
 }
 
 static int create(struct engine *e, const struct kernels *kernels, const struct engine_mesh *mesh,
                   struct err *err) {
+    struct engine_memory plan;
     if (shard_init(&e->s, &e->config, kernels, mesh, err)) return -1;
     e->n = (size_t)proto_model_elements(&e->config);
-    enum model_training training = pick_micro_batch(e, kernels);
+    plan_activations(&e->s.layout, kernels, e->inner.batch, &plan);
+    e->micro_batch = plan.micro_batch;
     e->model = model_create_piece(&e->s.layout, e->s.mesh.tensor, kernels, (int)e->micro_batch,
-                                  (int)e->config.sequence, training, err);
+                                  (int)e->config.sequence, (enum model_training)plan.training, err);
     return e->model ? 0 : -1;
 }
 

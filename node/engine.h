@@ -85,6 +85,16 @@ void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uin
  * gradients of more micro-batches are added up. The same on all ranks. */
 void engine_limit_micro_batch(struct engine *e, uint32_t samples);
 
+/* What engine_create will take, by part, before anything is taken. */
+struct engine_memory {
+    uint32_t micro_batch; /* samples at once */
+    int training;         /* enum model_training */
+    size_t weights, gradients, moments, activations, scratch; /* bytes */
+    size_t all;
+};
+void engine_plan(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,
+                 struct engine_memory *out);
+
 /* The token that ends a document, -1 (as after create) for none; struct model_objective. */
 void engine_set_document_end(struct engine *e, int32_t token);
 

@@ -249,6 +249,7 @@ static const struct command {
     { "train", "train a model alone, without a coordinator", tool_train },
     { "data", "turn text files into a corpus", tool_data },
     { "bigram", "loss of a byte model of order 2, to compare with", tool_bigram },
+    { "plan", "what training a model takes in memory", tool_plan },
     { "eval", "mean loss of a checkpoint on a text", tool_eval },
     { "generate", "let a checkpoint write", tool_generate },
     { "inspect", "what is in a checkpoint", tool_inspect },

@@ -228,6 +228,14 @@ size_t model_arena_bytes(const struct layout *l, const struct kernels *kernels, 
     return carve_all(&m, NULL, NULL);
 }
 
+size_t model_scratch_bytes(const struct layout *l, const struct kernels *kernels, int B, int T) {
+    struct model m = { .k = kernels };
+    set_shape(&m, l, B, T, MODEL_TRAINS);
+    struct kernels_shape s = { .rows = B * T, .T = T, .width = m.C, .heads = m.H, .kv_heads = m.KV,
+                               .ffn = m.F, .head_rows = (int)m.head_rows, .vocabulary = m.V };
+    return kernels->scratch_bytes(kernels, &s);
+}
+
 /* The tables go to the device once; the arena's logits have nothing to hold yet, but may be too
  * small, so the host copy is separate. */
 static int fill_rope(struct model *m, struct err *err) {
@@ -376,8 +384,8 @@ static void spread(const struct model *m, int rows) {
 
 /* ---- forward ----------------------------------------------------------------------------------- */
 
-/* A layer; or again, what of it the backward pass needs and was not kept: the same kernels on the same inputs,
- * so the same bits. */
+/* A layer; or again, what of it the backward pass needs and was not kept: the same kernels on the same
+ * inputs, so the same bits. */
 static void layer_forward(struct model *m, const void *w, const struct activations *l, float *out,
                           const int32_t *start, int B, int T, int again) {
     const struct kernels *k = m->k;

@@ -16,9 +16,9 @@ struct comm;
 struct layout;
 struct model;
 
-/* What is kept for the backward pass, and what is computed again there, the cheapest first: each step has that
- * of the one before it too. Attention's output and statistics are always kept. Loss and gradients are the same,
- * bit for bit. */
+/* What is kept for the backward pass, and what is computed again there, the cheapest first: each step has
+ * that of the one before it too. Attention's output and statistics are always kept. Loss and gradients are
+ * the same, bit for bit. */
 enum model_training {
     MODEL_EVALUATES = 0,     /* nothing is kept, there is no backward pass */
     MODEL_TRAINS = 1,        /* everything */
@@ -51,6 +51,8 @@ struct model *model_create_piece(const struct layout *layout, const struct comm 
 /* Bytes that model_create_piece takes for its arena. */
 size_t model_arena_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T,
                          enum model_training training);
+/* Bytes of scratch that the backend will hold when it ran; struct kernels. */
+size_t model_scratch_bytes(const struct layout *layout, const struct kernels *kernels, int B, int T);
 
 /* Where the weights of a unit (layout.h: embedding, layers, final norm with head) are, for a caller that does
  * not hold them all, and where their gradient goes. A pass asks for units in order of the layers and, going

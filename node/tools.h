@@ -31,4 +31,8 @@ int tool_eval(int argc, char **argv);
  * Continue a text. */
 int tool_generate(int argc, char **argv);
 
+/* plan --model NAME [--sequence N] [--layers N] [--batch N] [--precision P] [--threads N] [--memory GB] [--json]
+ * What a trainer will hold in memory, before anything is loaded; 1 where it does not fit. */
+int tool_plan(int argc, char **argv);
+
 #endif

@@ -178,10 +178,29 @@ static void order_two_knows_a_period_that_order_one_does_not(void **state) {
     assert_true(fabs(number("loss_order_0") - log(2)) < 0.02);
 }
 
+/* The numbers are test_plan.c's. */
+static void plan_adds_up_and_refuses_what_does_not_fit(void **state) {
+    (void)state;
+    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--precision", "bf16", "--memory", "8", "--json",
+                          NULL), 0);
+    json_t *o = json_loads(output, 0, NULL);
+    assert_non_null(o);
+    json_int_t sum = 0, parameters = json_integer_value(json_object_get(o, "parameters"));
+    static const char *const part[] = { "weights", "gradients", "moments", "activations", "scratch" };
+    for (size_t i = 0; i < 5; i++) sum += json_integer_value(json_object_get(o, part[i]));
+    assert_int_equal(sum, json_integer_value(json_object_get(o, "all")));
+    assert_int_equal(json_integer_value(json_object_get(o, "moments")), 8 * parameters);
+    json_decref(o);
+    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--memory", "80", NULL), 1);
+    assert_non_null(strstr(output, "there are 80.0"));
+    assert_int_equal(call(tool_plan, "plan", "--model", "7b", NULL), 1);
+    assert_non_null(strstr(output, "150m"));
+}
+
 static void wrong_use_is_two_and_teaches(void **state) {
     (void)state;
-    int (*tools[])(int, char **) = { tool_data, tool_bigram, tool_eval, tool_generate };
-    for (size_t i = 0; i < 4; i++) {
+    int (*tools[])(int, char **) = { tool_data, tool_bigram, tool_eval, tool_generate, tool_plan };
+    for (size_t i = 0; i < sizeof tools / sizeof *tools; i++) {
         assert_int_equal(call(tools[i], "tool", NULL), 2);
         assert_non_null(strstr(output, "--help"));
         assert_int_equal(call(tools[i], "tool", "--nonsense", NULL), 2);
@@ -200,6 +219,7 @@ int main(void) {
         cmocka_unit_test(top_p_leaves_the_likeliest),
         cmocka_unit_test(the_same_seed_gives_the_same_text),
         cmocka_unit_test(order_two_knows_a_period_that_order_one_does_not),
+        cmocka_unit_test(plan_adds_up_and_refuses_what_does_not_fit),
         cmocka_unit_test(wrong_use_is_two_and_teaches),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);

@@ -73,6 +73,12 @@ static int check(const struct kernels *k, struct err *err) {
     return -1;
 }
 
+static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape *s) {
+    size_t delta = (size_t)s->rows * s->heads * sizeof(float), norm = (size_t)CUDA_NORM_SLICES * s->width * sizeof(float),
+           slice = k->weight_bytes == sizeof(float) ? 0 : CUDA_SLICE * sizeof(float), most = delta > norm ? delta : norm;
+    return CUDA_WORKSPACE_BYTES + (most > slice ? most : slice);
+}
+
 static void destroy(struct kernels *k) {
     struct cuda *c = cuda_of(k);
     cuda_products_destroy(c);
@@ -147,6 +153,7 @@ extern "C" __attribute__((visibility("default"))) struct kernels *intellect_cuda
     k->copy_out = copy_out;
     k->zero = zero;
     k->check = check;
+    k->scratch_bytes = scratch_bytes;
     k->destroy = destroy;
     cuda_fill_products(k);
     cuda_fill_rows(k);

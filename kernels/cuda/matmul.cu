@@ -10,7 +10,6 @@
 #include "kernels/cuda/cuda.h"
 
 #define PRODUCTS_MAX 64
-#define WORKSPACE_BYTES ((size_t)32 << 20)
 
 struct key {
     int m, n, k, transposed_a, transposed_b, add, wide; /* wide: the result is fp32, else an activation */
@@ -44,9 +43,9 @@ int cuda_products_create(struct cuda *c, struct err *err) {
     if (!p) return err_set(err, ERR_MEMORY, "no memory for the CUDA backend");
     if (cublasLtCreate(&p->handle) != CUBLAS_STATUS_SUCCESS)
         return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: cuBLASLt does not start", c->device);
-    cudaError_t result = cudaMalloc(&p->workspace, WORKSPACE_BYTES);
+    cudaError_t result = cudaMalloc(&p->workspace, CUDA_WORKSPACE_BYTES);
     if (result == cudaSuccess) return 0;
-    return err_set(err, ERR_MEMORY, "CUDA device %d: %zu bytes for matrix products: %s", c->device, WORKSPACE_BYTES,
+    return err_set(err, ERR_MEMORY, "CUDA device %d: %zu bytes for matrix products: %s", c->device, CUDA_WORKSPACE_BYTES,
                    cudaGetErrorString(result));
 }
 
@@ -79,12 +78,12 @@ static cublasStatus_t describe(struct product *p, cudaDataType_t type) {
 static cublasStatus_t choose(struct cuda_products *all, struct product *p) {
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found;
-    size_t workspace = WORKSPACE_BYTES;
+    size_t workspace = CUDA_WORKSPACE_BYTES;
     uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; /* partial sums in fp32, added in order */
     int count = 0;
     cublasStatus_t rc = cublasLtMatmulPreferenceCreate(&wish);
     if (!rc)
-        rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+        rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_CUDA_WORKSPACE_BYTES, &workspace,
                                                   sizeof workspace);
     if (!rc)
         rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
@@ -118,7 +117,7 @@ static void multiply(struct cuda *c, struct key key, const void *a, const void *
     struct product *p = product_for(c, key, &rc);
     if (p)
         rc = cublasLtMatmul(all->handle, p->how, &one, a, p->a, b, p->b, &beta, out, p->c, out, p->c, &p->algorithm,
-                            all->workspace, WORKSPACE_BYTES, c->stream);
+                            all->workspace, CUDA_WORKSPACE_BYTES, c->stream);
     if (rc && c->failure.code == ERR_NONE)
         err_set(&c->failure, ERR_UNSUPPORTED, "CUDA device %d: cuBLASLt's product of [%d,%d] and [%d,%d] failed: %s",
                 c->device, key.m, key.k, key.k, key.n, cublasLtGetStatusString(rc));

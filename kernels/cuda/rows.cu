@@ -81,7 +81,6 @@ __global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const
         dx[c] += scale * (wide(w[c]) * wide(dout[c]) - x[c] * scale * mean);
 }
 
-#define NORM_SLICES 128 /* at most; so many partial sums of dw */
 
 template <class E>
 __global__ void norm_weight_parts(float *part, const E *dout, const float *x, const float *rstd, int rows, int each,
@@ -104,7 +103,7 @@ __global__ void add_parts(float *dw, const float *part, int slices, int C) {
 static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *dout, const float *x,
                              const void *w, const float *rstd, int rows, int C) {
     struct cuda *c = cuda_of(k);
-    int each = (rows + NORM_SLICES - 1) / NORM_SLICES, slices = (rows + each - 1) / each;
+    int each = (rows + CUDA_NORM_SLICES - 1) / CUDA_NORM_SLICES, slices = (rows + each - 1) / each;
     float *part = (float *)cuda_scratch(c, (size_t)slices * C * sizeof *part);
     unsigned columns = cuda_blocks((size_t)C, CUDA_THREADS);
     if (!part) return;

@@ -4,7 +4,6 @@
 
 /* ---- weights ------------------------------------------------------------------------------------ */
 
-#define SLICE ((size_t)16 << 20) /* elements that are under way at a time */
 
 __global__ void split(uint16_t *upper, uint16_t *lower, const float *x, size_t n) {
     size_t i = grid_index();
@@ -26,7 +25,7 @@ static void weights_in(const struct kernels *k, void *w, uint16_t *rest, const f
         return;
     }
     for (size_t at = 0, here; at < n; at += here) {
-        here = n - at < SLICE ? n - at : SLICE;
+        here = n - at < CUDA_SLICE ? n - at : CUDA_SLICE;
         float *x = (float *)cuda_scratch(c, here * sizeof *x);
         if (!x) return;
         k->copy_in(k, x, host + at, here * sizeof *x);
@@ -43,7 +42,7 @@ static void weights_out(const struct kernels *k, float *host, const void *w, con
         return;
     }
     for (size_t at = 0, here; at < n; at += here) {
-        here = n - at < SLICE ? n - at : SLICE;
+        here = n - at < CUDA_SLICE ? n - at : CUDA_SLICE;
         float *x = (float *)cuda_scratch(c, here * sizeof *x);
         if (!x) return;
         RUN(c, join, cuda_blocks(here, CUDA_THREADS), CUDA_THREADS, 0, x, upper + at, rest ? rest + at : NULL,
