@@ -73,7 +73,8 @@ static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape 
     const struct cpu *cpu = cpu_of(k);
     int C = s->width, F = s->ffn, D = C / s->heads, bf16 = k->act_bytes == sizeof(uint16_t);
     size_t qkv = packed_bytes(k, s->rows, C, C + 2 * s->kv_heads * D), down = packed_bytes(k, s->rows, F, C);
-    size_t gate_up = packed_bytes(k, s->rows, C, 2 * F), head = packed_bytes(k, s->head_rows, C, s->vocabulary);
+    size_t gate_up = packed_bytes(k, s->rows, C, 2 * F);
+    size_t head = packed_bytes(k, s->head_rows, C, s->vocabulary);
     size_t packed = larger(larger(qkv, down), larger(gate_up, head));
     size_t attention = bf16 && cpu->native_bf16 && cpu_attention_bf16_can(D)
                            ? cpu_attention_bf16_scratch(s->T, s->heads, s->kv_heads, D)

@@ -217,7 +217,7 @@ INLINE TARGET uint32_t word_of(const element *const row[WORD], int d) {
 
 /* to[D4][keys / WORD] from rows [keys][D] close together. */
 TARGET static void transpose_words(uint32_t *to, const uint32_t *rows, int keys, int D, int D4) {
-    const element *x = (const element *)rows;
+    const element *x = (const void *)rows;
     size_t words = (size_t)keys / WORD;
     for (size_t t = 0; t < words; t++, x += WORD * D)
         for (int d = 0; d < D; d++)
@@ -390,9 +390,9 @@ TARGET static void backward_keys(struct scratch *s, const struct shape *a, const
     product(s->score, BLOCK, s->key + at, width, s->query_t, BLOCK, BLOCK, BLOCK, a->D / WORD, 0);
     product(s->dp, BLOCK, s->value + at, width, s->dout_t, BLOCK, BLOCK, BLOCK, a->D / WORD, 0);
     for (int v = 0; v < 4; v++) harden(s, sight, v, u, cut, a->scale * (float)M_LOG2E);
-    product(s->dvalue + (size_t)u * wide, wide, (const uint32_t *)s->p, WORDS, s->dout_w, wide, BLOCK,
+    product(s->dvalue + (size_t)u * wide, wide, (const void *)s->p, WORDS, s->dout_w, wide, BLOCK,
             a->D16, WORDS, 1);
-    product(s->dkey + (size_t)u * wide, wide, (const uint32_t *)s->ds, WORDS, s->query_w, wide, BLOCK,
+    product(s->dkey + (size_t)u * wide, wide, (const void *)s->ds, WORDS, s->query_w, wide, BLOCK,
             a->D16, WORDS, 1);
     product(s->turned, BLOCK, s->key_t + u / WORD, words, s->word, BLOCK, a->D4, BLOCK, WORDS, !first);
 }
