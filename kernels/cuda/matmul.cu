@@ -83,7 +83,7 @@ static cublasStatus_t choose(struct cuda_products *all, struct product *p) {
     int count = 0;
     cublasStatus_t rc = cublasLtMatmulPreferenceCreate(&wish);
     if (!rc)
-        rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_CUDA_WORKSPACE_BYTES, &workspace,
+        rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                                   sizeof workspace);
     if (!rc)
         rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
