@@ -2,6 +2,7 @@
 #include "ckpt/ckpt.h"
 #include "kernels/kernels.h"
 #include "node/data.h"
+#include "node/decoder.h"
 #include "node/model.h"
 #include "node/tokenizer.h"
 #include "node/tools.h"
@@ -219,7 +220,8 @@ static int loss_of_windows(const struct loaded *l, int32_t document_end, const i
 }
 
 /* What the targets that count stand for; the token that ends a document is no byte of it. */
-static uint64_t bytes_of_targets(const struct loaded *l, int32_t document_end, const int32_t *tokens, size_t n) {
+static uint64_t bytes_of_targets(const struct loaded *l, int32_t document_end, const int32_t *tokens,
+                                 size_t n) {
     uint64_t bytes = 0;
     size_t length;
     for (size_t i = 1; i < n; i++) {
@@ -267,10 +269,11 @@ static int eval_tokens(const struct eval_wish *w, const struct loaded *l, int32_
     if (w->logits && write_logits(l, tokens, (int)T, w->logits, err)) return -1;
     uint64_t bytes = bytes_of_targets(l, document_end, tokens, windows * T + 1);
     double bits = bytes ? loss * (double)targets / log(2) / (double)bytes : 0;
-    printf(w->json ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"bits_per_byte\": %.9g, \"tokens\": %zu, "
-                     "\"windows\": %zu, \"sequence\": %zu}\n"
-                   : "loss %.4f nats per token, perplexity %.3f, %.4f bits per byte, %zu tokens in %zu windows "
-                     "of %zu\n",
+    printf(w->json
+               ? "{\"loss\": %.9g, \"perplexity\": %.9g, \"bits_per_byte\": %.9g, \"tokens\": %zu, "
+                 "\"windows\": %zu, \"sequence\": %zu}\n"
+               : "loss %.4f nats per token, perplexity %.3f, %.4f bits per byte, %zu tokens in %zu windows "
+                 "of %zu\n",
            loss, exp(loss), bits, targets, windows, T);
     return 0;
 }
@@ -337,8 +340,8 @@ static const char generate_help[] =
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: prompt, text, tokens (bytes that are not UTF-8 as ?)\n"
     "\n"
-    "The model sees the last tokens up to its sequence, and reads all of them again for each new one:\n"
-    "fine for small models, slow for large ones.\n";
+    "Text is printed as it comes. The model sees the tokens before, up to its sequence; when that is full,\n"
+    "it reads the last half of them again and goes on.\n";
 
 struct generate_wish {
     const char *where, *prompt, *tokenizer;
@@ -358,12 +361,14 @@ static int by_logit(const void *a, const void *b) {
     return x->id < y->id ? -1 : 1; /* the same order everywhere */
 }
 
-/* Of the k likeliest, how many have the share top_p of their probability (arXiv:1904.09751); *sum is then theirs. */
+/* Of the k likeliest, how many have the share top_p of their probability (arXiv:1904.09751); *sum is then
+ * theirs. */
 static size_t nucleus(const struct choice *choice, size_t k, double temperature, double top_p, double *sum) {
     double all = *sum;
     size_t n = 0;
     if (top_p >= 1) return k;
-    for (*sum = 0; n < k && *sum < top_p * all; n++) *sum += exp((choice[n].logit - choice[0].logit) / temperature);
+    for (*sum = 0; n < k && *sum < top_p * all; n++)
+        *sum += exp((choice[n].logit - choice[0].logit) / temperature);
     return n ? n : 1;
 }
 
@@ -385,27 +390,31 @@ static int32_t draw(const struct generate_wish *w, const float *logits, size_t V
     return choice[k - 1].id;
 }
 
-/* The context is padded to a multiple of this, so that the backend sees few shapes. */
-#define CONTEXT_STEP 64
-
 struct generator {
     const struct loaded *l;
-    struct model *model;
+    struct decoder *decoder;
+    int room; /* of the decoder, in tokens */
     int32_t *tokens; /* prompt and continuation */
-    size_t count;
-    int32_t *context; /* [sequence] */
-    float *logits;    /* [vocabulary] */
+    size_t count, read; /* the decoder has read up to `read` */
+    float *logits; /* [vocabulary] */
     struct choice *choice;
 };
 
+/* Read what has not been read yet; where there is no room for it, the last half of what there is room for. */
+static int read_on(struct generator *g, struct err *err) {
+    if (g->count - g->read > (size_t)(g->room - decoder_count(g->decoder))) {
+        decoder_forget(g->decoder);
+        size_t again = g->room > 1 ? (size_t)g->room / 2 : 1;
+        g->read = g->count - (g->count < again ? g->count : again);
+    }
+    int n = (int)(g->count - g->read);
+    g->read = g->count;
+    return decoder_read(g->decoder, g->tokens + g->count - n, n, g->logits, err);
+}
+
 static int next_token(struct generator *g, const struct generate_wish *w, unsigned short random[3],
                       struct err *err) {
-    size_t sequence = g->l->m.sequence, seen = g->count < sequence ? g->count : sequence;
-    size_t T = (seen + CONTEXT_STEP - 1) / CONTEXT_STEP * CONTEXT_STEP;
-    if (T > sequence) T = sequence;
-    memset(g->context, 0, T * sizeof *g->context);
-    memcpy(g->context, g->tokens + g->count - seen, seen * sizeof *g->context);
-    if (model_logits(g->model, g->l->params, g->context, (int)T, (int)seen - 1, g->logits, err)) return -1;
+    if (read_on(g, err)) return -1;
     for (size_t i = 0; i < g->l->m.vocabulary; i++)
         if (!isfinite(g->logits[i]))
             return err_set(err, ERR_CORRUPT, "the model's logit %zu is %g", i, (double)g->logits[i]);
@@ -449,14 +458,13 @@ static int take_generator(struct generator *g, const struct generate_wish *w, st
     size_t most = g->count + (size_t)w->tokens;
     g->tokens = realloc(prompt, most * sizeof *g->tokens);
     if (!g->tokens) free(prompt);
-    g->context = malloc(m->sequence * sizeof *g->context);
     g->logits = malloc(m->vocabulary * sizeof *g->logits);
     g->choice = malloc(m->vocabulary * sizeof *g->choice);
-    if (!g->tokens || !g->context || !g->logits || !g->choice)
+    if (!g->tokens || !g->logits || !g->choice)
         return err_set(err, ERR_MEMORY, "no memory to generate %llu tokens", (unsigned long long)w->tokens);
-    size_t T = m->sequence < most + CONTEXT_STEP ? m->sequence : most + CONTEXT_STEP;
-    g->model = model_create(m, g->l->k, 1, (int)T, 0, err);
-    return g->model ? 0 : -1;
+    g->room = most < m->sequence ? (int)most : (int)m->sequence;
+    g->decoder = decoder_create(m, g->l->k, g->l->params, g->room, err);
+    return g->decoder ? 0 : -1;
 }
 
 static int run_generator(struct generator *g, const struct generate_wish *w, struct err *err) {
@@ -482,9 +490,8 @@ static int generate(const struct generate_wish *w, struct err *err) {
     int rc = load(&l, w->where, w->tokenizer, w->threads, false, err);
     if (rc == 0) rc = take_generator(&g, w, err);
     if (rc == 0) rc = run_generator(&g, w, err);
-    model_destroy(g.model);
+    decoder_destroy(g.decoder);
     free(g.tokens);
-    free(g.context);
     free(g.logits);
     free(g.choice);
     unload(&l);
