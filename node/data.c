@@ -1,4 +1,5 @@
 /* data.c - opening and reading a corpus; see data.h. */
+#include "ckpt/store.h"
 #include "node/data_internal.h"
 
 #include "node/prefetch.h"
@@ -187,7 +188,7 @@ static int part_url(const struct data *d, const char *corpus, char out[PATH_BYTE
     size_t path = strcspn(where, "?");
     bool remote = data_files_remote(d->where);
     if (*corpus == '/' || strstr(corpus, "://")) {
-        if (remote && !strstr(corpus, "://"))
+        if (remote && !ckpt_store_remote(corpus))
             return err_set(err, ERR_CORRUPT, "part %.100s is a path, and the mixture is %.80s", corpus,
                            where);
         if ((size_t)snprintf(out, PATH_BYTES_MAX, "%s", corpus) < PATH_BYTES_MAX) return 0;

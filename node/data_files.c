@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #define STREAMS_MAX 16
+#define BLOCKS_BYTES_MAX ((size_t)64 << 20) /* of a token file of 512 GiB */
 
 struct data_files {
     char where[PATH_BYTES_MAX];    /* the folder, or its URL */
@@ -229,6 +230,7 @@ static int fetch_digests(struct data_files *f, struct token_file *t, uint64_t by
                        "it cannot be read; `data tokenize` makes it with them",
                        f->where, t->name);
     snprintf(name, sizeof name, "%s" DATA_BLOCKS_SUFFIX, t->name);
+    if (n > BLOCKS_BYTES_MAX) return too_long(f, name, n, err);
     if (get_whole(f, name, n, &list, &got, err)) return -1;
     struct digest found = digest_of(list, got);
     if (got == n && digest_equal(&found, &t->blocks)) {

@@ -45,8 +45,8 @@ static const char node_help[] =
     "  --precision P      fp32 (default); bf16: matrix products in bf16, about 1.5 times as fast where the\n"
     "                     processor has AVX512-BF16 or AMX; bf16-stochastic: and half the memory for weights\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
-    "  --corpus PATH      where this machine has the corpus (default: where the run says); it must be\n"
-    "                     the very same\n"
+    "  --corpus PATH      where this machine has the corpus, or an https:// or s3:// URL from where samples\n"
+    "                     then come (default: where the run says); it must be the very same\n"
     "  --listen PORT      let other members connect here (default: any free port)\n"
     "  --no-listen        only connect to others, for machines behind NAT\n"
     "  --log-json         one JSON object a line\n"
@@ -247,7 +247,7 @@ static const struct command {
     { "join", "become a member of a run, with an invite, and train", command_join },
     { "run", "go on with the run that was joined", command_run },
     { "train", "train a model alone, without a coordinator", tool_train },
-    { "data", "turn text files into a corpus", tool_data },
+    { "data", "turn texts into a corpus, or several into one", tool_data },
     { "bigram", "loss of a byte model of order 2, to compare with", tool_bigram },
     { "plan", "what training a model takes in memory", tool_plan },
     { "eval", "mean loss of a checkpoint on a text", tool_eval },

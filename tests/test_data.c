@@ -874,6 +874,12 @@ static void hostile_manifests_are_refused(void **state) {
         WITH("float", "t.bin", "11", "1"), WITH("uint16", "../t.bin", "11", "1"),
         WITH("uint16", "t.bin", "-11", "1"), WITH("uint16", "t.bin", "11", "2"),
         WITH("uint16", "t.bin", "11", "1"), WITH("uint16", "t.bin", "0", "0"),
+#define DIGEST "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+#define MIXTURE(corpus, weight, samples)                                                                      \
+    "{\"format\":1,\"tokenizer\":\"bytes\",\"vocabulary\":256,\"dtype\":\"uint16\",\"sequence\":10,"              \
+    "\"mixture\":[{\"corpus\":\"" corpus "\",\"manifest\":\"" DIGEST "\",\"weight\":" weight "}],\"samples\":" samples "}"
+        MIXTURE("../corpus", "0", "1"), MIXTURE("../corpus", "65537", "1"), MIXTURE("../corpus", "-1", "1"),
+        MIXTURE("../corpus", "1", "0"), MIXTURE("../corpus", "1", "1"), MIXTURE(".", "1", "1"),
     };
     mkdir(in_folder("hostile"), 0755);
     for (size_t i = 0; i < sizeof manifests / sizeof *manifests; i++) {
