@@ -3,6 +3,7 @@
 
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
+#include "node/fault.h"
 #include "node/file.h"
 #include "node/model.h"
 #include "node/schedule.h"
@@ -416,9 +417,12 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
     struct model_loss loss;
     double norm;
     if (sum_step(e, tokens, samples, &loss, &norm, err)) return -1;
-    if (!isfinite(loss.nats + loss.penalty) || !isfinite(norm))
-        return err_set(err, ERR_CORRUPT, "inner step %llu: loss %g, gradient norm %g",
-                       (unsigned long long)e->steps + 1, loss.nats + loss.penalty, norm);
+    if (!isfinite(loss.nats + loss.penalty) || !isfinite(norm)) {
+        char fault[FAULT_BYTES];
+        fault_find(&e->s, e->model, fault);
+        return err_set(err, ERR_CORRUPT, "inner step %llu: loss %g, gradient norm %g: %s",
+                       (unsigned long long)e->steps + 1, loss.nats + loss.penalty, norm, fault);
+    }
     double clip = e->inner.clip, lr = schedule_lr(&e->inner, position);
     adamw(e, lr, clip > 0 && norm > clip ? clip / norm : 1);
     shard_gather(&e->s);

@@ -116,7 +116,7 @@ void engine_params_write(struct engine *e, size_t first, size_t n, const float *
  * position  the run's committed tokens, for the learning rate.
  *
  * Returns 0 with *result filled. Returns -1 and leaves parameters, moments and step count as they
- * were with ERR_CORRUPT where the loss or the gradient norm is not finite (msg names the step) or
+ * were with ERR_CORRUPT where the loss or the gradient norm is not finite (msg names step and place) or
  * a token is outside the vocabulary. */
 int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint64_t position,
                 struct engine_result *result, struct err *err);

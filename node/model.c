@@ -12,6 +12,7 @@
 #include "proto/model.h"
 
 #include <assert.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -49,6 +50,7 @@ struct model {
     struct msg_model config;
     struct layout layout;
     struct model_units units; /* of this pass ... */
+    int rows;                 /* B*T */
     const void *params;       /* ... whose callers have whole vectors: these */
     float *grads;
     int tp, tp_rank;
@@ -639,7 +641,7 @@ int model_backward_units(struct model *m, const struct model_units *units, const
                          int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
                          struct err *err) {
     assert(m->training && B >= 1 && T >= 1 && T <= m->T && B * T <= m->B * m->T);
-    int rows = B * T;
+    int rows = m->rows = B * T;
     m->units = *units;
     const int32_t *start = tokens_in(m, tokens, B, T);
     forward(m, start, B, T);
@@ -659,6 +661,11 @@ int model_backward(struct model *m, const void *params, float *grads, const int3
                    struct err *err) {
     struct model_units units = vectors(m, params, grads);
     return model_backward_units(m, &units, tokens, B, T, grad_scale, write, loss, err);
+}
+
+int model_output_is_finite(const struct model *m, uint32_t unit) {
+    const float *x = unit < m->config.layers ? m->layer[unit].in : m->out;
+    return isfinite(m->k->sum_squares(m->k, x, (size_t)own_rows(m, m->rows) * (size_t)m->C));
 }
 
 /* ---- initial values ---------------------------------------------------------------------------- */

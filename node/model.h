@@ -124,6 +124,10 @@ int model_backward_units(struct model *model, const struct model_units *units, c
                          int T, float grad_scale, enum kernels_write write, struct model_loss *loss,
                          struct err *err);
 
+/* After a backward pass: is the residual stream finite, as far as the rank has it, behind the embedding
+ * (unit 0) or behind layer unit - 1? Waits. */
+int model_output_is_finite(const struct model *model, uint32_t unit);
+
 /* Initial parameters [first, first + n) of the canonical vector, host memory: norm weights are 1,
  * matrices are N(0, std) from outer_init_normal(seed), whose stream is indexed by canonical
  * element, so every machine derives the same bits for any range.

@@ -281,6 +281,39 @@ static void a_loss_that_is_not_finite_changes_nothing(void **state) {
     engine_destroy(twin);
 }
 
+static void set_tensor(struct engine *e, const char *name, float value, size_t n) {
+    struct proto_tensor t;
+    assert_int_equal(proto_model_tensor_find(engine_model(e), name, &t, NULL), 0);
+    if (n > t.count) n = (size_t)t.count;
+    for (size_t i = 0; i < n; i++) engine_params_write(e, (size_t)t.offset + i, 1, &value);
+}
+
+/* Whoever looks for a diverged layer is told which. A forward pass goes wrong at a weight; a backward pass can
+ * where nothing of the forward one is large: up's output is 0, but its gradient passes a weight of 3e38. */
+static void a_step_that_is_not_finite_names_the_place(void **state) {
+    (void)state;
+    int32_t tokens[BATCH * (SEQUENCE + 1)];
+    struct engine_result r;
+    struct err err = { 0 };
+    fill_batch(tokens, BATCH, 3);
+    struct engine *e = create(kernels_reference());
+    set_tensor(e, "model.layers.1.mlp.gate_proj.weight", NAN, 1);
+    assert_int_equal(engine_step(e, tokens, BATCH, 0, &r, &err), -1);
+    assert_non_null(strstr(err.msg, "loss nan"));
+    assert_non_null(strstr(err.msg, "the output of layer 1 is not finite"));
+    set_tensor(e, "model.embed_tokens.weight", INFINITY, SIZE_MAX);
+    assert_int_equal(engine_step(e, tokens, BATCH, 0, &r, &err), -1);
+    assert_non_null(strstr(err.msg, "the embedding is not finite"));
+    engine_destroy(e);
+    e = create(kernels_reference());
+    set_tensor(e, "model.layers.1.mlp.up_proj.weight", 0, SIZE_MAX);
+    set_tensor(e, "model.layers.1.mlp.down_proj.weight", 3e38f, SIZE_MAX);
+    set_tensor(e, "model.norm.weight", 1e4f, SIZE_MAX);
+    assert_int_equal(engine_step(e, tokens, BATCH, 0, &r, &err), -1);
+    assert_non_null(strstr(err.msg, "the gradient of model.layers.1.mlp.up_proj.weight is not finite"));
+    engine_destroy(e);
+}
+
 /* Corpus and model come from different hands. */
 static void tokens_outside_the_vocabulary_are_refused(void **state) {
     (void)state;
@@ -535,6 +568,7 @@ int main(void) {
         cmocka_unit_test(first_step_is_adamws),
         cmocka_unit_test(same_batches_give_the_same_bits),
         cmocka_unit_test(a_loss_that_is_not_finite_changes_nothing),
+        cmocka_unit_test(a_step_that_is_not_finite_names_the_place),
         cmocka_unit_test(tokens_outside_the_vocabulary_are_refused),
         cmocka_unit_test(a_partial_batch_trains_on_what_there_is),
         cmocka_unit_test(evaluation_runs_in_pieces),

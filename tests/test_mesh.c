@@ -41,6 +41,7 @@ struct job {
     uint32_t samples;                /* of a batch; 0: BATCH */
     uint32_t micro;                  /* samples at once; 0: all */
     uint32_t bad_step;               /* in this step sample 0 has a token that is none; 0: never */
+    float poison;                    /* what a weight of layer 1 is; 0: as it is */
     const char *load, *save;         /* a saved state to begin with and to leave; NULL: neither */
 };
 
@@ -87,6 +88,10 @@ static void begin(struct engine *e, const struct job *j) {
     engine_params_write(e, 0, n, init);
     free(init);
     if (j->documents) engine_set_document_end(e, 7);
+    struct proto_tensor up;
+    proto_model_tensor_find(engine_model(e), "model.layers.1.mlp.up_proj.weight", &up, NULL);
+    if (j->poison != 0) /* the last tensor-parallel rank's */
+        engine_params_write(e, (size_t)(up.offset + up.count) - 1, 1, &j->poison);
     if (j->micro) engine_limit_micro_batch(e, j->micro);
 }
 
@@ -374,6 +379,55 @@ static void bf16_works_in_a_mesh(void **state) {
     }
 }
 
+/* One of two tensor-parallel ranks, which compute again what they did not keep. */
+static int again_main(const struct mesh *m, const struct kernels *k, struct err *err) {
+    struct msg_model net = network(&(struct job){ 0 });
+    struct layout l;
+    layout_init(&l, &net, m->tp, m->rank, 1, 0);
+    float *params = k->alloc(k, l.n * 4, err), *grads[2];
+    for (int i = 0; i < 2; i++) grads[i] = k->alloc(k, l.n * sizeof(float), err);
+    for (size_t i = 0; i < l.n; i++) params[i] = (float)((i * 37 + (size_t)m->rank) % 101) * 2e-3f - 0.1f;
+    int32_t tokens[2 * (SEQUENCE + 1)];
+    fill_batch(tokens, 2, 5);
+    for (enum model_training t = MODEL_TRAINS; t <= MODEL_AGAIN_LAYER; t++) {
+        float *g = grads[t > MODEL_TRAINS];
+        struct model_loss loss;
+        struct model *model = model_create_piece(&l, m->tensor, k, 2, SEQUENCE, t, err);
+        int rc = !model || model_backward(model, params, g, tokens, 2, SEQUENCE, 0.1f, KERNELS_SET, &loss,
+                                          err);
+        model_destroy(model);
+        if (rc || m->tensor->check(m->tensor, err)) return -1;
+        if (!(loss.nats > 1)) return err_set(err, ERR_CORRUPT, "step %d: loss %g", t, loss.nats);
+        if (memcmp(grads[0], g, l.n * sizeof *g)) return err_set(err, ERR_CORRUPT, "step %d: other bits", t);
+    }
+    for (int i = 0; i < 2; i++) k->free(k, grads[i]);
+    k->free(k, params);
+    return 0;
+}
+
+static void computing_again_changes_no_bit_in_a_mesh(void **state) {
+    (void)state;
+    int status;
+    fflush(NULL);
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        struct mesh m;
+        struct err err = { 0 };
+        alarm(WATCHDOG_S);
+        int rc = mesh_start(&m, 2, 1, 0, &err);
+        struct kernels *k = rc ? NULL : kernels_cpu_create(1, &err);
+        rc = k ? again_main(&m, k, &err) : -1;
+        if (rc) fprintf(stderr, "rank %d: %s\n", m.rank, err.msg);
+        if (rc) mesh_fail(&m, &err);
+        if (k) k->destroy(k);
+        mesh_end(&m, rc != 0);
+        _exit(rc != 0);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 /* Nothing is guessed where heads do not come out even; the number that would do is said. */
 static void what_cannot_be_cut_evenly_is_refused(void **state) {
     (void)state;
@@ -391,6 +445,19 @@ static void what_cannot_be_cut_evenly_is_refused(void **state) {
     assert_int_equal(layout_check(&m, 2, &err), -1);
     assert_non_null(strstr(err.msg, "257 vocabulary"));
     free(out);
+}
+
+/* The rank that has the weight may be any; the one that speaks has to know. */
+static void where_a_step_went_wrong_is_known_to_all(void **state) {
+    (void)state;
+    for (int shard = 0; engine_shard_name(shard); shard++) {
+        struct job j = { .tp = 2, .dp = 2, .shard = shard, .steps = 1, .poison = NAN };
+        struct outcome *out = malloc(sizeof *out);
+        assert_int_equal(run_raw(&j, out), 1);
+        assert_int_equal(out->err.code, ERR_CORRUPT);
+        assert_non_null(strstr(out->err.msg, "the output of layer 1 is not finite"));
+        free(out);
+    }
 }
 
 /* ---- saved state ------------------------------------------------------------------------------- */
@@ -451,7 +518,9 @@ int main(void) {
         cmocka_unit_test(tensor_parallel_ranks_lose_what_one_loses),
         cmocka_unit_test(a_mesh_of_both_loses_what_one_loses),
         cmocka_unit_test(bf16_works_in_a_mesh),
+        cmocka_unit_test(computing_again_changes_no_bit_in_a_mesh),
         cmocka_unit_test(what_cannot_be_cut_evenly_is_refused),
+        cmocka_unit_test(where_a_step_went_wrong_is_known_to_all),
         cmocka_unit_test(a_saved_state_goes_on_in_another_mesh),
     };
     return cmocka_run_group_tests(tests, set_up, NULL);
