@@ -119,10 +119,11 @@ test-containers: ## build both images with podman, and let the compose file trai
 	@docker/test-containers.sh || [ $$? = 77 ]
 
 .PHONY: test-s3
-test-s3: ## the object store against a real S3 server: installs Ceph, starts it on loopback, tests, stops it (2 minutes)
+test-s3: ## the object store against a real S3 server: installs Ceph, starts it on loopback, tests, stops it (4 minutes)
 	@docker/setup-debian.sh --s3
 	@$(MAKE) --no-print-directory -j2 all $(BUILD)/s3_live
 	@BUILD=$(BUILD) tests/integration/s3.sh
+	@BUILD=$(BUILD) MINUTES=1 FAULTS="coordinator flip skew mixed" tests/s3/faults.sh
 
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
 	@BUILD=$(BUILD) tests/churn.sh

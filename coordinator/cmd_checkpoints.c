@@ -26,7 +26,7 @@ static const char help[] =
     "  --last N         the N newest\n"
     "  --every K        of each K ledger indices the oldest, too; the same ones every time\n"
     "  --stale-hours H  what a crashed writer left goes when nothing in it has changed for H hours\n"
-    "                   (default 24; half-done uploads among it)\n"
+    "                   (default 24; half-done uploads among it; 0 only where nobody writes)\n"
     "  --dry-run        only say what would go\n"
     "\n"
     "All work while the run is served. A bucket's key is taken from where `serve` has it.\n"
@@ -66,7 +66,7 @@ static int take(void *arg, int option, const char *value) {
     uint64_t n = 0;
     int code = option == LAST    ? number("--last", value, 1, UINT32_MAX, &n)
              : option == EVERY ? number("--every", value, 1, INT64_MAX, &n)
-             : option == STALE ? number("--stale-hours", value, 1, 1000000, &n) : 0;
+             : option == STALE ? number("--stale-hours", value, 0, 1000000, &n) : 0;
     if (option == LAST) o->how.last = (uint32_t)n;
     if (option == EVERY) o->how.every = n;
     if (option == STALE) o->how.stale_s = (int64_t)n * 3600;

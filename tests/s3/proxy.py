@@ -8,7 +8,8 @@ and servers make of requests. Writes its port to PORT_FILE. Orders are requests 
   /__seen                      how many of which faults there were, as JSON
 
 Faults: reset (of a request half read), stall (nothing comes), truncate (half of the answer), lost (the server does it,
-the answer is lost), flip (one bit of the answer's body), 500, 503 (Retry-After: 1), 429, away (connection closed at once).
+the answer is lost), flip (one bit of the answer's body), 500, 503 (Retry-After: 1), 429, away (connection closed at once),
+hold (the request is carried out 5 s later), skew (403, the clock is wrong), full (403, the quota is used up).
 """
 import json
 import random
@@ -16,8 +17,10 @@ import socket
 import struct
 import sys
 import threading
+import time
 
-FAULTS = ["reset", "stall", "truncate", "lost", "500", "503", "429", "away"]  # flip is for the reader's digests
+FAULTS = ["reset", "stall", "truncate", "lost", "500", "503", "429", "away"]  # the others only by order
+REFUSALS = {"skew": b"RequestTimeTooSkewed", "full": b"QuotaExceeded"}
 lock = threading.Lock()
 orders = []  # [which, fault, count]
 chance = 0
@@ -133,6 +136,12 @@ def serve(client, upstream):
         client.sendall(b"HTTP/1.1 %s Fault\r\n%sContent-Length: %d\r\nConnection: close\r\n\r\n%s"
                        % (fault.encode(), more, len(text), text))
         return client.close()
+    if fault in REFUSALS:
+        text = b"<Error><Code>%s</Code></Error>" % REFUSALS[fault] if method != "HEAD" else b""
+        client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(text), text))
+        return client.close()
+    if fault == "hold":
+        time.sleep(5)
     answer = ask(head, body, upstream)
     if fault == "lost":
         return hang_up(client)
