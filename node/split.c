@@ -101,11 +101,26 @@ static int is_digit(char c) {
     return c >= '0' && c <= '9';
 }
 
+/* A Chinese character, U+4000 to U+9FFF, begins with such a byte; what else begins so is no space and no mark
+ * either. */
+static int begins_ideograph(char c) {
+    return (unsigned char)c >= 0xe4 && (unsigned char)c <= 0xe9;
+}
+
+/* Is what ends before text[i] printable ASCII, or a character from U+3001 to U+9FFF: no white space. */
+static int ends_visible(const char *text, size_t i) {
+    const unsigned char *p = (const unsigned char *)text;
+    if (p[i - 1] < 0x80) return p[i - 1] > ' ' && p[i - 1] < 0x7f;
+    return i >= 3 && p[i - 3] >= 0xe3 && p[i - 3] <= 0xe9 && (p[i - 2] & 0xc0) == 0x80 &&
+           (p[i - 1] & 0xc0) == 0x80 && memcmp(text + i - 3, "\xe3\x80\x80", 3) != 0;
+}
+
 size_t split_cut(const char *text, size_t n) {
-    for (const char *p = text + n - 3; n >= 3 && p >= text; p--) {
-        if (!is_letter(p[2])) continue;
-        if (p[1] == '\n' && p[0] > ' ' && p[0] < 0x7f) return (size_t)(p - text) + 2;
-        if (p[1] == ' ' && (is_letter(p[0]) || is_digit(p[0]))) return (size_t)(p - text) + 1;
+    for (size_t i = n; i-- > 2;) { /* text[i] is to begin a word, or to follow the space that begins it */
+        if (!is_letter(text[i]) && !begins_ideograph(text[i])) continue;
+        if (text[i - 1] == '\n' && ends_visible(text, i - 1)) return i;
+        if (text[i - 1] == ' ' && is_letter(text[i]) && (is_letter(text[i - 2]) || is_digit(text[i - 2])))
+            return i - 1;
     }
     return 0;
 }

@@ -29,8 +29,9 @@ void split_worker_destroy(struct split_worker *w); /* NULL is fine */
 size_t split_next(const struct split *s, struct split_worker *w, const char *text, size_t n, struct err *err);
 
 /* The most bytes of text[n], n or fewer, whose words are the same whatever follows, as are those of what
- * follows: up to the space in "x y", or with the newline in "x\ny", with x printable ASCII, a letter or a
- * digit before a space, and y a letter of ASCII. 0 where there is no such place. */
+ * follows: up to the space in "x y", with x a letter or a digit and y a letter of ASCII, or with the newline in
+ * "x\ny", with x printable ASCII or a character from U+3001 to U+9FFF, and y a letter of ASCII or a Chinese
+ * character. 0 where there is no such place. */
 size_t split_cut(const char *text, size_t n);
 
 #endif

@@ -140,32 +140,49 @@ static struct tokenizer *small(const char *name) {
     return opened(path);
 }
 
-/* What a corpus is made of: a text that is encoded piece by piece has the ids of the whole. */
+/* What a corpus is made of: a text that is encoded piece by piece has the ids of the whole. Returns how many
+ * pieces. */
+static size_t check_pieces(const char *name, const char *text, size_t n) {
+    struct tokenizer *t = small(name);
+    struct encoder *whole = encoder_create(t, false, NULL), *part = encoder_create(t, false, NULL);
+    const int32_t *ids, *some;
+    size_t count, done = 0, pieces = 0, got;
+    assert_int_equal(encoder_encode(whole, text, n, &ids, &count, NULL), 0);
+    for (size_t at = 0; at < n; pieces++) {
+        size_t window = n - at < 100 ? n - at : 100, cut = 0;
+        while (at + window < n && !(cut = tokenizer_cut(t, text + at, window))) window++;
+        if (at + window >= n) cut = n - at;
+        assert_int_equal(encoder_encode(part, text + at, cut, &some, &got, NULL), 0);
+        assert_true(done + got <= count);
+        assert_memory_equal(some, ids + done, got * sizeof *some);
+        at += cut;
+        done += got;
+    }
+    assert_int_equal(done, count);
+    encoder_destroy(whole);
+    encoder_destroy(part);
+    tokenizer_close(t);
+    return pieces;
+}
+
 static void pieces_of_a_text_have_its_ids(void **state) {
     (void)state;
-    size_t n;
+    static const char *const lines[] = { "\u4e2d\u6587\u7684\u4e00\u884c\u3002\n",
+                                         "\u65e5\u672c\u8a9e\n",
+                                         "\n",
+                                         "\u3000\n",
+                                         "\u4e00'\u017f\u4e8c 12345\n",
+                                         "\u9fa5\u0301\n",
+                                         "\u3000\u4e09!!\n",
+                                         "\u56db\u2028\n" };
+    char chinese[20000];
+    size_t n, chinese_n = 0;
+    for (int i = 0; i < 600; i++)
+        chinese_n += (size_t)sprintf(chinese + chinese_n, "%s", lines[(unsigned)(i * i * 7 + i / 3) % 8]);
     char *text = (char *)read_all("docs/flow.md", &n);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        struct tokenizer *t = small(names[i]);
-        struct encoder *whole = encoder_create(t, false, NULL), *part = encoder_create(t, false, NULL);
-        const int32_t *ids, *some;
-        size_t count, done = 0, pieces = 0, got;
-        assert_int_equal(encoder_encode(whole, text, n, &ids, &count, NULL), 0);
-        for (size_t at = 0; at < n; pieces++) {
-            size_t window = n - at < 100 ? n - at : 100, cut = 0;
-            while (at + window < n && !(cut = tokenizer_cut(t, text + at, window))) window++;
-            if (at + window >= n) cut = n - at;
-            assert_int_equal(encoder_encode(part, text + at, cut, &some, &got, NULL), 0);
-            assert_true(done + got <= count);
-            assert_memory_equal(some, ids + done, got * sizeof *some);
-            at += cut;
-            done += got;
-        }
-        assert_int_equal(done, count);
-        assert_true(pieces > 20);
-        encoder_destroy(whole);
-        encoder_destroy(part);
-        tokenizer_close(t);
+        assert_true(check_pieces(names[i], text, n) > 20);
+        assert_true(check_pieces(names[i], chinese, chinese_n) > 20);
     }
     free(text);
 }

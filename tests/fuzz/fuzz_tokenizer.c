@@ -190,7 +190,7 @@ static void samples(const struct fuzz_sink *out) {
     static const char *const words[] = {
         "\"type\":\"ByteLevel\"", "\"type\":\"Sequence\"", "\"type\":\"NFC\"", "\"use_regex\":false", "\"merges\":[]",
         "\"added_tokens\":[", "\"normalized\":true", "\"lstrip\":true", "null", "\u00e9", "e\u0301", "\u0f71\u0f72",
-        "\u1100\u1161\u11a8", "\u180e", "\u3000", "\xed\xa0\x80", "'\u017f", "\u0344", "<|end|>" };
+        "\u1100\u1161\u11a8", "\u180e", "\u3000", "\xed\xa0\x80", "\n\u4e2d", "\u3002\n", "'\u017f", "\u0344", "<|end|>" };
     for (int i = 0; i < SAMPLES; i++) {
         char name[16], *text = file_of(i);
         snprintf(name, sizeof name, "file-%d", i);
