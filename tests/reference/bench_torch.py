@@ -75,10 +75,11 @@ def build(name):
     return Network(), samples, V
 
 
-def worker(name, precision, compiled, steps):
+def worker(name, precision, compiled, core, steps):
     """One warm step and `steps` that count; a line of JSON."""
     import torch
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    now = time.process_time if core else time.monotonic
+    torch.set_num_threads(1 if core else len(os.sched_getaffinity(0)))
     torch.manual_seed(1)
     network, samples, vocabulary = build(name)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -86,7 +87,7 @@ def worker(name, precision, compiled, steps):
     tokens = torch.randint(0, vocabulary, (samples, SEQUENCE + 1))
     seconds = []
     for i in range(steps + (2 if compiled else 1)):
-        begin = time.monotonic()
+        begin = now()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = run(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
@@ -94,7 +95,7 @@ def worker(name, precision, compiled, steps):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         assert math.isfinite(loss.item())
-        seconds.append(time.monotonic() - begin)
+        seconds.append(now() - begin)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(dict(torch=torch.__version__, tokens_per_s=samples * SEQUENCE / min(seconds[-steps:]),
                           peak_bytes=peak, seconds=seconds)))
@@ -107,11 +108,12 @@ def output(command):
 
 def run_case(name, precision, args):
     """The best of each side's turns."""
+    core, steps = ["--core"] if args.core else [], str(args.steps)
     here = [sys.executable, __file__, "--worker", name, precision]
     sides = {
-        "ours": [args.bench, "--only", f"{name}.{precision}", "--steps", str(args.steps), "--json", "-"],
-        "eager": here + ["eager", str(args.steps)],
-        "compile": here + ["compile", str(args.steps)],
+        "ours": [args.bench, "--only", f"{name}.{precision}", "--steps", steps, "--json", "-"] + core,
+        "eager": here + ["eager", str(len(core)), steps],
+        "compile": here + ["compile", str(len(core)), steps],
     }
     found = {}
     for _ in range(args.turns):
@@ -129,14 +131,17 @@ def run_case(name, precision, args):
 
 
 def main():
-    if len(sys.argv) == 6 and sys.argv[1] == "--worker":
-        return worker(sys.argv[2], sys.argv[3], sys.argv[4] == "compile", int(sys.argv[5]))
+    if len(sys.argv) == 7 and sys.argv[1] == "--worker":
+        name, precision, how, core, steps = sys.argv[2:]
+        return worker(name, precision, how == "compile", core == "1", int(steps))
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases that begin so, as 150m or 150m.bf16")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--without", default="", help="eager or compile: leave that out")
+    parser.add_argument("--core", action="store_true",
+                        help="on one core, by the seconds that it worked: for a busy machine")
     parser.add_argument("--bench", default="build/bench-train")
     parser.add_argument("--json")
     args = parser.parse_args()
