@@ -124,13 +124,14 @@ static int write_parts(const struct storing *s, struct err *err) {
 
 static int measure(struct bench *b, struct storing *s, struct err *err) {
     struct series t[2], cpu[2];
-    static const char *const curl = "curl, four parallel transfers", *const nice_curl = "nice -n 10 curl, four transfers";
+    static const char *const curl = "curl, four parallel transfers";
+    static const char *const nice_curl = "nice -n 10 curl, four transfers";
     struct task up[] = {{run_upload, s, reset_upload}, {run_curl_upload, s, NULL}};
     struct task down[] = {{run_download, s, NULL}, {run_curl_download, s, NULL}};
     double megabytes = (double)OBJECT_BYTES / MB;
     if (write_parts(s, err) || write_orders(s, true, err) || write_orders(s, false, err)) return -1;
     if (time_both(up, t, cpu, 2, BUDGET_S, err)) return -1;
-    row_rate(b, "store: upload of 268 MB, parts of 8 MiB", "MB/s", megabytes, &t[0], nice_curl, megabytes, &t[1]);
+    row_rate(b, "store: upload of 268 MB", "MB/s", megabytes, &t[0], nice_curl, megabytes, &t[1]);
     row_note(b, "medians %.0f and %.0f MB/s; of ours, %.2f s of processor time", megabytes / middle(&t[0]),
              megabytes / middle(&t[1]), middle(&cpu[0]));
     if (time_in_turns(down, t, 2, BUDGET_S, err)) return -1;
