@@ -136,7 +136,7 @@ sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each delibe
 SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/bench_train tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
-	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)-clang unit-build
+	@$(MAKE) --no-print-directory -j2 CC=clang NVCC= BUILD=$(BUILD)-clang unit-build
 	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr \
 	    --suppress=missingIncludeSystem -I. --std=c11 -j2 proto kernels ckpt coordinator node
 	@printf '%s\n' $(SOURCES) | xargs -P2 -n4 sh -c 'clang-tidy --quiet "$$@" -- -std=gnu11 -I. -DSIM_FAULTS -fopenmp $(PKG_CFLAGS)' tidy \
@@ -144,7 +144,7 @@ lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 
 SANITIZE := -O1 -g -fno-omit-frame-pointer
 asan: ## the CPU tests under address and undefined-behaviour sanitizers
-	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)-asan CFLAGS="$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	@$(MAKE) --no-print-directory -j2 NVCC= BUILD=$(BUILD)-asan CFLAGS="$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	    LDFLAGS="-fsanitize=address,undefined" unit-build
 	@ASAN_OPTIONS=detect_leaks=1 tests/run.sh $(BUILD)-asan unit
 
