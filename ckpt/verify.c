@@ -111,24 +111,26 @@ static int check_ledger(const struct ckpt *c, struct err *err) {
     return opened_wrong_digest("ledger.bin: head", &head, &c->manifest.facts.ledger_head, err);
 }
 
-static int check_state(const struct ckpt *c, struct checking *k, struct err *err) {
-    struct rooting r;
+/* k's blocks go to r. */
+static int check_state(const struct ckpt *c, struct rooting *r, struct checking *k, struct err *err) {
     bool narrowed = c->tensors[CKPT_WEIGHTS].file != c->tensors[CKPT_ANCHOR].file;
-    k->taker = rooting_block;
-    k->to = &r;
-    int rc = rooting_begin(&r, &c->genesis, narrowed, err);
+    int rc = rooting_begin(r, &c->genesis, narrowed, err);
     for (int which = narrowed ? CKPT_WEIGHTS : CKPT_ANCHOR; !rc && which <= CKPT_MOMENTUM; which++)
-        rc = check_vector(c, (enum ckpt_which)which, &r, k, err);
-    if (!rc) rc = rooting_check(&r, &c->manifest.facts.state_root, err);
-    rooting_end(&r);
+        rc = check_vector(c, (enum ckpt_which)which, r, k, err);
+    if (!rc) rc = rooting_check(r, &c->manifest.facts.state_root, err);
+    rooting_end(r);
     return rc;
 }
 
 int ckpt_verify(const struct ckpt *c, ckpt_progress_fn *progress, void *arg, struct err *err) {
     struct checking k = {.progress = progress, .arg = arg};
+    struct rooting r;
     if (c->plain) return err_set(err, ERR_NOT_FOUND, "%.100s: a plain folder has no digests", c->where);
     for (uint32_t i = 0; i < c->manifest.count; i++) k.now.total += c->manifest.object[i].bytes;
-    return check_rest(c, &k, err) || check_ledger(c, err) || check_state(c, &k, err) ? -1 : 0;
+    if (check_rest(c, &k, err) || check_ledger(c, err)) return -1;
+    k.taker = rooting_block;
+    k.to = &r;
+    return check_state(c, &r, &k, err);
 }
 
 int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *err) {

@@ -187,7 +187,7 @@ int tool_train(int argc, char **argv) {
     struct train_wish w = { .solo = { .tp = 1, .dp = 1, .save_steps = 200, .heldout_samples = 64 } };
     struct err err = { 0 };
     int rc = parse(argc, argv, &w);
-    if (rc >= 0) return rc;
+    if (!w.config) return rc;
     struct settings *s = calloc(1, sizeof *s);
     if (!s) err_set(&err, ERR_MEMORY, "no memory for settings");
     rc = !s || train(&w, s, &err) ? args_failed(argv[0], &err) : 0;

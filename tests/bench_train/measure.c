@@ -143,22 +143,22 @@ static json_t *report(const struct run *r, const struct bench_case *c, const dou
 json_t *measure(const struct bench_case *c, int steps, struct err *err) {
     struct run r = { 0 };
     struct floors *f = NULL;
-    double seconds[STEPS_MAX] = { 0 }, warm;
+    double seconds[STEPS_MAX] = { 0 }, warm, peak = 0;
+    json_t *out = NULL;
     steps = steps < 1 ? 1 : steps > STEPS_MAX ? STEPS_MAX : steps;
-    if (run_init(&r, c, err) || step(&r, &warm, err)) return NULL;
-    double peak = 0;
+    int rc = run_init(&r, c, err) || step(&r, &warm, err);
     entries_reset();
-    for (int i = 0; i < steps; i++) {
-        if (step(&r, &seconds[i], err)) return NULL;
+    for (int i = 0; !rc && i < steps; i++) {
+        rc = step(&r, &seconds[i], err);
         if (i == 0) peak = peak_bytes();
         const struct entries *t = entries_taken();
-        if (!f && !(f = floors_create(t->product, t->products, c->precision, err))) return NULL;
-        if (floors_run(f, err)) return NULL;
+        if (!rc && !f) rc = !(f = floors_create(t->product, t->products, c->precision, err));
+        if (!rc) rc = floors_run(f, err);
     }
-    json_t *out = report(&r, c, seconds, steps, peak, f);
-    floors_destroy(f);
+    if (!rc) out = report(&r, c, seconds, steps, peak, f);
+    if (f) floors_destroy(f);
     free(r.tokens);
     engine_destroy(r.e);
-    r.k->destroy(r.k);
+    if (r.k) r.k->destroy(r.k);
     return out;
 }
