@@ -7,12 +7,12 @@
 #
 #   tests/quality.sh [--json FILE] [SEED ...]   seeds: 1 2 3
 #
-# TOKENS, BATCH (samples per inner step of a node), MODE, H, and settings as `init` takes them: MODEL for all three, FOUR for the four
+# TOKENS, DECAY (per cent of them at the end, while the rate falls), BATCH (samples per inner step of a node), MODE, H, and settings as `init` takes them: MODEL for all three, FOUR for the four
 # nodes, ONE for the single ones. Each of the two has its own inner rate. The model is small, so that the corpus is tens of tokens per
 # parameter. docs/results.md says what was tried and what came out.
 cd "$(dirname "$0")/.." || exit 1
 . tests/lib.sh
-TOKENS=${TOKENS:-8800000} BATCH=${BATCH:-2} MODE=${MODE:-diloco} H=${H:-20} json=
+TOKENS=${TOKENS:-8800000} DECAY=${DECAY:-35} BATCH=${BATCH:-2} MODE=${MODE:-diloco} H=${H:-20} json=
 MODEL=${MODEL---set model.width=64 --set model.ffn=240 --set model.heads=2 --set model.kv_heads=1}
 ONE=${ONE---set inner.lr=2e-3} FOUR=${FOUR---set inner.lr=1e-3 --set inner.beta2=0.99 --set outer.lr=0.7 --set outer.momentum=0.8}
 if [ "${1:-}" = --json ]; then json=$2; shift 2; fi
@@ -23,7 +23,7 @@ train() { # train NAME SEED NODES BATCH TOKENS [settings]: sets LOSS to the held
     local name=$1 seed=$2 nodes=$3 batch=$4 tokens=$5 r=$W/$1-$2 p i last; shift 5
     p=$(free_port)
     "$COORDINATOR" init "$r" --corpus "$W/corpus/corpus.json" --preset debug $MODEL --set inner.batch="$batch" \
-        --set inner.total_tokens="$tokens" --set model.init_seed="$seed" --set corpus.shuffle_seed="$seed" --set outer.inner_steps="$H" \
+        --set inner.total_tokens="$tokens" --set inner.decay_tokens=$((tokens * DECAY / 100)) --set model.init_seed="$seed" --set corpus.shuffle_seed="$seed" --set outer.inner_steps="$H" \
         --set outer.quorum="$nodes" --set outer.round_seconds=600 --set outer.grace_seconds=60 --set outer.silence_seconds=20 \
         --set outer.checkpoint_rounds=100000 --set outer.chunk_elements=65536 "$@" >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
     start_coordinator "$r" "$p"

@@ -192,7 +192,7 @@ static void samples(const struct fuzz_sink *out) {
         "\"added_tokens\":[", "\"normalized\":true", "\"lstrip\":true", "null", "\u00e9", "e\u0301", "\u0f71\u0f72",
         "\u1100\u1161\u11a8", "\u180e", "\u3000", "\xed\xa0\x80", "\n\u4e2d", "\u3002\n", "'\u017f", "\u0344", "<|end|>" };
     for (int i = 0; i < SAMPLES; i++) {
-        char name[16], *text = file_of(i);
+        char name[24], *text = file_of(i);
         snprintf(name, sizeof name, "file-%d", i);
         put(out, name, 0, text);
         free(text);
