@@ -51,9 +51,11 @@ BENCH_O := $(call objects,tests/bench) $(LIB_O)
 BENCH_TRAIN_O := $(call objects,tests/bench_train) $(LIB_O)
 LAB_O := $(call objects,tests/lab) $(LIB_O)
 
-# The CUDA backend: a plugin, where nvcc is; and everywhere the same kernels on an emulator, for the tests.
+# The CUDA backend: a plugin, where nvcc is (`make NVCC=` leaves it out); and everywhere the same kernels on an
+# emulator, for the tests.
 CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-CUDA_ARCHS ?= 80 89 90 100
+nvcc_archs := $(if $(NVCC),$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
+CUDA_ARCHS ?= $(foreach a,80 89 90 100,$(if $(filter compute_$(a),$(nvcc_archs)),$(a)))
 PLUGIN := $(if $(NVCC),$(BUILD)/libintellect-cuda.so)
 EMULATED_O := $(patsubst %,$(BUILD)/emulated/%.o,$(filter-out %/matmul.cu,$(CUDA_SOURCES)) $(wildcard tests/cuda/*.cpp)) $(BUILD)/tests/cuda/staged.o
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16
