@@ -16,7 +16,11 @@
 
 #include "proto/model.h"
 
-enum kind { TEXT, U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U8_SCHEDULE, U32, U64, F32, F64, SECONDS };
+/* The first ones are a byte that stands for a name, see `choices`. */
+enum kind {
+    U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U8_SCHEDULE, CHOICES,
+    TEXT = CHOICES, U32, U64, F32, F64, SECONDS
+};
 
 struct setting {
     const char *section, *key;
@@ -215,11 +219,17 @@ static const struct setting table[] = {
 _Static_assert(sizeof table / sizeof *table <= SETTINGS_MAX, "struct settings counts them");
 
 /* Numbers of docs/protocol.md. */
-static const char *const codec_name[] = { "fp32", "int8" };
-static const char *const rule_name[] = { "constant", "sqrt" };
-static const char *const weights_name[] = { "fp32", "bf16" };
-static const char *const rope_name[] = { "default", "linear", "llama3" };
-static const char *const schedule_name[] = { "wsd", "cosine", "constant" };
+static const struct choice {
+    uint8_t count;
+    const char *name[3], *allowed;
+} choices[CHOICES] = {
+    [U8_SWITCH] = { 2, { "false", "true" }, "true and false" },
+    [U8_CODEC] = { 2, { "fp32", "int8" }, "fp32 and int8" },
+    [U8_RULE] = { 2, { "constant", "sqrt" }, "constant and sqrt" },
+    [U8_ROPE] = { 3, { "default", "linear", "llama3" }, "default, linear and llama3" },
+    [U8_WEIGHTS] = { 2, { "fp32", "bf16" }, "fp32 and bf16" },
+    [U8_SCHEDULE] = { 3, { "wsd", "cosine", "constant" }, "wsd, cosine and constant" },
+};
 
 void settings_init(struct settings *s) {
     memset(s, 0, sizeof *s);
@@ -266,12 +276,7 @@ static int refuse(const struct origin *at, struct err *err, const char *format, 
 static void describe_allowed(const struct setting *t, char *out, size_t size) {
     switch (t->kind) {
     case TEXT: snprintf(out, size, "%.0f to %.0f bytes of UTF-8 without control characters", t->min, t->max); return;
-    case U8_SWITCH: snprintf(out, size, "true and false"); return;
-    case U8_CODEC: snprintf(out, size, "fp32 and int8"); return;
-    case U8_RULE: snprintf(out, size, "constant and sqrt"); return;
-    case U8_ROPE: snprintf(out, size, "default, linear and llama3"); return;
-    case U8_WEIGHTS: snprintf(out, size, "fp32 and bf16"); return;
-    case U8_SCHEDULE: snprintf(out, size, "wsd, cosine and constant"); return;
+    default: snprintf(out, size, "%s", choices[t->kind].allowed); return;
     case U32:
     case U64: snprintf(out, size, "whole numbers from %.0f to %.0f", t->min, t->max); return;
     case SECONDS: snprintf(out, size, "seconds from %g to %g", t->min, t->max); return;
@@ -298,10 +303,10 @@ static bool parse_number(const char *text, double *out) {
     return !*end && isfinite(*out);
 }
 
-static bool parse_name(const char *text, const char *const *names, int n, uint8_t *out) {
-    for (int i = 0; i < n; i++)
-        if (!strcmp(text, names[i])) {
-            *out = (uint8_t)i;
+static bool store_choice(uint8_t *field, const struct choice *c, const char *text) {
+    for (uint8_t i = 0; i < c->count; i++)
+        if (!strcmp(text, c->name[i])) {
+            *field = i;
             return true;
         }
     return false;
@@ -343,23 +348,16 @@ static bool store_seconds(char *field, const struct setting *t, const char *text
 
 /* Put `text` into the setting's field if it is allowed there. */
 static bool store_value(struct settings *s, const struct setting *t, const char *text) {
-    static const char *const switches[] = { "false", "true" };
     char *field = (char *)s + t->offset;
     switch (t->kind) {
     case TEXT: return store_text(field, t, text);
-    case U8_SWITCH: return parse_name(text, switches, 2, (uint8_t *)field);
-    case U8_CODEC: return parse_name(text, codec_name, 2, (uint8_t *)field);
-    case U8_RULE: return parse_name(text, rule_name, 2, (uint8_t *)field);
-    case U8_ROPE: return parse_name(text, rope_name, 3, (uint8_t *)field);
-    case U8_WEIGHTS: return parse_name(text, weights_name, 2, (uint8_t *)field);
-    case U8_SCHEDULE: return parse_name(text, schedule_name, 3, (uint8_t *)field);
     case U32:
     case U64: return store_whole(field, t, text);
     case F32:
     case F64: return store_number(field, t, text);
     case SECONDS: return store_seconds(field, t, text);
+    default: return store_choice((uint8_t *)field, &choices[t->kind], text);
     }
-    return false;
 }
 
 static int set_value(struct settings *s, const struct setting *t, const char *text, bool quoted,
@@ -610,11 +608,9 @@ static void format_value(const struct settings *s, const struct setting *t, char
     switch (t->kind) {
     case TEXT: format_text(field, out, size); return;
     case U8_SWITCH: snprintf(out, size, "%s", *(const uint8_t *)field ? "true" : "false"); return;
-    case U8_CODEC: snprintf(out, size, "%s", codec_name[*(const uint8_t *)field & 1]); return;
-    case U8_RULE: snprintf(out, size, "%s", rule_name[*(const uint8_t *)field & 1]); return;
-    case U8_ROPE: snprintf(out, size, "%s", rope_name[*(const uint8_t *)field % 3]); return;
-    case U8_WEIGHTS: snprintf(out, size, "%s", weights_name[*(const uint8_t *)field & 1]); return;
-    case U8_SCHEDULE: snprintf(out, size, "%s", schedule_name[*(const uint8_t *)field % 3]); return;
+    default:
+        snprintf(out, size, "%s", choices[t->kind].name[*(const uint8_t *)field % choices[t->kind].count]);
+        return;
     case U32: snprintf(out, size, "%u", *(const uint32_t *)field); return;
     case U64:
         snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)field);
@@ -678,12 +674,7 @@ int settings_save(const struct settings *s, const char *path, struct err *err) {
 /* Bytes of a field that is no text. */
 static size_t value_size(const struct setting *t) {
     switch (t->kind) {
-    case U8_SWITCH:
-    case U8_CODEC:
-    case U8_RULE:
-    case U8_ROPE:
-    case U8_WEIGHTS:
-    case U8_SCHEDULE: return 1;
+    default: return 1;
     case U32:
     case F32:
     case SECONDS: return 4;
