@@ -16,17 +16,18 @@ static void *open_plugin(struct err *err) {
     const char *named = getenv("INTELLECT_CUDA_PLUGIN");
     void *plugin = NULL;
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    int there = named != NULL; /* a file that does not load is said, and no other taken */
     if (named) plugin = dlopen(named, RTLD_NOW | RTLD_LOCAL);
-    if (!named && n > 0) {
+    if (n > 0) {
         self[n] = '\0';
         *(strrchr(self, '/') + 1) = '\0';
-        for (size_t i = 0; i < sizeof places / sizeof *places && !plugin; i++) {
+        for (size_t i = 0; i < sizeof places / sizeof *places && !there; i++) {
             snprintf(path, sizeof path, "%s%s%s", self, places[i], KERNELS_PLUGIN_FILE);
-            if (access(path, F_OK)) continue;
-            if (!(plugin = dlopen(path, RTLD_NOW | RTLD_LOCAL))) break; /* there, and does not load: say why */
+            there = access(path, F_OK) == 0;
+            if (there) plugin = dlopen(path, RTLD_NOW | RTLD_LOCAL);
         }
-        if (!plugin && access(path, F_OK)) plugin = dlopen(KERNELS_PLUGIN_FILE, RTLD_NOW | RTLD_LOCAL);
     }
+    if (!there) plugin = dlopen(KERNELS_PLUGIN_FILE, RTLD_NOW | RTLD_LOCAL);
     if (!plugin) err_set(err, ERR_UNSUPPORTED, "the CUDA backend does not load: %.180s", dlerror());
     return plugin;
 }
