@@ -128,8 +128,8 @@ static int open_device(struct cuda *c, struct err *err) {
     return 0;
 }
 
-extern "C" __attribute__((visibility("default"))) struct kernels *intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes,
-                                                 size_t rest_bytes, struct err *err) {
+extern "C" __attribute__((visibility("default"))) struct kernels *
+intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest_bytes, struct err *err) {
     if (abi != KERNELS_PLUGIN_ABI) {
         err_set(err, ERR_UNSUPPORTED, "the CUDA plugin is for interface %u, the program has %u: take both from "
                 "one release", KERNELS_PLUGIN_ABI, abi);

@@ -3,22 +3,12 @@
 # networks do. Skipped where Ceph is not installed: `make test-s3` installs it.
 cd "$(dirname "$0")/../.." || exit 1
 . tests/lib.sh
+. tests/s3/lib.sh
 failures=0
 check() { if "${@:2}"; then echo "ok      $1"; else echo "NOT OK  $1"; failures=$((failures + 1)); fi; }
 
 # ---- the server, with a bucket and one that is full; in memory where there is room
-CEPH=$W/ceph
-[ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 6000000 ] 2>/dev/null && CEPH=$(mktemp -d /dev/shm/intellect-ceph.XXXXXX)
-stop_all() { tests/s3/ceph.sh stop "$CEPH" >/dev/null 2>&1; [ -n "${KEEP:-}" ] || rm -rf "$CEPH"; end_all; }
-trap stop_all EXIT
-port=$(free_port)
-S3_PORT=$port S3_CEPH_PORT=$((20000 + port % 10000 / 20 * 20)) S3_BUCKET=test S3_STORE_GB=4 tests/s3/ceph.sh start "$CEPH" >"$W/s3.env" 2>"$W/ceph.log"
-rc=$?
-[ $rc != 77 ] || { tail -n 1 "$W/ceph.log"; exit 77; }
-[ $rc = 0 ] || fail "ceph does not start: $(cat "$W/ceph.log")"
-. "$W/s3.env"
-export AWS_ACCESS_KEY_ID=$S3_ACCESS_KEY AWS_SECRET_ACCESS_KEY=$S3_SECRET_KEY AWS_CONFIG_FILE=/dev/null
-unset AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_REGION AWS_DEFAULT_REGION AWS_SESSION_TOKEN AWS_PROFILE INTELLECT_S3_KEY_FILE
+start_ceph test 4
 signed() { curl -s --noproxy '*' --aws-sigv4 "aws:amz:us-east-1:s3" --user "$S3_ACCESS_KEY:$S3_SECRET_KEY" -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' "$@"; }
 admin() { radosgw-admin -c "$CEPH/ceph.conf" -n client.rgw "$@" >>"$W/admin.log" 2>&1; }
 signed -f -X PUT "$S3_ENDPOINT/full" && admin quota set --quota-scope=bucket --bucket=full --max-size=1 &&

@@ -8,24 +8,14 @@
 #   AWAY=20              seconds that the store is away, when it is
 cd "$(dirname "$0")/../.." || exit 1
 . tests/lib.sh
+. tests/s3/lib.sh
 RANDOM=${SEED:=$(date +%s)}
 MINUTES=${MINUTES:-3} AWAY=${AWAY:-20}
 FAULTS=${FAULTS:-mixed 500 503 429 reset stall truncate lost flip skew full away writer coordinator}
 say() { printf '%4d s  %s\n' $SECONDS "$*"; }
 
 # ---- Ceph and the proxy before it
-CEPH=$W/ceph
-[ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 6000000 ] 2>/dev/null && CEPH=$(mktemp -d /dev/shm/intellect-ceph.XXXXXX)
-stop_all() { tests/s3/ceph.sh stop "$CEPH" >/dev/null 2>&1; rm -rf "$CEPH"; end_all; }
-trap stop_all EXIT
-port=$(free_port)
-S3_PORT=$port S3_CEPH_PORT=$((20000 + port % 10000 / 20 * 20)) S3_BUCKET=test S3_STORE_GB=4 tests/s3/ceph.sh start "$CEPH" >"$W/s3.env" 2>"$W/ceph.log"
-rc=$?
-[ $rc != 77 ] || { tail -n 1 "$W/ceph.log"; exit 77; }
-[ $rc = 0 ] || fail "ceph does not start: $(cat "$W/ceph.log")"
-. "$W/s3.env"
-export AWS_ACCESS_KEY_ID=$S3_ACCESS_KEY AWS_SECRET_ACCESS_KEY=$S3_SECRET_KEY AWS_CONFIG_FILE=/dev/null
-unset AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_REGION AWS_DEFAULT_REGION AWS_SESSION_TOKEN AWS_PROFILE INTELLECT_S3_KEY_FILE
+start_ceph test 4
 tests/s3/proxy.py "$W/proxy.port" "$port" >"$W/proxy.log" 2>&1 & PID[proxy]=$!
 for _ in $(seq 100); do [ -s "$W/proxy.port" ] && break; sleep 0.1; done
 PROXY=http://127.0.0.1:$(cat "$W/proxy.port")
