@@ -5,7 +5,7 @@
  *   STORE/latest                                  names the newest complete checkpoint
  *   STORE/step-000000000042/                      the ledger index, 12 digits
  *     config.json generation_config.json          Hugging Face: LlamaForCausalLM opens the folder
- *     tokenizer.json tokenizer_config.json        the former for the tokenizer "bytes" alone
+ *     tokenizer.json tokenizer_config.json        the former where the writer had it
  *     model-00001-of-00002.safetensors ...        the weights: the anchor, or it rounded to bf16
  *     model.safetensors.index.json
  *     anchor-00001-of-00002.safetensors ...       the anchor, fp32, where the weights are bf16
@@ -82,6 +82,7 @@ struct ckpt_meta {
     /* Consecutive entries as signed, the last one that with `index`; at least that one. */
     const struct msg_signed_entry *ledger;
     uint32_t ledger_count;
+    struct proto_bytes tokenizer_json; /* the file of a tokenizer that is not "bytes"; empty: it is named alone */
 };
 
 enum ckpt_state {
@@ -227,6 +228,9 @@ const char *ckpt_weights_name(const struct ckpt *c);
 /* Name of the tokenizer ("bytes", "bpe-..."), or "" where a plain folder does not say it in our words. */
 const char *ckpt_tokenizer(const struct ckpt *c);
 
+/* Its tokenizer.json, for free(). ERR_NOT_FOUND: the checkpoint has none. */
+int ckpt_tokenizer_json(const struct ckpt *c, char **json, size_t *n, struct err *err);
+
 /* Elements [first, first + n) of the canonical vector as fp32 into out; fp16 and bf16 files are
  * widened. The range must lie inside the vector. ERR_NOT_FOUND: momentum of a plain folder.
  * May be called from several threads at once. */
@@ -253,6 +257,10 @@ int ckpt_verify(const struct ckpt *c, ckpt_progress_fn *progress, void *arg, str
 /* The same for the files of one vector alone, before something is made of it. A plain folder has no
  * digests and passes. */
 int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *err);
+
+/* The root of the digest tree over anchor and momentum in chunks of so many elements, as a run with such chunks
+ * has it; momentum that a plain folder does not have is zero. Reads all, and hashes it on all cores. */
+int ckpt_root(const struct ckpt *c, uint32_t chunk_elements, struct digest *root, struct err *err);
 
 /* What the manifest says. Only for a checkpoint (asserts that it is not plain). */
 struct ckpt_facts {
@@ -288,6 +296,23 @@ int ckpt_ledger(struct ckpt *c, const struct msg_signed_entry **entries, uint32_
  * ERR_REFUSED: in dir is something else under one of the names, or another fetch is at work.
  * ERR_FULL: no space, noticed before an object is begun. After any failure call it again. */
 int ckpt_fetch(const struct ckpt *c, const char *dir, ckpt_progress_fn *progress, void *arg, struct err *err);
+
+/* Write a plain Hugging Face folder of a model that belongs to no run: what stands in `dir`, if anything, is
+ * exchanged for it once it is whole and on the disk.
+ *
+ * read  gives elements [first, first + n) of the canonical vector, in order, in blocks. -1 ends it.
+ * ERR_FULL: no space, noticed before a file is begun. A failure leaves `dir` as it was. */
+struct ckpt_folder {
+    const struct msg_model *model;
+    float init_std;                     /* for config.json alone */
+    enum ckpt_weights weights;
+    const char *tokenizer;              /* its name, as ckpt_tokenizer() */
+    struct proto_bytes tokenizer_json;  /* the file of one that is not "bytes"; empty: none */
+    uint64_t shard_bytes;               /* as ckpt_writer_create() */
+    int (*read)(void *arg, uint64_t first, size_t n, float *out, struct err *err);
+    void *arg;
+};
+int ckpt_folder_write(const struct ckpt_folder *f, const char *dir, struct err *err);
 
 /* Copy what makes a Hugging Face folder (tensors, index, config, tokenizer) into the new or empty
  * folder `dir`: no momentum, cursor, ledger or signature. Digests are checked on the way.

@@ -374,6 +374,16 @@ const struct ckpt_facts *ckpt_facts(const struct ckpt *c) {
     return &c->manifest.facts;
 }
 
+int ckpt_tokenizer_json(const struct ckpt *c, char **json, size_t *n, struct err *err) {
+    struct ckpt_blob b;
+    if (!c->plain && !manifest_find(&c->manifest, "tokenizer.json"))
+        return err_set(err, ERR_NOT_FOUND, "%.150s has no tokenizer.json", c->where);
+    if (opened_read(c, "tokenizer.json", CKPT_TOKENIZER_JSON_BYTES_MAX, &b, err)) return -1;
+    *json = (char *)b.data;
+    *n = b.length;
+    return 0;
+}
+
 const struct msg_genesis *ckpt_genesis(const struct ckpt *c) { return c->plain ? NULL : &c->genesis; }
 
 struct proto_bytes ckpt_genesis_bytes(const struct ckpt *c) {

@@ -143,3 +143,60 @@ int ckpt_verify_vector(const struct ckpt *c, enum ckpt_which which, struct err *
     }
     return 0;
 }
+
+/* ---- the root in other chunks ------------------------------------------------------------------------ */
+
+#define ROOT_BYTES ((size_t)32 << 20) /* of anchor, and of momentum, read at a time; a chunk may be larger */
+
+struct chunks {
+    const struct ckpt *c;
+    size_t each, at_once; /* elements of a chunk, chunks */
+    float *anchor, *momentum;
+    struct digest_piece *piece;
+    struct msg_digest_item *leaf;
+};
+
+static int read_state(const struct chunks *k, uint64_t first, size_t n, struct err *err) {
+    if (ckpt_read(k->c, CKPT_ANCHOR, first, n, k->anchor, err)) return -1;
+    return k->c->plain ? 0 : ckpt_read(k->c, CKPT_MOMENTUM, first, n, k->momentum, err);
+}
+
+/* The leaves of some chunks from `chunk` on, which are n elements. */
+static void hash_chunks(struct chunks *k, size_t chunk, size_t n) {
+    size_t count = 0;
+    for (size_t at = 0; at < n; at += k->each, count++) {
+        size_t bytes = (n - at < k->each ? n - at : k->each) * sizeof(float);
+        k->piece[count] = (struct digest_piece){.index = chunk + count, .a = k->anchor + at,
+                                                .b = k->momentum + at, .a_length = bytes, .b_length = bytes};
+    }
+    digest_leaves(k->piece, count, 0);
+    for (size_t i = 0; i < count; i++) k->leaf[chunk + i].digest = k->piece[i].leaf;
+}
+
+static int hash_state(struct chunks *k, uint64_t elements, struct err *err) {
+    for (uint64_t first = 0, n; first < elements; first += n) {
+        n = elements - first < k->at_once * k->each ? elements - first : k->at_once * k->each;
+        if (read_state(k, first, (size_t)n, err)) return -1;
+        hash_chunks(k, (size_t)(first / k->each), (size_t)n);
+    }
+    return 0;
+}
+
+int ckpt_root(const struct ckpt *c, uint32_t chunk_elements, struct digest *root, struct err *err) {
+    uint64_t elements = proto_model_elements(&c->model);
+    size_t count = (size_t)((elements + chunk_elements - 1) / chunk_elements);
+    struct chunks k = {.c = c, .each = chunk_elements, .at_once = ROOT_BYTES / sizeof(float) / chunk_elements + 1};
+    k.anchor = malloc(k.at_once * k.each * sizeof(float));
+    k.momentum = calloc(k.at_once * k.each, sizeof(float));
+    k.piece = calloc(k.at_once, sizeof *k.piece);
+    k.leaf = calloc(count, sizeof *k.leaf);
+    int r = k.anchor && k.momentum && k.piece && k.leaf
+                ? hash_state(&k, elements, err)
+                : err_set(err, ERR_MEMORY, "no memory for the digests of %.150s", c->where);
+    if (!r) *root = digest_tree_root(k.leaf, count);
+    free(k.anchor);
+    free(k.momentum);
+    free(k.piece);
+    free(k.leaf);
+    return r;
+}

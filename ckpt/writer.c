@@ -491,11 +491,25 @@ static int add_indices(struct ckpt_writer *w, const struct hf_shard *shards, str
     return 0;
 }
 
+/* Of "bytes" it is made here; that of another one lies with the corpus, and the caller may have it. */
+static int add_tokenizer(struct ckpt_writer *w, const struct ckpt_meta *meta, struct err *err) {
+    const char *name = w->manifest.tokenizer;
+    const struct proto_bytes *given = &meta->tokenizer_json;
+    struct ckpt_blob b = {0};
+    int r = 0;
+    if (!strcmp(name, CKPT_TOKENIZER_BYTES)) r = hf_tokenizer_format(&b, err);
+    else if (given->length && !(b.data = malloc(given->length)))
+        r = err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
+    else if (given->length) memcpy(b.data, given->data, b.length = given->length);
+    if ((r || b.data) && add_small(w, "tokenizer.json", r, &b, err)) return -1;
+    b = (struct ckpt_blob){0};
+    return add_small(w, "tokenizer_config.json",
+                     hf_tokenizer_config_format(w->genesis.model, name, &b, err), &b, err);
+}
+
 static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta,
                              const struct hf_shard *shards, struct err *err) {
     const struct msg_model *m = w->genesis.model;
-    const char *tokenizer = w->manifest.tokenizer;
-    bool bytes = !strcmp(tokenizer, CKPT_TOKENIZER_BYTES); /* the file of another one lies with the corpus */
     struct ckpt_blob b = {0};
     return add_genesis(w, meta, err) ||
            add_small(w, "ledger.bin", ledger_format(meta->ledger, meta->ledger_count, &b, err), &b, err) ||
@@ -503,8 +517,7 @@ static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta
            add_small(w, "config.json",
                      hf_config_format(m, w->file[0].dtype, w->genesis.init_std, &b, err), &b, err) ||
            add_small(w, "generation_config.json", hf_generation_config_format(&b, err), &b, err) ||
-           (bytes && add_small(w, "tokenizer.json", hf_tokenizer_format(&b, err), &b, err)) ||
-           add_small(w, "tokenizer_config.json", hf_tokenizer_config_format(m, tokenizer, &b, err), &b, err) ||
+           add_tokenizer(w, meta, err) ||
            add_indices(w, shards, err)
                ? -1 : 0;
 }

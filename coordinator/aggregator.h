@@ -12,6 +12,7 @@
 
 #define AGGREGATOR_FOLDER "aggregator"          /* below the run's folder: the node's home */
 #define AGGREGATOR_IDENTITY "aggregator/identity.key"
+#define AGGREGATOR_TOKENIZER "tokenizer.json" /* in its home: goes into the checkpoints that it writes */
 /* Between an end and the next start; doubles, and begins anew after a start that held a minute. */
 #define AGGREGATOR_BACKOFF_MS_MIN 500
 #define AGGREGATOR_BACKOFF_MS_MAX 30000

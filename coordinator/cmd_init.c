@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "ckpt/ckpt.h"
+#include "ckpt/corpus.h"
 #include "coordinator/aggregator.h"
 #include "coordinator/commands.h"
 #include "coordinator/run.h"
@@ -24,17 +25,19 @@ static const char help[] =
     "digest is the run's name. Again on the same folder, as long as nobody has joined: the run is\n"
     "sealed anew with the changed run.yaml.\n"
     "\n"
-    "  --corpus FILE            corpus.json (or its folder) as `intellect-node data` wrote it; without\n"
-    "                           one, run.yaml is written and nothing is sealed yet\n"
+    "  --corpus CORPUS          corpus.json (or its folder, or its URL) as `intellect-node data` wrote it;\n"
+    "                           without one, run.yaml is written and nothing is sealed yet\n"
     "  --preset NAME            the network: debug, 10m, 150m, 1b, 8b or 10b (default: debug)\n"
-    "  --from URL               begin with the parameters of this checkpoint (file:///FOLDER,\n"
-    "                           s3://BUCKET/PREFIX, https://HOST/PATH)\n"
+    "  --from URL               begin with the state of this checkpoint, or with the weights of a plain\n"
+    "                           Hugging Face folder of a Llama model (file:///FOLDER, s3://BUCKET/PREFIX,\n"
+    "                           https://HOST/PATH); the network is its, unless you set another\n"
     "  --set SECTION.KEY=VALUE  any setting of run.yaml; may be given several times\n"
     "\n"
     "example: intellect-coordinator init myrun --corpus corpus/corpus.json --preset debug \\\n"
     "             --set outer.inner_steps=50 --set outer.quorum=3\n";
 
 #define SETS_MAX 64
+#define TOKENIZER_BYTES_MAX (32u << 20)
 
 struct init_options {
     const char *command, *corpus, *preset, *from;
@@ -112,8 +115,9 @@ static int gather_settings(struct settings *s, const struct init_options *o, con
     if (o->preset && set_option(s, "model.preset", o->preset, err)) return -1;
     if (o->from && set_option(s, "model.from", o->from, err)) return -1;
     if (o->corpus) { /* relative to where the person is, not to the run's folder */
-        if (!realpath(o->corpus, corpus)) return err_set_errno(err, "--corpus %s", o->corpus);
-        if (set_option(s, "corpus.manifest", corpus, err)) return -1;
+        bool remote = ckpt_store_remote(o->corpus);
+        if (!remote && !realpath(o->corpus, corpus)) return err_set_errno(err, "--corpus %s", o->corpus);
+        if (set_option(s, "corpus.manifest", remote ? o->corpus : corpus, err)) return -1;
     }
     for (int i = 0; i < o->set_count; i++)
         if (settings_set(s, o->sets[i], err)) return -1;
@@ -190,37 +194,60 @@ static int add_entry(struct sealing *w, const struct keys *k, uint64_t index, en
     return 0;
 }
 
-/* The genesis names the checkpoint by its manifest, so that no other can take its place; a store's URL becomes
- * that of the checkpoint which was its latest. */
-static int name_checkpoint(struct settings *s, struct settings_genesis *g, struct err *err) {
+/* What a plain folder does not have; said once, when the settings are read. */
+static void warn_plain(const struct ckpt *c) {
+    fprintf(stderr,
+            "warning: %.200s is a plain Hugging Face folder: the run begins with its weights (%s), known by the\n"
+            "digest of the state that they make. Not there: outer momentum (begins at zero), the samples that were\n"
+            "spent (all of the corpus is fresh), a ledger, a signature.\n", ckpt_where(c), ckpt_weights_name(c));
+}
+
+/* The state in the chunks of this run. A checkpoint of a run with the same ones says it itself. */
+static int root_of(const struct ckpt *c, const struct settings *s, struct digest *root, struct err *err) {
+    const struct msg_genesis *g = ckpt_genesis(c);
+    uint32_t chunk_elements = s->outer.chunk_elements;
+    if (!g || !g->outer_count || g->outer->chunk_elements != chunk_elements)
+        return ckpt_root(c, chunk_elements, root, err);
+    *root = ckpt_facts(c)->state_root;
+    return 0;
+}
+
+static struct ckpt *open_from(const struct settings *s, struct err *err) {
     struct ckpt *c = ckpt_open(s->from, NULL, err);
-    if (!c) {
-        err_prefix(err, "model.from");
-        return -1;
-    }
+    if (!c) err_prefix(err, "model.from");
+    return c;
+}
+
+/* Can the run begin with it? */
+static int check_from(const struct settings *s, const struct ckpt *c, struct err *err) {
     const struct msg_model *m = ckpt_model(c);
-    int result = 0;
-    if (ckpt_is_plain(c))
-        result = err_set(err, ERR_UNSUPPORTED, "model.from: %.100s has no manifest: it is no checkpoint of "
-                         "a run", s->from);
-    else if (m->layers != s->model.layers || m->width != s->model.width || m->heads != s->model.heads ||
-             m->kv_heads != s->model.kv_heads || m->ffn != s->model.ffn ||
-             m->vocabulary != s->model.vocabulary || m->tied != s->model.tied)
-        result = err_set(err, ERR_CONFIG,
-                         "model.from: the checkpoint has %u layers of width %u, %u heads, %u kv_heads, ffn "
-                         "%u, vocabulary %u; set --preset or model.* to that", m->layers, m->width, m->heads,
-                         m->kv_heads, m->ffn, m->vocabulary);
-    else if (strlen(ckpt_where(c)) >= sizeof s->from)
-        result = err_set(err, ERR_CONFIG, "model.from: the checkpoint's URL has %zu characters, %zu are the most",
-                         strlen(ckpt_where(c)), sizeof s->from - 1);
+    if (!proto_model_same_shapes(m, &s->model))
+        return err_set(err, ERR_CONFIG,
+                       "model.from: the checkpoint has %u layers of width %u, %u heads, %u kv_heads, ffn "
+                       "%u, vocabulary %u; leave --preset and model.* out, or set them to that", m->layers,
+                       m->width, m->heads, m->kv_heads, m->ffn, m->vocabulary);
+    if (strlen(ckpt_where(c)) < sizeof s->from) return 0;
+    return err_set(err, ERR_CONFIG, "model.from: the checkpoint's URL has %zu characters, %zu are the most",
+                   strlen(ckpt_where(c)), sizeof s->from - 1);
+}
+
+/* The genesis names the checkpoint by its manifest, so that no other can take its place, and a plain folder by its
+ * state. */
+static int name_checkpoint(struct settings *s, struct settings_genesis *g, struct err *err) {
+    struct ckpt *c = open_from(s, err);
+    if (!c) return -1;
+    int result = check_from(s, c, err);
+    if (!result) result = root_of(c, s, &g->from.state_root, err);
     if (!result) {
-        const struct ckpt_facts *f = ckpt_facts(c);
-        snprintf(s->from, sizeof s->from, "%s", ckpt_where(c));
-        g->from = (struct msg_checkpoint){ .at_index = f->index, .state_root = f->state_root,
-                                           .url = proto_str(s->from), .manifest = f->manifest,
-                                           .tokens_committed = f->tokens_committed };
+        g->from.url = proto_str(s->from);
         g->genesis.init_from = &g->from;
         g->genesis.init_from_count = 1;
+    }
+    if (!result && !ckpt_is_plain(c)) {
+        const struct ckpt_facts *f = ckpt_facts(c);
+        g->from.at_index = f->index;
+        g->from.manifest = f->manifest;
+        g->from.tokens_committed = f->tokens_committed;
     }
     ckpt_close(c);
     return result;
@@ -364,19 +391,35 @@ struct init {
 };
 
 static int read_all(struct init *in, const struct init_options *o, struct err *err) {
-    char manifest[PATH_MAX];
     struct settings *s = &in->settings;
     if (run_path(in->dir, SETTINGS_FILE_NAME, in->path, err)) return -1;
     if (gather_settings(s, o, in->path, &in->has_file, err)) return -1;
     in->has_corpus = *s->corpus != '\0';
     in->changed = !in->has_file || o->corpus || o->preset || o->from || o->set_count;
-    if (in->has_corpus && (settings_locate_corpus(s, in->dir, manifest, sizeof manifest, err) ||
-                           corpus_facts_read(&in->corpus, manifest, err)))
-        return -1;
-    if (settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err)) return -1;
-    if (run_check_store(s, err)) return -1;
-    struct settings_genesis ignored; /* a checkpoint that cannot be taken: before anything is written */
-    return *s->from ? name_checkpoint(s, &ignored, err) : 0;
+    if (in->has_corpus && corpus_facts_open(s, in->dir, &in->corpus, err)) return -1;
+    struct ckpt *from = *s->from ? open_from(s, err) : NULL;
+    if (*s->from && !from) return -1;
+    if (from) settings_take_model(s, ckpt_model(from), in->has_corpus ? &in->corpus : NULL);
+    int result = settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err) ||
+                 run_check_store(s, err) ? -1 : 0;
+    if (!result && from) result = check_from(s, from, err); /* before anything is written */
+    if (!result && from && ckpt_is_plain(from)) warn_plain(from);
+    if (!result && from) snprintf(s->from, sizeof s->from, "%s", ckpt_where(from)); /* not what is newest later */
+    ckpt_close(from);
+    return result;
+}
+
+/* From beside the corpus to the home of the node that writes checkpoints, which has no corpus. */
+static int copy_tokenizer(const struct init *in, const char *home, struct err *err) {
+    uint8_t *bytes;
+    size_t n;
+    if (!strcmp(in->corpus.tokenizer, "bytes")) return 0;
+    if (corpus_file_read(&in->settings, AGGREGATOR_TOKENIZER, TOKENIZER_BYTES_MAX, &bytes, &n, err)) return -1;
+    struct ckpt_store *to = ckpt_store_open(home, false, err);
+    int result = to ? to->ops->put(to, AGGREGATOR_TOKENIZER, bytes, n, NULL, err) : -1;
+    if (to) to->ops->close(to);
+    free(bytes);
+    return result;
 }
 
 static int write_files(const struct init *in, struct err *err) {
@@ -392,7 +435,7 @@ static int write_files(const struct init *in, struct err *err) {
     if (mkdir(home, 0700) && errno != EEXIST) return err_set_errno(err, "make the folder %s", home);
     if (load_or_make_key(in->dir, AGGREGATOR_IDENTITY, &own, err)) return -1;
     identity_release(&own); /* made now, so that its key is known before it joins */
-    return 0;
+    return in->has_corpus ? copy_tokenizer(in, home, err) : 0;
 }
 
 static int init_sealed(struct init *in, struct err *err) {

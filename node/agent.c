@@ -89,9 +89,10 @@ static int set_up_trainer(struct agent *a, struct err *err) {
 }
 
 static int set_up_sync(struct agent *a, struct err *err) {
-    char state[HOME_FILE_BYTES], origin[HOME_FILE_BYTES];
+    char state[HOME_FILE_BYTES], origin[HOME_FILE_BYTES], tokenizer[HOME_FILE_BYTES];
     home_file(&a->home, "state", state);
     home_file(&a->home, "origin", origin);
+    home_file(&a->home, HOME_TOKENIZER, tokenizer);
     if (disk_open(state, &a->disk, err)) return -1;
     if (!(a->origin = origin_create(&a->genesis, a->run.aggregate_only ? origin : NULL)))
         return err_set(err, ERR_MEMORY, "no memory for an origin");
@@ -106,7 +107,7 @@ static int set_up_sync(struct agent *a, struct err *err) {
     if (!(a->sync = sync_create(&config, timer_now_ms(), err))) return -1;
     a->peers = peers_create(a->base, a->ctx, a->run.member, &agent_peers_ops, a, err);
     if (!a->peers) return -1;
-    a->checkpoint = checkpoint_create(a->base, a->elements, a->genesis.outer->chunk_elements,
+    a->checkpoint = checkpoint_create(a->base, a->elements, a->genesis.outer->chunk_elements, tokenizer,
                                       &agent_checkpoint_ops, a);
     if (!a->checkpoint) return err_set(err, ERR_MEMORY, "no memory for checkpoints");
     sync_set_before_change(a->sync, checkpoint_before_change, a->checkpoint);

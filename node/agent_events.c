@@ -48,6 +48,7 @@ static struct console_figures figures(const struct agent *a) {
     struct console_figures f = { .step = a->step,
                                  .loss = a->loss,
                                  .tokens_per_s = a->tokens_per_s,
+                                 .data_share = a->data_share,
                                  .fragments = a->genesis.outer->fragments,
                                  .trains = a->keeper != NULL,
                                  .connected = uplink_is_up(a->uplink) };
@@ -173,6 +174,7 @@ static void on_trainer_up(struct agent *a, const struct segment_message *m) {
 static void on_trainer_step(struct agent *a, const struct segment_message *m) {
     a->step = m->steps;
     a->loss = m->loss;
+    a->data_share = m->data_share;
     a->loss_sum += m->loss;
     a->loss_count++;
     a->tokens_per_s += (m->tokens_per_s - a->tokens_per_s) * (a->tokens_per_s > 0 ? 0.2 : 1);

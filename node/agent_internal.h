@@ -48,6 +48,7 @@ struct agent {
     bool trainer_up, cut;       /* cut: sync asked to disconnect */
     uint64_t step;
     double loss, tokens_per_s;  /* of the last step; smoothed */
+    double data_share;          /* of the trainer's time, waiting for the corpus */
     double loss_sum;            /* over loss_count steps, since the last round's line */
     uint32_t loss_count;
     uint64_t index_shown, round_shown; /* of the state, when the last round's line was written */

@@ -2,19 +2,26 @@
 #include "node/checkpoint.h"
 
 #include <event2/event.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "ckpt/ckpt.h"
+#include "node/file.h"
+#include "node/home.h"
 #include "node/timer.h"
 
 #define BACKLOG_WAIT_MS 5
+#define TOKENIZER_JSON_BYTES_MAX (32 << 20)
 
 struct checkpoint {
     struct event_base *base;
     uint64_t elements;
     uint32_t chunk_elements, chunks;
+    char tokenizer[HOME_FILE_BYTES]; /* path of its file, or "" */
     const struct checkpoint_ops *ops;
     void *arg;
     struct event *work;         /* puts chunks; also tells of a failure at the beginning */
@@ -155,6 +162,42 @@ static int pick_ledger(const struct sync *s, uint64_t index, struct ckpt_meta *m
     return 0;
 }
 
+/* The tokenizer's file, where it is here: a name that is not "bytes" has the start of the file's digest in it. */
+static uint8_t *read_tokenizer(const struct checkpoint *c, size_t *n) {
+    struct stat st;
+    uint8_t *bytes = NULL;
+    int fd = *c->tokenizer ? open(c->tokenizer, O_RDONLY | O_CLOEXEC) : -1;
+    if (fd < 0) return NULL;
+    if (!fstat(fd, &st) && st.st_size > 0 && st.st_size <= TOKENIZER_JSON_BYTES_MAX)
+        bytes = malloc(*n = (size_t)st.st_size);
+    if (bytes && file_read(fd, bytes, *n, c->tokenizer, NULL)) {
+        free(bytes);
+        bytes = NULL;
+    }
+    close(fd);
+    return bytes;
+}
+
+static bool is_tokenizer_of(struct proto_bytes name, const uint8_t *bytes, size_t n) {
+    char hex[DIGEST_HEX_BYTES], want[DIGEST_HEX_BYTES + 8];
+    struct digest d = digest_of(bytes, n);
+    digest_hex(&d, hex);
+    int length = snprintf(want, sizeof want, "bpe-%.32s", hex);
+    return name.length == (uint32_t)length && !memcmp(name.data, want, name.length);
+}
+
+/* *bytes stays the caller's. */
+static int pick_tokenizer(const struct checkpoint *c, struct ckpt_meta *meta, uint8_t **bytes, struct err *err) {
+    struct msg_genesis g;
+    size_t n;
+    if (!(*bytes = read_tokenizer(c, &n))) return 0;
+    if (proto_decode(meta->genesis.data, meta->genesis.length, RECORD_genesis, &g, err)) return -1;
+    if (g.corpus_count && is_tokenizer_of(g.corpus->tokenizer, *bytes, n))
+        meta->tokenizer_json = (struct proto_bytes){*bytes, (uint32_t)n};
+    proto_decoded_release(RECORD_genesis, &g);
+    return 0;
+}
+
 static int begin(struct checkpoint *c, struct proto_bytes genesis,
                  const struct msg_checkpoint_write *msg, struct err *err) {
     char url[PROTO_URL_BYTES_MAX + 1], where[PROTO_URL_BYTES_MAX + 1];
@@ -166,7 +209,10 @@ static int begin(struct checkpoint *c, struct proto_bytes genesis,
     ckpt_store_url(where, msg->index, url);
     if (pick_ledger(c->sync, msg->index, &meta, err)) return -1;
     if (!(c->store = ckpt_store_open(url, true, err))) return -1;
-    if (!(c->writer = ckpt_writer_create(c->store, &meta, 0, err))) return -1;
+    uint8_t *tokenizer = NULL;
+    if (!pick_tokenizer(c, &meta, &tokenizer, err)) c->writer = ckpt_writer_create(c->store, &meta, 0, err);
+    free(tokenizer);
+    if (!c->writer) return -1;
     c->ready = event_new(c->base, ckpt_writer_fd(c->writer), EV_READ | EV_PERSIST, on_ready, c);
     if (!c->ready || event_add(c->ready, NULL))
         return err_set(err, ERR_MEMORY, "no memory for a checkpoint's event");
@@ -189,9 +235,8 @@ void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_b
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
-struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
-                                     uint32_t chunk_elements, const struct checkpoint_ops *ops,
-                                     void *arg) {
+struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements, uint32_t chunk_elements,
+                                     const char *tokenizer, const struct checkpoint_ops *ops, void *arg) {
     struct checkpoint *c = calloc(1, sizeof *c);
     if (!c || !(c->work = evtimer_new(base, on_work, c))) {
         free(c);
@@ -203,6 +248,7 @@ struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
     c->chunks = (uint32_t)((elements + chunk_elements - 1) / chunk_elements);
     c->ops = ops;
     c->arg = arg;
+    if (tokenizer) snprintf(c->tokenizer, sizeof c->tokenizer, "%s", tokenizer);
     return c;
 }
 

@@ -22,10 +22,12 @@ struct checkpoint_ops {
     void (*on_done)(void *arg, bool ok, const struct digest *manifest, const char *text);
 };
 
-/* elements, chunk_elements: of the state that will be written. NULL: no memory. */
-struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
-                                     uint32_t chunk_elements, const struct checkpoint_ops *ops,
-                                     void *arg);
+/* elements, chunk_elements: of the state that will be written.
+ * tokenizer  path of the tokenizer.json of the run, which goes into checkpoints where it is there and is the one
+ *            that the run names. NULL: none.
+ * NULL: no memory. */
+struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements, uint32_t chunk_elements,
+                                     const char *tokenizer, const struct checkpoint_ops *ops, void *arg);
 /* What was not published is removed. NULL is fine. */
 void checkpoint_destroy(struct checkpoint *c);
 

@@ -116,8 +116,9 @@ static void describe(const struct console_figures *f, bool live, char *out, size
     const struct sync_view *v = &f->view;
     int n = snprintf(out, size, "round %llu", (unsigned long long)(v->round / f->fragments));
     if (f->trains)
-        n += snprintf(out + n, size - (size_t)n, " | step %llu | loss %.4f | %s tokens/s",
-                      (unsigned long long)f->step, f->loss, short_number(f->tokens_per_s, rate));
+        n += snprintf(out + n, size - (size_t)n, " | step %llu | loss %.4f | %s tokens/s, %.1f %% waiting for data",
+                      (unsigned long long)f->step, f->loss, short_number(f->tokens_per_s, rate),
+                      100 * f->data_share);
     if (live) n += snprintf(out + n, size - (size_t)n, " | %s", v->phase);
     if (live && v->chunks_missing)
         n += snprintf(out + n, size - (size_t)n, " (%u chunks to fetch)", v->chunks_missing);
@@ -160,9 +161,10 @@ static json_t *round_object(const struct console_figures *f) {
     char root[DIGEST_HEX_BYTES];
     const struct sync_view *v = &f->view;
     digest_hex(&v->state_root, root);
-    return json_pack("{ss sI si sI sf sf sI ss sI si si sI sI sI sI sI so}", "event", "round", "round",
+    return json_pack("{ss sI si sI sf sf sf sI ss sI si si sI sI sI sI sI so}", "event", "round", "round",
                      (json_int_t)v->round, "fragments", (int)f->fragments, "step",
-                     (json_int_t)f->step, "loss", f->loss, "tokens_per_s", f->tokens_per_s, "state_index", (json_int_t)v->state_index,
+                     (json_int_t)f->step, "loss", f->loss, "tokens_per_s", f->tokens_per_s, "data_share",
+                     f->data_share, "state_index", (json_int_t)v->state_index,
                      "state_root", root, "tokens_committed", (json_int_t)v->tokens_committed,
                      "members_live", (int)v->members_live, "peers", (int)v->peers, "term",
                      (json_int_t)v->term, "summed", (json_int_t)v->contributions_summed,

@@ -25,6 +25,7 @@ struct console_figures {
     uint32_t fragments;     /* of the run: a round for people is one commit of each */
     uint64_t step;          /* inner steps of this node's trainer */
     double loss, tokens_per_s;
+    double data_share;      /* of the trainer's time: waiting for the corpus */
     bool trains, connected;
 };
 /* Redraw the live line; nothing elsewhere. */

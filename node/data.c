@@ -3,6 +3,7 @@
 #include "node/data_internal.h"
 
 #include "node/prefetch.h"
+#include "node/tokenizer.h"
 
 #include <assert.h>
 #include <jansson.h>
@@ -292,7 +293,7 @@ static int open_at(struct data *d, const char *url, const struct digest *expecte
                    struct err *err) {
     char *text;
     size_t length;
-    if (!(d->where = data_files_open(url, err)) || data_files_manifest(d->where, &text, &length, err))
+    if (!(d->where = data_files_open(url, err)) || data_files_whole(d->where, NULL, &text, &length, err))
         return -1;
     int rc = check_manifest(d, text, length, expected, err);
     if (rc == 0 && (rc = parse_manifest(d, text, length, nested, err)))
@@ -336,6 +337,22 @@ void data_close(struct data *d) {
 
 const struct data_info *data_info(const struct data *d) {
     return &d->info;
+}
+
+struct tokenizer *data_tokenizer(const struct data *d, struct err *err) {
+    struct tokenizer *t = NULL;
+    char *json;
+    size_t n;
+    if (!strcmp(d->info.tokenizer, "bytes")) return tokenizer_open("bytes", err);
+    if (data_files_whole(d->where, TOKENIZER_FILE_NAME, &json, &n, err)) return NULL;
+    if (!(t = tokenizer_parse(json, n, err)))
+        err_prefix(err, "%.100s/" TOKENIZER_FILE_NAME, data_files_where(d->where));
+    free(json);
+    if (!t || !strcmp(tokenizer_name(t), d->info.tokenizer)) return t;
+    err_set(err, ERR_CORRUPT, "%.100s/" TOKENIZER_FILE_NAME " is %s, the manifest says %s",
+            data_files_where(d->where), tokenizer_name(t), d->info.tokenizer);
+    tokenizer_close(t);
+    return NULL;
 }
 
 /* ---- read -------------------------------------------------------------------------------------- */

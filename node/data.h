@@ -32,6 +32,7 @@
 #define DATA_WEIGHTS_MAX 65536u
 
 struct data;
+struct tokenizer;
 
 struct data_info {
     char tokenizer[64];
@@ -86,7 +87,7 @@ struct data_progress {
 int data_prepare(const char *out_dir, const char *const *paths, uint32_t n, const struct data_recipe *recipe,
                  struct data_info *info, struct err *err);
 
-/* Several corpora as one: `out_dir` (made if missing) gets a manifest that names them, and nothing else.
+/* Several corpora as one: `out_dir` (made if missing) gets a manifest that names them, and their tokenizer.json.
  *
  * part     [n] of one tokenizer, sequence and document end. Of as many samples in a row as the weights are
  *          in all, without their common divisor, each part has its weight, in an order that the run's seed
@@ -121,6 +122,9 @@ struct data *data_open(const char *manifest_url, const struct digest *expected,
 void data_close(struct data *d); /* NULL is fine */
 
 const struct data_info *data_info(const struct data *d);
+
+/* The tokenizer of its ids, for tokenizer_close(): the tokenizer.json beside the manifest. NULL with ERR_CORRUPT where it is another one than the manifest says, or as tokenizer_open(). */
+struct tokenizer *data_tokenizer(const struct data *d, struct err *err);
 
 /* Sample `index` in the run's order: sequence + 1 tokens, each in [0, vocabulary), into tokens_out.
  * A function of the manifest, the seed and the index alone. Where samples are asked for one after the other,

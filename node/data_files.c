@@ -166,9 +166,9 @@ static int read_whole(const char *path, char **text, size_t *length, struct err 
     if (fd < 0) return err_set_errno(err, "open %.150s", path);
     if (fstat(fd, &st))
         err_set_errno(err, "stat %.150s", path);
-    else if (st.st_size > (off_t)MANIFEST_BYTES_MAX)
-        err_set(err, ERR_CORRUPT, "%.150s: %lld bytes are too many for a manifest", path,
-                (long long)st.st_size);
+    else if (st.st_size > (off_t)WHOLE_BYTES_MAX)
+        err_set(err, ERR_CORRUPT, "%.150s: %lld bytes are more than %zu", path, (long long)st.st_size,
+                WHOLE_BYTES_MAX);
     else if (!(*text = calloc(1, (size_t)st.st_size + 1)))
         err_set(err, ERR_MEMORY, "no memory for %.150s", path);
     else
@@ -177,11 +177,12 @@ static int read_whole(const char *path, char **text, size_t *length, struct err 
     return rc;
 }
 
-int data_files_manifest(struct data_files *f, char **text, size_t *length, struct err *err) {
+int data_files_whole(struct data_files *f, const char *name, char **text, size_t *length, struct err *err) {
     char path[PATH_BYTES_MAX];
+    if (!name) name = f->manifest;
     *text = NULL;
-    if (f->store) return get_whole(f, f->manifest, MANIFEST_BYTES_MAX, text, length, err);
-    return data_join(path, f->where, f->manifest, err) ? -1 : read_whole(path, text, length, err);
+    if (f->store) return get_whole(f, name, WHOLE_BYTES_MAX, text, length, err);
+    return data_join(path, f->where, name, err) ? -1 : read_whole(path, text, length, err);
 }
 
 int data_files_check_size(const struct data_files *f, const struct token_file *t, uint64_t bytes,

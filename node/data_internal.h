@@ -12,7 +12,7 @@
 #define BLOCK_BYTES (1u << 20)
 #define NAME_BYTES_MAX 64
 #define PATH_BYTES_MAX 4096
-#define MANIFEST_BYTES_MAX ((size_t)32 << 20)
+#define WHOLE_BYTES_MAX ((size_t)32 << 20) /* of a manifest, or a tokenizer.json */
 
 /* A file that lies behind a network is fetched and checked in blocks of so many bytes; their digests, one
  * after the other, are the file NAME.blocks. */
@@ -59,8 +59,9 @@ bool data_files_remote(const struct data_files *f);
 /* How many reads at a time are worth it. */
 unsigned data_files_streams(const struct data_files *f);
 
-/* The manifest's bytes, the caller's to free, with a NUL behind them. */
-int data_files_manifest(struct data_files *f, char **text, size_t *length, struct err *err);
+/* The bytes of a small file beside the manifest, or where name is NULL of the manifest: the caller's to free, with
+ * a NUL behind them. */
+int data_files_whole(struct data_files *f, const char *name, char **text, size_t *length, struct err *err);
 
 /* Are there as many bytes as the manifest says? Behind a network this is found out by reading. */
 int data_files_check_size(const struct data_files *f, const struct token_file *t, uint64_t bytes,

@@ -1,6 +1,7 @@
 /* data_mix.c - several corpora made into one by weights; see data.h. */
 #include "node/data_internal.h"
 #include "node/file.h"
+#include "node/tokenizer.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -101,21 +102,36 @@ static int add_parts(json_t *list, const char *out_dir, const struct data_mix_pa
     return 0;
 }
 
-static int write_manifest(const char *out_dir, json_t *root, struct err *err) {
-    char path[PATH_BYTES_MAX], temporary[PATH_BYTES_MAX];
-    if (data_join(path, out_dir, DATA_MANIFEST_NAME, err) ||
-        data_join(temporary, out_dir, DATA_MANIFEST_NAME ".new", err))
-        return -1;
-    char *text = json_dumps(root, JSON_INDENT(2));
-    int fd = text ? open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644) : -1;
-    int rc = !text    ? err_set(err, ERR_MEMORY, "no memory for a manifest")
-             : fd < 0 ? err_set_errno(err, "create %.150s", temporary)
-                      : file_write(fd, text, strlen(text), temporary, err);
+static int replace_file(const char *out_dir, const char *name, const char *bytes, size_t n, struct err *err) {
+    char path[PATH_BYTES_MAX], temporary[PATH_BYTES_MAX + 8];
+    if (data_join(path, out_dir, name, err)) return -1;
+    snprintf(temporary, sizeof temporary, "%s.new", path);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    int rc = fd < 0 ? err_set_errno(err, "create %.150s", temporary) : file_write(fd, bytes, n, temporary, err);
     if (rc == 0 && fsync(fd)) rc = err_set_errno(err, "fsync %.150s", temporary);
     if (fd >= 0) close(fd);
     if (rc == 0 && rename(temporary, path)) rc = err_set_errno(err, "rename %.150s", temporary);
     if (rc && fd >= 0) unlink(temporary);
+    return rc;
+}
+
+static int write_manifest(const char *out_dir, json_t *root, struct err *err) {
+    char *text = json_dumps(root, JSON_INDENT(2));
+    int rc = text ? replace_file(out_dir, DATA_MANIFEST_NAME, text, strlen(text), err)
+                  : err_set(err, ERR_MEMORY, "no memory for a manifest");
     free(text);
+    return rc;
+}
+
+/* All parts have the same. */
+static int write_tokenizer(const char *out_dir, const char *corpus, struct err *err) {
+    size_t n;
+    struct data *d = data_open(corpus, NULL, 0, err);
+    struct tokenizer *t = d ? data_tokenizer(d, err) : NULL;
+    const char *json = t ? tokenizer_json(t, &n) : NULL;
+    int rc = !t ? -1 : json ? replace_file(out_dir, TOKENIZER_FILE_NAME, json, n, err) : 0;
+    tokenizer_close(t);
+    data_close(d);
     return rc;
 }
 
@@ -149,6 +165,7 @@ int data_mix(const char *out_dir, const struct data_mix_part *part, uint32_t n, 
                                   (json_int_t)(samples ? samples : once));
     if (root && first.document_end >= 0)
         json_object_set_new(root, "document_end", json_integer(first.document_end));
+    if (rc == 0) rc = write_tokenizer(out_dir, part[0].corpus, err);
     if (rc == 0)
         rc = root ? write_manifest(out_dir, root, err) : err_set(err, ERR_MEMORY, "no memory for a manifest");
     json_decref(list);

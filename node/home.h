@@ -5,7 +5,8 @@
  *   lock            held by the running agent; holds its process id
  *   state/          the state at the outer steps (disk.h)
  *   origin/         a checkpoint on its way from a store behind a network (origin.h); mostly not there
- *   inner.state     the trainer's moments (engine.h) */
+ *   inner.state     the trainer's moments (engine.h)
+ *   tokenizer.json  that of the run, where it has one and this node writes checkpoints: `init` puts it there */
 #ifndef INTELLECT_NODE_HOME_H
 #define INTELLECT_NODE_HOME_H
 
@@ -15,6 +16,7 @@
 #include "proto/proto.h"
 
 #define HOME_PATH_BYTES 768
+#define HOME_TOKENIZER "tokenizer.json"
 
 /* What run.json holds. */
 struct home_run {

@@ -40,22 +40,21 @@ struct origin {
 
 /* ---- the thread ------------------------------------------------------------------------------------ */
 
-/* Tensors of equal names and shapes; a run may go on with other sequences or another rope_theta. */
-static bool same_shapes(const struct msg_model *a, const struct msg_model *b) {
-    return a->layers == b->layers && a->width == b->width && a->heads == b->heads &&
-           a->kv_heads == b->kv_heads && a->ffn == b->ffn && a->vocabulary == b->vocabulary &&
-           a->tied == b->tied;
+static bool same_chunks(const struct origin *o, const struct ckpt *c) {
+    const struct msg_genesis *g = ckpt_genesis(c);
+    return g && g->outer_count && g->outer->chunk_elements == o->genesis->outer->chunk_elements;
 }
 
 /* Is it the one that the ledger or genesis names? Its own signatures were checked when it was opened,
- * but any run's root key could have made those. */
+ * but any run's root key could have made those. A plain folder has but its state to be known by. */
 static int check(const struct origin *o, const struct ckpt *c, struct err *err) {
-    if (ckpt_is_plain(c)) return err_set(err, ERR_CORRUPT, "it has no manifest");
-    const struct ckpt_facts *f = ckpt_facts(c);
-    if (!digest_equal(&f->manifest, &o->from.manifest) || f->index != o->from.at_index ||
-        !digest_equal(&f->state_root, &o->from.state_root))
+    static const struct digest none;
+    const struct ckpt_facts *f = ckpt_is_plain(c) ? NULL : ckpt_facts(c);
+    if (!f && !digest_equal(&o->from.manifest, &none)) return err_set(err, ERR_CORRUPT, "it has no manifest");
+    if (f && (!digest_equal(&f->manifest, &o->from.manifest) || f->index != o->from.at_index ||
+              (same_chunks(o, c) && !digest_equal(&f->state_root, &o->from.state_root))))
         return err_set(err, ERR_CORRUPT, "it is another checkpoint than the one that is meant");
-    if (same_shapes(ckpt_model(c), o->genesis->model)) return 0;
+    if (proto_model_same_shapes(ckpt_model(c), o->genesis->model)) return 0;
     return err_set(err, ERR_CONFIG, "it is of another model");
 }
 
@@ -82,6 +81,15 @@ static void remove_folder(const char *path) {
     rmdir(path);
 }
 
+/* Every byte. What is fetched of a checkpoint is checked on the way; of a plain folder it is not. */
+static int verify(struct origin *o, const struct ckpt *c, bool fetched, struct err *err) {
+    struct digest root;
+    if (!ckpt_is_plain(c)) return fetched ? 0 : ckpt_verify(c, on_progress, o, err);
+    if (ckpt_root(c, o->genesis->outer->chunk_elements, &root, err)) return -1;
+    if (digest_equal(&root, &o->from.state_root)) return 0;
+    return err_set(err, ERR_CORRUPT, "its tensors are other ones than when the run was made");
+}
+
 /* Close c, which is not the one or could not be read. */
 static struct ckpt *give_up(struct ckpt *c) {
     ckpt_close(c);
@@ -105,14 +113,15 @@ static struct ckpt *fetch(struct origin *o, const struct ckpt *from, struct err 
     }
     if (r) return NULL;
     struct ckpt *c = ckpt_open(o->folder, NULL, err);
-    return c && check(o, c, err) ? give_up(c) : c; /* whoever was at the folder */
+    /* Whoever was at the folder. */
+    return c && (check(o, c, err) || verify(o, c, true, err)) ? give_up(c) : c;
 }
 
 static struct ckpt *read_checkpoint(struct origin *o, struct err *err) {
     struct ckpt *c = ckpt_open_at(o->store, NULL, err);
     if (!c) return NULL;
     if (check(o, c, err)) return give_up(c);
-    if (!o->store->remote) return ckpt_verify(c, on_progress, o, err) ? give_up(c) : c;
+    if (!o->store->remote) return verify(o, c, false, err) ? give_up(c) : c;
     struct ckpt *here = fetch(o, c, err);
     ckpt_close(c);
     return here;
@@ -217,6 +226,14 @@ static int have_checkpoint(struct origin *o, const struct msg_checkpoint *from, 
     return err_set(err, ERR_TIMEOUT, "is being read, %u %% so far", tens_done(o));
 }
 
+static int read_state(const struct ckpt *c, uint64_t first, size_t n, float *anchor, float *momentum,
+                      struct err *err) {
+    if (ckpt_read(c, CKPT_ANCHOR, first, n, anchor, err)) return -1;
+    if (!ckpt_is_plain(c)) return ckpt_read(c, CKPT_MOMENTUM, first, n, momentum, err);
+    memset(momentum, 0, n * sizeof *momentum);
+    return 0;
+}
+
 int origin_load(void *origin, const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
                 float *momentum, struct err *err) {
     struct origin *o = origin;
@@ -228,9 +245,7 @@ int origin_load(void *origin, const struct msg_checkpoint *from, uint64_t first,
         memset(momentum, 0, n * sizeof *momentum);
         return 0;
     }
-    if (!have_checkpoint(o, from, err) && !ckpt_read(o->ckpt, CKPT_ANCHOR, first, n, anchor, err) &&
-        !ckpt_read(o->ckpt, CKPT_MOMENTUM, first, n, momentum, err))
-        return 0;
+    if (!have_checkpoint(o, from, err) && !read_state(o->ckpt, first, n, anchor, momentum, err)) return 0;
     proto_str_copy(from->url, url, sizeof url);
     err_prefix(err, "checkpoint %.100s", url);
     if (!o->busy) err->code = ERR_NOT_FOUND;

@@ -28,8 +28,8 @@ void origin_destroy(struct origin *o);
  *         one made of genesis.init_seed with zero momentum; else this checkpoint.
  *
  * A checkpoint is opened once, by a thread. It must be the very one that `from` names (manifest digest,
- * index, state root), with the signatures, tensor digests and shapes right; so all of it is fetched or
- * read first, in blocks. Returns 0, or -1 with ERR_TIMEOUT while that goes on (msg says how far it is), else with ERR_NOT_FOUND
+ * index, state root), with the signatures, tensor digests and shapes right, or where the manifest's digest is
+ * zero a plain folder of this state root; so all of it is fetched or read first, in blocks. Returns 0, or -1 with ERR_TIMEOUT while that goes on (msg says how far it is), else with ERR_NOT_FOUND
  * whatever is wrong, as others can be asked; msg says what. A failure is remembered for ORIGIN_RETRY_MS. */
 #define ORIGIN_RETRY_MS 60000
 int origin_load(void *origin, const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,

@@ -40,7 +40,7 @@ enum segment_type {
     /* trainer -> agent */
     SEGMENT_UP = 64, /* ready for a RESET; steps = those in the inner state found on disk; text: what
                       * it computes with */
-    SEGMENT_STEP,    /* one inner step done: samples, steps, loss, tokens_per_s */
+    SEGMENT_STEP,    /* one inner step done: samples, steps, loss, tokens_per_s, data_share */
     SEGMENT_FROZEN,  /* the fragment's chunks of out[0] are filled; fragment, samples, steps */
     SEGMENT_APPLIED, /* an APPLY, RESET or MOMENTS_IMPORT is done: the in slot is free */
     SEGMENT_MOMENTS, /* out[1] is filled; steps = how many they average over */
@@ -57,6 +57,7 @@ struct segment_message {
     uint64_t steps;
     uint64_t tokens;       /* APPLY, RESET: the run's committed tokens */
     double loss, tokens_per_s;
+    double data_share;     /* STEP: of the time of all steps so far, what they waited for samples */
     uint32_t code;         /* FAILED: enum err_code */
     char text[PROTO_TEXT_BYTES_MAX + 4];
 };

@@ -24,6 +24,7 @@
 #include "node/mesh.h"
 #include "node/model.h"
 #include "node/saver.h"
+#include "node/tokenizer.h"
 #include "node/trainer.h"
 #include "proto/model.h"
 
@@ -164,8 +165,9 @@ static int first_parameters(struct solo *s, struct err *err) {
     struct ckpt *c = *set->from ? ckpt_open(set->from, NULL, err) : NULL;
     float *block = malloc(INIT_BLOCK * sizeof *block);
     int rc = *set->from && !c ? -1 : block ? 0 : err_set(err, ERR_MEMORY, "no memory for first parameters");
-    if (rc == 0 && c && !proto_model_equal(ckpt_model(c), &set->model))
-        rc = err_set(err, ERR_CONFIG, "model.from %.150s has another network", set->from);
+    if (rc == 0 && c && !proto_model_same_shapes(ckpt_model(c), &set->model))
+        rc = err_set(err, ERR_CONFIG, "model.from %.150s has tensors of other shapes than section `model`",
+                     set->from);
     if (rc == 0 && c) rc = ckpt_verify_vector(c, CKPT_ANCHOR, err);
     for (size_t at = 0, some; rc == 0 && at < n; at += some) {
         some = n - at < INIT_BLOCK ? n - at : INIT_BLOCK;
@@ -326,6 +328,41 @@ static int evaluate(struct solo *s, struct err *err) {
     return 0;
 }
 
+/* ---- the model --------------------------------------------------------------------------------- */
+
+static int read_params(void *arg, uint64_t first, size_t n, float *out, struct err *err) {
+    const struct solo *s = arg;
+    (void)err;
+    if (s->mesh.state) memcpy(out, s->mesh.state + first, n * sizeof *out);
+    else engine_params_read(s->engine, (size_t)first, n, out);
+    return 0;
+}
+
+static int write_folder(const struct solo *s, struct err *err) {
+    char dir[PATH_BYTES + 8];
+    struct tokenizer *t = data_tokenizer(s->data, err);
+    if (!t) return -1;
+    struct ckpt_folder f = { .model = &s->settings->model, .init_std = s->settings->init_std,
+                             .weights = s->settings->checkpoint_bf16 ? CKPT_BF16 : CKPT_FP32,
+                             .tokenizer = tokenizer_name(t), .read = read_params, .arg = (void *)(uintptr_t)s };
+    size_t n;
+    const char *json = tokenizer_json(t, &n);
+    if (json) f.tokenizer_json = (struct proto_bytes){ (const uint8_t *)json, (uint32_t)n };
+    snprintf(dir, sizeof dir, "%s/model", s->options->out);
+    int rc = ckpt_folder_write(&f, dir, err);
+    tokenizer_close(t);
+    return rc;
+}
+
+/* Ranks put what they hold where rank 0 reads it. */
+static int write_model(const struct solo *s, struct err *err) {
+    const struct comm *world = s->mesh.world;
+    if (s->mesh.state) engine_params_read(s->engine, 0, engine_elements(s->engine), s->mesh.state);
+    world->barrier(world);
+    if (world->check(world, err)) return -1;
+    return s->mesh.rank == 0 ? write_folder(s, err) : 0;
+}
+
 /* ---- a rank's life ----------------------------------------------------------------------------- */
 
 static void say_start(const struct solo *s) {
@@ -357,6 +394,7 @@ static int live(struct solo *s, const struct corpus_facts *corpus, struct err *e
     s->began_s = now_s();
     int rc = train(s, err);
     sum_up(s);
+    if (rc == 0 && s->done == s->end) rc = write_model(s, err);
     return rc ? rc : evaluate(s, err);
 }
 

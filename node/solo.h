@@ -6,6 +6,7 @@
  *   genesis      the settings it was begun with; other ones are refused
  *   state        parameters, moments and the number of batches done (engine.h), replaced every save_steps
  *   loss.csv     the curve (curve.h)
+ *   model        a Hugging Face folder of the parameters, made anew each time that the end is reached
  *   lock         held while it runs
  *
  * A run that was stopped or killed goes on from its state when the same command comes again, and what it ends

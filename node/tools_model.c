@@ -26,25 +26,30 @@ struct loaded {
     float *params; /* canonical vector in k's memory */
 };
 
-static bool has_tokenizer(const char *folder) {
-    char path[4096];
-    struct stat st;
-    return (size_t)snprintf(path, sizeof path, "%s/" TOKENIZER_FILE_NAME, folder) < sizeof path &&
-           !stat(path, &st);
+/* The file that lies with the tensors. */
+static struct tokenizer *stored_tokenizer(const struct loaded *l, const struct ckpt *c, struct err *err) {
+    char *json;
+    size_t n;
+    if (ckpt_tokenizer_json(c, &json, &n, err)) {
+        if (err->code == ERR_NOT_FOUND)
+            err_set(err, ERR_CONFIG,
+                    "the tokenizer of this model of vocabulary %u%s%.40s, is not in its folder: "
+                    "name the tokenizer.json with --tokenizer",
+                    l->m.vocabulary, *ckpt_tokenizer(c) ? ", " : "", ckpt_tokenizer(c));
+        return NULL;
+    }
+    struct tokenizer *t = tokenizer_parse(json, n, err);
+    if (!t) err_prefix(err, "%.100s/" TOKENIZER_FILE_NAME, ckpt_where(c));
+    free(json);
+    return t;
 }
 
-/* A checkpoint of ours names its tokenizer; the file may lie beside it, as in a plain Hugging Face folder.
- * Bytes are taken for granted only where the vocabulary is theirs. */
-static int pick_tokenizer(struct loaded *l, const char *where, const char *stored, const char *wanted,
-                          struct err *err) {
+/* A checkpoint of ours names its tokenizer. Bytes are taken for granted only where the vocabulary is theirs. */
+static int pick_tokenizer(struct loaded *l, const struct ckpt *c, const char *wanted, struct err *err) {
+    const char *stored = ckpt_tokenizer(c);
     bool bytes = !strcmp(stored, "bytes") || (!*stored && l->m.vocabulary == 256);
-    const char *path = strncmp(where, "file://", 7) ? where : where + 7;
-    if (!wanted && !bytes && (strstr(path, "://") || !has_tokenizer(path)))
-        return err_set(err, ERR_CONFIG,
-                       "the tokenizer of this model of vocabulary %u%s%.40s, is not in its folder: "
-                       "name the tokenizer.json with --tokenizer",
-                       l->m.vocabulary, *stored ? ", " : "", stored);
-    if (!(l->tokenizer = tokenizer_open(wanted ? wanted : bytes ? "bytes" : path, err))) return -1;
+    l->tokenizer = wanted || bytes ? tokenizer_open(wanted ? wanted : "bytes", err) : stored_tokenizer(l, c, err);
+    if (!l->tokenizer) return -1;
     const char *name = tokenizer_name(l->tokenizer);
     if (*stored && strcmp(stored, name) != 0)
         return err_set(err, ERR_CONFIG, "the model was trained with tokenizer %s, this one is %s", stored,
@@ -89,7 +94,7 @@ static int load(struct loaded *l, const char *where, const char *tokenizer, uint
     int rc = proto_model_check(&l->m, err);
     if (rc == 0 && untrained && !ckpt_genesis(c))
         rc = err_set(err, ERR_CONFIG, "%.150s is of no run: how its parameters began is not known", where);
-    if (rc == 0) rc = pick_tokenizer(l, ckpt_where(c), ckpt_tokenizer(c), tokenizer, err);
+    if (rc == 0) rc = pick_tokenizer(l, c, tokenizer, err);
     if (rc == 0) rc = ckpt_verify_vector(c, CKPT_WEIGHTS, err); /* a wrong byte would only be a worse model */
     if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
     if (rc == 0) rc = read_params(l, c, untrained ? ckpt_genesis(c) : NULL, err);

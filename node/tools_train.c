@@ -1,4 +1,6 @@
 /* tools_train.c - the command `train`; see tools.h. */
+#include "ckpt/ckpt.h"
+#include "ckpt/corpus.h"
 #include "kernels/comm.h"
 #include "node/curve.h"
 #include "node/engine.h"
@@ -27,9 +29,13 @@ static const char train_help[] =
     "\n"
     "Everything goes to a folder. Ctrl-C stops after the current step; the same command goes on from there,\n"
     "and ends with the same bits as if it had not been stopped. After a kill or a power cut it goes on from\n"
-    "what was saved last.\n"
+    "what was saved last. At the end DIR/model is the trained model: a Hugging Face folder, for `eval`,\n"
+    "`generate`, `train --from` and transformers.\n"
     "\n"
     "  --out DIR          the folder (default: CONFIG's, with .out in place of .yaml)\n"
+    "  --from URL         begin with the parameters of this model: a checkpoint of a run, its store, or a\n"
+    "                     Hugging Face folder of a Llama model (file://, s3://, https:// or a path). Its network\n"
+    "                     is taken where CONFIG says nothing; moments begin at zero (it is model.from)\n"
     "  --set SECTION.KEY=VALUE  any setting of CONFIG; may be given several times\n"
     "  --tp N, --dp N     train as N x N processes: tensor-parallel by data-parallel ranks (default: 1)\n"
     "  --shard S          what data-parallel ranks share out: none (default), optimizer (ZeRO-1),\n"
@@ -49,7 +55,7 @@ static const char train_help[] =
 #define SETS_MAX 64
 
 struct train_wish {
-    const char *config, *out, *plot, *set[SETS_MAX];
+    const char *config, *out, *plot, *from, *set[SETS_MAX];
     char folder[PATH_MAX];
     int sets, json;
     struct solo_options solo;
@@ -93,7 +99,8 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         { "shard", required_argument, NULL, 'S' },      { "precision", required_argument, NULL, 'p' },
         { "threads", required_argument, NULL, 'n' },    { "stop-after", required_argument, NULL, 'a' },
         { "save-steps", required_argument, NULL, 'e' }, { "heldout", required_argument, NULL, 'H' },
-        { "plot", required_argument, NULL, 'P' },       { "quiet", no_argument, NULL, 'q' },
+        { "plot", required_argument, NULL, 'P' },       { "from", required_argument, NULL, 'f' },
+        { "quiet", no_argument, NULL, 'q' },
         { "json", no_argument, NULL, 'j' },             { "help", no_argument, NULL, 'h' },
         { 0 },
     };
@@ -114,6 +121,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
         case 'H': if (args_integer("--heldout", optarg, 0, UINT32_MAX, &o->heldout_samples)) return 2; break;
         case 'P': w->plot = optarg; break;
+        case 'f': w->from = optarg; break;
         case 'q': o->quiet = true; break;
         case 'j': w->json = 1; o->quiet = true; break;
         case 'h': fputs(train_help, stdout); return 0;
@@ -126,20 +134,40 @@ static int parse(int argc, char **argv, struct train_wish *w) {
 
 /* ---- the configuration ------------------------------------------------------------------------- */
 
+/* A path is taken from where the person is, as every other argument; a setting of CONFIG is not. */
+static int take_from(struct settings *s, const char *from, struct err *err) {
+    char path[PATH_MAX], assignment[PATH_MAX + 16];
+    if (!strstr(from, "://") && !realpath(from, path)) return err_set_errno(err, "--from %.150s", from);
+    snprintf(assignment, sizeof assignment, "model.from=%s", strstr(from, "://") ? from : path);
+    return settings_set(s, assignment, err);
+}
+
+static int take_network(struct settings *s, const struct corpus_facts *corpus, struct err *err) {
+    struct ckpt *c = ckpt_open(s->from, NULL, err);
+    if (!c) {
+        err_prefix(err, "model.from");
+        return -1;
+    }
+    settings_take_model(s, ckpt_model(c), corpus);
+    ckpt_close(c);
+    return 0;
+}
+
 static int read_settings(const struct train_wish *w, struct settings *s, struct corpus_facts *corpus,
                          struct err *err) {
-    char path[PATH_MAX], manifest[PATH_MAX];
+    char path[PATH_MAX];
     settings_init(s);
     if (!realpath(w->config, path)) return err_set_errno(err, "%.150s", w->config);
     if (settings_load(s, path, err)) return -1;
     for (int i = 0; i < w->sets; i++)
         if (settings_set(s, w->set[i], err)) return -1;
+    if (w->from && take_from(s, w->from, err)) return -1;
     if (!*s->corpus)
         return err_set(err, ERR_CONFIG, "%.100s names no corpus: set corpus.manifest to what `intellect-node "
                        "data` wrote", w->config);
     const char *dir = dirname(path);
-    if (settings_locate_corpus(s, dir, manifest, sizeof manifest, err)) return -1;
-    return corpus_facts_read(corpus, manifest, err) || settings_resolve(s, dir, corpus, err) ? -1 : 0;
+    return corpus_facts_open(s, dir, corpus, err) || (*s->from && take_network(s, corpus, err)) ||
+                   settings_resolve(s, dir, corpus, err) ? -1 : 0;
 }
 
 /* run.yaml -> run.out, any other name -> name.out */

@@ -46,6 +46,7 @@ struct trainer {
     uint64_t queued;       /* samples in them */
     uint64_t consumed;     /* samples since the last RESET */
     double queued_at_s;    /* when samples last came */
+    double stepped_s, data_s; /* in steps, and of that waiting for the corpus */
     uint64_t position;     /* the run's committed tokens, as last told */
     uint64_t tokens_since; /* own, since then */
     uint32_t contributors;
@@ -207,6 +208,7 @@ static int step(struct trainer *t, uint32_t samples, struct err *err) {
     struct err why = {0};
     double begin = now_s();
     if (take_samples(t, samples, err)) return -1;
+    t->data_s += now_s() - begin;
     if (!engine_step(t->engine, t->tokens, samples, position, &r, &why)) {
         t->bad_steps = 0;
     } else if (t->mesh.world->check(t->mesh.world, err)) {
@@ -219,10 +221,12 @@ static int step(struct trainer *t, uint32_t samples, struct err *err) {
         note(t, "skipped a batch: %.200s", why.msg);
         r = (struct engine_result){ .tokens = (uint64_t)samples * t->genesis.model->sequence };
     }
+    double took = now_s() - begin + 1e-9;
+    t->stepped_s += took;
     t->tokens_since += r.tokens;
     tell(t, &(struct segment_message){
-                .type = SEGMENT_STEP, .samples = t->consumed, .steps = engine_steps(t->engine),
-                .loss = r.loss, .tokens_per_s = (double)r.tokens / (now_s() - begin + 1e-9) });
+                .type = SEGMENT_STEP, .samples = t->consumed, .steps = engine_steps(t->engine), .loss = r.loss,
+                .tokens_per_s = (double)r.tokens / took, .data_share = t->data_s / t->stepped_s });
     return 0;
 }
 

@@ -135,11 +135,15 @@ int proto_model_check(const struct msg_model *m, struct err *err) {
     return 0;
 }
 
-int proto_model_equal(const struct msg_model *a, const struct msg_model *b) {
+int proto_model_same_shapes(const struct msg_model *a, const struct msg_model *b) {
     return a->layers == b->layers && a->width == b->width && a->heads == b->heads &&
            a->kv_heads == b->kv_heads && a->ffn == b->ffn && a->vocabulary == b->vocabulary &&
-           a->sequence == b->sequence && a->rope_theta == b->rope_theta &&
-           a->norm_eps == b->norm_eps && a->tied == b->tied && a->rope_type == b->rope_type &&
+           a->tied == b->tied;
+}
+
+int proto_model_equal(const struct msg_model *a, const struct msg_model *b) {
+    return proto_model_same_shapes(a, b) && a->sequence == b->sequence && a->rope_theta == b->rope_theta &&
+           a->norm_eps == b->norm_eps && a->rope_type == b->rope_type &&
            a->rope_factor == b->rope_factor && a->rope_low_factor == b->rope_low_factor &&
            a->rope_high_factor == b->rope_high_factor && a->rope_original == b->rope_original;
 }

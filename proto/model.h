@@ -72,6 +72,9 @@ int proto_outer_preset(const char *name, float *lr, float *momentum, struct err 
  * Everything below assumes that it passed. Returns 0, or -1 with ERR_CONFIG naming the key. */
 int proto_model_check(const struct msg_model *m, struct err *err);
 
+/* Tensors of equal names and shapes: one's parameters can be the other's, which may have other sequences or
+ * another rope_theta. */
+int proto_model_same_shapes(const struct msg_model *a, const struct msg_model *b);
 /* Two networks that compute the same from the same parameters. */
 int proto_model_equal(const struct msg_model *a, const struct msg_model *b);
 

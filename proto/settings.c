@@ -87,8 +87,8 @@ static const struct setting table[] = {
       "aggregate-only node must be able to read." },
 
     { "corpus", "manifest", TEXT, AT(corpus), 1, PROTO_URL_BYTES_MAX, SEALED, "\"\"",
-      "corpus.json as `intellect-node data` wrote it, or its folder: a path or file:// URL. A relative\n"
-      "path is taken from the folder of this file." },
+      "corpus.json as `intellect-node data` wrote it, or its folder: a path, or a URL (file://, https://,\n"
+      "s3://). A relative path is taken from the folder of this file." },
     { "corpus", "shuffle_seed", U64, AT(shuffle_seed), 0, 9e18, SEALED, NULL,
       "Seed of the order in which samples are trained on." },
 

@@ -73,10 +73,18 @@ int settings_set(struct settings *s, const char *assignment, struct err *err);
 
 /* Read corpus.json. ERR_NOT_FOUND, ERR_CONFIG (not a corpus; says what is missing). */
 int corpus_facts_read(struct corpus_facts *out, const char *path, struct err *err);
+/* The same of its bytes; `where` is for messages. */
+int corpus_facts_parse(struct corpus_facts *out, const char *text, size_t length, const char *where,
+                       struct err *err);
+#define CORPUS_MANIFEST_BYTES_MAX (64u << 20)
+
+/* The network of a checkpoint that a model begins with, as if a person had written it, where nobody
+ * wrote otherwise. Its sequence is the corpus' (NULL: the model's), at most the model's. */
+void settings_take_model(struct settings *s, const struct msg_model *m, const struct corpus_facts *corpus);
 
 /* Turn s->corpus (a path below dir, or anywhere, or a file:// URL; the manifest or its folder) into
- * the manifest's file:// URL with an absolute path, and *path into that path. ERR_NOT_FOUND,
- * ERR_CONFIG (another scheme). */
+ * the manifest's file:// URL with an absolute path, and *path into that path. A URL behind a network
+ * stays as it is, and *path is empty. ERR_NOT_FOUND, ERR_CONFIG (another scheme). */
 int settings_locate_corpus(struct settings *s, const char *dir, char *path, size_t path_size,
                            struct err *err);
 

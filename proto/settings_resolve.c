@@ -14,7 +14,6 @@
 #define GENESIS_VERSION 1
 #define CORPUS_FORMAT 1
 #define CORPUS_NAME "corpus.json"
-#define CORPUS_MANIFEST_BYTES_MAX (64u << 20)
 
 /* ---- the corpus ------------------------------------------------------------------------------ */
 
@@ -68,21 +67,25 @@ static char *read_whole_file(const char *path, size_t *length, struct err *err) 
     return text;
 }
 
-int corpus_facts_read(struct corpus_facts *out, const char *path, struct err *err) {
-    size_t length;
-    char *text = read_whole_file(path, &length, err);
-    if (!text) return -1;
+int corpus_facts_parse(struct corpus_facts *out, const char *text, size_t length, const char *where,
+                       struct err *err) {
     json_error_t problem;
     json_t *root = json_loadb(text, length, JSON_REJECT_DUPLICATES, &problem);
     int result;
     memset(out, 0, sizeof *out);
     if (!root)
-        result = err_set(err, ERR_CONFIG, "%s is not JSON, line %d: %s", path, problem.line,
-                         problem.text);
+        result = err_set(err, ERR_CONFIG, "%.150s is not JSON, line %d: %s", where, problem.line, problem.text);
     else
-        result = facts_from_json(out, root, path, err);
+        result = facts_from_json(out, root, where, err);
     out->manifest_digest = digest_of(text, length);
     json_decref(root);
+    return result;
+}
+
+int corpus_facts_read(struct corpus_facts *out, const char *path, struct err *err) {
+    size_t length;
+    char *text = read_whole_file(path, &length, err);
+    int result = text ? corpus_facts_parse(out, text, length, path, err) : -1;
     free(text);
     return result;
 }
@@ -92,10 +95,13 @@ int settings_locate_corpus(struct settings *s, const char *dir, char *path, size
     char joined[2 * PATH_MAX], absolute[PATH_MAX];
     const char *given = s->corpus;
     struct stat st;
+    *path = '\0';
+    if (!strncmp(given, "https://", 8) || !strncmp(given, "http://", 7) || !strncmp(given, "s3://", 5)) return 0;
     if (!strncmp(given, "file://", 7)) given += 7;
     else if (strstr(given, "://"))
-        return err_set(err, ERR_CONFIG, "corpus.manifest '%.100s': allowed are a path and file://PATH",
-                       given);
+        return err_set(err, ERR_CONFIG,
+                       "corpus.manifest '%.100s': allowed are a path, file://PATH, https://HOST/PATH and "
+                       "s3://BUCKET/PREFIX", given);
     snprintf(joined, sizeof joined, "%s%s%s", *given == '/' ? "" : dir, *given == '/' ? "" : "/",
              given);
     if (stat(joined, &st) == 0 && S_ISDIR(st.st_mode))
@@ -143,6 +149,30 @@ static int default_model(struct settings *s, struct err *err) {
     DEFAULT(model.tied, m.tied);
     DEFAULT(init_seed, 1);
     return 0;
+}
+
+#define TAKE(field, value)                                                                         \
+    do {                                                                                           \
+        DEFAULT(model.field, value);                                                               \
+        settings_mark_given(s, &s->model.field);                                                   \
+    } while (0)
+
+void settings_take_model(struct settings *s, const struct msg_model *m, const struct corpus_facts *corpus) {
+    TAKE(layers, m->layers);
+    TAKE(width, m->width);
+    TAKE(heads, m->heads);
+    TAKE(kv_heads, m->kv_heads);
+    TAKE(ffn, m->ffn);
+    TAKE(vocabulary, m->vocabulary);
+    TAKE(sequence, corpus && corpus->sequence < m->sequence ? corpus->sequence : m->sequence);
+    TAKE(rope_theta, m->rope_theta);
+    TAKE(rope_type, m->rope_type);
+    TAKE(rope_factor, m->rope_factor);
+    TAKE(rope_low_factor, m->rope_low_factor);
+    TAKE(rope_high_factor, m->rope_high_factor);
+    TAKE(rope_original, m->rope_original);
+    TAKE(norm_eps, m->norm_eps);
+    TAKE(tied, m->tied);
 }
 
 static int default_inner(struct settings *s, const struct corpus_facts *corpus, struct err *err) {

@@ -206,6 +206,67 @@ static void a_run_may_begin_at_a_checkpoint(void **state) {
     assert_loads(&g, NULL, anchor, momentum);
 }
 
+/* The same in a run with other chunks: the root that the genesis names is of those. */
+static void a_run_of_other_chunks_begins_there_too(void **state) {
+    (void)state;
+    struct msg_genesis g = genesis;
+    struct msg_outer outer = *genesis.outer;
+    struct msg_checkpoint c = checkpoint;
+    struct err err = {0};
+    outer.chunk_elements = 700;
+    g.outer = &outer;
+    g.init_from = &c;
+    g.init_from_count = 1;
+    struct ckpt *open = ckpt_open(folder, NULL, &err);
+    assert_non_null(open);
+    assert_int_equal(ckpt_root(open, CHUNK, &c.state_root, &err), 0);
+    assert_memory_equal(&c.state_root, &checkpoint.state_root, sizeof c.state_root);
+    assert_int_equal(ckpt_root(open, outer.chunk_elements, &c.state_root, &err), 0);
+    assert_memory_not_equal(&c.state_root, &checkpoint.state_root, sizeof c.state_root);
+    ckpt_close(open);
+    assert_loads(&g, NULL, anchor, momentum);
+}
+
+static int give_anchor(void *arg, uint64_t first, size_t n, float *out, struct err *err) {
+    (void)arg, (void)err;
+    memcpy(out, anchor + first, n * sizeof *out);
+    return 0;
+}
+
+static void write_plain(const char *dir) {
+    struct err err = {0};
+    const struct ckpt_folder f = { .model = &model, .init_std = 0.02f, .tokenizer = "bytes",
+                                   .read = give_anchor };
+    if (ckpt_folder_write(&f, dir, &err)) fail_msg("%s", err.msg);
+}
+
+/* `init --from` weights that belong to no run: known by the state they make, their momentum is zero. */
+static void a_run_may_begin_at_a_plain_folder(void **state) {
+    (void)state;
+    char plain[128];
+    struct err err = {0};
+    struct msg_genesis g = genesis;
+    struct msg_checkpoint c = {0};
+    float *zero = calloc(elements, sizeof *zero);
+    snprintf(plain, sizeof plain, "%s/plain", folder);
+    write_plain(plain);
+    struct ckpt *open = ckpt_open(plain, NULL, &err);
+    if (!open || ckpt_root(open, CHUNK, &c.state_root, &err)) fail_msg("%s", err.msg);
+    assert_true(ckpt_is_plain(open));
+    ckpt_close(open);
+    c.url = proto_str(plain);
+    g.init_from = &c;
+    g.init_from_count = 1;
+    assert_loads(&g, NULL, anchor, zero);
+    anchor[elements / 2] += 1; /* somebody writes other weights there */
+    write_plain(plain);
+    anchor[elements / 2] -= 1;
+    assert_cannot_be_had(&c, "other ones");
+    c.manifest.b[0] = 1; /* it stands for no checkpoint */
+    assert_cannot_be_had(&c, "no manifest");
+    free(zero);
+}
+
 /* A rewind: the one place the state can come from when members have all moved on. */
 static void a_rewinds_checkpoint_is_read(void **state) {
     (void)state;
@@ -255,6 +316,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(without_a_checkpoint_the_seed_decides),
         cmocka_unit_test(a_run_may_begin_at_a_checkpoint),
+        cmocka_unit_test(a_run_of_other_chunks_begins_there_too),
+        cmocka_unit_test(a_run_may_begin_at_a_plain_folder),
         cmocka_unit_test(a_rewinds_checkpoint_is_read),
         cmocka_unit_test(a_checkpoint_elsewhere_is_left_to_others),
         cmocka_unit_test(another_checkpoint_is_refused),

@@ -164,7 +164,7 @@ int real_begin(struct member *m, struct err *err) {
     struct segment *segment = keeper_segment(m->real.keeper);
     sync_set_slot(m->sync, segment_in(segment), segment_ops(segment));
     m->real.checkpoint = checkpoint_create(m->base, m->me->elements, setup.chunk_elements,
-                                           &checkpoint_ops, m);
+                                           NULL, &checkpoint_ops, m);
     m->real.watch = event_new(m->base, -1, EV_PERSIST, on_watch, m);
     if (!m->real.checkpoint || !m->real.watch || event_add(m->real.watch, &often))
         return err_set(err, ERR_MEMORY, "no memory for checkpoints");

@@ -39,6 +39,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_
 EOF
 PID[web]=$!
 
+"$COORDINATOR" init "$W/remote" --corpus "http://127.0.0.1:$H/mixture" --preset debug --set model.vocabulary=512 >"$W/init.log" 2>&1 ||
+    fail "init with a corpus on the web: $(tail -n 1 "$W/init.log")"
+cmp -s $T "$W/remote/aggregator/tokenizer.json" || fail "init did not bring the tokenizer of a corpus on the web"
 "$COORDINATOR" init "$R" --corpus "$W/srv/mixture" --preset debug --set model.vocabulary=512 --set inner.total_tokens=60000 \
     --set outer.inner_steps=10 --set outer.round_seconds=10 --set outer.checkpoint_rounds=2 >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 start_coordinator "$R" "$P"
@@ -60,10 +63,13 @@ says() { # says STATUS WORDS COMMAND...
     "$@" >"$W/out.log" 2>&1; local rc=$?
     [ $rc = "$want" ] && grep -q -- "$words" "$W/out.log" || fail "$1 $2 gave $rc, expected $want and \"$words\""
 }
-says 1 'name the tokenizer.json' "$NODE" generate "$C" --prompt "The run" --tokens 8
+says 0 'The run' "$NODE" generate "$C" --prompt "The run" --tokens 8
+says 0 'is whole' "$NODE" verify "$C"
+cmp -s $T "$C/tokenizer.json" || fail "the checkpoint has not the run's tokenizer.json"
 says 1 'was trained with tokenizer' "$NODE" generate "$C" --prompt "The run" --tokens 8 --tokenizer tests/reference/tokenizer-gpt2.json
 says 0 'The run' "$NODE" generate "$C" --prompt "The run" --tokens 8 --tokenizer "$W/srv/words"
 says 0 'bits per byte' "$NODE" eval "$C" --corpus "$W/srv/mixture" --tokenizer $T
-cp $T "$C/tokenizer.json"
+"$NODE" export "$C" "$W/bare" >"$W/export.log" 2>&1 && rm "$W/bare/tokenizer.json" || fail "export: $(cat "$W/export.log")"
+says 1 'name the tokenizer.json' "$NODE" generate "$W/bare" --prompt "The run" --tokens 8
 says 0 'bits per byte' "$NODE" eval "$C" --corpus "http://127.0.0.1:$H/mixture"
 echo "a mixture, read from a disk and over the web: $(cat "$W/out.log")"

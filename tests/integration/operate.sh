@@ -62,4 +62,15 @@ start_node dave "$R2"
 check "a run that begins with a checkpoint commits" wait_for 60 "$R2" 'round >= 4'
 check "its first loss is a trained model's" test "$(grep -o 'loss [0-9.]*' "$W/dave.log" | head -n 1 | python3 -c 'print(float(input().split()[1]) < 4.8)')" = True
 
+# ---- and one with weights that belong to no run
+stop_coordinator; kill_now dave
+"$NODE" export "$R/checkpoints" "$W/plain" >"$W/export.log" 2>&1 || fail "export: $(tail -n 1 "$W/export.log")"
+R3=$W/third
+"$COORDINATOR" init "$R3" --corpus "$W/corpus/corpus.json" "${settings[@]}" --from "$W/plain" >"$W/init3.log" 2>&1 || fail "init --from a plain folder: $(tail -n 1 "$W/init3.log")"
+check "what a plain folder lacks is said" grep -q "plain Hugging Face folder.*fp32" "$W/init3.log"
+start_coordinator "$R3" "$P"
+start_node erin "$R3"
+check "a run that begins with plain weights commits" wait_for 60 "$R3" 'round >= 4'
+check "its first loss is that of these weights" test "$(grep -o 'loss [0-9.]*' "$W/erin.log" | head -n 1 | python3 -c 'print(float(input().split()[1]) < 4.8)')" = True
+
 [ $failures = 0 ] || { echo "$failures failures"; LOG_LINES=30; fail "operate"; }

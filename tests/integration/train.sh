@@ -96,6 +96,20 @@ P
 expect 0 'ended after 1000' long --out two --plot loss.svg
 check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m.parse("loss.svg").getElementsByTagName("polyline")) == 2'
 
+# The model that came out, for the other tools and for another run.
+of_json() { python3 -c 'import json, sys; print(json.load(sys.stdin)["'"$1"'"])'; }
+near() { awk -v a="$1" -v b="$2" -v most="$3" 'BEGIN { d = a - b; exit !(a > 0 && d < most && -d < most) }'; }
+heldout=$(train --out whole --heldout 1000 --json | of_json heldout)
+check "the model has the held-out loss of training" near "$("$node" eval whole/model --corpus corpus --threads 1 --json | of_json loss)" "$heldout" 1e-6
+heldout=$(train --out tp --tp 4 --dp 2 --shard full --heldout 1000 --json | of_json heldout)
+check "that of eight ranks too" near "$("$node" eval tp/model --corpus corpus --threads 1 --json | of_json loss)" "$heldout" 1e-6
+expect 0 'line' "$node" generate whole/model --prompt 'a line' --tokens 4 --seed 1
+printf 'corpus: {manifest: corpus}\ninner: {batch: 6, total_tokens: 5760, lr: 1e-9}\n' > next.yaml
+next() { timeout 100 "$node" train next.yaml --threads 1 --quiet "$@"; }
+check "the next run begins with it, and with its network" near "$(next --from tp/model --out next --heldout 1000 --json | of_json heldout)" "$heldout" 1e-4
+expect 2 'other shapes than section' train --from tp/model --out new --set model.ffn=128
+expect 1 'no/model' next --from no/model --out new
+
 # What a person gets wrong.
 expect 2 'inner.lr is 0.5 .*take another folder' train --out whole --set inner.lr=0.5
 expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
