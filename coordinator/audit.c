@@ -40,6 +40,20 @@ static struct audit_member *find_member(const struct audit *a, uint32_t id) {
 
 /* ---- one kind after the other ------------------------------------------------------------------- */
 
+static int mark_spent(struct audit *a, uint64_t index, const char *who, uint64_t start, uint64_t count,
+                      struct err *err) {
+    if (!count || start >= a->samples || count > a->samples - start)
+        return FAULT(index, "%s spends samples %llu to %llu of %llu", who, (unsigned long long)start,
+                     (unsigned long long)(start + count), (unsigned long long)a->samples);
+    for (uint64_t i = start; i < start + count; i++) {
+        if (a->spent[i / 8] >> (i % 8) & 1)
+            return FAULT(index, "%s spends sample %llu a second time", who, (unsigned long long)i);
+        a->spent[i / 8] |= (uint8_t)(1u << (i % 8));
+    }
+    a->samples_spent += count;
+    return 0;
+}
+
 static int take_genesis(struct audit *a, const struct msg_genesis *g, struct err *err) {
     if (g->model_count != 1 || g->corpus_count != 1 || g->outer_count != 1 || !g->corpus->samples ||
         !g->outer->fragments)
@@ -51,6 +65,9 @@ static int take_genesis(struct audit *a, const struct msg_genesis *g, struct err
     if (!a->spent)
         return err_set(err, ERR_MEMORY, "no memory to follow %llu samples",
                        (unsigned long long)a->samples);
+    for (uint32_t i = 0; i < g->init_spent_count; i++)
+        if (mark_spent(a, 0, "the genesis", g->init_spent[i].start, g->init_spent[i].count, err)) return -1;
+    a->tokens = a->samples_spent * a->sequence;
     return 0;
 }
 
@@ -131,17 +148,9 @@ static int check_summed(struct audit *a, uint64_t index, const struct msg_commit
 }
 
 static int spend(struct audit *a, uint64_t index, const struct msg_spend *s, struct err *err) {
-    if (!s->count || s->start >= a->samples || s->count > a->samples - s->start)
-        return FAULT(index, "member %u spends samples %llu to %llu of %llu", s->member,
-                     (unsigned long long)s->start, (unsigned long long)(s->start + s->count),
-                     (unsigned long long)a->samples);
-    for (uint64_t i = s->start; i < s->start + s->count; i++) {
-        if (a->spent[i / 8] >> (i % 8) & 1)
-            return FAULT(index, "member %u spends sample %llu a second time", s->member,
-                         (unsigned long long)i);
-        a->spent[i / 8] |= (uint8_t)(1u << (i % 8));
-    }
-    a->samples_spent += s->count;
+    char who[32];
+    snprintf(who, sizeof who, "member %u", s->member);
+    if (mark_spent(a, index, who, s->start, s->count, err)) return -1;
     if (a->spend_count == a->spend_capacity) {
         uint64_t more = a->spend_capacity ? 2 * a->spend_capacity : 256;
         struct audit_spend *grown = realloc(a->spends, more * sizeof *grown);

@@ -30,7 +30,9 @@ static const char help[] =
     "  --preset NAME            the network: debug, 10m, 150m, 1b, 8b or 10b (default: debug)\n"
     "  --from URL               begin with the state of this checkpoint, or with the weights of a plain\n"
     "                           Hugging Face folder of a Llama model (file:///FOLDER, s3://BUCKET/PREFIX,\n"
-    "                           https://HOST/PATH); the network is its, unless you set another\n"
+    "                           https://HOST/PATH); the network is its, unless you set another. On the\n"
+    "                           same corpus, with the same corpus.shuffle_seed, a checkpoint's data goes\n"
+    "                           on where it stood\n"
     "  --set SECTION.KEY=VALUE  any setting of run.yaml; may be given several times\n"
     "\n"
     "example: intellect-coordinator init myrun --corpus corpus/corpus.json --preset debug \\\n"
@@ -212,6 +214,32 @@ static int root_of(const struct ckpt *c, const struct settings *s, struct digest
     return 0;
 }
 
+/* Why the samples of the run that wrote the checkpoint are not those of this one; NULL: they are. */
+static const char *other_data(const struct msg_genesis *before, const struct settings *s,
+                              const struct corpus_facts *corpus) {
+    const struct msg_corpus *was = before->corpus;
+    if (before->corpus_count != 1 || before->model_count != 1) return "it names no corpus";
+    if (!digest_equal(&was->manifest_digest, &corpus->manifest_digest)) return "its corpus was another one";
+    if (was->shuffle_seed != s->shuffle_seed) return "its corpus.shuffle_seed was another one";
+    return before->model->sequence == s->model.sequence ? NULL : "its sequences had another length";
+}
+
+/* On the same corpus in the same order the data goes on where the checkpoint stands. */
+static int take_cursor(const struct ckpt *c, const struct settings *s, const struct corpus_facts *corpus,
+                       struct settings_genesis *g, struct err *err) {
+    uint32_t count;
+    const struct msg_range *spent = ckpt_spent(c, &count);
+    g->other_data = other_data(ckpt_genesis(c), s, corpus);
+    if (g->other_data) return 0;
+    if (count > PROTO_INIT_SPENT_MAX)
+        return err_set(err, ERR_FULL, "model.from: the checkpoint's spent samples lie in %u ranges, a run begins "
+                       "with at most %u: take a later checkpoint", count, PROTO_INIT_SPENT_MAX);
+    if (count) memcpy(g->spent, spent, count * sizeof *spent);
+    g->genesis.init_spent = g->spent;
+    g->genesis.init_spent_count = count;
+    return 0;
+}
+
 static struct ckpt *open_from(const struct settings *s, struct err *err) {
     struct ckpt *c = ckpt_open(s->from, NULL, err);
     if (!c) err_prefix(err, "model.from");
@@ -233,7 +261,8 @@ static int check_from(const struct settings *s, const struct ckpt *c, struct err
 
 /* The genesis names the checkpoint by its manifest, so that no other can take its place, and a plain folder by its
  * state. */
-static int name_checkpoint(struct settings *s, struct settings_genesis *g, struct err *err) {
+static int name_checkpoint(const struct settings *s, const struct corpus_facts *corpus, struct settings_genesis *g,
+                           struct err *err) {
     struct ckpt *c = open_from(s, err);
     if (!c) return -1;
     int result = check_from(s, c, err);
@@ -248,9 +277,18 @@ static int name_checkpoint(struct settings *s, struct settings_genesis *g, struc
         g->from.at_index = f->index;
         g->from.manifest = f->manifest;
         g->from.tokens_committed = f->tokens_committed;
+        result = take_cursor(c, s, corpus, g, err);
     }
     ckpt_close(c);
     return result;
+}
+
+static void tell_data(const struct settings_genesis *g) {
+    uint64_t spent = 0;
+    for (uint32_t i = 0; i < g->genesis.init_spent_count; i++) spent += g->spent[i].count;
+    if (g->other_data) fprintf(stderr, "the data begins anew, not where the checkpoint stood: %s\n", g->other_data);
+    else printf("data     goes on where the checkpoint stood: %" PRIu64 " of %" PRIu64 " samples are spent\n", spent,
+                g->corpus.samples);
 }
 
 static int seal(struct store *store, const struct keys *k, struct settings *s,
@@ -264,7 +302,8 @@ static int seal(struct store *store, const struct keys *k, struct settings *s,
     settings_to_genesis(s, corpus, &g);
     g.genesis.root_key = k->root.key;
     g.genesis.created_ms = (uint64_t)now.tv_sec * 1000;
-    if (*s->from && name_checkpoint(s, &g, err)) goto out;
+    if (*s->from && name_checkpoint(s, corpus, &g, err)) goto out;
+    if (*s->from) tell_data(&g);
     if (proto_encode(&w.genesis, RECORD_genesis, &g.genesis, err)) goto out;
     w.run = digest_of(w.genesis.data, w.genesis.length);
     struct msg_delegation delegation = { .run = w.run, .key = k->online.key, .number = 1 };
@@ -397,6 +436,7 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
     in->has_corpus = *s->corpus != '\0';
     in->changed = !in->has_file || o->corpus || o->preset || o->from || o->set_count;
     if (in->has_corpus && corpus_facts_open(s, in->dir, &in->corpus, err)) return -1;
+    struct settings_genesis ignored;
     struct ckpt *from = *s->from ? open_from(s, err) : NULL;
     if (*s->from && !from) return -1;
     if (from) settings_take_model(s, ckpt_model(from), in->has_corpus ? &in->corpus : NULL);
@@ -404,6 +444,7 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
                  run_check_store(s, err) ? -1 : 0;
     if (!result && from) result = check_from(s, from, err); /* before anything is written */
     if (!result && from && ckpt_is_plain(from)) warn_plain(from);
+    else if (!result && from && in->has_corpus) result = take_cursor(from, s, &in->corpus, &ignored, err);
     if (!result && from) snprintf(s->from, sizeof s->from, "%s", ckpt_where(from)); /* not what is newest later */
     ckpt_close(from);
     return result;

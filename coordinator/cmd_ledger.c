@@ -150,11 +150,29 @@ static const struct kind {
 };
 #define KINDS (sizeof kinds / sizeof *kinds)
 
+/* Samples as [start, count]. */
+static void add_spent(json_t *list, uint64_t start, uint64_t count) {
+    json_array_append_new(list, json_pack("[II]", (json_int_t)start, (json_int_t)count));
+}
+
+static json_t *spent_before(const struct msg_genesis *g) {
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < g->init_spent_count; i++)
+        add_spent(list, g->init_spent[i].start, g->init_spent[i].count);
+    return list;
+}
+
+static json_t *spent_by(const struct msg_commit *c) {
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < c->spent_count; i++) add_spent(list, c->spent[i].start, c->spent[i].count);
+    return list;
+}
+
 static json_t *body_json(uint8_t kind, const union body *b) {
     switch (kind) {
     case LEDGER_GENESIS:
-        return json_pack("{so so}", "name", string_of(b->genesis.name), "root_key",
-                         hex(b->genesis.root_key.b));
+        return json_pack("{so so so}", "name", string_of(b->genesis.name), "root_key",
+                         hex(b->genesis.root_key.b), "spent", spent_before(&b->genesis));
     case LEDGER_DELEGATION:
         return json_pack("{so si si}", "key", hex(b->delegation.key.b), "number",
                          (int)b->delegation.number, "retires", (int)b->delegation.retires);
@@ -166,12 +184,12 @@ static json_t *body_json(uint8_t kind, const union body *b) {
         return json_pack("{si so}", "member", (int)b->revocation.member, "reason",
                          string_of(b->revocation.reason));
     case LEDGER_COMMIT:
-        return json_pack("{si sI sI sI sI sf si so so}", "fragment", (int)b->commit.fragment, "round",
+        return json_pack("{si sI sI sI sI sf si so so so}", "fragment", (int)b->commit.fragment, "round",
                          (json_int_t)b->commit.round, "plan", (json_int_t)b->commit.plan, "tokens",
                          (json_int_t)b->commit.tokens, "tokens_committed",
                          (json_int_t)b->commit.tokens_committed, "lr", (double)b->commit.lr, "shards",
                          (int)b->commit.shards_count, "result_root", hex(b->commit.result_root.b),
-                         "contributors", contributors_of(&b->commit));
+                         "contributors", contributors_of(&b->commit), "spent", spent_by(&b->commit));
     case LEDGER_QUARANTINE:
         return json_pack("{si sb so ss}", "member", (int)b->quarantine.member, "lifted",
                          b->quarantine.lifted, "reason", string_of(b->quarantine.reason), "proof",

@@ -26,6 +26,16 @@ static int check_genesis(const struct msg_genesis *g, struct err *err) {
     if (!o->silence_ms_max || !o->heartbeat_ms)
         return err_set(err, ERR_CONFIG,
                        "genesis: outer.silence_ms_max and outer.heartbeat_ms must be over 0");
+    for (uint64_t i = 0, end = 0; i < g->init_spent_count; i++) {
+        const struct msg_range *r = &g->init_spent[i];
+        if (!r->count || (i && r->start <= end) || r->start >= g->corpus->samples ||
+            r->count > g->corpus->samples - r->start)
+            return err_set(err, ERR_CONFIG,
+                           "genesis: samples %llu+%llu are to count as spent; ranges must ascend, not touch, and "
+                           "lie inside the corpus' %llu", (unsigned long long)r->start,
+                           (unsigned long long)r->count, (unsigned long long)g->corpus->samples);
+        end = r->start + r->count;
+    }
     if (o->fragments > PROTO_FRAGMENTS_MAX || o->alpha < 0 || o->alpha > 1)
         return err_set(err, ERR_CONFIG,
                        "genesis: outer.fragments is %u (at most %u), outer.alpha %g (0 to 1)",
@@ -56,6 +66,17 @@ static int create_rounds(struct core *c, struct err *err) {
     return result;
 }
 
+/* The data goes on where the run stood that wrote the checkpoint. What it had handed out and not spent
+ * lies in gaps, which are free once the core starts. */
+static void take_init_spent(struct core *c) {
+    for (uint32_t i = 0; i < c->genesis.init_spent_count; i++) {
+        const struct msg_range *r = &c->genesis.init_spent[i];
+        interval_add(&c->spent, r->start, r->count);
+        c->next_sample = r->start + r->count;
+    }
+    c->states[0].tokens_committed = c->spent.total * c->sequence;
+}
+
 struct core *core_create(const struct msg_genesis *genesis, const struct digest *run,
                          const struct proto_key *own_key, struct err *err) {
     if (check_genesis(genesis, err)) return NULL;
@@ -77,6 +98,7 @@ struct core *core_create(const struct msg_genesis *genesis, const struct digest 
     c->next_lease = 1;
     c->states = core_grow32(c->states, 0, &c->state_capacity, sizeof *c->states);
     c->states[c->state_count++] = (struct state){0};
+    take_init_spent(c);
     if (create_rounds(c, err)) {
         core_destroy(c);
         return NULL;

@@ -278,6 +278,9 @@ int ledger_load(struct sync *s) {
     bool full = true;
     ledger_chain_init(&s->ledger.chain, &s->config.run);
     if (s->genesis.init_from_count) ledger_note_root(s, 0, &s->genesis.init_from->state_root);
+    for (uint32_t i = 0; i < s->genesis.init_spent_count; i++)
+        s->tokens_committed += s->genesis.init_spent[i].count * s->genesis.model->sequence;
+    s->ledger.rewind.to.tokens_committed = s->tokens_committed; /* until there is a commit */
     for (uint32_t segment = 0; full; segment++)
         if (load_segment(s, segment, &full)) return -1;
     s->ledger.saved = s->ledger.loaded = s->ledger.count;

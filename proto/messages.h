@@ -32,6 +32,7 @@
 #define PROTO_MEMBERS_MAX 1024u
 #define PROTO_SET_BYTES_MAX (PROTO_MEMBERS_MAX / 8) /* bitmap over a plan's contributor list */
 #define PROTO_CHUNKS_MAX 65536u         /* of one fragment */
+#define PROTO_INIT_SPENT_MAX 4096u      /* ranges of samples that a run begins without */
 #define PROTO_CHUNK_ELEMENTS_MAX (1u << 20)
 #define PROTO_SHARDS_MAX 1024u
 #define PROTO_LEASES_MAX 256u           /* held by one member at once */
@@ -86,12 +87,15 @@
     F(STR, manifest_url, PROTO_URL_BYTES_MAX) F(DIGEST, manifest_digest, 0)                        \
     F(STR, tokenizer, 64) F(U64, samples, 0) F(U64, shuffle_seed, 0)
 
-/* Ledger entry 0. The run's name is the BLAKE2b-256 digest of these bytes. */
+/* Ledger entry 0. The run's name is the BLAKE2b-256 digest of these bytes. init_spent: samples that count as
+ * spent from the beginning, where the run goes on with the data of the one that wrote init_from; ascending,
+ * disjoint, not touching. */
 #define FIELDS_genesis(F, L)                                                                       \
     F(U32, version, 0) F(STR, name, 64) F(KEY, root_key, 0) F(U64, created_ms, 0)                  \
     L(model, model, 1) L(inner, inner, 1) L(outer, outer, 1) L(corpus, corpus, 1)                  \
     F(U64, init_seed, 0) F(F32, init_std, 0) F(STR, checkpoint_url, PROTO_URL_BYTES_MAX)           \
-    L(checkpoint, init_from, 1)     /* the initial state is this checkpoint's, not the seed's */
+    L(checkpoint, init_from, 1)     /* the initial state is this checkpoint's, not the seed's */ \
+    L(range, init_spent, PROTO_INIT_SPENT_MAX)
 
 /* The root key's word that `key` may speak for the run as a coordinator. number counts from 1;
  * retires: the delegation whose key speaks for the run no longer (0 = none). */
@@ -360,8 +364,8 @@
 
 /* Records that are no messages of their own. A record stands after those it contains. */
 #define PROTO_RECORDS(R)                                                                           \
-    R(model) R(inner) R(outer) R(corpus) R(checkpoint) R(genesis) R(delegation) R(enrolment)       \
-    R(lease) R(spend) R(range) R(digest_item) R(contributor) R(shard) R(address) R(summed)         \
+    R(model) R(inner) R(outer) R(corpus) R(checkpoint) R(range) R(genesis) R(delegation) R(enrolment)       \
+    R(lease) R(spend) R(digest_item) R(contributor) R(shard) R(address) R(summed)         \
     R(member) R(signed_entry) R(entry) R(commit) R(revocation) R(quarantine) R(rewind)             \
     R(roster_body) R(invite_record) R(rate)
 

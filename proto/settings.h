@@ -106,6 +106,8 @@ int settings_save(const struct settings *s, const char *path, struct err *err);
 struct settings_genesis {
     struct msg_genesis genesis;
     struct msg_checkpoint from; /* the caller fills in and points init_from at it where settings.from is given */
+    struct msg_range spent[PROTO_INIT_SPENT_MAX]; /* likewise, for init_spent */
+    const char *other_data;     /* why init_spent stays empty although there is a checkpoint */
     struct msg_corpus corpus;
     struct msg_model model;
     struct msg_inner inner;

@@ -36,14 +36,16 @@ static int append(struct ledger *l, enum ledger_kind kind, enum proto_record rec
     return result;
 }
 
-static void begin(struct ledger *l) {
+/* spent: what the genesis says is spent before the run begins; count 0: nothing. */
+static void begin_after(struct ledger *l, struct msg_range spent) {
     struct msg_model model = { .layers = 1, .sequence = SEQUENCE };
     struct msg_inner inner = { .batch = 1 };
     struct msg_outer outer = { .inner_steps = 1, .fragments = 2 };
     struct msg_corpus corpus = { .samples = SAMPLES };
     struct msg_genesis g = { .version = 1, .model = &model, .model_count = 1, .inner = &inner,
                              .inner_count = 1, .outer = &outer, .outer_count = 1, .corpus = &corpus,
-                             .corpus_count = 1 };
+                             .corpus_count = 1, .init_spent = &spent,
+                             .init_spent_count = spent.count > 0 };
     struct msg_delegation d;
     struct proto_buffer b;
     struct err err;
@@ -67,6 +69,8 @@ static void begin(struct ledger *l) {
         if (append(l, LEDGER_ENROLMENT, RECORD_enrolment, &e, &err)) fail_msg("%s", err.msg);
     }
 }
+
+static void begin(struct ledger *l) { begin_after(l, (struct msg_range){0}); }
 
 /* A commit of members 1 and 2, which spend samples 0-3 and 4-9; 3 chunks have both, 1 has only 1. */
 struct commit {
@@ -146,6 +150,25 @@ static void a_sample_spent_twice_is_found(void **state) {
     c.spent[1].start = 9;
     assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), -1);
     assert_string_equal(err.msg, "ledger entry 6: member 2 spends sample 9 a second time");
+    audit_release(&l.audit);
+}
+
+/* A run that goes on with another's data: what that one spent is spent, and its tokens count. */
+static void a_sample_that_the_run_before_spent_is_found(void **state) {
+    struct ledger l;
+    struct commit c;
+    struct err err;
+    (void)state;
+    honest(&c);
+    begin_after(&l, (struct msg_range){9, 5});
+    assert_int_equal(append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err), -1);
+    assert_non_null(strstr(err.msg, "member 2 spends sample 9 a second time"));
+    audit_release(&l.audit);
+    begin_after(&l, (struct msg_range){10, 5});
+    c.m.tokens_committed = 150;
+    if (append(&l, LEDGER_COMMIT, RECORD_commit, &c.m, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(l.audit.samples_spent, 15);
+    assert_int_equal(l.audit.tokens, 150);
     audit_release(&l.audit);
 }
 
@@ -323,6 +346,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_honest_ledger_passes_and_is_counted),
         cmocka_unit_test(a_sample_spent_twice_is_found),
+        cmocka_unit_test(a_sample_that_the_run_before_spent_is_found),
         cmocka_unit_test(samples_outside_the_corpus_are_found),
         cmocka_unit_test(tokens_that_do_not_add_up_are_found),
         cmocka_unit_test(who_was_not_summed_spends_nothing),

@@ -315,6 +315,48 @@ static void a_run_that_begins_with_a_checkpoint_has_donors_from_the_start(void *
     assert_non_null(sent(r, &r->fake[2], MSG_ROOT));
 }
 
+/* The run before spent 0 to 9 and 12 to 19; 10 and 11 were leased when it ended. Nothing may be spent twice, and
+ * nothing may be left out. */
+static void a_run_that_goes_on_with_anothers_data_hands_out_the_rest(void **state) {
+    struct rig *r = *state;
+    struct msg_range spent[] = {{0, 10}, {12, 8}};
+    bool mine[240] = {0};
+    r->genesis.init_spent = spent;
+    r->genesis.init_spent_count = 2;
+    start_with(r, 2);
+    assert_int_equal(look(r).samples_spent, 18);
+    assert_int_equal(look(r).tokens_committed, 18 * SEQUENCE);
+    for (int round = 0; round < 30 && strcmp(look(r).phase, "complete") != 0; round++) {
+        load(r); /* each time from the rows alone */
+        for (int i = 1; i <= 3; i++) dial(r, &r->fake[i]), hello(r, &r->fake[i]);
+        for (int i = 2; i <= 3; i++) {
+            be_ready(r, &r->fake[i], 8);
+            for (uint32_t k = 0; k < r->fake[i].lease_count; k++)
+                for (uint64_t s = 0; s < r->fake[i].leases[k].count; s++) mine[r->fake[i].leases[k].start + s] = true;
+        }
+        commit_once(r);
+        for (int i = 1; i <= 3; i++) say_root(r, &r->fake[i]);
+    }
+    assert_int_equal(look(r).samples_spent, 240);
+    assert_int_equal(look(r).tokens_committed, 240 * SEQUENCE);
+    for (int s = 0; s < 240; s++) assert_int_equal(mine[s], s >= 20 || s == 10 || s == 11);
+}
+
+static void a_genesis_that_spends_a_sample_twice_is_refused(void **state) {
+    struct rig *r = *state;
+    struct msg_range wrong[][2] = {{{0, 10}, {9, 2}}, {{0, 10}, {10, 2}}, {{20, 2}, {3, 2}}, {{0, 1}, {238, 3}},
+                                   {{0, 1}, {5, 0}}, {{0, 1}, {2, UINT64_MAX}}};
+    struct digest run = {{1}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        struct err err = {0};
+        r->genesis.init_spent = wrong[i];
+        r->genesis.init_spent_count = 2;
+        assert_null(core_create(&r->genesis, &run, &r->fake[1].key, &err));
+        assert_int_equal(err.code, ERR_CONFIG);
+        assert_non_null(strstr(err.msg, "count as spent"));
+    }
+}
+
 /* Results are kept for who may need them, but whoever just listens must not make everybody keep them for ever. */
 static void a_listener_without_a_state_holds_only_the_newest_rounds_up(void **state) {
     struct rig *r = *state;
@@ -346,6 +388,8 @@ int main(void) {
         T(a_rewind_frees_samples_and_tokens_and_moves_every_base),
         T(a_rewind_to_what_another_one_undid_is_refused),
         T(a_run_that_begins_with_a_checkpoint_has_donors_from_the_start),
+        T(a_run_that_goes_on_with_anothers_data_hands_out_the_rest),
+        T(a_genesis_that_spends_a_sample_twice_is_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -109,6 +109,10 @@ class Ledger:
         self.rounds = [0] * body.outer[0].fragments
         self.base = [0] * body.outer[0].fragments
         self.spent = bytearray(body.corpus[0].samples)
+        for r in body.init_spent:
+            self.spent[r.start:r.start + r.count] = b"\1" * r.count
+        self.tokens = sum(self.spent) * body.model[0].sequence
+        self.states[0].tokens = self.tokens
 
     def _delegation(self, entry, body):
         if body.run != self.run or body.number <= self.number_max:

@@ -298,6 +298,19 @@ void oracle_persist(struct sim_world *w, const struct core_action *a) {
     oracle_check_leases(w);
 }
 
+/* What the genesis says is spent. */
+void oracle_begin(struct sim_world *w) {
+    w->tokens_committed = 0;
+    for (uint32_t i = 0; i < w->genesis.init_spent_count; i++)
+        for (uint64_t k = 0; k < w->init_spent[i].count; k++) {
+            uint64_t s = w->init_spent[i].start + k;
+            proto_set_add(w->spent, (uint32_t)s);
+            w->owner[s] = 0;
+            w->spent_at[s] = 0;
+            w->tokens_committed += w->model.sequence;
+        }
+}
+
 void oracle_rollback(struct sim_world *w, uint64_t count) {
     struct sim_table *ledger = &w->store.table[CORE_LEDGER];
     uint64_t commits = w->commits;
@@ -306,7 +319,8 @@ void oracle_rollback(struct sim_world *w, uint64_t count) {
     memset(w->next_round, 0, sizeof w->next_round);
     memset(w->base_index, 0, sizeof w->base_index);
     memset(w->audits, 0, sizeof w->audits); /* they were judged when they counted */
-    w->tokens_committed = w->rewind_index = w->rewind_count = 0;
+    w->rewind_index = w->rewind_count = 0;
+    oracle_begin(w);
     for (uint64_t i = 0; i < count; i++) {
         struct sim_row *r = sim_row_find(ledger, i);
         take_entry(w, i, r->value, r->length);
@@ -352,6 +366,10 @@ void oracle_check_leases(struct sim_world *w) {
     for (uint64_t s = 0; s < end; s++)
         if (!proto_set_has(owned, (uint32_t)s))
             sim_violation(w, "sample %llu was handed out and is now nowhere", LLU(s));
+    if (w->genesis.init_spent_count) { /* the cursor begins behind it, and is written when it moves */
+        const struct msg_range *last = &w->init_spent[w->genesis.init_spent_count - 1];
+        if (last->start + last->count > end) end = last->start + last->count;
+    }
     for (uint64_t s = end; s < w->corpus.samples; s++)
         if (proto_set_has(owned, (uint32_t)s))
             sim_violation(w, "sample %llu is leased beyond the cursor %llu", LLU(s), LLU(end));

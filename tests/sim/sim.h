@@ -282,6 +282,7 @@ struct sim_world {
     struct msg_inner inner;
     struct msg_outer outer;
     struct msg_corpus corpus;
+    struct msg_range init_spent[2]; /* genesis.init_spent */
     struct digest run;
     uint64_t faults_until; /* after this everything is healed and the run must end */
     uint32_t fault_every_ms, duplicate_per_mille;
@@ -428,6 +429,7 @@ void sim_fault_at_commit(struct sim_world *w, const struct msg_commit *c);
 void oracle_persist(struct sim_world *w, const struct core_action *a);
 void oracle_check_leases(struct sim_world *w);
 /* The ledger ends at `count` entries after all: what came later is forgotten. */
+void oracle_begin(struct sim_world *w);
 void oracle_rollback(struct sim_world *w, uint64_t count);
 void oracle_start(struct sim_world *w, struct sim_member *m);
 void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment);

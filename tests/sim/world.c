@@ -231,7 +231,12 @@ static void choose(struct sim_world *w) {
                                       .corpus_count = 1,
                                       .init_seed = w->seed,
                                       .init_std = 0.02f,
-                                      .checkpoint_url = proto_str("file:///checkpoints")};
+                                      .checkpoint_url = proto_str("file:///checkpoints"),
+                                      .init_spent = w->init_spent};
+    if (w->seed % 7 != 3 || w->inner.total_tokens < 1u << 30) return; /* it goes on with another run's data */
+    w->init_spent[0] = (struct msg_range){w->seed % 3, 1 + w->seed % 5};
+    w->init_spent[1] = (struct msg_range){10, 1 + w->seed % 9};
+    w->genesis.init_spent_count = 1 + w->seed % 2;
 }
 
 uint32_t sim_chunk_elements(const struct sim_world *w, uint32_t chunk) {
@@ -282,6 +287,7 @@ static void init_run(struct sim_world *w) {
     sim_write_entry(w, 0, LEDGER_DELEGATION, RECORD_delegation,
                     &(struct msg_delegation){.run = w->run, .key = w->online.key, .number = 1});
     w->announced_head = 1;
+    oracle_begin(w);
 }
 
 static void identities(struct sim_world *w) {
