@@ -194,6 +194,24 @@ static void adamw(const struct kernels *k, void *w, uint16_t *rest, const float 
         adamw_slice(param + i, grad + i, m + i, v + i, slice_at(i, n), a);
 }
 
+WIDE static void descend_slice(float *param, const float *direction, size_t n, const struct kernels_descent *d) {
+    float keep = d->keep, step = d->step;
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) param[i] = keep * param[i] - step * direction[i];
+}
+
+void cpu_descend_slice(float *param, const float *direction, size_t n, const struct kernels_descent *d) {
+    descend_slice(param, direction, n, d);
+}
+
+static void descend(const struct kernels *k, void *w, uint16_t *rest, const float *direction, size_t n,
+                    const struct kernels_descent *d) {
+    float *param = w;
+    assert(!rest);
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE) descend_slice(param + i, direction + i, slice_at(i, n), d);
+}
+
 WIDE static double sum_squares_slice(const float *x, size_t n) {
     double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
@@ -273,7 +291,9 @@ struct kernels *kernels_cpu_create(int threads, struct err *err) {
     k->attention_forward = cpu_attention_forward;
     k->attention_backward = cpu_attention_backward;
     cpu_rows_entries(k);
+    cpu_states_entries(k);
     k->adamw = adamw;
+    k->descend = descend;
     k->sum_squares = sum_squares;
     return k;
 }

@@ -119,6 +119,8 @@ __attribute__((always_inline)) static inline float cpu_max(const float *x, int n
 void cpu_adamw_slice(float *param, const float *grad, float *m, float *v, size_t n,
                      const struct kernels_adamw *a);
 
+void cpu_descend_slice(float *param, const float *direction, size_t n, const struct kernels_descent *d);
+
 /* Entries of the table that live in other files than cpu.c. */
 void cpu_attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                            const int32_t *start, int B, int T, int H, int KV, int D);
@@ -157,6 +159,7 @@ void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void
 #define cpu_attention_bf16_forward(...) ((void)0)
 #define cpu_attention_bf16_backward(...) ((void)0)
 #endif
+void cpu_states_entries(struct kernels *k);
 void cpu_rows_entries(struct kernels *k);
 void cpu_rows_bf16_entries(struct kernels *k);
 

@@ -159,7 +159,19 @@ static void attention_backward(const struct kernels *k, void *dqkv, const void *
 
 /* ---- optimizer ----------------------------------------------------------------------------------- */
 
-/* A slice in fp32, as cpu.c does it: with the lower halves kept, bit for bit what fp32 weights become. */
+/* A slice in fp32, as cpu.c does it, and back: with the lower halves kept, bit for bit what fp32 weights become. */
+static void slice_out(float *wide, const uint16_t *upper, const uint16_t *rest, size_t n) {
+    if (rest) join_slice(wide, upper, rest, n);
+    else widen_slice(wide, upper, n);
+}
+
+static void slice_in(uint16_t *upper, uint16_t *rest, const float *wide, size_t n, uint64_t seed, uint64_t first) {
+    if (rest) split_slice(upper, rest, wide, n);
+    else stochastic_slice(upper, wide, seed, first, n);
+}
+
+static uint16_t *rest_at(uint16_t *rest, size_t i) { return rest ? rest + i : NULL; }
+
 static void adamw(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m, float *v,
                   size_t n, const struct kernels_adamw *a) {
     uint16_t *upper = param;
@@ -167,11 +179,22 @@ static void adamw(const struct kernels *k, void *param, uint16_t *rest, const fl
     for (size_t i = 0; i < n; i += CPU_SLICE) {
         float wide[CPU_SLICE];
         size_t here = slice_at(i, n);
-        if (rest) join_slice(wide, upper + i, rest + i, here);
-        else widen_slice(wide, upper + i, here);
+        slice_out(wide, upper + i, rest_at(rest, i), here);
         cpu_adamw_slice(wide, grad + i, m + i, v + i, here, a);
-        if (rest) split_slice(upper + i, rest + i, wide, here);
-        else stochastic_slice(upper + i, wide, a->seed, a->first + i, here);
+        slice_in(upper + i, rest_at(rest, i), wide, here, a->seed, a->first + i);
+    }
+}
+
+static void descend(const struct kernels *k, void *param, uint16_t *rest, const float *direction, size_t n,
+                    const struct kernels_descent *d) {
+    uint16_t *upper = param;
+#pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
+    for (size_t i = 0; i < n; i += CPU_SLICE) {
+        float wide[CPU_SLICE];
+        size_t here = slice_at(i, n);
+        slice_out(wide, upper + i, rest_at(rest, i), here);
+        cpu_descend_slice(wide, direction + i, here, d);
+        slice_in(upper + i, rest_at(rest, i), wide, here, d->seed, d->first + i);
     }
 }
 
@@ -191,6 +214,7 @@ struct kernels *kernels_cpu_bf16_create(int threads, int stochastic, struct err 
     k->attention_forward = attention_forward;
     k->attention_backward = attention_backward;
     k->adamw = adamw;
+    k->descend = descend;
     cpu_rows_bf16_entries(k);
     cpu_describe_bf16(cpu_of(k), stochastic);
     return k;

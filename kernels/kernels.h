@@ -39,6 +39,23 @@ struct kernels_adamw {
     uint64_t seed, first;
 };
 
+/* How the moments of an optimizer are kept: in fp32, in bf16, or in 8 bits, in blocks of KERNELS_STATE_BLOCK, the
+ * last of which may be shorter, with a unit each; states.h has the bits. SIGNED for first moments, ROOT for
+ * second ones, which are not negative. Rounding is stochastic, from a seed and the element's number: unbiased, so
+ * updates far below a last digit are not all lost. */
+enum kernels_state {
+    KERNELS_STATE_FP32 = 0, KERNELS_STATE_BF16 = 1, KERNELS_STATE_SIGNED8 = 2, KERNELS_STATE_ROOT8 = 3
+};
+#define KERNELS_STATE_BLOCK 256
+/* Bytes of n elements; those of whole blocks are also where what follows them begins. */
+size_t kernels_state_bytes(enum kernels_state how, size_t n);
+
+/* A step along a direction that somebody else found; seed, first as in struct kernels_adamw. */
+struct kernels_descent {
+    float step, keep; /* param = keep * param - step * direction */
+    uint64_t seed, first;
+};
+
 /* What a row's logits come to over a part of the vocabulary: enough for the loss once all parts are known. */
 struct kernels_part {
     float max, sum; /* the largest logit; the sum of exp(logit - max) */
@@ -204,6 +221,18 @@ struct kernels {
     /* Optimizer: param -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param) */
     void (*adamw)(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m,
                   float *v, size_t n, const struct kernels_adamw *a);
+    /* The same without moments. */
+    void (*descend)(const struct kernels *k, void *param, uint16_t *rest, const float *direction, size_t n,
+                    const struct kernels_descent *d);
+    /* out = a * x + b * y; out may be x or y. */
+    void (*combine)(const struct kernels *k, float *out, float a, const float *x, float b, const float *y,
+                    size_t n);
+    /* n elements, from a block's first on, to and from what is kept of them in less than fp32. seed 0 rounds to nearest: what
+     * came out goes in unchanged then, bit for bit, if it is not below 10^-37. first: the number of x[0] for the
+     * random bits. */
+    void (*state_in)(const struct kernels *k, void *state, enum kernels_state how, const float *x, size_t n,
+                     uint64_t seed, uint64_t first);
+    void (*state_out)(const struct kernels *k, float *x, const void *state, enum kernels_state how, size_t n);
     /* Sum of x[i]^2 in double, in an order that does not depend on the number of threads. Waits. An
      * element that is not finite makes the result not finite, so it also finds a lost gradient. */
     double (*sum_squares)(const struct kernels *k, const float *x, size_t n);

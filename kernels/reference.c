@@ -3,6 +3,7 @@
  * once more, with activations and weights in bf16. */
 #include "kernels/bf16.h"
 #include "kernels/kernels.h"
+#include "kernels/states.h"
 
 #include <assert.h>
 #include <math.h>
@@ -443,6 +444,60 @@ static void adamw(SELF, void *param, uint16_t *rest, const float *grad, float *m
     }
 }
 
+static void descend(SELF, void *param, uint16_t *rest, const float *direction, size_t n,
+                    const struct kernels_descent *d) {
+    for (size_t i = 0; i < n; i++) {
+        double old = weight(param, rest, i);
+        weight_set(param, rest, i, (float)(d->keep * old - (double)d->step * direction[i]));
+    }
+}
+
+static void combine(SELF, float *out, float a, const float *x, float b, const float *y, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (float)((double)a * x[i] + (double)b * y[i]);
+}
+
+static void block_in(uint8_t *block, enum kernels_state how, const float *x, size_t n, uint64_t seed,
+                     uint64_t first) {
+    int root = how == KERNELS_STATE_ROOT8;
+    float most = 0.0f;
+    for (size_t i = 0; i < n; i++) {
+        float here = root ? sqrtf(x[i]) : x[i] < 0 ? -x[i] : x[i];
+        if (here > most) most = here;
+    }
+    float unit = state_unit(most, root ? STATE_TOP_ROOT : STATE_TOP_SIGNED), per_unit = unit > 0 ? 1 / unit : 0;
+    memcpy(block, &unit, sizeof unit);
+    block += sizeof unit;
+    for (size_t i = 0; i < n; i++) {
+        float random = state_random(seed, first + i);
+        block[i] = root ? state_root(x[i], per_unit, random) : state_signed(x[i], per_unit, random);
+    }
+}
+
+static void state_in(SELF, void *state, enum kernels_state how, const float *x, size_t n, uint64_t seed,
+                     uint64_t first) {
+    assert(how != KERNELS_STATE_FP32);
+    if (how == KERNELS_STATE_BF16)
+        for (size_t i = 0; i < n; i++) ((uint16_t *)state)[i] = state_bf16(x[i], seed, first + i);
+    if (how < KERNELS_STATE_SIGNED8) return;
+    for (size_t i = 0; i < n; i += KERNELS_STATE_BLOCK) {
+        size_t here = n - i < KERNELS_STATE_BLOCK ? n - i : KERNELS_STATE_BLOCK;
+        block_in((uint8_t *)state + kernels_state_bytes(how, i), how, x + i, here, seed, first + i);
+    }
+}
+
+static void state_out(SELF, float *x, const void *state, enum kernels_state how, size_t n) {
+    assert(how != KERNELS_STATE_FP32);
+    if (how == KERNELS_STATE_BF16)
+        for (size_t i = 0; i < n; i++) x[i] = bf16_widen(((const uint16_t *)state)[i]);
+    for (size_t i = 0; how >= KERNELS_STATE_SIGNED8 && i < n; i++) {
+        const uint8_t *block = (const uint8_t *)state + i / KERNELS_STATE_BLOCK * STATE_BLOCK_BYTES;
+        uint8_t code = block[sizeof(float) + i % KERNELS_STATE_BLOCK];
+        float unit;
+        memcpy(&unit, block, sizeof unit);
+        x[i] = how == KERNELS_STATE_ROOT8 ? state_root_value(code, unit) : state_signed_value(code, unit);
+    }
+}
+
 static double sum_squares(SELF, const float *x, size_t n) {
     double sum = 0.0;
     for (size_t i = 0; i < n; i++) sum += (double)x[i] * x[i];
@@ -487,6 +542,10 @@ const struct kernels *REFERENCE(void) {
         .vocabulary_part = vocabulary_part,
         .vocabulary_loss = vocabulary_loss,
         .adamw = adamw,
+        .descend = descend,
+        .combine = combine,
+        .state_in = state_in,
+        .state_out = state_out,
         .sum_squares = sum_squares,
     };
     return &reference;

@@ -6,6 +6,7 @@
 #include "node/fault.h"
 #include "node/file.h"
 #include "node/model.h"
+#include "node/optimizer.h"
 #include "node/schedule.h"
 #include "node/shard.h"
 #include "proto/model.h"
@@ -24,12 +25,13 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "saved states and wire
 
 struct engine {
     struct shard s;
+    struct optimizer optimizer;
     struct msg_model config;
     struct msg_inner inner;
     struct model *model;
     uint32_t micro_batch; /* samples at once */
     size_t n;             /* elements of the whole network */
-    uint64_t steps, m_count, v_count;
+    uint64_t steps;
 };
 
 /* ---- life -------------------------------------------------------------------------------------- */
@@ -63,16 +65,20 @@ void engine_plan(const struct msg_model *m, const struct msg_inner *inner, const
     struct layout alone;
     layout_init(&alone, m, 1, 0, 1, 0);
     *out = (struct engine_memory){ .weights = n * (k->weight_bytes + k->rest_bytes),
-                                   .gradients = n * sizeof(float), .moments = 2 * n * sizeof(float) };
+                                   .gradients = n * sizeof(float),
+                                   .optimizer = optimizer_bytes(&alone, ENGINE_SHARD_NONE, inner, k) };
     plan_activations(&alone, k, inner->batch, out);
     out->scratch = model_scratch_bytes(&alone, k, (int)out->micro_batch, (int)m->sequence);
-    out->all = out->weights + out->gradients + out->moments + out->activations + out->scratch;
+    out->all = out->weights + out->gradients + out->optimizer + out->activations + out->scratch;
 }
 
 static int create(struct engine *e, const struct kernels *kernels, const struct engine_mesh *mesh,
                   struct err *err) {
     struct engine_memory plan;
-    if (shard_init(&e->s, &e->config, kernels, mesh, err)) return -1;
+    if (shard_init(&e->s, &e->config, kernels, mesh, err) || optimizer_init(&e->optimizer, &e->s, &e->inner, err)) {
+        err_prefix(err, "training %llu parameters", (unsigned long long)proto_model_elements(&e->config));
+        return -1;
+    }
     e->n = (size_t)proto_model_elements(&e->config);
     plan_activations(&e->s.layout, kernels, e->inner.batch, &plan);
     e->micro_batch = plan.micro_batch;
@@ -109,6 +115,7 @@ struct engine *engine_create(const struct msg_model *model, const struct msg_inn
 void engine_destroy(struct engine *e) {
     if (!e) return;
     model_destroy(e->model);
+    optimizer_release(&e->optimizer);
     shard_release(&e->s);
     free(e);
 }
@@ -172,8 +179,6 @@ struct transfer {
     size_t first;
     float *out;
     const float *in;
-    const float *moment_from; /* m or v */
-    float *moment_to;
 };
 
 static void read_params(void *arg, const struct layout_run *held) {
@@ -195,24 +200,6 @@ static void write_params(void *arg, const struct layout_run *held) {
     s->k->weights_in(s->k, param_at(t->e, at), rest_at(t->e, at), t->in + (r.canonical - t->first), r.count);
 }
 
-static void read_moment(void *arg, const struct layout_run *held) {
-    const struct transfer *t = arg;
-    const struct shard *s = &t->e->s;
-    struct layout_run r = *held;
-    if (shard_answers_for(s, &r))
-        s->k->copy_out(s->k, t->out + (r.canonical - t->first), t->moment_from + shard_state_at(s, &r),
-                       r.count * sizeof *t->out);
-}
-
-static void write_moment(void *arg, const struct layout_run *held) {
-    const struct transfer *t = arg;
-    const struct shard *s = &t->e->s;
-    struct layout_run r = *held;
-    if (shard_has_state(s, &r))
-        s->k->copy_in(s->k, t->moment_to + shard_state_at(s, &r), t->in + (r.canonical - t->first),
-                      r.count * sizeof *t->in);
-}
-
 void engine_params_read(const struct engine *e, size_t first, size_t n, float *out) {
     assert(first <= e->n && n <= e->n - first);
     struct transfer t = { .e = e, .first = first, .out = out };
@@ -226,21 +213,11 @@ void engine_params_write(struct engine *e, size_t first, size_t n, const float *
     shard_forget_gathered(&e->s);
 }
 
-static void moment_read(const struct engine *e, const float *moment, size_t first, size_t n, float *out) {
-    struct transfer t = { .e = e, .first = first, .out = out, .moment_from = moment };
-    layout_each(&e->s.layout, first, n, read_moment, &t);
-}
-
-static void moment_write(struct engine *e, float *moment, size_t first, size_t n, const float *in) {
-    struct transfer t = { .e = e, .first = first, .in = in, .moment_to = moment };
-    layout_each(&e->s.layout, first, n, write_moment, &t);
-}
-
 void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,
                                 uint64_t *count) {
     assert(first <= e->n && n <= e->n - first);
-    moment_read(e, e->s.v, first, n, out);
-    *count = e->v_count;
+    optimizer_read(&e->optimizer, OPTIMIZER_SECOND, first, n, out);
+    *count = e->optimizer.steps[OPTIMIZER_SECOND];
 }
 
 int engine_second_moments_write(struct engine *e, size_t first, size_t n, const float *in,
@@ -251,15 +228,13 @@ int engine_second_moments_write(struct engine *e, size_t first, size_t n, const 
     for (size_t i = 0; i < n; i++)
         if (!(in[i] >= 0 && isfinite(in[i])))
             return err_set(err, ERR_CORRUPT, "second moment %zu is %g", first + i, (double)in[i]);
-    moment_write(e, e->s.v, first, n, in);
-    e->v_count = count;
+    optimizer_write(&e->optimizer, OPTIMIZER_SECOND, first, n, in);
+    e->optimizer.steps[OPTIMIZER_SECOND] = count;
     return 0;
 }
 
 void engine_reset_moments(struct engine *e) {
-    e->s.k->zero(e->s.k, e->s.m, e->s.state_n * sizeof *e->s.m);
-    e->s.k->zero(e->s.k, e->s.v, e->s.state_n * sizeof *e->s.v);
-    e->m_count = e->v_count = 0;
+    optimizer_reset(&e->optimizer);
 }
 
 /* ---- a step ------------------------------------------------------------------------------------ */
@@ -358,41 +333,6 @@ static double own_squares(const struct engine *e) {
     return sum + squares(s, &all);
 }
 
-static void adamw_run(struct engine *e, struct layout_run r, struct kernels_adamw *a) {
-    const struct shard *s = &e->s;
-    if (!shard_has_state(s, &r)) return;
-    size_t at = shard_param_at(s, &r), state = shard_state_at(s, &r);
-    a->first = r.canonical;
-    s->k->adamw(s->k, param_at(e, at), rest_at(e, at), s->grads + shard_grad_at(s, &r), s->m + state,
-                s->v + state, r.count, a);
-}
-
-/* Stochastic rounding goes by an element's number in the whole model: there, what is not side by side in it
- * goes row by row. */
-static void adamw(struct engine *e, double lr, double grad_scale) {
-    const struct msg_inner *in = &e->inner;
-    struct kernels_adamw a = {
-        .lr = (float)lr, .beta1 = (float)in->beta1, .beta2 = (float)in->beta2, .eps = (float)in->eps,
-        .m_correction = (float)(1 - pow(in->beta1, (double)++e->m_count)),
-        .v_correction = (float)(1 - pow(in->beta2, (double)++e->v_count)),
-        .grad_scale = (float)grad_scale, .seed = e->steps + 1,
-    };
-    bool stochastic = e->s.k->weight_bytes == 2 && !e->s.k->rest_bytes;
-    for (uint32_t i = 0; i < proto_model_tensor_count(&e->config); i++) {
-        struct layout_piece p;
-        struct layout_run r = shard_piece(&e->s, i);
-        layout_piece(&e->s.layout, i, &p);
-        a.weight_decay = !p.shared && p.role != MODEL_EMBED ? (float)in->weight_decay : 0;
-        if (!stochastic || p.columns == p.width) {
-            adamw_run(e, r, &a);
-            continue;
-        }
-        r.count = p.columns;
-        for (size_t row = 0; row < p.rows; row++, r.local += p.columns, r.canonical += p.width)
-            adamw_run(e, r, &a);
-    }
-}
-
 /* Everything up to the update; all ranks find the same. */
 static int sum_step(struct engine *e, const int32_t *tokens, uint32_t samples, struct model_loss *mean,
                     double *norm, struct err *err) {
@@ -424,7 +364,7 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
                        (unsigned long long)e->steps + 1, loss.nats + loss.penalty, norm, fault);
     }
     double clip = e->inner.clip, lr = schedule_lr(&e->inner, position);
-    adamw(e, lr, clip > 0 && norm > clip ? clip / norm : 1);
+    optimizer_step(&e->optimizer, e->steps + 1, lr, clip > 0 && norm > clip ? clip / norm : 1);
     shard_gather(&e->s);
     if (e->s.k->check(e->s.k, err) || check_mesh(e, err)) return -1;
     *result = (struct engine_result){ .loss = loss.nats, .penalty = loss.penalty, .grad_norm = norm,
@@ -511,12 +451,12 @@ int engine_snapshot_take(struct engine_snapshot *s, const struct engine *e, uint
                          struct err *err) {
     assert(s->n == e->n);
     s->header.steps = e->steps;
-    s->header.m_count = e->m_count;
-    s->header.v_count = e->v_count;
+    s->header.m_count = e->optimizer.steps[OPTIMIZER_FIRST];
+    s->header.v_count = e->optimizer.steps[OPTIMIZER_SECOND];
     s->header.tag = tag;
     engine_params_read(e, 0, e->n, s->values);
-    moment_read(e, e->s.m, 0, e->n, s->values + e->n);
-    moment_read(e, e->s.v, 0, e->n, s->values + 2 * e->n);
+    optimizer_read(&e->optimizer, OPTIMIZER_FIRST, 0, e->n, s->values + e->n);
+    optimizer_read(&e->optimizer, OPTIMIZER_SECOND, 0, e->n, s->values + 2 * e->n);
     int rc = e->s.k->check(e->s.k, err);
     if (e->s.mesh.world) e->s.mesh.world->barrier(e->s.mesh.world); /* nobody is behind: it can be written */
     return rc ? rc : check_mesh(e, err);
@@ -582,20 +522,28 @@ static int check_state(const struct engine *e, int fd, const char *path, struct 
     return 0;
 }
 
-/* Pass 2: into the engine. */
-static int read_state(struct engine *e, int fd, const char *path, float *block, struct err *err) {
-    float *moments[] = { e->s.m, e->s.v };
-    if (lseek(fd, sizeof(struct state_header), SEEK_SET) < 0)
-        return err_set_errno(err, "seek %.150s", path);
-    for (int i = 0; i < 3; i++)
-        for (size_t at = 0, n; at < e->n; at += n) {
-            n = e->n - at < BLOCK_ELEMENTS ? e->n - at : BLOCK_ELEMENTS;
-            if (file_read(fd, block, n * sizeof *block, path, err)) return -1;
-            if (i == 0) engine_params_write(e, at, n, block);
-            else moment_write(e, moments[i - 1], at, n, block);
-            if (e->s.k->check(e->s.k, err)) return -1;
-        }
-    return 0;
+/* Pass 2: into the engine, by tensors, so that blocks of moments are rounded once. */
+static int read_state(struct engine *e, int fd, const char *path, struct err *err) {
+    uint32_t tensors = proto_model_tensor_count(&e->config);
+    size_t largest = 0;
+    struct proto_tensor t;
+    for (uint32_t i = 0; i < tensors; i++) {
+        proto_model_tensor(&e->config, i, &t);
+        if (t.count > largest) largest = (size_t)t.count;
+    }
+    float *values = malloc(largest * sizeof *values);
+    if (!values) return err_set(err, ERR_MEMORY, "no memory to load %.150s", path);
+    int rc = lseek(fd, sizeof(struct state_header), SEEK_SET) < 0 ? err_set_errno(err, "seek %.150s", path) : 0;
+    for (uint32_t i = 0; rc == 0 && i < 3 * tensors; i++) {
+        proto_model_tensor(&e->config, i % tensors, &t);
+        size_t first = (size_t)t.offset, n = (size_t)t.count;
+        if ((rc = file_read(fd, values, n * sizeof *values, path, err)) != 0) break;
+        if (i < tensors) engine_params_write(e, first, n, values);
+        else optimizer_write(&e->optimizer, i < 2 * tensors ? OPTIMIZER_FIRST : OPTIMIZER_SECOND, first, n, values);
+        rc = e->s.k->check(e->s.k, err);
+    }
+    free(values);
+    return rc;
 }
 
 int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *err) {
@@ -608,12 +556,12 @@ int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *e
         goto out;
     }
     rc = check_state(e, fd, path, &h, block, err);
-    if (rc == 0) rc = read_state(e, fd, path, block, err);
+    if (rc == 0) rc = read_state(e, fd, path, err);
     close(fd);
     if (rc) goto out;
     e->steps = h.steps;
-    e->m_count = h.m_count;
-    e->v_count = h.v_count;
+    e->optimizer.steps[OPTIMIZER_FIRST] = h.m_count;
+    e->optimizer.steps[OPTIMIZER_SECOND] = h.v_count;
     *tag = h.tag;
 out:
     free(block);

@@ -1,4 +1,4 @@
-/* engine.h - inner training: one network, its gradient and AdamW state on one device, stepped with
+/* engine.h - inner training: one network, its gradient and its optimizer's state on one device, stepped with
  * tokens that somebody else chose. It knows no network, file server, round or lease; node/trainer
  * gives it batches and moves parameters in and out between steps.
  *
@@ -6,7 +6,7 @@
  * as it keeps weights (fp32, bf16 with the rest of an fp32 apart, bf16 alone); others read and write
  * element ranges of it between steps, as fp32. With bf16 alone what is written is rounded.
  *
- * AdamW: arXiv:1711.05101, bias-corrected; matrices decay, embedding and norm weights do not. The
+ * AdamW, or Muon for matrices, with moments in fp32, bf16 or 8 bits: optimizer.h. The
  * learning rate is schedule_lr(inner, position), position = the run's committed tokens, because
  * the local step count means nothing to a run whose members come and go.
  *
@@ -89,7 +89,7 @@ void engine_limit_micro_batch(struct engine *e, uint32_t samples);
 struct engine_memory {
     uint32_t micro_batch; /* samples at once */
     int training;         /* enum model_training */
-    size_t weights, gradients, moments, activations, scratch; /* bytes */
+    size_t weights, gradients, optimizer, activations, scratch; /* bytes */
     size_t all;
 };
 void engine_plan(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,
@@ -107,7 +107,7 @@ uint64_t engine_steps(const struct engine *e); /* steps since create or load */
 void engine_params_read(const struct engine *e, size_t first, size_t n, float *out);
 void engine_params_write(struct engine *e, size_t first, size_t n, const float *in);
 
-/* One inner step: forward, backward, clip to inner.clip, AdamW.
+/* One inner step: forward, backward, clip to inner.clip, the optimizer's step.
  *
  * tokens    [share, sequence + 1], row i is one sample; the last column is only a target. Ids are
  *           checked against the vocabulary.
@@ -126,7 +126,7 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
 int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
                      struct err *err);
 
-/* AdamW's second moments [first, first + n), for a joiner: without them its first steps are far too
+/* AdamW's second moments [first, first + n), zeroes where Muon has none, for a joiner: without them its first steps are far too
  * long (INTELLECT-1, arXiv:2412.01152, saw the loss spike). *count: how many steps they average
  * over, which the bias correction needs. First moments have a count of their own and stay here. */
 void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,

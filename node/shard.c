@@ -36,16 +36,15 @@ static int take_slots(struct shard *s, struct err *err) {
 static int take_memory(struct shard *s, struct err *err) {
     const struct room room[] = {
         { &s->params, s->params_n, s->k->weight_bytes }, { (void **)&s->rest, s->params_n, s->k->rest_bytes },
-        { (void **)&s->grads, s->grads_n, sizeof(float) }, { (void **)&s->m, s->state_n, sizeof(float) },
-        { (void **)&s->v, s->state_n, sizeof(float) },
+        { (void **)&s->grads, s->grads_n, sizeof(float) },
     };
     size_t all = 0;
-    for (size_t i = 0; i < 5; i++) all += room[i].n * room[i].bytes;
-    for (size_t i = 0; i < 5; i++)
+    for (size_t i = 0; i < 3; i++) all += room[i].n * room[i].bytes;
+    for (size_t i = 0; i < 3; i++)
         if (room[i].bytes && !(*room[i].to = s->k->alloc(s->k, room[i].n * room[i].bytes, err))) goto failed;
     if (take_slots(s, err) == 0) return 0;
 failed:
-    err_prefix(err, "training %llu parameters takes %zu bytes and activations",
+    err_prefix(err, "parameters and gradient of %llu take %zu bytes",
                (unsigned long long)proto_model_elements(&s->layout.model), all);
     return -1;
 }
@@ -61,14 +60,13 @@ int shard_init(struct shard *s, const struct msg_model *m, const struct kernels 
     size_t whole = s->layout.n, own = whole / (size_t)s->layout.dp;
     s->params_n = cuts(s, ENGINE_SHARD_FULL) ? own : whole;
     s->grads_n = cuts(s, ENGINE_SHARD_GRADIENTS) ? own : whole;
-    s->state_n = cuts(s, ENGINE_SHARD_OPTIMIZER) ? own : whole;
     shard_forget_gathered(s);
     return take_memory(s, err);
 }
 
 void shard_release(struct shard *s) {
-    void *all[] = { s->params, s->rest, s->grads, s->m, s->v };
-    for (size_t i = 0; i < 5; i++) s->k->free(s->k, all[i]);
+    void *all[] = { s->params, s->rest, s->grads };
+    for (size_t i = 0; i < 3; i++) s->k->free(s->k, all[i]);
     for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->k->free(s->k, s->weights[i]);
     for (int i = 0; i < SHARD_GRAD_SLOTS; i++) s->k->free(s->k, s->unit_grads[i]);
 }
@@ -108,9 +106,6 @@ size_t shard_param_at(const struct shard *s, const struct layout_run *run) {
 }
 size_t shard_grad_at(const struct shard *s, const struct layout_run *run) {
     return place(s, ENGINE_SHARD_GRADIENTS, run);
-}
-size_t shard_state_at(const struct shard *s, const struct layout_run *run) {
-    return place(s, ENGINE_SHARD_OPTIMIZER, run);
 }
 
 bool shard_answers_for(const struct shard *s, struct layout_run *run) {

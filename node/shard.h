@@ -1,5 +1,5 @@
-/* shard.h - the vectors that a rank trains: its parameters, their gradient and the optimizer's moments, and
- * what the data-parallel ranks do with them together. Each unit (layout.h) is cut into a slice for every
+/* shard.h - the vectors that a rank trains: its parameters and their gradient, and what the data-parallel ranks do
+ * with them and with the optimizer's moments (optimizer.h) together. Each unit (layout.h) is cut into a slice for every
  * rank; the setting says which of the vectors a rank keeps whole and which in its own slices only:
  *
  *              parameters   gradients    moments
@@ -26,11 +26,10 @@ struct shard {
     const struct kernels *k;
     struct engine_mesh mesh; /* shard NONE where there is one data-parallel rank */
     struct layout layout;
-    size_t params_n, grads_n, state_n;
+    size_t params_n, grads_n;
     void *params;            /* [params_n] as the backend keeps weights ... */
     uint16_t *rest;          /* ... and what it keeps apart of them, or NULL */
     float *grads;            /* [grads_n] */
-    float *m, *v;            /* [state_n] */
     /* Room for units on their way. */
     void *weights[SHARD_WEIGHT_SLOTS];
     uint32_t weights_unit[SHARD_WEIGHT_SLOTS]; /* which unit's it has, UINT32_MAX: none */
@@ -44,13 +43,12 @@ int shard_init(struct shard *s, const struct msg_model *m, const struct kernels 
 void shard_release(struct shard *s);
 
 /* Cut a run down to what of the parameters, of the gradients and the moments is here: false where nothing
- * is. The second says where it begins in the vector. */
+ * is. _at() says where it begins in the vector. */
 bool shard_has_params(const struct shard *s, struct layout_run *run);
 bool shard_has_grads(const struct shard *s, struct layout_run *run);
 bool shard_has_state(const struct shard *s, struct layout_run *run);
 size_t shard_param_at(const struct shard *s, const struct layout_run *run);
 size_t shard_grad_at(const struct shard *s, const struct layout_run *run);
-size_t shard_state_at(const struct shard *s, const struct layout_run *run);
 
 /* Cut a run down to what this rank alone answers for, of all ranks of the mesh. */
 bool shard_answers_for(const struct shard *s, struct layout_run *run);

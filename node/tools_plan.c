@@ -72,11 +72,11 @@ static int set_shape(struct plan *p, const char *preset, struct err *err) {
 }
 
 static void print_json(const struct plan *p, const struct engine_memory *e) {
-    printf("{\"parameters\": %llu, \"weights\": %zu, \"gradients\": %zu, \"moments\": %zu, "
+    printf("{\"parameters\": %llu, \"weights\": %zu, \"gradients\": %zu, \"optimizer\": %zu, "
            "\"activations\": %zu, "
            "\"scratch\": %zu, \"all\": %zu, \"memory\": %.0f, \"micro_batch\": %u, \"computed_twice\": "
            "\"%s\"}\n",
-           (unsigned long long)proto_model_elements(&p->m), e->weights, e->gradients, e->moments,
+           (unsigned long long)proto_model_elements(&p->m), e->weights, e->gradients, e->optimizer,
            e->activations, e->scratch, e->all, p->memory, e->micro_batch, training_name(e->training));
 }
 
@@ -86,7 +86,7 @@ static void print_table(const struct plan *p, const struct engine_memory *e) {
         size_t bytes;
     } row[] = {
         { "weights", e->weights },          { "gradients", e->gradients },
-        { "moments of AdamW", e->moments }, { "activations", e->activations },
+        { "optimizer", e->optimizer }, { "activations", e->activations },
         { "scratch", e->scratch },          { "all", e->all },
     };
     printf("%llu parameters in %s, %u samples of %u tokens a step, %u at once; computed twice: %s\n",

@@ -61,7 +61,9 @@
     F(F64, clip, 0)                 /* global norm; 0 = none */                                    \
     F(F64, z_loss, 0) F(F64, max_z_loss, 0) /* weights of what is added to the loss; 0 = none */   \
     F(U64, warmup_tokens, 0) F(U64, decay_tokens, 0) F(U64, total_tokens, 0)                       \
-    F(U8, schedule, 2)              /* enum inner_schedule */
+    F(U8, schedule, 2)              /* enum inner_schedule */                                      \
+    F(U8, optimizer, 1)             /* enum inner_optimizer */                                     \
+    F(U8, states, 2)                /* enum inner_states */
 
 /* Settings of the outer step. Times in milliseconds. */
 #define FIELDS_outer(F, L)                                                                         \
@@ -393,6 +395,10 @@ enum ledger_kind {
 
 /* How the inner learning rate goes on after its warm-up: node/schedule.h. */
 enum inner_schedule { SCHEDULE_WSD = 0, SCHEDULE_COSINE = 1, SCHEDULE_CONSTANT = 2 };
+
+/* What steps, and how what it remembers of matrices is kept: node/optimizer.h. */
+enum inner_optimizer { OPTIMIZER_ADAMW = 0, OPTIMIZER_MUON = 1 };
+enum inner_states { STATES_FP32 = 0, STATES_BF16 = 1, STATES_8BIT = 2 };
 
 /* The outer learning rate of a round: 0 = the setting; 1 = the setting times the square root of the round's
  * weight over that of the rounds before, where that is under 2/3 or over 3/2 (docs/flow.md). */

@@ -167,6 +167,10 @@ int proto_inner_check(const struct msg_inner *in, struct err *err) {
     if (in->schedule > SCHEDULE_CONSTANT)
         return err_set(err, ERR_CONFIG, "inner.schedule is %u; allowed are 0 to %d", in->schedule,
                        SCHEDULE_CONSTANT);
+    if (in->optimizer > OPTIMIZER_MUON)
+        return err_set(err, ERR_CONFIG, "inner.optimizer is %u; allowed are 0 and 1", in->optimizer);
+    if (in->states > STATES_8BIT)
+        return err_set(err, ERR_CONFIG, "inner.states is %u; allowed are 0 to %d", in->states, STATES_8BIT);
     if (in->total_tokens && in->decay_tokens > in->total_tokens)
         return err_set(err, ERR_CONFIG, "inner.decay_tokens %llu is more than inner.total_tokens %llu",
                        (unsigned long long)in->decay_tokens, (unsigned long long)in->total_tokens);

@@ -18,7 +18,8 @@
 
 /* The first ones are a byte that stands for a name, see `choices`. */
 enum kind {
-    U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U8_SCHEDULE, CHOICES,
+    U8_SWITCH, U8_CODEC, U8_RULE, U8_ROPE, U8_WEIGHTS, U8_SCHEDULE, U8_OPTIMIZER, U8_STATES,
+    CHOICES,
     TEXT = CHOICES, U32, U64, F32, F64, SECONDS
 };
 
@@ -92,6 +93,12 @@ static const struct setting table[] = {
     { "corpus", "shuffle_seed", U64, AT(shuffle_seed), 0, 9e18, SEALED, NULL,
       "Seed of the order in which samples are trained on." },
 
+    { "inner", "optimizer", U8_OPTIMIZER, AT(inner.optimizer), 0, 1, SEALED, NULL,
+      "adamw, or muon (arXiv:2502.16982, arXiv:2505.23725): the layers' matrices step along momentum made\n"
+      "orthogonal, with AdamW's rate and decay; half its memory, a few percent more time." },
+    { "inner", "states", U8_STATES, AT(inner.states), 0, 2, SEALED, NULL,
+      "How what the optimizer remembers of the layers' matrices is kept: fp32, bf16 or 8bit (blocks of 256,\n"
+      "arXiv:2110.02861), 4, 2 or 1 bytes for each moment; less is rounded, stochastically." },
     { "inner", "batch", U32, AT(inner.batch), 1, 65536, SEALED, NULL,
       "Samples of one inner step of one member. Small: noisy steps; large: memory, fewer steps." },
     { "inner", "lr", F64, AT(inner.lr), TINY, 10, SEALED, NULL,
@@ -229,6 +236,8 @@ static const struct choice {
     [U8_ROPE] = { 3, { "default", "linear", "llama3" }, "default, linear and llama3" },
     [U8_WEIGHTS] = { 2, { "fp32", "bf16" }, "fp32 and bf16" },
     [U8_SCHEDULE] = { 3, { "wsd", "cosine", "constant" }, "wsd, cosine and constant" },
+    [U8_OPTIMIZER] = { 2, { "adamw", "muon" }, "adamw and muon" },
+    [U8_STATES] = { 3, { "fp32", "bf16", "8bit" }, "fp32, bf16 and 8bit" },
 };
 
 void settings_init(struct settings *s) {

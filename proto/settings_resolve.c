@@ -182,6 +182,8 @@ static int default_inner(struct settings *s, const struct corpus_facts *corpus, 
     bool known = s->inner.total_tokens > 0; /* else nothing says yet how long the run will be */
     if (proto_inner_preset(s->preset, known ? s->inner.total_tokens : 1, &in, &init_std, err))
         return -1;
+    DEFAULT(inner.optimizer, in.optimizer);
+    DEFAULT(inner.states, in.states);
     DEFAULT(inner.batch, in.batch);
     DEFAULT(inner.lr, in.lr);
     DEFAULT(inner.beta1, in.beta1);

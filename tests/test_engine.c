@@ -24,6 +24,9 @@
 #define SEQUENCE 12
 #define BATCH 4
 
+static char folder[] = "/tmp/intellect-test-engine-XXXXXX";
+static char saved[sizeof folder + 16];
+
 static struct msg_model tiny(void) {
     return (struct msg_model){ .layers = 2, .width = 16, .heads = 4, .kv_heads = 2, .ffn = 24, .vocabulary = 20,
                                .sequence = SEQUENCE, .rope_theta = 1e4, .norm_eps = 1e-5, .tied = 1 };
@@ -35,11 +38,10 @@ static struct msg_inner settings(void) {
                                .total_tokens = 10000 };
 }
 
-static struct engine *create(const struct kernels *k) {
+static struct engine *create_with(const struct kernels *k, const struct msg_inner *in) {
     struct msg_model m = tiny();
-    struct msg_inner in = settings();
     struct err err = { 0 };
-    struct engine *e = engine_create(&m, &in, k, &err);
+    struct engine *e = engine_create(&m, in, k, &err);
     if (!e) fail_msg("%s", err.msg);
     size_t n = engine_elements(e);
     float *init = malloc(n * sizeof *init);
@@ -47,6 +49,11 @@ static struct engine *create(const struct kernels *k) {
     engine_params_write(e, 0, n, init);
     free(init);
     return e;
+}
+
+static struct engine *create(const struct kernels *k) {
+    struct msg_inner in = settings();
+    return create_with(k, &in);
 }
 
 /* A language with something to learn: after token a comes (3a + 1) mod 20, most of the time. */
@@ -239,6 +246,148 @@ static void first_step_is_adamws(void **state) {
     engine_destroy(e);
 }
 
+/* ---- Muon ------------------------------------------------------------------------------------- */
+
+static void multiply(double *out, const double *a, const double *b, size_t n, size_t k, size_t m) {
+    memset(out, 0, n * m * sizeof *out);
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < k; j++)
+            for (size_t l = 0; l < m; l++) out[i * m + l] += a[i * k + j] * b[j * m + l];
+}
+
+/* As the papers write it, in double: X (X^T X) throughout. */
+static void newton_schulz(double *x, size_t rows, size_t columns) {
+    enum { N = 24 * 24 };
+    double norm = 0, t[N], g[N], s[N], y[N];
+    for (size_t i = 0; i < rows * columns; i++) norm += x[i] * x[i];
+    for (size_t i = 0; i < rows * columns; i++) x[i] /= sqrt(norm);
+    for (int step = 0; step < 5; step++) {
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < columns; j++) t[j * rows + i] = x[i * columns + j];
+        multiply(g, t, x, columns, rows, columns);
+        multiply(s, g, g, columns, columns, columns);
+        for (size_t i = 0; i < columns * columns; i++) g[i] = -4.7750 * g[i] + 2.0315 * s[i];
+        multiply(y, x, g, rows, columns, columns);
+        for (size_t i = 0; i < rows * columns; i++) x[i] = 3.4445 * x[i] + y[i];
+    }
+}
+
+/* The gradient of a batch, from the network alone. */
+static float *gradient_of(const struct engine *e, uint32_t number) {
+    const struct kernels *k = kernels_reference();
+    size_t n = engine_elements(e);
+    struct model *m = model_create(engine_model(e), k, BATCH, SEQUENCE, MODEL_TRAINS, NULL);
+    float *grads = calloc(n, sizeof *grads), *params = params_of(e);
+    int32_t tokens[BATCH * (SEQUENCE + 1)];
+    struct model_loss loss;
+    fill_batch(tokens, BATCH, number);
+    assert_int_equal(model_backward(m, params, grads, tokens, BATCH, SEQUENCE, 1.0f / (BATCH * SEQUENCE),
+                                    KERNELS_SET, &loss, NULL), 0);
+    model_destroy(m);
+    free(params);
+    return grads;
+}
+
+static void assert_steps_like_muon(const struct proto_tensor *t, const float *before, const float *after,
+                                   const float *now, const float *last, double clip[2], double lr) {
+    size_t rows = t->shape[0], columns = t->shape[1];
+    double x[24 * 24], scale = 0.2 * sqrt((double)(rows > columns ? rows : columns));
+    for (size_t i = 0; i < t->count; i++) { /* momentum of two steps, and Nesterov's look ahead */
+        double g = now[t->offset + i] * clip[1], m = 0.95 * last[t->offset + i] * clip[0] + g;
+        x[i] = 0.95 * m + g;
+    }
+    newton_schulz(x, rows, columns);
+    for (size_t i = 0; i < t->count; i++) {
+        double want = before[t->offset + i] * (1 - lr * 0.1) - lr * scale * x[i];
+        if (!(fabs(after[t->offset + i] - want) < 2e-6))
+            fail_msg("%s[%zu] went from %g to %g, should be %g", t->name, i, (double)before[t->offset + i],
+                     (double)after[t->offset + i], want);
+    }
+}
+
+/* Two steps, against plain loops; what is no layer's matrix goes AdamW's way. */
+static void a_matrix_steps_along_its_orthogonal_momentum(void **state) {
+    (void)state;
+    struct msg_inner in = settings();
+    struct msg_model m = tiny();
+    in.optimizer = OPTIMIZER_MUON;
+    struct engine *e = create_with(kernels_reference(), &in), *adamw = create(kernels_reference());
+    float *first = gradient_of(e, 0), *start = params_of(e);
+    struct engine_result r0 = step(e, 0), r1;
+    step(adamw, 0);
+    float *before = params_of(e), *other = params_of(adamw), *second = gradient_of(e, 1);
+    r1 = step(e, 1);
+    float *after = params_of(e);
+    double clip[2] = { fmin(1, 1 / r0.grad_norm), fmin(1, 1 / r1.grad_norm) };
+    for (uint32_t i = 0; i < proto_model_tensor_count(&m); i++) {
+        struct proto_tensor t;
+        proto_model_tensor(&m, i, &t);
+        if (t.dims == 2 && t.role != MODEL_EMBED)
+            assert_steps_like_muon(&t, before, after, second, first, clip, r1.lr);
+        else assert_memory_equal(before + t.offset, other + t.offset, t.count * sizeof *before);
+    }
+    free(first), free(second), free(start), free(before), free(other), free(after);
+    engine_destroy(e);
+    engine_destroy(adamw);
+}
+
+/* ---- other optimizers, other states ------------------------------------------------------------ */
+
+/* Each optimizer with each way to keep its moments: they learn, on any number of threads alike, and go on after a
+ * restart as if nothing had been. */
+static void every_optimizer_learns_and_goes_on_bit_for_bit(void **state) {
+    (void)state;
+    for (int i = 0; i < 6; i++) {
+        struct msg_inner in = settings();
+        in.optimizer = (uint8_t)(i % 2);
+        in.states = (uint8_t)(i / 2);
+        struct kernels *one = kernels_cpu_create(1, NULL), *three = kernels_cpu_create(3, NULL);
+        struct engine *a = create_with(one, &in), *b = create_with(three, &in);
+        uint64_t tag;
+        struct engine_result first = step(a, 0), r = first;
+        for (uint32_t s = 1; s < 40; s++) r = step(a, s);
+        assert_int_equal(engine_save(a, saved, 1, NULL), 0);
+        assert_int_equal(engine_load(b, saved, &tag, NULL), 0);
+        for (uint32_t s = 40; s < 80; s++) {
+            r = step(a, s);
+            step(b, s);
+        }
+        assert_same_params(a, b);
+        if (!(r.loss < 0.5 * first.loss)) fail_msg("optimizer %d, states %d: loss %g", i % 2, i / 2, r.loss);
+        engine_destroy(a);
+        engine_destroy(b);
+        one->destroy(one);
+        three->destroy(three);
+    }
+}
+
+/* A joiner takes what a donor has, as far as both keep it. */
+static void second_moments_of_fewer_bits_go_from_one_to_another(void **state) {
+    (void)state;
+    for (int i = 0; i < 6; i++) {
+        struct msg_inner in = settings();
+        in.optimizer = (uint8_t)(i % 2);
+        in.states = (uint8_t)(i / 2);
+        struct engine *a = create_with(kernels_reference(), &in), *b = create_with(kernels_reference(), &in);
+        size_t n = engine_elements(a);
+        float *v = malloc(n * sizeof *v), *w = malloc(n * sizeof *w);
+        uint64_t count;
+        for (uint32_t s = 0; s < 5; s++) step(a, s);
+        engine_second_moments_read(a, 0, n, v, &count);
+        engine_reset_moments(b);
+        assert_int_equal(engine_second_moments_write(b, 0, n, v, count, NULL), 0);
+        engine_second_moments_read(b, 0, n, w, &count);
+        assert_memory_equal(v, w, n * sizeof *v);
+        struct proto_tensor q;
+        assert_int_equal(proto_model_tensor_find(engine_model(a), "model.layers.1.self_attn.q_proj.weight", &q, NULL),
+                         0);
+        assert_true((v[q.offset] > 0) == (in.optimizer == OPTIMIZER_ADAMW) && v[0] >= 0 && count == 5);
+        free(v), free(w);
+        engine_destroy(a);
+        engine_destroy(b);
+    }
+}
+
 /* A twin that replays a step must arrive at the same bits; on the fast backend too. */
 static void same_batches_give_the_same_bits(void **state) {
     (void)state;
@@ -419,9 +568,6 @@ static void second_moments_from_outside_are_checked(void **state) {
 
 /* ---- saved state ------------------------------------------------------------------------------- */
 
-static char folder[] = "/tmp/intellect-test-engine-XXXXXX";
-static char saved[sizeof folder + 16];
-
 static int make_folder(void **state) {
     (void)state;
     if (!mkdtemp(folder)) return -1;
@@ -567,6 +713,9 @@ int main(void) {
         cmocka_unit_test(training_lowers_the_loss),
         cmocka_unit_test(first_step_is_adamws),
         cmocka_unit_test(same_batches_give_the_same_bits),
+        cmocka_unit_test(a_matrix_steps_along_its_orthogonal_momentum),
+        cmocka_unit_test(every_optimizer_learns_and_goes_on_bit_for_bit),
+        cmocka_unit_test(second_moments_of_fewer_bits_go_from_one_to_another),
         cmocka_unit_test(a_loss_that_is_not_finite_changes_nothing),
         cmocka_unit_test(a_step_that_is_not_finite_names_the_place),
         cmocka_unit_test(tokens_outside_the_vocabulary_are_refused),

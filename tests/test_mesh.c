@@ -42,6 +42,7 @@ struct job {
     uint32_t micro;                  /* samples at once; 0: all */
     uint32_t bad_step;               /* in this step sample 0 has a token that is none; 0: never */
     float poison;                    /* what a weight of layer 1 is; 0: as it is */
+    uint8_t optimizer, states;       /* of the settings */
     const char *load, *save;         /* a saved state to begin with and to leave; NULL: neither */
 };
 
@@ -60,10 +61,11 @@ static struct msg_model network(const struct job *j) {
                                .norm_eps = 1e-5, .tied = !j->untied };
 }
 
-static struct msg_inner settings(void) {
+static struct msg_inner settings(const struct job *j) {
     return (struct msg_inner){ .batch = BATCH, .lr = 4e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
                                .weight_decay = 0.1, .clip = 1, .z_loss = 1e-3, .max_z_loss = 1e-3,
-                               .warmup_tokens = 200, .decay_tokens = 2000, .total_tokens = 100000 };
+                               .warmup_tokens = 200, .decay_tokens = 2000, .total_tokens = 100000,
+                               .optimizer = j->optimizer, .states = j->states };
 }
 
 static struct kernels *kernels_of(enum backend b, struct err *err) {
@@ -143,7 +145,7 @@ static int rank_main(const struct job *j) {
     struct mesh m;
     struct err err = { 0 };
     struct msg_model net = network(j);
-    struct msg_inner in = settings();
+    struct msg_inner in = settings(j);
     struct kernels *k = NULL;
     struct engine *e = NULL;
     alarm(WATCHDOG_S);
@@ -379,6 +381,47 @@ static void bf16_works_in_a_mesh(void **state) {
     }
 }
 
+/* A matrix is orthogonal as a whole, wherever its pieces are, and whoever takes the step. */
+static void muon_works_in_a_mesh(void **state) {
+    (void)state;
+    static const int mesh[][3] = { { 2, 1, 0 }, { 4, 1, 0 }, { 8, 1, 0 }, { 1, 2, 0 }, { 1, 3, 1 }, { 2, 2, 1 },
+                                   { 2, 2, 2 }, { 4, 2, 3 }, { 1, 2, 3 } };
+    struct job j = { .tp = 1, .dp = 1, .steps = 30, .optimizer = OPTIMIZER_MUON };
+    struct outcome *alone = run(j);
+    for (size_t i = 0; i < sizeof mesh / sizeof *mesh; i++) {
+        j.tp = mesh[i][0], j.dp = mesh[i][1], j.shard = mesh[i][2];
+        struct outcome *o = run(j);
+        assert_close_losses(alone, o, 30);
+        free(o);
+    }
+    j.tp = 1, j.dp = 2, j.shard = 0;
+    struct outcome *none = run(j);
+    for (j.shard = 1; engine_shard_name(j.shard); j.shard++) {
+        struct outcome *o = run(j);
+        assert_same_bits(none, o);
+        free(o);
+    }
+    free(alone), free(none);
+}
+
+/* Ranks that have all of it round alike; bf16 rounds an element alike wherever it is kept. */
+static void moments_of_fewer_bits_work_in_a_mesh(void **state) {
+    (void)state;
+    for (int i = 0; i < 8; i++) {
+        struct job j = { .tp = 1, .dp = 1, .steps = 20, .states = (uint8_t)(1 + i % 2), .optimizer = (uint8_t)(i / 2 % 2),
+                         .backend = i / 4 ? STOCHASTIC : FP32 };
+        struct outcome *alone = run(j);
+        j.tp = 2, j.dp = 2;
+        struct outcome *none = run(j);
+        j.shard = ENGINE_SHARD_OPTIMIZER;
+        struct outcome *sharded = run(j);
+        if (j.states == STATES_BF16) assert_same_bits(none, sharded);
+        assert_true(furthest(alone, none, 20) < 0.05 && furthest(alone, sharded, 20) < 0.05);
+        assert_true(none->loss[19] < none->loss[0] - 0.5);
+        free(alone), free(none), free(sharded);
+    }
+}
+
 /* One of two tensor-parallel ranks, which compute again what they did not keep. */
 static int again_main(const struct mesh *m, const struct kernels *k, struct err *err) {
     struct msg_model net = network(&(struct job){ 0 });
@@ -518,6 +561,8 @@ int main(void) {
         cmocka_unit_test(tensor_parallel_ranks_lose_what_one_loses),
         cmocka_unit_test(a_mesh_of_both_loses_what_one_loses),
         cmocka_unit_test(bf16_works_in_a_mesh),
+        cmocka_unit_test(muon_works_in_a_mesh),
+        cmocka_unit_test(moments_of_fewer_bits_work_in_a_mesh),
         cmocka_unit_test(computing_again_changes_no_bit_in_a_mesh),
         cmocka_unit_test(what_cannot_be_cut_evenly_is_refused),
         cmocka_unit_test(where_a_step_went_wrong_is_known_to_all),

@@ -186,10 +186,10 @@ static void plan_adds_up_and_refuses_what_does_not_fit(void **state) {
     json_t *o = json_loads(output, 0, NULL);
     assert_non_null(o);
     json_int_t sum = 0, parameters = json_integer_value(json_object_get(o, "parameters"));
-    static const char *const part[] = { "weights", "gradients", "moments", "activations", "scratch" };
+    static const char *const part[] = { "weights", "gradients", "optimizer", "activations", "scratch" };
     for (size_t i = 0; i < 5; i++) sum += json_integer_value(json_object_get(o, part[i]));
     assert_int_equal(sum, json_integer_value(json_object_get(o, "all")));
-    assert_int_equal(json_integer_value(json_object_get(o, "moments")), 8 * parameters);
+    assert_int_equal(json_integer_value(json_object_get(o, "optimizer")), 8 * parameters);
     json_decref(o);
     assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--memory", "80", NULL), 1);
     assert_non_null(strstr(output, "there are 80.0"));

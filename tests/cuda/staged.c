@@ -274,6 +274,38 @@ static void adamw(const struct kernels *k, void *param, uint16_t *rest, const fl
     end(&c);
 }
 
+static void descend(const struct kernels *k, void *param, uint16_t *rest, const float *direction, size_t n,
+                    const struct kernels_descent *d) {
+    struct call c = begin(k);
+    void *d_param = writes(&c, param, n * k->weight_bytes);
+    uint16_t *d_rest = writes(&c, rest, n * sizeof *rest);
+    c.k->descend(c.k, d_param, d_rest, reads_floats(&c, direction, n), n, d);
+    end(&c);
+}
+
+static void combine(const struct kernels *k, float *out, float a, const float *x, float b, const float *y,
+                    size_t n) {
+    struct call c = begin(k);
+    float *d_x = reads_floats(&c, x, n), *d_y = reads_floats(&c, y, n);
+    c.k->combine(c.k, writes_floats(&c, out, n), a, d_x, b, d_y, n);
+    end(&c);
+}
+
+static void state_in(const struct kernels *k, void *state, enum kernels_state how, const float *x, size_t n,
+                     uint64_t seed, uint64_t first) {
+    struct call c = begin(k);
+    void *d_state = writes(&c, state, kernels_state_bytes(how, n));
+    c.k->state_in(c.k, d_state, how, reads_floats(&c, x, n), n, seed, first);
+    end(&c);
+}
+
+static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how, size_t n) {
+    struct call c = begin(k);
+    void *d_state = reads(&c, state, kernels_state_bytes(how, n));
+    c.k->state_out(c.k, writes_floats(&c, x, n), d_state, how, n);
+    end(&c);
+}
+
 static double sum_squares(const struct kernels *k, const float *x, size_t n) {
     struct call c = begin(k);
     double sum = c.k->sum_squares(c.k, reads_floats(&c, x, n), n);
@@ -327,6 +359,10 @@ struct kernels *staged_create(struct kernels *device) {
     k->vocabulary_part = vocabulary_part;
     k->vocabulary_loss = vocabulary_loss;
     k->adamw = adamw;
+    k->descend = descend;
+    k->combine = combine;
+    k->state_in = state_in;
+    k->state_out = state_out;
     k->sum_squares = sum_squares;
     return k;
 }
