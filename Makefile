@@ -57,8 +57,10 @@ CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
 nvcc_archs := $(if $(NVCC),$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
 CUDA_ARCHS ?= $(foreach a,80 89 90 100,$(if $(filter compute_$(a),$(nvcc_archs)),$(a)))
 PLUGIN := $(if $(NVCC),$(BUILD)/libintellect-cuda.so)
-EMULATED_O := $(patsubst %,$(BUILD)/emulated/%.o,$(filter-out %/matmul.cu,$(CUDA_SOURCES)) $(wildcard tests/cuda/*.cpp)) $(BUILD)/tests/cuda/staged.o
+EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(filter-out %/matmul.cu,$(CUDA_SOURCES)) $(wildcard tests/cuda/*.cpp)) $(BUILD)/tests/cuda/staged.o
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16
+# The emulator as a plugin, and a management library of no GPU: for tests of what loads them.
+EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1
 
 # Parsers of outside bytes, each in tests/fuzz/fuzz_NAME.c: libFuzzer programs, and a replayer for any compiler.
 FUZZ_SECONDS ?= 60
@@ -90,7 +92,7 @@ demo: setup ## set up, build, and watch four nodes train, one die, one join, the
 	@BUILD=$(BUILD) tests/demo.sh
 
 .PHONY: unit-build
-unit-build: $(PROGRAMS) $(PLUGIN) $(TESTS) $(BUILD)/sim $(BUILD)/hostile $(BUILD)/s3_live
+unit-build: $(PROGRAMS) $(PLUGIN) $(EMULATED_PLUGINS) $(TESTS) $(BUILD)/sim $(BUILD)/hostile $(BUILD)/s3_live
 
 unit: unit-build ## unit, twin and reference-vector tests only
 	@tests/run.sh $(BUILD) unit
@@ -184,9 +186,10 @@ bench-torch: $(BUILD)/bench-train ## the same steps in the newest PyTorch of PyP
 	@tests/reference/venv.sh $(BUILD)/reference-venv
 	@$(BUILD)/reference-venv/bin/python tests/reference/bench_torch.py --json $(BUILD)/bench-torch.json
 
-install: all ## install both programs under PREFIX (/usr/local)
+install: all ## install both programs under PREFIX (/usr/local), and the CUDA plugin
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(PROGRAMS) $(DESTDIR)$(PREFIX)/bin
+	$(if $(PLUGIN),install -d $(DESTDIR)$(PREFIX)/lib && install -m 755 $(PLUGIN) $(DESTDIR)$(PREFIX)/lib)
 
 clean: ## remove what was built
 	rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-clang $(BUILD)-fuzz
@@ -204,15 +207,24 @@ $(BUILD)/cuda/err.o: proto/err.c proto/err.h
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -fvisibility=hidden -c -o $@ $<
 
-# Its libraries: beside it, or where this machine's toolkit has them.
+# Its libraries: beside it, or where kernels/plugin.c finds them.
 $(BUILD)/libintellect-cuda.so: $(CUDA_SOURCES:kernels/cuda/%.cu=$(BUILD)/cuda/%.o) $(BUILD)/cuda/err.o
 	$(call say,LINK)
-	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -rpath,'$$ORIGIN:$(abspath $(dir $(NVCC))../lib64)'
+	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -rpath,'$$ORIGIN'
 
-$(BUILD)/emulated/%.o: % $(wildcard kernels/*.h kernels/cuda/*.h tests/cuda/*.h) proto/err.h
+$(BUILD)/emulator/%.o: % $(wildcard kernels/*.h kernels/cuda/*.h tests/cuda/*.h) proto/err.h
 	@mkdir -p $(@D)
 	$(call say,CXX)
-	$(Q)$(CXX) -std=c++17 -I. -Wall -Wextra -Werror $(CFLAGS) -x c++ -c -o $@ $<
+	$(Q)$(CXX) -std=c++17 -I. -Wall -Wextra -Werror $(CFLAGS) -fPIC -x c++ -c -o $@ $<
+
+$(BUILD)/emulator/libintellect-cuda.so: $(filter-out %/staged.o,$(EMULATED_O)) $(BUILD)/cuda/err.o
+	$(call say,LINK)
+	$(Q)$(CXX) -shared $(LDFLAGS) -o $@ $^
+
+$(BUILD)/emulator/libnvidia-ml.so.1: tests/cuda/nvml.c
+	@mkdir -p $(@D)
+	$(call say,LINK)
+	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -shared -o $@ $<
 
 $(EMULATED_TESTS): $(EMULATED_O)
 $(EMULATED_TESTS): ALL_LIBS += -lstdc++

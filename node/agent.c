@@ -75,6 +75,7 @@ static int set_up_trainer(struct agent *a, struct err *err) {
                                    .genesis = { a->run.genesis, a->run.genesis_bytes },
                                    .threads = a->options->threads, .tp = a->options->tp,
                                    .dp = a->options->dp, .shard = a->options->shard,
+                                   .device = a->options->device,
                                    .precision = a->options->precision,
                                    .nice = a->options->nice };
     home_file(&a->home, "inner.state", state);
@@ -115,11 +116,12 @@ static int set_up_sync(struct agent *a, struct err *err) {
 }
 
 static void say_what_it_is(struct agent *a) {
-    char hex[DIGEST_HEX_BYTES], name[80], corpus[PROTO_URL_BYTES_MAX + 1];
+    char hex[DIGEST_HEX_BYTES], name[80], corpus[PROTO_URL_BYTES_MAX + 1], device[DEVICE_NAME_BYTES];
     struct sync_view v;
     digest_hex(&a->run.run, hex);
     proto_str_copy(a->genesis.name, name, sizeof name);
     corpus_of(a, corpus, sizeof corpus);
+    device_name(a->options->device, device);
     sync_look(a->sync, &v);
     console_say(a->console, SYNC_INFO, "run", "run \"%s\" (%.16s...), %.2f million parameters",
                 name, hex, (double)a->elements / 1e6);
@@ -130,11 +132,11 @@ static void say_what_it_is(struct agent *a) {
         console_say(a->console, SYNC_INFO, "device", "holds the state and sums; does not train");
     else if (a->options->threads)
         console_say(a->console, SYNC_INFO, "device",
-                    "trains on cpu, %d threads, nice %d, corpus %s", a->options->threads,
+                    "trains on %s, %d threads, nice %d, corpus %s", device, a->options->threads,
                     a->options->nice, corpus);
     else
-        console_say(a->console, SYNC_INFO, "device", "trains on cpu, all cores, nice %d, corpus %s",
-                    a->options->nice, corpus);
+        console_say(a->console, SYNC_INFO, "device", "trains on %s, all cores, nice %d, corpus %s",
+                    device, a->options->nice, corpus);
     a->index_shown = v.state_index;
     a->round_shown = v.round / a->genesis.outer->fragments;
 }

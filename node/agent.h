@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "node/device.h"
 #include "proto/proto.h"
 
 struct agent_options {
@@ -16,7 +17,7 @@ struct agent_options {
     const struct invite *invite;  /* join; NULL = go on with the run this home has joined */
     const char *name;             /* display name; NULL = host name */
     bool aggregate_only;          /* join: hold and sum, but do not train */
-    const char *device;           /* "auto", "cpu", "cuda" */
+    struct device device;         /* of the trainer */
     int threads;                  /* of the trainer; 0 = all cores */
     int tp, dp, shard;            /* ranks of the trainer, 0 = 1, and enum engine_shard */
     int precision;                /* of the trainer; enum trainer_precision */

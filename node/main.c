@@ -8,9 +8,11 @@
 
 #include "kernels/comm.h"
 #include "node/agent.h"
+#include "node/device.h"
 #include "node/engine.h"
 #include "node/home.h"
 #include "node/tools.h"
+#include "node/tools_args.h"
 #include "node/tools_ckpt.h"
 #include "node/trainer.h"
 #include "proto/proto.h"
@@ -37,7 +39,7 @@ static const char run_help[] =
     "                     ~/.local/share/intellect)\n"
     "  --name NAME        as with join\n";
 static const char node_help[] =
-    "  --device DEVICE    auto, cpu or cuda (default: auto; this build has cpu)\n"
+    DEVICE_HELP
     "  --threads N        threads for training (default: all cores)\n"
     "  --tp N, --dp N     train as N x N processes: tensor-parallel by data-parallel ranks (default: 1)\n"
     "  --shard S          what data-parallel ranks share out: none (default), optimizer (ZeRO-1),\n"
@@ -70,36 +72,6 @@ static int failed(const char *command, const struct err *err) {
 
 /* ---- join and run ---------------------------------------------------------------------------- */
 
-struct invite_line {
-    char text[INVITE_BYTES_MAX];
-    struct invite invite;
-};
-
-static int read_line(FILE *in, const char *what, char out[INVITE_BYTES_MAX], struct err *err) {
-    if (fgets(out, INVITE_BYTES_MAX, in)) return 0;
-    return ferror(in) ? err_set_errno(err, "%s", what)
-                      : err_set(err, ERR_CONFIG, "%s: there is no invite in it", what);
-}
-
-static int read_invite(const char *arg, struct invite_line *out, struct err *err) {
-    int rc = 0;
-    if (!strcmp(arg, "-")) {
-        rc = read_line(stdin, "standard input", out->text, err);
-    } else if (arg[0] == '@') {
-        FILE *f = fopen(arg + 1, "re");
-        if (!f) return err_set_errno(err, "%s", arg + 1);
-        rc = read_line(f, arg + 1, out->text, err);
-        fclose(f);
-    } else if (strlen(arg) >= sizeof out->text) {
-        return err_set(err, ERR_CONFIG, "the invite is too long");
-    } else {
-        snprintf(out->text, sizeof out->text, "%s", arg);
-    }
-    if (rc) return -1;
-    out->text[strcspn(out->text, "\r\n")] = 0;
-    return invite_parse(out->text, &out->invite, err);
-}
-
 static int take_number(const char *text, long min, long max, int *out) {
     char *end;
     errno = 0;
@@ -107,14 +79,6 @@ static int take_number(const char *text, long min, long max, int *out) {
     if (errno || end == text || *end || n < min || n > max) return -1;
     *out = (int)n;
     return 0;
-}
-
-static int check_device(const char *device, struct err *err) {
-    if (!strcmp(device, "auto") || !strcmp(device, "cpu")) return 0;
-    if (!strcmp(device, "cuda"))
-        return err_set(err, ERR_UNSUPPORTED,
-                       "--device cuda: this build has no CUDA backend; use --device cpu");
-    return err_set(err, ERR_CONFIG, "--device %s: one of auto, cpu, cuda", device);
 }
 
 /* UTF-8 is checked where the name is sent; here only what a person gets wrong. */
@@ -161,7 +125,8 @@ static const char *take_option(int c, struct agent_options *o) {
     case OPT_HOME: o->home = optarg; return NULL;
     case OPT_NAME: o->name = optarg; return NULL;
     case OPT_AGGREGATE: o->aggregate_only = true; return NULL;
-    case OPT_DEVICE: o->device = optarg; return NULL;
+    case OPT_DEVICE:
+        return device_parse(optarg, &o->device, NULL) ? "--device: auto, cpu, cuda or cuda:N" : NULL;
     case OPT_THREADS:
         return take_number(optarg, 1, THREADS_MAX, &o->threads)
                    ? "--threads: a number from 1 to 1024"
@@ -199,8 +164,8 @@ static void print_node_help(bool joins) {
 }
 
 static int run_node(int argc, char **argv, bool joins) {
-    struct agent_options o = { .device = "auto", .nice = 10 };
-    struct invite_line line = { "", { "", 0 } };
+    struct agent_options o = { .device = { DEVICE_AUTO, 0 }, .nice = 10 };
+    struct invite invite;
     struct err err = {0};
     const char *complaint;
     optind = 1;
@@ -217,10 +182,11 @@ static int run_node(int argc, char **argv, bool joins) {
     if (argc - optind > joins)
         return misuse(argv[0], "one argument too many:", argv[optind + joins]);
     if (argc - optind < joins) return misuse(argv[0], "the invite is missing", NULL);
-    if (check_device(o.device, &err) || check_name(o.name, &err)) return failed(argv[0], &err);
+    int ranks = (o.tp ? o.tp : 1) * (o.dp ? o.dp : 1);
+    if (device_check_ranks(o.device, ranks, &err) || check_name(o.name, &err)) return failed(argv[0], &err);
     if (joins) {
-        if (read_invite(argv[optind], &line, &err)) return failed(argv[0], &err);
-        o.invite = &line.invite;
+        if (args_invite(argv[optind], &invite, &err)) return failed(argv[0], &err);
+        o.invite = &invite;
     }
     if (!agent_run(&o, &err)) return 0;
     failed(argv[0], &err);

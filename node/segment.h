@@ -19,6 +19,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "node/device.h"
 #include "proto/proto.h"
 
 #define SEGMENT_RING_MESSAGES 1024u /* per direction; a power of two */
@@ -71,6 +72,7 @@ struct segment_setup {
     char inner_state[SEGMENT_PATH_BYTES]; /* file that moments and counters are saved to */
     int threads;             /* OpenMP threads of all ranks together; 0 = as many as cores */
     int tp, dp, shard;       /* the trainer's ranks, >= 1 each (0 = 1), and enum engine_shard */
+    struct device device;    /* what it computes on */
     int precision;           /* enum trainer_precision, trainer.h */
     int nice;                /* added to the scheduling priority, 0..19 */
     pid_t agent;             /* filled in by segment_create */

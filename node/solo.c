@@ -40,6 +40,7 @@ struct solo {
     int lock;
     struct mesh mesh;
     struct kernels *kernels;
+    struct err why_no_gpu; /* where auto took the CPU */
     struct engine *engine;
     struct data *data;
     struct saver *saver;
@@ -151,10 +152,8 @@ static int check_genesis(const struct solo *s, const struct corpus_facts *corpus
 /* ---- start ------------------------------------------------------------------------------------- */
 
 static int create_kernels(struct solo *s, struct err *err) {
-    int precision = s->options->precision, threads = mesh_threads(&s->mesh, s->options->threads);
-    s->kernels = precision == TRAINER_FP32
-                     ? kernels_cpu_create(threads, err)
-                     : kernels_cpu_bf16_create(threads, precision == TRAINER_BF16_STOCHASTIC, err);
+    s->kernels = device_create(s->options->device, s->options->precision,
+                               mesh_threads(&s->mesh, s->options->threads), s->mesh.ranks, &s->why_no_gpu, err);
     return s->kernels ? 0 : -1;
 }
 
@@ -195,7 +194,10 @@ static int set_up(struct solo *s, const struct corpus_facts *corpus, struct err 
     s->data = data_open(set->corpus, &corpus->manifest_digest, set->shuffle_seed, err);
     if (!s->data || create_kernels(s, err)) return -1;
     s->engine = engine_create_rank(&set->model, &set->inner, s->kernels, &where, err);
-    if (!s->engine) return -1;
+    if (!s->engine) {
+        device_name_holders(s->kernels, err);
+        return -1;
+    }
     engine_set_document_end(s->engine, data_info(s->data)->document_end);
     s->saver = saver_create(s->engine, s->mesh.rank == 0 ? s->state : NULL, s->mesh.state, err);
     s->tokens = calloc((size_t)set->inner.batch * (set->model.sequence + 1), sizeof *s->tokens);
@@ -370,6 +372,7 @@ static void say_start(const struct solo *s) {
     printf("%.2f million parameters, %s; %d ranks, tensor-parallel %d by data-parallel %d (shard: %s)\n",
            (double)engine_elements(s->engine) / 1e6, s->kernels->description, s->mesh.ranks, s->mesh.tp,
            s->mesh.dp, engine_shard_name(s->options->shard));
+    if (s->why_no_gpu.code != ERR_NONE) printf("no GPU: %s\n", s->why_no_gpu.msg);
     printf("%s at step %llu of %llu, in %s\n", s->done ? "goes on" : "begins", (unsigned long long)s->done,
            (unsigned long long)s->total, s->options->out);
     fflush(stdout);
@@ -406,7 +409,9 @@ int solo_run(const struct solo_options *options, const struct settings *settings
     int rc = -1;
     *result = (struct solo_result){ .loss = NAN, .heldout = NAN };
     asked_to_stop = 0;
-    if (layout_check(&settings->model, options->tp, err)) return -1;
+    if (layout_check(&settings->model, options->tp, err) ||
+        device_check_ranks(options->device, options->tp * options->dp, err))
+        return -1;
     if (take_folder(&s, err) || check_genesis(&s, corpus, err)) goto out;
     if (!mesh_start(&s.mesh, options->tp, options->dp, shared, err)) {
         if (s.mesh.rank == 0) {

@@ -17,10 +17,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "node/device.h"
 #include "proto/settings.h"
 
 struct solo_options {
     const char *out;          /* the folder; made if missing */
+    struct device device;     /* zeroed: the CPU */
     int tp, dp, shard;        /* >= 1, and enum engine_shard */
     int precision, threads;   /* enum trainer_precision; 0 = all cores */
     uint64_t stop_after;      /* stop once so many batches are done; 0 = at the schedule's end */

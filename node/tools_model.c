@@ -7,6 +7,7 @@
 #include "node/tokenizer.h"
 #include "node/tools.h"
 #include "node/tools_args.h"
+#include "node/trainer.h"
 #include "proto/model.h"
 
 #include <getopt.h>
@@ -86,7 +87,7 @@ static int read_params(struct loaded *l, const struct ckpt *c, const struct msg_
     return rc;
 }
 
-static int load(struct loaded *l, const char *where, const char *tokenizer, uint64_t threads,
+static int load(struct loaded *l, const char *where, const char *tokenizer, struct device device, uint64_t threads,
                 bool untrained, struct err *err) {
     struct ckpt *c = ckpt_open(where, NULL, err);
     if (!c) return -1;
@@ -96,7 +97,7 @@ static int load(struct loaded *l, const char *where, const char *tokenizer, uint
         rc = err_set(err, ERR_CONFIG, "%.150s is of no run: how its parameters began is not known", where);
     if (rc == 0) rc = pick_tokenizer(l, c, tokenizer, err);
     if (rc == 0) rc = ckpt_verify_vector(c, CKPT_WEIGHTS, err); /* a wrong byte would only be a worse model */
-    if (rc == 0 && !(l->k = kernels_cpu_create((int)threads, err))) rc = -1;
+    if (rc == 0 && !(l->k = device_create(device, TRAINER_FP32, (int)threads, 1, NULL, err))) rc = -1;
     if (rc == 0) rc = read_params(l, c, untrained ? ckpt_genesis(c) : NULL, err);
     ckpt_close(c);
     return rc;
@@ -126,6 +127,7 @@ static const char eval_help[] =
     "  --tokenizer T      bytes, or a tokenizer.json; needed where the model does not say\n"
     "  --logits FILE      write the first window's logits too: fp32, [tokens, vocabulary]; takes a pass a token\n"
     "  --untrained        the parameters that the run began with, instead of the checkpoint's\n"
+    DEVICE_HELP
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: loss, perplexity, bits_per_byte, tokens, sequence\n"
     "\n"
@@ -239,6 +241,7 @@ static uint64_t bytes_of_targets(const struct loaded *l, int32_t document_end, c
 
 struct eval_wish {
     const char *where, *text, *corpus, *tokenizer, *logits;
+    struct device device;
     uint64_t sequence, threads;
     int json;
     bool untrained;
@@ -287,7 +290,7 @@ static int eval(const struct eval_wish *w, struct err *err) {
     struct loaded l = { 0 };
     int32_t *tokens = NULL, document_end = -1;
     size_t n = 0;
-    int rc = load(&l, w->where, w->tokenizer, w->threads, w->untrained, err);
+    int rc = load(&l, w->where, w->tokenizer, w->device, w->threads, w->untrained, err);
     if (rc == 0)
         rc = w->text ? tokens_of_text(l.tokenizer, w->text, &tokens, &n, err)
                      : tokens_of_corpus(l.tokenizer, w->corpus, &tokens, &n, &document_end, err);
@@ -301,11 +304,12 @@ int tool_eval(int argc, char **argv) {
     static const struct option options[] = {
         { "text", required_argument, NULL, 't' },      { "corpus", required_argument, NULL, 'c' },
         { "sequence", required_argument, NULL, 's' },  { "tokenizer", required_argument, NULL, 'z' },
+        { "device", required_argument, NULL, 'D' },
         { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
         { "untrained", no_argument, NULL, 'u' },       { "help", no_argument, NULL, 'h' },
         { "logits", required_argument, NULL, 'l' },    { 0 },
     };
-    struct eval_wish w = { 0 };
+    struct eval_wish w = { .device = { DEVICE_AUTO, 0 } };
     struct err err;
     int c;
     optind = 0; /* another tool may have parsed its own arguments in this process */
@@ -314,6 +318,7 @@ int tool_eval(int argc, char **argv) {
         case 'c': w.corpus = optarg; break;
         case 's': if (args_integer("--sequence", optarg, 1, 1u << 20, &w.sequence)) return 2; break;
         case 'z': w.tokenizer = optarg; break;
+        case 'D': if (args_device(optarg, &w.device)) return 2; break;
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
         case 'j': w.json = 1; break;
         case 'u': w.untrained = true; break;
@@ -342,6 +347,7 @@ static const char generate_help[] =
     "  --top-p P          and of these from the fewest that have P of the probability (default 1)\n"
     "  --seed N           of the draws (default 1)\n"
     "  --tokenizer T      bytes, or a tokenizer.json; needed where the model does not say\n"
+    DEVICE_HELP
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: prompt, text, tokens (bytes that are not UTF-8 as ?)\n"
     "\n"
@@ -350,6 +356,7 @@ static const char generate_help[] =
 
 struct generate_wish {
     const char *where, *prompt, *tokenizer;
+    struct device device;
     uint64_t tokens, top_k, seed, threads;
     double temperature, top_p;
     int json;
@@ -492,7 +499,7 @@ static int run_generator(struct generator *g, const struct generate_wish *w, str
 static int generate(const struct generate_wish *w, struct err *err) {
     struct loaded l = { 0 };
     struct generator g = { .l = &l };
-    int rc = load(&l, w->where, w->tokenizer, w->threads, false, err);
+    int rc = load(&l, w->where, w->tokenizer, w->device, w->threads, false, err);
     if (rc == 0) rc = take_generator(&g, w, err);
     if (rc == 0) rc = run_generator(&g, w, err);
     decoder_destroy(g.decoder);
@@ -508,11 +515,13 @@ int tool_generate(int argc, char **argv) {
         { "prompt", required_argument, NULL, 'p' },    { "tokens", required_argument, NULL, 't' },
         { "temperature", required_argument, NULL, 'e' }, { "top-k", required_argument, NULL, 'k' },
         { "seed", required_argument, NULL, 's' },      { "tokenizer", required_argument, NULL, 'z' },
+        { "device", required_argument, NULL, 'D' },
         { "threads", required_argument, NULL, 'n' },   { "json", no_argument, NULL, 'j' },
         { "top-p", required_argument, NULL, 'q' },     { "help", no_argument, NULL, 'h' },
         { 0 },
     };
-    struct generate_wish w = { .tokens = 200, .top_k = 40, .seed = 1, .temperature = 0.8, .top_p = 1 };
+    struct generate_wish w = { .tokens = 200, .top_k = 40, .seed = 1, .temperature = 0.8, .top_p = 1,
+                               .device = { DEVICE_AUTO, 0 } };
     struct err err;
     int c;
     optind = 0;
@@ -524,6 +533,7 @@ int tool_generate(int argc, char **argv) {
         case 's': if (args_integer("--seed", optarg, 0, UINT64_MAX, &w.seed)) return 2; break;
         case 'q': if (args_real("--top-p", optarg, 0, 1, &w.top_p)) return 2; break;
         case 'z': w.tokenizer = optarg; break;
+        case 'D': if (args_device(optarg, &w.device)) return 2; break;
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
         case 'j': w.json = 1; break;
         case 'h': fputs(generate_help, stdout); return 0;

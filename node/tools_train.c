@@ -41,6 +41,7 @@ static const char train_help[] =
     "  --shard S          what data-parallel ranks share out: none (default), optimizer (ZeRO-1),\n"
     "                     gradients (ZeRO-2), full (ZeRO-3); each saves memory\n"
     "  --precision P      fp32 (default), bf16 or bf16-stochastic, as in `join --help`\n"
+    DEVICE_HELP
     "  --threads N        CPU threads of all ranks together (default: all cores)\n"
     "  --stop-after N     stop once N steps are done in all; the schedule stays that of CONFIG\n"
     "  --save-steps N     save every N steps (default 200), and at the end\n"
@@ -97,6 +98,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         { "out", required_argument, NULL, 'o' },        { "set", required_argument, NULL, 's' },
         { "tp", required_argument, NULL, 't' },         { "dp", required_argument, NULL, 'd' },
         { "shard", required_argument, NULL, 'S' },      { "precision", required_argument, NULL, 'p' },
+        { "device", required_argument, NULL, 'D' },
         { "threads", required_argument, NULL, 'n' },    { "stop-after", required_argument, NULL, 'a' },
         { "save-steps", required_argument, NULL, 'e' }, { "heldout", required_argument, NULL, 'H' },
         { "plot", required_argument, NULL, 'P' },       { "from", required_argument, NULL, 'f' },
@@ -116,6 +118,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'p':
             if (take_name("--precision", optarg, trainer_precision_name, &o->precision)) return 2;
             break;
+        case 'D': if (args_device(optarg, &o->device)) return 2; break;
         case 'n': if (take_number("--threads", optarg, 1, 1024, &o->threads)) return 2; break;
         case 'a': if (args_integer("--stop-after", optarg, 1, UINT64_MAX, &o->stop_after)) return 2; break;
         case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
@@ -212,7 +215,8 @@ static int train(struct train_wish *w, struct settings *s, struct err *err) {
 }
 
 int tool_train(int argc, char **argv) {
-    struct train_wish w = { .solo = { .tp = 1, .dp = 1, .save_steps = 200, .heldout_samples = 64 } };
+    struct train_wish w = { .solo = { .tp = 1, .dp = 1, .save_steps = 200, .heldout_samples = 64,
+                                      .device = { DEVICE_AUTO, 0 } } };
     struct err err = { 0 };
     int rc = parse(argc, argv, &w);
     if (!w.config) return rc;

@@ -14,6 +14,7 @@
 
 #include "kernels/kernels.h"
 #include "node/data.h"
+#include "node/device.h"
 #include "node/engine.h"
 #include "node/mesh.h"
 #include "node/saver.h"
@@ -34,6 +35,7 @@ struct trainer {
     struct mesh mesh;
     struct msg_genesis genesis;
     struct kernels *kernels;
+    struct err why_no_gpu; /* where auto took the CPU */
     struct engine *engine;
     struct data *data;
     struct saver *saver;
@@ -132,11 +134,10 @@ const char *trainer_precision_name(int precision) {
     return precision >= 0 && precision < 3 ? names[precision] : NULL;
 }
 
-static struct kernels *create_kernels(const struct trainer *t, struct err *err) {
-    int precision = segment_setup(t->segment)->precision;
-    int threads = mesh_threads(&t->mesh, segment_setup(t->segment)->threads);
-    if (precision == TRAINER_FP32) return kernels_cpu_create(threads, err);
-    return kernels_cpu_bf16_create(threads, precision == TRAINER_BF16_STOCHASTIC, err);
+static struct kernels *create_kernels(struct trainer *t, struct err *err) {
+    const struct segment_setup *setup = segment_setup(t->segment);
+    return device_create(setup->device, setup->precision, mesh_threads(&t->mesh, setup->threads), t->mesh.ranks,
+                         &t->why_no_gpu, err);
 }
 
 static int set_up(struct trainer *t, struct err *err) {
@@ -155,7 +156,10 @@ static int set_up(struct trainer *t, struct err *err) {
     if (!(t->kernels = create_kernels(t, err))) return -1;
     const struct engine_mesh where = { .world = t->mesh.world, .tensor = t->mesh.tensor, .data = t->mesh.data,
                                        .shard = (enum engine_shard)setup->shard };
-    if (!(t->engine = engine_create_rank(g->model, g->inner, t->kernels, &where, err))) return -1;
+    if (!(t->engine = engine_create_rank(g->model, g->inner, t->kernels, &where, err))) {
+        device_name_holders(t->kernels, err);
+        return -1;
+    }
     engine_set_document_end(t->engine, data_info(t->data)->document_end);
     const char *state = t->mesh.rank == 0 ? setup->inner_state : NULL;
     if (!(t->saver = saver_create(t->engine, state, t->mesh.state, err))) return -1;
@@ -409,7 +413,9 @@ static int follow(struct trainer *t, struct err *err) {
 static void say_up(struct trainer *t) {
     struct segment_message up = { .type = SEGMENT_UP, .steps = engine_steps(t->engine) };
     const char *description = t->kernels->description;
-    if (t->mesh.ranks == 1) snprintf(up.text, sizeof up.text, "%s", description);
+    if (t->mesh.ranks == 1 && t->why_no_gpu.code != ERR_NONE)
+        snprintf(up.text, sizeof up.text, "%s; no GPU: %.150s", description, t->why_no_gpu.msg);
+    else if (t->mesh.ranks == 1) snprintf(up.text, sizeof up.text, "%s", description);
     else
         snprintf(up.text, sizeof up.text, "%s; %d ranks, tensor-parallel %d by data-parallel %d (shard: %s)",
                  description, t->mesh.ranks, t->mesh.tp, t->mesh.dp,

@@ -1,4 +1,4 @@
-/* trainer.h - the trainer process: owns one device, trains on the samples it is given, and moves
+/* trainer.h - the trainer process: owns one device (device.h), trains on the samples it is given, and moves
  * parameters through the segment at step boundaries. Everything it does is asked for by its agent;
  * it knows no run state, no network and no other trainer, and it dies with its agent.
  *

@@ -116,6 +116,10 @@ static void add(const struct kernels *k, float *out, const float *a, const void 
     WITH_TYPE(k, RUN(cuda_of(k), add_branch<E>, blocks, CUDA_THREADS, 0, out, a, (const E *)b, n));
 }
 
+static void accumulate(const struct kernels *k, float *x, const float *more, size_t n) {
+    if (n) RUN(cuda_of(k), add_branch<float>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, x, x, more, n);
+}
+
 template <class E> __global__ void round_tensor(E *out, const float *x, size_t n) {
     size_t i = grid_index();
     if (i < n) put(&out[i], x[i]);
@@ -154,6 +158,7 @@ void cuda_fill_update(struct kernels *k) {
     k->weights_out = weights_out;
     k->adamw = adamw;
     k->add = add;
+    k->accumulate = accumulate;
     k->round = round;
     k->sum_squares = sum_squares;
 }

@@ -1,0 +1,81 @@
+/* device.c - the option --device, and the backend for it; see device.h. */
+#include "node/device.h"
+
+#include "kernels/kernels.h"
+#include "node/nvml.h"
+#include "node/trainer.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DEVICES_MAX 256
+
+int device_parse(const char *text, struct device *out, struct err *err) {
+    *out = (struct device){ DEVICE_AUTO, 0 };
+    if (!strcmp(text, "auto")) return 0;
+    out->kind = strncmp(text, "cuda", 4) ? DEVICE_CPU : DEVICE_CUDA;
+    if (!strcmp(text, "cpu") || !strcmp(text, "cuda")) return 0;
+    if (!strncmp(text, "cuda:", 5) && text[5] >= '0' && text[5] <= '9') {
+        char *end;
+        unsigned long n = strtoul(text + 5, &end, 10);
+        out->index = (int)n;
+        if (!*end && n < DEVICES_MAX) return 0;
+    }
+    return err_set(err, ERR_CONFIG, "--device %.40s: one of auto, cpu, cuda, cuda:N with N from 0 to %d", text,
+                   DEVICES_MAX - 1);
+}
+
+void device_name(struct device d, char out[DEVICE_NAME_BYTES]) {
+    if (d.kind == DEVICE_CUDA) snprintf(out, DEVICE_NAME_BYTES, "cuda:%d", d.index);
+    else snprintf(out, DEVICE_NAME_BYTES, "%s", d.kind == DEVICE_AUTO ? "a GPU, else cpu" : "cpu");
+}
+
+int device_check_ranks(struct device d, int ranks, struct err *err) {
+    if (d.kind != DEVICE_CUDA || ranks <= 1) return 0;
+    return err_set(err, ERR_UNSUPPORTED, "--device cuda trains as one process so far, and --tp and --dp ask for %d: "
+                   "leave them out, or take --device cpu", ranks);
+}
+
+void device_name_holders(const struct kernels *k, struct err *err) {
+    char holders[160];
+    struct err none;
+    if (err->code != ERR_MEMORY || (k && strcmp(k->name, "cuda") != 0)) return;
+    struct nvml *n = malloc(sizeof *n);
+    if (n && !nvml_read(n, &none) && nvml_holders(n, holders, sizeof holders)) {
+        size_t used = strlen(err->msg);
+        snprintf(err->msg + used, sizeof err->msg - used, "; memory is held by %s", holders);
+    }
+    free(n);
+}
+
+static struct kernels *create_cpu(int precision, int threads, struct err *err) {
+    if (precision == TRAINER_FP32) return kernels_cpu_create(threads, err);
+    return kernels_cpu_bf16_create(threads, precision == TRAINER_BF16_STOCHASTIC, err);
+}
+
+static struct kernels *create_cuda(int index, int precision, struct err *err) {
+    size_t weight = precision == TRAINER_FP32 ? sizeof(float) : 2, rest = precision == TRAINER_BF16 ? 2 : 0;
+    struct kernels *k = kernels_cuda_create(index, weight, rest, err);
+    if (!k) device_name_holders(NULL, err);
+    return k;
+}
+
+struct kernels *device_create(struct device d, int precision, int threads, int ranks, struct err *why_no_gpu,
+                              struct err *err) {
+    struct err ignored, *why = why_no_gpu ? why_no_gpu : &ignored;
+    *why = (struct err){ 0 };
+    if (device_check_ranks(d, ranks, err)) return NULL;
+    if (d.kind == DEVICE_CUDA) return create_cuda(d.index, precision, err);
+    if (d.kind == DEVICE_AUTO && ranks > 1)
+        err_set(why, ERR_UNSUPPORTED, "a trainer of %d ranks runs on CPUs so far", ranks);
+    if (d.kind == DEVICE_AUTO && ranks <= 1) {
+        struct kernels *k = create_cuda(0, precision, why);
+        if (k) return k;
+        if (why->code != ERR_NOT_FOUND && why->code != ERR_UNSUPPORTED) {
+            *err = *why;
+            return NULL;
+        }
+    }
+    return create_cpu(precision, threads, err);
+}
