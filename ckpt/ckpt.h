@@ -83,6 +83,7 @@ struct ckpt_meta {
     const struct msg_signed_entry *ledger;
     uint32_t ledger_count;
     struct proto_bytes tokenizer_json; /* the file of a tokenizer that is not "bytes"; empty: it is named alone */
+    bool shared; /* others send parts and look at them, where the store can be shared; see ckpt_writer_note */
 };
 
 enum ckpt_state {
@@ -136,6 +137,27 @@ int ckpt_writer_fd(const struct ckpt_writer *w);
 /* The state; makes the fd unreadable again. On CKPT_FAILED, *err is filled. */
 enum ckpt_state ckpt_writer_poll(struct ckpt_writer *w, struct err *err);
 
+/* Parts that others may send, and look at once they are there, by URLs in which the writer's key does not stand.
+ * Whenever the fd is readable take all notes. The writer has all bytes on its own disk and does itself what nobody else
+ * does; it also looks at one part of each file that others have looked at. */
+enum ckpt_note_kind {
+    CKPT_NOTE_SEND,  /* somebody may send this part; then ckpt_writer_settle */
+    CKPT_NOTE_CHECK, /* somebody, not who sent it, may look at it; likewise */
+    CKPT_NOTE_LOOKED /* the writer has, and it is right */
+};
+struct ckpt_note {
+    enum ckpt_note_kind kind;
+    uint32_t number;       /* the part's; the same in all notes */
+    const char *object;    /* the file's name; the writer's memory */
+    uint64_t first;        /* the first element that is in it */
+    struct ckpt_part part; /* not of CKPT_NOTE_LOOKED */
+};
+bool ckpt_writer_note(struct ckpt_writer *w, struct ckpt_note *out);
+/* The answer: done, or nobody will. */
+void ckpt_writer_settle(struct ckpt_writer *w, uint32_t number, bool done);
+/* Nobody answers any more: what is with others and all else is the writer's. */
+void ckpt_writer_alone(struct ckpt_writer *w);
+
 /* The manifest as it must be signed (purpose "manifest"), in CKPT_UNSIGNED. The writer's memory. */
 const void *ckpt_writer_manifest(const struct ckpt_writer *w, size_t *length);
 
@@ -149,6 +171,49 @@ const void *ckpt_writer_manifest(const struct ckpt_writer *w, size_t *length);
 int ckpt_writer_publish(struct ckpt_writer *w, uint64_t term, const struct proto_sig *signature,
                         const struct proto_key *key, struct proto_bytes delegation,
                         const struct proto_sig *delegation_signature, struct err *err);
+
+/* ---- the bytes of a part --------------------------------------------------------------------------------
+ * Every member has the state, and so the bytes of every tensor file; a part of one follows from a range of it. */
+
+struct ckpt_image;
+
+/* The tensor files of a checkpoint; weights and shard_bytes as the writer has them. NULL: ERR_MEMORY. */
+struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weights weights, uint64_t shard_bytes,
+                                     struct err *err);
+void ckpt_image_destroy(struct ckpt_image *im); /* NULL is fine */
+
+/* Which elements of which vector bytes of a file hold. */
+struct ckpt_piece {
+    uint32_t file;
+    bool momentum;         /* else the anchor */
+    uint64_t header;       /* so many bytes of the file's header come before them: all to its end */
+    uint64_t first, count; /* elements; at least one */
+};
+/* ERR_REFUSED: no such file, not inside it, or an element is cut in two. */
+int ckpt_image_find(const struct ckpt_image *im, const char *name, uint64_t offset, uint64_t bytes,
+                    struct ckpt_piece *out, struct err *err);
+/* Write what elements [first, first + n) of the piece are into `out`, which has room for all of the part. The
+ * header comes with the piece's first element. */
+void ckpt_image_fill(const struct ckpt_image *im, const struct ckpt_piece *p, uint64_t first, size_t n,
+                     const float *values, uint8_t *out);
+
+/* ---- parts by URL -------------------------------------------------------------------------------------
+ * A member sends and reads parts of a checkpoint without a key, each by a URL that the writer signed. */
+
+struct ckpt_courier;
+
+struct ckpt_courier *ckpt_courier_create(struct err *err);
+void ckpt_courier_destroy(struct ckpt_courier *c); /* nothing may be under way. NULL is fine */
+void ckpt_courier_cancel(struct ckpt_courier *c);  /* from any thread: what is under way ends soon */
+
+/* Have these p->bytes bytes the digest? ERR_CORRUPT: no. */
+int ckpt_part_matches(const struct ckpt_part *p, const void *bytes, struct err *err);
+
+/* Send a part, or read one into `room`, which has its size, and look at its digest. They wait for the network, from
+ * any thread. Only https is followed, and http on this machine. ERR_REFUSED: the store does not take this URL
+ * (any more), or it is no such URL; ERR_CORRUPT: other bytes than those; ERR_TIMEOUT, ERR_IO. */
+int ckpt_courier_send(struct ckpt_courier *c, const struct ckpt_part *p, const void *bytes, struct err *err);
+int ckpt_courier_check(struct ckpt_courier *c, const struct ckpt_part *p, void *room, struct err *err);
 
 /* ---- retention ---------------------------------------------------------------------------------
  * Which checkpoints a store has, and which of them stay. All of it takes long; any thread. */

@@ -97,6 +97,26 @@ void hf_shard_name(const char *stem, uint32_t i, uint32_t count, char out[64]);
 int hf_index_format(const struct msg_model *m, const char *stem, enum safetensors_dtype dtype,
                     const struct hf_shard *shards, uint32_t count, struct ckpt_blob *out, struct err *err);
 
+/* ---- image.c: the tensor files ------------------------------------------------------------------- */
+
+/* A safetensors file: header, then elements [first, first + count) of anchor or momentum, F32 or BF16. */
+struct image_file {
+    char name[64];
+    bool momentum;
+    enum safetensors_dtype dtype;
+    struct ckpt_blob header;
+    uint64_t first, count, bytes;
+};
+struct ckpt_image {
+    struct image_file *file; /* each vector's shards, the vectors in the order in which they are read back */
+    uint32_t files, shards;
+    struct hf_shard *shard;
+};
+/* The index of each vector, one after the other, through `take`, which owns the blob from then on. */
+int image_indices(const struct ckpt_image *im, const struct msg_model *m, enum ckpt_weights weights,
+                  int (*take)(void *arg, const char *name, int failed, const struct ckpt_blob *blob, struct err *err),
+                  void *arg, struct err *err);
+
 /* ---- manifest.c: manifest, signature, cursor, latest, ledger ----------------------------------- */
 
 struct manifest_object {

@@ -69,6 +69,31 @@ void s3_code(const struct http_answer *a, char out[64]);
 /* Answers that pass although their status does not say so: RequestTimeout, conflicts of two writers. */
 bool s3_passes(const struct http_answer *a);
 
+/* ---- s3_sign.c: URLs ---------------------------------------------------------------------------------- */
+
+#define S3_KEY_BYTES_MAX (2 * CKPT_NAME_BYTES_MAX + 1)
+#define S3_URL_BYTES_MAX 4096
+
+/* "prefix/name". */
+void s3_key(const struct s3_config *c, const char *name, char out[S3_KEY_BYTES_MAX + 1]);
+/* Of an object (name NULL: of the bucket), with a query (may be NULL). */
+void s3_url(const struct s3_config *c, const char *name, const char *query, char out[S3_URL_BYTES_MAX]);
+
+/* What somebody without a key may do once. */
+struct s3_presign {
+    enum http_method method; /* HTTP_PUT or HTTP_GET */
+    const char *name;
+    const char *query;       /* as in struct s3_call */
+    const uint8_t *sha256;   /* 32 bytes, of the body of `bytes` bytes: no other will be taken. NULL: any */
+    uint64_t bytes, offset;  /* HTTP_GET: the range; bytes 0: no range is asked for */
+    uint32_t expires_s;
+};
+/* Sign such a URL, by AWS signature 4 in the query. Whoever uses it sends what is bound by it as headers:
+ * x-amz-content-sha256 with a body that has one, Range as "bytes=FIRST-LAST". ERR_REFUSED: there is no key;
+ * ERR_CONFIG: the URL does not fit. */
+int s3_presign(const struct s3_config *c, const struct s3_presign *p, int64_t now_s, char *out, size_t size,
+               struct err *err);
+
 /* ---- store_s3.c ------------------------------------------------------------------------------------- */
 
 #define S3_UPLOAD_ID_MAX 1023
@@ -115,6 +140,11 @@ struct ckpt_upload *s3_upload_begin(struct ckpt_store *s, const char *name, uint
 int s3_upload_put(struct ckpt_upload *u, uint64_t offset, const void *bytes, size_t n, struct err *err);
 int s3_upload_sync(struct ckpt_upload *u, struct err *err);
 int s3_upload_complete(struct ckpt_upload *u, struct err *err);
+uint32_t s3_upload_share(struct ckpt_upload *u);
+bool s3_upload_whole(struct ckpt_upload *u, uint32_t part);
+int s3_upload_offer(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
+int s3_upload_check(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
+int s3_upload_read(struct ckpt_upload *u, uint64_t offset, void *out, size_t n, struct err *err);
 void s3_upload_destroy(struct ckpt_upload *u);
 void s3_sender_destroy(struct s3_sender *p); /* NULL is fine; no upload may be left */
 

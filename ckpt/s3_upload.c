@@ -6,17 +6,20 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <openssl/evp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "ckpt/s3.h"
 
 #define PARTS_MAX 10000
 #define SENDER_NICE 10
+#define PART_URL_S 3600 /* how long others may send a part; less where the upload is completed */
 #define COMPLETE_STALL_S 600 /* a server may think for minutes before it answers */
 
 enum part_state { PART_FILLING, PART_FULL, PART_QUEUED, PART_SENDING, PART_SENT };
@@ -24,6 +27,8 @@ enum part_state { PART_FILLING, PART_FULL, PART_QUEUED, PART_SENDING, PART_SENT 
 struct part {
     enum part_state state;
     uint64_t filled;
+    bool digested;      /* of a shared upload: */
+    uint8_t sha256[32];
     char etag[96];
 };
 
@@ -38,6 +43,7 @@ struct s3_upload {
     /* Under the sender's mutex: */
     struct part *part;
     bool begun; /* parts may be sent: from the first sync on */
+    bool shared; /* others send them; the spool keeps all bytes to the end */
     uint32_t busy, sent; /* parts queued or in a thread's hands; parts that are there */
     char id[S3_UPLOAD_ID_MAX + 1];
     bool starting; /* a thread asks for the id */
@@ -112,6 +118,7 @@ static int send_part(struct s3_upload *u, uint32_t i, uint8_t *buffer, char etag
     http_answer_release(&a);
     if (!*etag) return err_set(err, ERR_IO, "%.120s/%.64s: part %u: no ETag", u->store->base.url, u->name,
                                i + 1);
+    if (u->shared) return 0;
     /* The spool needs that space no more. Where it cannot be given back, the file just stays large. */
     int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * u->part_bytes),
                       (off_t)n);
@@ -211,19 +218,28 @@ static void give_up(struct s3_upload *u, const struct err *why) {
         }
 }
 
-/* With the mutex, which is let go of while the network is waited for. */
-static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i, uint8_t *buffer) {
-    struct err e = {0};
-    char id[S3_UPLOAD_ID_MAX + 1], etag[96] = "";
-    bool first = !*u->id;
-    u->starting = first;
-    u->part[i].state = PART_SENDING;
+/* With the mutex, which is let go of while the network is waited for. The first who needs the upload's id asks
+ * for it. */
+static int need_id(struct s3_sender *p, struct s3_upload *u, struct err *err) {
+    char id[S3_UPLOAD_ID_MAX + 1];
+    while (u->starting) pthread_cond_wait(&p->changed, &p->mutex);
+    if (*u->id) return 0;
+    u->starting = true;
     pthread_mutex_unlock(&p->mutex);
-    int r = first ? begin_multipart(u, id, &e) : 0;
+    int r = begin_multipart(u, id, err);
     pthread_mutex_lock(&p->mutex);
-    if (first && !r) memcpy(u->id, id, sizeof id);
+    if (!r) memcpy(u->id, id, sizeof id);
     u->starting = false;
     pthread_cond_broadcast(&p->changed);
+    return r;
+}
+
+/* Likewise. */
+static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i, uint8_t *buffer) {
+    struct err e = {0};
+    char etag[96] = "";
+    u->part[i].state = PART_SENDING;
+    int r = need_id(p, u, &e);
     pthread_mutex_unlock(&p->mutex);
     if (!r) r = send_part(u, i, buffer, etag, &e);
     pthread_mutex_lock(&p->mutex);
@@ -375,7 +391,7 @@ static int write_spool(struct s3_upload *u, uint64_t offset, const uint8_t *byte
 }
 
 static void queue(struct s3_upload *u, struct part *p) {
-    if (!u->begun || is_small(u) || p->state != PART_FULL || u->failure.code) return;
+    if (!u->begun || u->shared || is_small(u) || p->state != PART_FULL || u->failure.code) return;
     p->state = PART_QUEUED;
     u->busy++;
 }
@@ -427,12 +443,142 @@ static int put_small(struct s3_upload *u, struct err *err) {
     return r;
 }
 
+/* ---- parts that others send --------------------------------------------------------------------------- */
+
+uint32_t s3_upload_share(struct ckpt_upload *upload) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    if (is_small(u)) return 0;
+    u->shared = true;
+    return u->part_count;
+}
+
+int s3_upload_read(struct ckpt_upload *upload, uint64_t offset, void *out, size_t n, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    assert(u->shared && offset <= u->bytes && n <= u->bytes - offset);
+    return read_spool(u, offset, out, n, err);
+}
+
+static int digest_part(struct s3_upload *u, uint32_t i, struct err *err) {
+    size_t n = (size_t)bytes_of(u, i);
+    unsigned length = 32;
+    if (u->part[i].digested) return 0;
+    uint8_t *bytes = malloc(n);
+    if (!bytes) return err_set(err, ERR_MEMORY, "%.64s: out of memory for a part", u->name);
+    int r = read_spool(u, i * u->part_bytes, bytes, n, err);
+    if (!r && EVP_Digest(bytes, n, u->part[i].sha256, &length, EVP_sha256(), NULL) != 1)
+        r = err_set(err, ERR_MEMORY, "%.64s: no SHA-256", u->name);
+    u->part[i].digested = !r;
+    free(bytes);
+    return r;
+}
+
+static int sign_part(struct s3_upload *u, uint32_t i, struct s3_presign *p, struct ckpt_part *out,
+                     struct err *err) {
+    if (digest_part(u, i, err)) return -1;
+    p->name = u->name;
+    p->bytes = bytes_of(u, i);
+    p->offset = i * u->part_bytes;
+    p->expires_s = PART_URL_S;
+    out->offset = p->offset;
+    out->bytes = p->bytes;
+    memcpy(out->sha256, u->part[i].sha256, sizeof out->sha256);
+    return s3_presign(&u->store->config, p, time(NULL), out->url, sizeof out->url, err);
+}
+
+bool s3_upload_whole(struct ckpt_upload *upload, uint32_t i) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->store->sender;
+    pthread_mutex_lock(&p->mutex);
+    bool whole = u->part[i].filled == bytes_of(u, i);
+    pthread_mutex_unlock(&p->mutex);
+    return whole;
+}
+
+int s3_upload_offer(struct ckpt_upload *upload, uint32_t i, struct ckpt_part *out, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->store->sender;
+    char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
+    struct s3_presign sign = {.method = HTTP_PUT, .query = query, .sha256 = u->part[i].sha256};
+    assert(u->shared && i < u->part_count);
+    pthread_mutex_lock(&p->mutex);
+    int r = need_id(p, u, err);
+    pthread_mutex_unlock(&p->mutex);
+    snprintf(before, sizeof before, "partNumber=%u&", i + 1);
+    return r || query_of(u, before, query, sizeof query, err) || sign_part(u, i, &sign, out, err) ? -1 : 0;
+}
+
+int s3_upload_check(struct ckpt_upload *upload, uint32_t i, struct ckpt_part *out, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_presign sign = {.method = HTTP_GET};
+    assert(u->shared && u->done && i < u->part_count);
+    return sign_part(u, i, &sign, out, err);
+}
+
+/* One part as the store lists it. What has another size than it must have is sent once more. */
+static void take_part(struct s3_upload *u, const char *from, const char *end) {
+    char number[16], size[32], etag[96];
+    if (!s3_xml_text(from, end, "PartNumber", number, sizeof number) ||
+        !s3_xml_text(from, end, "Size", size, sizeof size) || !s3_xml_text(from, end, "ETag", etag, sizeof etag))
+        return;
+    uint64_t i = strtoull(number, NULL, 10) - 1;
+    if (i >= u->part_count || strtoull(size, NULL, 10) != bytes_of(u, (uint32_t)i) || !*etag) return;
+    u->part[i].state = PART_SENT;
+    memcpy(u->part[i].etag, etag, sizeof etag);
+}
+
+/* What is there is what the store says, not who sent it. */
+static int list_parts(struct s3_upload *u, struct err *err) {
+    char marker[16] = "0", more[8];
+    for (bool truncated = true; truncated;) {
+        char before[64], query[3 * S3_UPLOAD_ID_MAX + 128];
+        struct s3_call c = {.method = HTTP_GET, .name = u->name, .query = query, .cancel = &u->cancelled};
+        struct http_answer a;
+        snprintf(before, sizeof before, "part-number-marker=%s&", marker);
+        if (query_of(u, before, query, sizeof query, err) || s3_call_ok(u->store, &c, &a, err)) return -1;
+        const char *end = a.text + a.text_bytes, *item;
+        size_t n;
+        pthread_mutex_lock(&u->store->sender->mutex);
+        for (const char *p = a.text; (p = s3_xml_next(p, end, "Part", &item, &n));) take_part(u, item, item + n);
+        pthread_mutex_unlock(&u->store->sender->mutex);
+        unsigned long long last = strtoull(marker, NULL, 10), next = 0;
+        truncated = s3_xml_text(a.text, end, "IsTruncated", more, sizeof more) && !strcmp(more, "true");
+        if (truncated && s3_xml_text(a.text, end, "NextPartNumberMarker", marker, sizeof marker))
+            next = strtoull(marker, NULL, 10);
+        http_answer_release(&a);
+        if (truncated && next <= last)
+            return err_set(err, ERR_IO, "%.120s/%.64s: the store lists some parts and not where it goes on",
+                           u->store->base.url, u->name);
+    }
+    return 0;
+}
+
+/* What nobody has sent we send. */
+static int send_the_rest(struct s3_upload *u, struct err *err) {
+    struct s3_sender *p = u->store->sender;
+    pthread_mutex_lock(&p->mutex);
+    int r = need_id(p, u, err);
+    pthread_mutex_unlock(&p->mutex);
+    if (r || list_parts(u, err)) return -1;
+    pthread_mutex_lock(&p->mutex);
+    for (uint32_t i = 0; i < u->part_count; i++)
+        if (u->part[i].state == PART_FULL) {
+            u->part[i].state = PART_QUEUED;
+            u->busy++;
+        }
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+    return 0;
+}
+
+/* ---- the end ------------------------------------------------------------------------------------------ */
+
 int s3_upload_complete(struct ckpt_upload *upload, struct err *err) {
     struct s3_upload *u = (struct s3_upload *)upload;
     for (uint32_t i = 0; i < u->part_count; i++)
         if (u->part[i].filled != bytes_of(u, i))
             return err_set(err, ERR_TRUNCATED, "%.64s: bytes of part %u are missing", u->name, i + 1);
-    if (s3_upload_sync(upload, err) || (is_small(u) ? put_small(u, err) : complete_multipart(u, err)))
+    if ((u->shared && send_the_rest(u, err)) || s3_upload_sync(upload, err) ||
+        (is_small(u) ? put_small(u, err) : complete_multipart(u, err)))
         return -1;
     u->done = true;
     return 0;

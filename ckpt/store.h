@@ -27,6 +27,14 @@ struct ckpt_object {
     bool unfinished;                          /* an upload begun and not completed (list only) */
 };
 
+/* A part of an object on its way, or there: bytes [offset, offset + bytes), and what others need for it. */
+#define CKPT_PART_URL_BYTES_MAX 4095
+struct ckpt_part {
+    uint64_t offset, bytes;
+    uint8_t sha256[32]; /* of these bytes */
+    char url[CKPT_PART_URL_BYTES_MAX + 1];
+};
+
 struct ckpt_store;
 struct ckpt_upload; /* an object on its way: invisible to readers until complete */
 
@@ -60,6 +68,21 @@ struct ckpt_store_ops {
     int (*upload_complete)(struct ckpt_upload *u, struct err *err);
     /* Free u; what was not completed is removed. NULL is fine. */
     void (*upload_destroy)(struct ckpt_upload *u);
+
+    /* Others, who have no key, send the parts of this upload, and read them again. All of it is NULL where the
+     * store has no URLs for that. upload_share, before the first put: how many parts there are, or 0 where the
+     * object is too small to be shared and all stays as it was. Then upload_sync sends nothing;
+     * upload_complete asks the store which parts are there and sends the rest. */
+    uint32_t (*upload_share)(struct ckpt_upload *u);
+    /* Are all its bytes put? */
+    bool (*upload_whole)(struct ckpt_upload *u, uint32_t part);
+    /* A URL that takes a whole part's bytes by PUT, and no others; it is of no use once the upload is complete.
+     * Reads the part and waits for the network. */
+    int (*upload_offer)(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
+    /* One that gives them by GET, after upload_complete. */
+    int (*upload_check)(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
+    /* What was put, from the own disk, until upload_destroy. */
+    int (*upload_read)(struct ckpt_upload *u, uint64_t offset, void *out, size_t n, struct err *err);
 
     /* Call visit for every object whose name begins with prefix ("" = all), in no order, and for
      * every unfinished upload. visit returns -1, with err filled, to stop. */

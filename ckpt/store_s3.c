@@ -11,8 +11,6 @@
 
 #include "ckpt/s3.h"
 
-#define KEY_BYTES_MAX (2 * CKPT_NAME_BYTES_MAX + 1)
-#define URL_BYTES_MAX 4096
 #define PAGES_MAX 10000 /* of a list, a thousand objects each */
 #define ETAG_FLIGHTS 2  /* an ETag with and without its quotes */
 
@@ -21,24 +19,6 @@
 static int check_name(const struct s3_store *s, const char *name, struct err *err) {
     if (ckpt_name_valid(name)) return 0;
     return err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", s->base.url, name);
-}
-
-static void key_of(const struct s3_store *s, const char *name, char out[KEY_BYTES_MAX + 1]) {
-    snprintf(out, KEY_BYTES_MAX + 1, "%s%s%s", s->config.prefix, *s->config.prefix && *name ? "/" : "", name);
-}
-
-/* Names and prefixes consist of characters that need no escape. */
-static void url_of(const struct s3_store *s, const struct s3_call *c, char out[URL_BYTES_MAX]) {
-    char key[KEY_BYTES_MAX + 1] = "";
-    const struct s3_config *f = &s->config;
-    const char *host = strstr(f->endpoint, "//") + 2, *query = c->query ? c->query : "";
-    if (c->name) key_of(s, c->name, key);
-    int n = f->path_style ? snprintf(out, URL_BYTES_MAX, "%s/%s", f->endpoint, f->bucket)
-                          : snprintf(out, URL_BYTES_MAX, "%.*s%s.%s", (int)(host - f->endpoint), f->endpoint,
-                                     f->bucket, host);
-    snprintf(out + n, URL_BYTES_MAX - (size_t)n, "/%s%s%s", key, *query ? "?" : "", query);
-    if (!*key && f->path_style) /* "/bucket?list", not "/bucket/?list" */
-        snprintf(out + n, URL_BYTES_MAX - (size_t)n, "%s%s", *query ? "?" : "", query);
 }
 
 static void sha256_header(const void *body, size_t n, char out[96]) {
@@ -51,11 +31,11 @@ static void sha256_header(const void *body, size_t n, char out[96]) {
 }
 
 int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, struct err *err) {
-    char url[URL_BYTES_MAX], sha256[96], token[2100], key[KEY_BYTES_MAX + 1];
+    char url[S3_URL_BYTES_MAX], sha256[96], token[2100], key[S3_KEY_BYTES_MAX + 1];
     struct http_request r = {.method = c->method, .url = url, .body = c->body, .body_bytes = c->body_bytes,
                              .out = c->out, .out_bytes = c->out_bytes, .offset = c->offset, .tries = c->tries,
                              .stall_s = c->stall_s, .cancel = c->cancel, .again = s3_passes};
-    url_of(s, c, url);
+    s3_url(&s->config, c->name, c->query, url);
     if (*s->config.key) {
         r.auth = &s->auth;
         sha256_header(c->body, c->body_bytes, sha256);
@@ -68,7 +48,7 @@ int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, 
         if (a->status / 100 == 2) atomic_store(&s->bucket_seen, true);
         return 0;
     }
-    key_of(s, c->name ? c->name : "", key);
+    s3_key(&s->config, c->name ? c->name : "", key);
     err_prefix(err, "s3://%.63s/%.60s at %.50s", s->config.bucket, key, s->config.endpoint);
     return -1;
 }
@@ -81,8 +61,8 @@ static const char *verb_of(enum http_method m) {
 
 static int refusal(struct s3_store *s, const struct s3_call *c, const struct http_answer *a,
                    struct err *err) {
-    char key[KEY_BYTES_MAX + 1];
-    key_of(s, c->name ? c->name : "", key);
+    char key[S3_KEY_BYTES_MAX + 1];
+    s3_key(&s->config, c->name ? c->name : "", key);
     return s3_refusal(&s->config, a, verb_of(c->method), key, err);
 }
 
@@ -252,7 +232,7 @@ static const char *name_in(const struct s3_store *s, const char *key) {
 }
 
 static int take_object(const struct listing *l, const char *from, const char *end, struct err *err) {
-    char key[KEY_BYTES_MAX + 1], size[32], modified[64];
+    char key[S3_KEY_BYTES_MAX + 1], size[32], modified[64];
     struct ckpt_object o = {0};
     if (!s3_xml_text(from, end, "Key", key, sizeof key) ||
         !s3_xml_text(from, end, "Size", size, sizeof size)) return 0;
@@ -266,7 +246,7 @@ static int take_object(const struct listing *l, const char *from, const char *en
 }
 
 static int take_upload(const struct listing *l, const char *from, const char *end, struct err *err) {
-    char key[KEY_BYTES_MAX + 1], id[S3_UPLOAD_ID_MAX + 1], begun[64];
+    char key[S3_KEY_BYTES_MAX + 1], id[S3_UPLOAD_ID_MAX + 1], begun[64];
     struct ckpt_object o = {.unfinished = true};
     if (!s3_xml_text(from, end, "Key", key, sizeof key) ||
         !s3_xml_text(from, end, "UploadId", id, sizeof id)) return 0;
@@ -293,8 +273,8 @@ static const struct page_kind uploads = {"Upload", {"NextKeyMarker", "NextUpload
  * upload-id-marker, uploads. */
 static int page_query(const struct s3_store *s, const struct page_kind *k, const char *prefix,
                       const char next[2][2048], char *out, size_t size, struct err *err) {
-    char key[KEY_BYTES_MAX + 1], escaped[3 * KEY_BYTES_MAX + 1], token[2][6200] = {"", ""};
-    key_of(s, prefix, key);
+    char key[S3_KEY_BYTES_MAX + 1], escaped[3 * S3_KEY_BYTES_MAX + 1], token[2][6200] = {"", ""};
+    s3_key(&s->config, prefix, key);
     if (!*prefix && *s->config.prefix) snprintf(key, sizeof key, "%s/", s->config.prefix);
     bool failed = http_escape(key, escaped, sizeof escaped) != 0;
     for (int i = 0; i < 2; i++) failed |= http_escape(next[i], token[i], sizeof token[i]) != 0;
@@ -313,7 +293,7 @@ static int page_query(const struct s3_store *s, const struct page_kind *k, const
 static int list_pages(struct s3_store *s, const struct page_kind *k, const char *prefix,
                       const struct listing *l,
                       struct err *err) {
-    char next[2][2048] = {"", ""}, query[URL_BYTES_MAX / 2];
+    char next[2][2048] = {"", ""}, query[S3_URL_BYTES_MAX / 2];
     for (int page = 0; page < PAGES_MAX; page++) {
         struct s3_call c = {.method = HTTP_GET, .query = query};
         struct http_answer a;
@@ -361,7 +341,7 @@ struct abortion {
 
 static int match_upload(const struct listing *l, const char *from, const char *end, struct err *err) {
     struct abortion *b = l->arg;
-    char key[KEY_BYTES_MAX + 1], id[S3_UPLOAD_ID_MAX + 1], hidden[CKPT_NAME_BYTES_MAX + 1];
+    char key[S3_KEY_BYTES_MAX + 1], id[S3_UPLOAD_ID_MAX + 1], hidden[CKPT_NAME_BYTES_MAX + 1];
     (void)err;
     if (!s3_xml_text(from, end, "Key", key, sizeof key) ||
         !s3_xml_text(from, end, "UploadId", id, sizeof id)) return 0;
@@ -430,6 +410,11 @@ static const struct ckpt_store_ops s3_ops = {
     .upload_sync = s3_upload_sync,
     .upload_complete = s3_upload_complete,
     .upload_destroy = s3_upload_destroy,
+    .upload_share = s3_upload_share,
+    .upload_whole = s3_upload_whole,
+    .upload_offer = s3_upload_offer,
+    .upload_check = s3_upload_check,
+    .upload_read = s3_upload_read,
     .list = s3_list,
     .remove = s3_remove,
     .cancel = s3_cancel,

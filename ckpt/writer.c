@@ -26,18 +26,25 @@
 #define WORKER_NICE 10
 #define LATEST_TRIES_MAX 8
 #define SMALL_MAX 16
+#define NOTES_MAX 32 /* parts that are with others at a time, and what the caller has not taken yet */
 #define CLAIM_BYTES 16
 
-/* A safetensors file: header, then elements [first, first + count) of anchor or momentum, F32 or BF16. */
+/* A tensor file on its way. */
 struct file {
     char name[CKPT_NAME_BYTES_MAX + 1]; /* with the prefix */
-    bool momentum;
-    enum safetensors_dtype dtype;
+    const struct image_file *of;
     struct ckpt_upload *upload;
-    struct ckpt_blob header;
-    uint64_t first, count;
     uint64_t dirty_bytes; /* put and not synced; under the mutex */
     bool completed;
+    uint32_t first_part, parts; /* of the writer's; 0: too small to be shared */
+};
+
+/* A part that others may send and look at. */
+enum turn { TURN_OURS, TURN_OPEN, TURN_THEIRS, TURN_OVER }; /* OURS: nobody else will; OVER: somebody did */
+struct shared {
+    struct file *file;
+    uint32_t number; /* in the file */
+    enum turn turn;  /* first of sending, then of looking; under the mutex */
 };
 
 struct small {
@@ -59,12 +66,16 @@ struct ckpt_writer {
     struct manifest manifest; /* objects in the order they were added; digests come in the end */
 
     enum ckpt_weights weights;
-    struct file *file; /* each vector's shards, in the order of layout() */
-    uint32_t shards, files;
+    struct ckpt_image *image;
+    struct file *file; /* of the image's */
+    uint32_t files;
     uint16_t *narrow; /* room for as many elements as ever came at once */
     size_t narrow_room;
     struct small small[SMALL_MAX];
     uint32_t small_count;
+
+    struct shared *part; /* NULL: nothing is shared */
+    uint32_t parts;
 
     struct range *taken; /* ascending, disjoint, not touching; the caller's thread only */
     size_t taken_count, taken_capacity;
@@ -80,6 +91,10 @@ struct ckpt_writer {
     pthread_mutex_t mutex; /* guards all from `state` on and every dirty_bytes */
     pthread_cond_t changed;
     enum ckpt_state state;
+    bool alone; /* nobody answers for parts any more */
+    uint32_t with_others; /* parts */
+    struct ckpt_note note[NOTES_MAX]; /* a ring */
+    uint32_t note_first, note_count;
     bool abort, putting, ended; /* the caller's thread is in put_part; the worker waits for nothing more */
     struct err failure;
 };
@@ -186,6 +201,111 @@ static int sync_while_taking(struct ckpt_writer *w, struct err *err) {
     return r || aborted(w, err) ? -1 : 0;
 }
 
+/* ---- parts that others send and look at -------------------------------------------------------- */
+
+/* With the mutex. */
+static void leave_note(struct ckpt_writer *w, const struct ckpt_note *n) {
+    while (w->note_count == NOTES_MAX && !w->abort) pthread_cond_wait(&w->changed, &w->mutex);
+    if (w->abort) return;
+    w->note[(w->note_first + w->note_count++) % NOTES_MAX] = *n;
+    notify(w);
+}
+
+static int make_note(struct ckpt_writer *w, uint32_t i, enum ckpt_note_kind kind, struct ckpt_note *n,
+                     struct err *err) {
+    const struct file *f = w->part[i].file;
+    const struct ckpt_store_ops *ops = w->store->ops;
+    struct ckpt_piece piece;
+    *n = (struct ckpt_note){.kind = kind, .number = i, .object = f->of->name};
+    if (kind == CKPT_NOTE_LOOKED) return 0;
+    if (kind == CKPT_NOTE_SEND ? ops->upload_offer(f->upload, w->part[i].number, &n->part, err)
+                               : ops->upload_check(f->upload, w->part[i].number, &n->part, err))
+        return -1;
+    if (ckpt_image_find(w->image, n->object, n->part.offset, n->part.bytes, &piece, err)) return -1;
+    n->first = piece.first;
+    return 0;
+}
+
+/* The next part to be given to others; parts if there is none just now. With the mutex. */
+static uint32_t next_open(struct ckpt_writer *w, enum ckpt_note_kind kind, uint32_t from) {
+    while (from < w->parts &&
+           (w->part[from].turn != TURN_OPEN ||
+            (kind == CKPT_NOTE_SEND && !w->store->ops->upload_whole(w->part[from].file->upload, w->part[from].number))))
+        from++;
+    return from;
+}
+
+/* Is it said of each part what becomes of it? With the mutex. */
+static bool all_said(struct ckpt_writer *w) {
+    for (uint32_t i = 0; i < w->parts; i++) {
+        if (w->alone && w->part[i].turn != TURN_OVER) w->part[i].turn = TURN_OURS;
+        if (w->part[i].turn == TURN_OPEN || w->part[i].turn == TURN_THEIRS) return false;
+    }
+    return true;
+}
+
+/* Give all parts to others, some at a time, and wait for what becomes of them. While ranges come, a part is given
+ * once it is whole. */
+static int let_others(struct ckpt_writer *w, enum ckpt_note_kind kind, struct err *err) {
+    int r = 0;
+    pthread_mutex_lock(&w->mutex);
+    for (uint32_t i = 0; i < w->parts; i++) w->part[i].turn = TURN_OPEN;
+    while (!r && !w->abort && w->state != CKPT_FAILED && !(all_said(w) && w->state != CKPT_TAKING)) {
+        uint32_t i = w->alone || w->with_others == NOTES_MAX ? w->parts : next_open(w, kind, 0);
+        if (i == w->parts) {
+            pthread_cond_wait(&w->changed, &w->mutex);
+            continue;
+        }
+        struct ckpt_note note;
+        w->part[i].turn = TURN_THEIRS;
+        w->with_others++;
+        pthread_mutex_unlock(&w->mutex);
+        r = make_note(w, i, kind, &note, err);
+        pthread_mutex_lock(&w->mutex);
+        if (!r) leave_note(w, &note);
+    }
+    pthread_mutex_unlock(&w->mutex);
+    return r || aborted(w, err) ? -1 : 0;
+}
+
+/* What the store has must be what we put. */
+static int look_at(struct ckpt_writer *w, uint32_t i, uint8_t *mine, uint8_t *theirs, struct err *err) {
+    const struct file *f = w->part[i].file;
+    struct ckpt_part p;
+    if (w->store->ops->upload_check(f->upload, w->part[i].number, &p, err)) return -1;
+    for (uint64_t done = 0; done < p.bytes;) {
+        size_t n = p.bytes - done < CKPT_BLOCK_BYTES ? (size_t)(p.bytes - done) : CKPT_BLOCK_BYTES;
+        if (aborted(w, err) || w->store->ops->upload_read(f->upload, p.offset + done, mine, n, err) ||
+            w->store->ops->get(w->store, f->name, p.offset + done, theirs, n, err))
+            return -1;
+        if (memcmp(mine, theirs, n) != 0)
+            return err_set(err, ERR_CORRUPT, "%.120s: the store gives back other bytes in part %u", f->name,
+                           w->part[i].number + 1);
+        done += n;
+    }
+    return 0;
+}
+
+/* We look at what nobody else did, and at one part of each file, drawn now, whoever did. */
+static int look_ourselves(struct ckpt_writer *w, struct err *err) {
+    uint8_t *room = malloc(2 * CKPT_BLOCK_BYTES);
+    int r = room ? 0 : err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
+    for (uint32_t i = 0; !r && i < w->parts; i++) {
+        const struct file *f = w->part[i].file;
+        bool drawn = i - f->first_part == w->claim[0] % f->parts;
+        if (w->part[i].turn == TURN_OVER && !drawn) continue;
+        struct ckpt_note note;
+        r = look_at(w, i, room, room + CKPT_BLOCK_BYTES, err);
+        if (r) break;
+        make_note(w, i, CKPT_NOTE_LOOKED, &note, NULL);
+        pthread_mutex_lock(&w->mutex);
+        leave_note(w, &note);
+        pthread_mutex_unlock(&w->mutex);
+    }
+    free(room);
+    return r;
+}
+
 struct hashing {
     struct ckpt_writer *writer;
     const struct file *file;
@@ -195,7 +315,7 @@ struct hashing {
 
 static int hash_block(void *arg, uint64_t offset, const void *data, size_t n, struct err *err) {
     struct hashing *h = arg;
-    const struct ckpt_blob *header = &h->file->header;
+    const struct ckpt_blob *header = &h->file->of->header;
     uint64_t left = offset < header->length ? header->length - offset : 0;
     size_t of_header = n < left ? n : (size_t)left;
     if (of_header && memcmp(data, header->data + offset, of_header))
@@ -204,16 +324,31 @@ static int hash_block(void *arg, uint64_t offset, const void *data, size_t n, st
     return aborted(h->writer, err) ? -1 : rooting_block(h->root, offset, data, n, err);
 }
 
+/* Of a shared file others and we ourselves look at what the store has; so what we put can be hashed. */
+static int hash_own(struct hashing *h, uint64_t bytes, struct err *err) {
+    uint8_t *block = malloc(CKPT_BLOCK_BYTES);
+    int r = block ? 0 : err_set(err, ERR_MEMORY, "%.120s: out of memory", h->file->name);
+    for (uint64_t at = 0; !r && at < bytes;) {
+        size_t n = bytes - at < CKPT_BLOCK_BYTES ? (size_t)(bytes - at) : CKPT_BLOCK_BYTES;
+        r = h->writer->store->ops->upload_read(h->file->upload, at, block, n, err) || hash_block(h, at, block, n, err)
+                ? -1 : 0;
+        at += n;
+    }
+    free(block);
+    return r;
+}
+
 static int complete_file(struct ckpt_writer *w, struct file *f, struct manifest_object *o,
                          struct rooting *root, struct err *err) {
     struct hashing h = {.writer = w, .file = f, .root = root};
-    enum ckpt_which which = f->momentum ? CKPT_MOMENTUM
-                          : f->dtype == SAFETENSORS_BF16 ? CKPT_WEIGHTS : CKPT_ANCHOR;
+    enum ckpt_which which = f->of->momentum ? CKPT_MOMENTUM
+                          : f->of->dtype == SAFETENSORS_BF16 ? CKPT_WEIGHTS : CKPT_ANCHOR;
     if (aborted(w, err) || w->store->ops->upload_complete(f->upload, err)) return -1;
     f->completed = true;
-    rooting_file(root, which, f->header.length, f->first, f->count);
+    rooting_file(root, which, f->of->header.length, f->of->first, f->of->count);
     digest_stream_init(&h.stream);
-    if (object_stream(w->store, f->name, 0, o->bytes, hash_block, &h, err)) return -1;
+    if (f->parts ? hash_own(&h, o->bytes, err) : object_stream(w->store, f->name, 0, o->bytes, hash_block, &h, err))
+        return -1;
     o->digest = digest_stream_final(&h.stream);
     return 0;
 }
@@ -230,7 +365,7 @@ static int complete_files(struct ckpt_writer *w, struct err *err) {
         r = -1;
     }
     rooting_end(&root);
-    return r;
+    return r || !w->parts ? r : let_others(w, CKPT_NOTE_CHECK, err) || look_ourselves(w, err) ? -1 : 0;
 }
 
 /* `latest` only moves forward; who loses the race for it looks again. */
@@ -358,7 +493,8 @@ static void *worker_main(void *arg) {
     struct ckpt_writer *w = arg;
     struct err err = {0};
     setpriority(PRIO_PROCESS, (id_t)gettid(), WORKER_NICE); /* on Linux: of this thread */
-    if ((w->store->remote && clear_folder(w, &err)) || put_small_objects(w, &err) || sync_while_taking(w, &err) || complete_files(w, &err) ||
+    if ((w->store->remote && clear_folder(w, &err)) || put_small_objects(w, &err) ||
+        (w->parts ? let_others(w, CKPT_NOTE_SEND, &err) : sync_while_taking(w, &err)) || complete_files(w, &err) ||
         manifest_format(&w->manifest, &w->manifest_bytes, &err))
         goto failed;
     if (w->manifest_bytes.length > CKPT_MANIFEST_BYTES_MAX) {
@@ -401,53 +537,30 @@ static int add_object(struct ckpt_writer *w, const char *name, uint64_t bytes, s
     return 0;
 }
 
-/* The vectors: in files of which name, as what. */
-struct layout {
-    const char *stem;
-    bool momentum;
-    enum safetensors_dtype dtype;
-};
-
-static uint32_t layout(enum ckpt_weights weights, struct layout out[3]) {
-    uint32_t n = 0;
-    bool bf16 = weights == CKPT_BF16;
-    out[n++] = (struct layout){"model", false, bf16 ? SAFETENSORS_BF16 : SAFETENSORS_F32};
-    if (bf16) out[n++] = (struct layout){"anchor", false, SAFETENSORS_F32};
-    out[n++] = (struct layout){"momentum", true, SAFETENSORS_F32};
-    return n;
-}
-
-/* f has its header already. */
-static int begin_file(struct ckpt_writer *w, const char *name, const struct hf_shard *s, struct file *f,
-                      struct err *err) {
-    uint64_t bytes = f->header.length + s->count * safetensors_width(f->dtype);
-    if (add_object(w, name, bytes, err)) return -1;
-    object_name(w->prefix, name, f->name);
-    f->first = s->first;
-    f->count = s->count;
-    f->upload = w->store->ops->upload_begin(w->store, f->name, bytes, err);
-    if (!f->upload) return -1;
-    return w->store->ops->upload_put(f->upload, 0, f->header.data, f->header.length, err);
-}
-
-static int begin_files(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
-    const struct msg_model *m = w->genesis.model;
-    assert(w->shards > 0); /* a model has tensors */
-    struct layout l[3];
-    layout(w->weights, l);
-    for (uint32_t i = 0; i < w->files; i++) {
-        const struct hf_shard *s = &shards[i % w->shards];
-        const struct layout *of = &l[i / w->shards];
-        struct file *f = &w->file[i];
-        char name[64];
-        f->momentum = of->momentum;
-        f->dtype = of->dtype;
-        hf_shard_name(of->stem, i % w->shards, w->shards, name);
-        if (safetensors_format(m, s->first_tensor, s->end_tensor, of->dtype, &f->header, err) ||
-            begin_file(w, name, s, f, err))
-            return -1;
-    }
+static int list_parts(struct ckpt_writer *w, struct err *err) {
+    w->part = calloc(w->parts, sizeof *w->part);
+    if (!w->part) return err_set(err, ERR_MEMORY, "%s: out of memory for %u parts", w->prefix, w->parts);
+    for (uint32_t i = 0; i < w->files; i++)
+        for (uint32_t k = 0; k < w->file[i].parts; k++)
+            w->part[w->file[i].first_part + k] = (struct shared){&w->file[i], k, TURN_OPEN};
     return 0;
+}
+
+static int begin_files(struct ckpt_writer *w, bool shared, struct err *err) {
+    shared = shared && w->store->ops->upload_share;
+    for (uint32_t i = 0; i < w->files; i++) {
+        struct file *f = &w->file[i];
+        f->of = &w->image->file[i];
+        if (add_object(w, f->of->name, f->of->bytes, err)) return -1;
+        object_name(w->prefix, f->of->name, f->name);
+        f->upload = w->store->ops->upload_begin(w->store, f->name, f->of->bytes, err);
+        if (!f->upload) return -1;
+        if (shared) f->parts = w->store->ops->upload_share(f->upload);
+        f->first_part = w->parts;
+        w->parts += f->parts;
+        if (w->store->ops->upload_put(f->upload, 0, f->of->header.data, f->of->header.length, err)) return -1;
+    }
+    return w->parts ? list_parts(w, err) : 0;
 }
 
 /* Take over *blob, whose making gave `failed`. */
@@ -478,17 +591,8 @@ static int add_genesis(struct ckpt_writer *w, const struct ckpt_meta *meta, stru
     return add_small(w, "genesis.bin", 0, &b, err);
 }
 
-static int add_indices(struct ckpt_writer *w, const struct hf_shard *shards, struct err *err) {
-    static const char *const names[] = {"model.safetensors.index.json", "anchor.safetensors.index.json",
-                                        "momentum.safetensors.index.json"};
-    struct layout l[3];
-    uint32_t n = layout(w->weights, l);
-    for (uint32_t i = 0; i < n; i++) {
-        struct ckpt_blob b = {0};
-        int r = hf_index_format(w->genesis.model, l[i].stem, l[i].dtype, shards, w->shards, &b, err);
-        if (add_small(w, names[n == 3 ? i : 2 * i], r, &b, err)) return -1;
-    }
-    return 0;
+static int add_index(void *w, const char *name, int failed, const struct ckpt_blob *blob, struct err *err) {
+    return add_small(w, name, failed, blob, err);
 }
 
 /* Of "bytes" it is made here; that of another one lies with the corpus, and the caller may have it. */
@@ -507,18 +611,17 @@ static int add_tokenizer(struct ckpt_writer *w, const struct ckpt_meta *meta, st
                      hf_tokenizer_config_format(w->genesis.model, name, &b, err), &b, err);
 }
 
-static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta,
-                             const struct hf_shard *shards, struct err *err) {
+static int add_small_objects(struct ckpt_writer *w, const struct ckpt_meta *meta, struct err *err) {
     const struct msg_model *m = w->genesis.model;
     struct ckpt_blob b = {0};
     return add_genesis(w, meta, err) ||
            add_small(w, "ledger.bin", ledger_format(meta->ledger, meta->ledger_count, &b, err), &b, err) ||
            add_cursor(w, meta, err) ||
            add_small(w, "config.json",
-                     hf_config_format(m, w->file[0].dtype, w->genesis.init_std, &b, err), &b, err) ||
+                     hf_config_format(m, w->file[0].of->dtype, w->genesis.init_std, &b, err), &b, err) ||
            add_small(w, "generation_config.json", hf_generation_config_format(&b, err), &b, err) ||
            add_tokenizer(w, meta, err) ||
-           add_indices(w, shards, err)
+           image_indices(w->image, m, w->weights, add_index, w, err)
                ? -1 : 0;
 }
 
@@ -550,22 +653,19 @@ static int take_meta(struct ckpt_writer *w, const struct ckpt_meta *meta, struct
 
 static int begin(struct ckpt_writer *w, const struct ckpt_meta *meta, uint64_t shard_bytes,
                  struct err *err) {
-    struct hf_shard *shards = NULL;
-    if (take_meta(w, meta, err) ||
-        hf_shards(w->genesis.model, shard_bytes ? shard_bytes : CKPT_SHARD_BYTES, &shards, &w->shards, err))
-        return -1;
-    struct layout l[3];
     w->weights = meta->weights;
-    w->files = layout(w->weights, l) * w->shards;
+    if (take_meta(w, meta, err) ||
+        !(w->image = ckpt_image_create(w->genesis.model, w->weights, shard_bytes, err)))
+        return -1;
+    w->files = w->image->files;
     w->file = calloc(w->files, sizeof *w->file);
     w->manifest.object = calloc(CKPT_OBJECTS_MAX, sizeof *w->manifest.object);
     int r = -1;
     if (!w->file || !w->manifest.object) err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
     else if (getrandom(w->claim, sizeof w->claim, 0) != CLAIM_BYTES) err_set_errno(err, "getrandom");
     else if ((w->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) err_set_errno(err, "eventfd");
-    else r = (!w->store->remote && clear_folder(w, err)) || begin_files(w, shards, err) ||
-             add_small_objects(w, meta, shards, err) || start_worker(w, err) ? -1 : 0;
-    free(shards);
+    else r = (!w->store->remote && clear_folder(w, err)) || begin_files(w, meta->shared, err) ||
+             add_small_objects(w, meta, err) || start_worker(w, err) ? -1 : 0;
     return r;
 }
 
@@ -601,8 +701,9 @@ void ckpt_writer_destroy(struct ckpt_writer *w) {
     }
     remove_everything(w);
     for (uint32_t i = 0; i < w->small_count; i++) free(w->small[i].blob.data);
-    for (uint32_t i = 0; w->file && i < w->files; i++) free(w->file[i].header.data);
     free(w->file);
+    free(w->part);
+    ckpt_image_destroy(w->image);
     free(w->taken);
     free(w->narrow);
     free(w->manifest_bytes.data);
@@ -665,17 +766,17 @@ bool ckpt_writer_wants(const struct ckpt_writer *w, uint64_t first, uint64_t n) 
 /* The part of elements [first, first + n) that lies in f, as f's dtype. */
 static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint64_t n, const void *values,
                     struct err *err) {
-    size_t width = safetensors_width(f->dtype);
-    uint64_t from = first > f->first ? first : f->first;
-    uint64_t end = first + n < f->first + f->count ? first + n : f->first + f->count;
+    size_t width = safetensors_width(f->of->dtype);
+    uint64_t from = first > f->of->first ? first : f->of->first;
+    uint64_t end = first + n < f->of->first + f->of->count ? first + n : f->of->first + f->of->count;
     if (from >= end) return 0;
-    if (w->store->ops->upload_put(f->upload, f->header.length + (from - f->first) * width,
+    if (w->store->ops->upload_put(f->upload, f->of->header.length + (from - f->of->first) * width,
                                   (const uint8_t *)values + (from - first) * width,
                                   (size_t)(end - from) * width, err))
         return -1;
     pthread_mutex_lock(&w->mutex);
-    f->dirty_bytes += (end - from) * width;
-    if (most_dirty(w)) pthread_cond_broadcast(&w->changed);
+    if (!w->parts) f->dirty_bytes += (end - from) * width;
+    if (w->parts || most_dirty(w)) pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->mutex);
     return 0;
 }
@@ -685,8 +786,8 @@ static int put_all(struct ckpt_writer *w, uint64_t first, size_t n, const float 
     if (w->weights == CKPT_BF16) safetensors_narrow(anchor, w->narrow, n);
     for (uint32_t i = 0; i < w->files; i++) {
         struct file *f = &w->file[i];
-        const void *values = f->dtype == SAFETENSORS_BF16 ? w->narrow
-                           : f->momentum                  ? (const void *)momentum : anchor;
+        const void *values = f->of->dtype == SAFETENSORS_BF16 ? w->narrow
+                           : f->of->momentum                  ? (const void *)momentum : anchor;
         if (put_part(w, f, first, n, values, err)) return -1;
     }
     return 0;
@@ -775,6 +876,37 @@ enum ckpt_state ckpt_writer_poll(struct ckpt_writer *w, struct err *err) {
     if (state == CKPT_FAILED && err) *err = w->failure;
     pthread_mutex_unlock(&w->mutex);
     return state;
+}
+
+bool ckpt_writer_note(struct ckpt_writer *w, struct ckpt_note *out) {
+    pthread_mutex_lock(&w->mutex);
+    bool any = w->note_count > 0;
+    if (any) {
+        *out = w->note[w->note_first];
+        w->note_first = (w->note_first + 1) % NOTES_MAX;
+        w->note_count--;
+        pthread_cond_broadcast(&w->changed);
+    }
+    pthread_mutex_unlock(&w->mutex);
+    return any;
+}
+
+void ckpt_writer_settle(struct ckpt_writer *w, uint32_t number, bool done) {
+    pthread_mutex_lock(&w->mutex);
+    if (number < w->parts && w->part[number].turn == TURN_THEIRS) {
+        w->part[number].turn = done ? TURN_OVER : TURN_OURS;
+        w->with_others--;
+        pthread_cond_broadcast(&w->changed);
+    }
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void ckpt_writer_alone(struct ckpt_writer *w) {
+    pthread_mutex_lock(&w->mutex);
+    w->alone = true;
+    w->with_others = 0;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->mutex);
 }
 
 const void *ckpt_writer_manifest(const struct ckpt_writer *w, size_t *length) {

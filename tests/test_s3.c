@@ -43,6 +43,34 @@ static const char *write_file(const char *name, const char *text) {
     return path;
 }
 
+/* ---- signed URLs ------------------------------------------------------------------------------------ */
+
+/* The example in AWS' manual, "Authenticating Requests: Using Query Parameters". */
+static void a_url_is_signed_as_in_the_manual(void **state) {
+    (void)state;
+    struct s3_config c = {.bucket = "examplebucket", .endpoint = "https://s3.amazonaws.com", .region = "us-east-1",
+                          .key = "AKIAIOSFODNN7EXAMPLE", .secret = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"};
+    struct s3_presign p = {.method = HTTP_GET, .name = "test.txt", .expires_s = 86400};
+    char url[2048];
+    struct err err = {0};
+    if (s3_presign(&c, &p, 1369353600, url, sizeof url, &err)) fail_msg("%s", err.msg);
+    assert_string_equal(url, "https://examplebucket.s3.amazonaws.com/test.txt?X-Amz-Algorithm=AWS4-HMAC-SHA256"
+                             "&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F20130524%2Fus-east-1%2Fs3%2Faws4_request"
+                             "&X-Amz-Date=20130524T000000Z&X-Amz-Expires=86400&X-Amz-SignedHeaders=host"
+                             "&X-Amz-Signature=aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404");
+    assert_null(strstr(url, c.secret));
+    /* The port that goes without saying is in no Host header. */
+    char other[2048];
+    snprintf(c.endpoint, sizeof c.endpoint, "https://s3.amazonaws.com:443");
+    assert_int_equal(s3_presign(&c, &p, 1369353600, other, sizeof other, &err), 0);
+    assert_string_equal(strstr(other, "Signature="), strstr(url, "Signature="));
+    assert_int_equal(s3_presign(&c, &p, 1369353600, other, strlen(url), &err), -1);
+    assert_int_equal(err.code, ERR_CONFIG);
+    c.key[0] = 0;
+    assert_int_equal(s3_presign(&c, &p, 1369353600, other, sizeof other, &err), -1);
+    assert_int_equal(err.code, ERR_REFUSED);
+}
+
 /* ---- URLs ------------------------------------------------------------------------------------------- */
 
 static void a_url_says_bucket_prefix_and_settings(void **state) {
@@ -634,6 +662,7 @@ static void a_store_that_is_away_is_not_an_empty_one(void **state) {
 int main(void) {
 #define CLEAN(f) cmocka_unit_test_setup(f, clean)
     const struct CMUnitTest tests[] = {
+        CLEAN(a_url_is_signed_as_in_the_manual),
         CLEAN(a_url_says_bucket_prefix_and_settings),
         CLEAN(a_url_that_means_nothing_is_refused),
         CLEAN(a_key_in_a_url_is_refused_and_not_repeated),

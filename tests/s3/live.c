@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include <cmocka.h>
+#include <openssl/evp.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -243,6 +244,113 @@ static void what_is_given_up_is_gone(void **state) {
     s->ops->close(s);
 }
 
+/* ---- parts that others send ------------------------------------------------------------------------------- */
+
+#define SHARED_BYTES (2 * PART + 777)
+#define OBJECT "shared/tensors"
+
+/* An upload of three parts, all put, none sent. */
+static struct ckpt_upload *begin_shared(struct ckpt_store *s, const uint8_t *bytes) {
+    struct err err = {0};
+    must(object_remove_all(s, "shared", &err));
+    struct ckpt_upload *u = s->ops->upload_begin(s, OBJECT, SHARED_BYTES, &err);
+    if (!u) fail_msg("%s", err.msg);
+    assert_int_equal(s->ops->upload_share(u), 3);
+    must(s->ops->upload_put(u, 0, bytes, SHARED_BYTES, &err));
+    must(s->ops->upload_sync(u, &err));
+    return u;
+}
+
+static void is_the_object(struct ckpt_store *s, const uint8_t *bytes) {
+    struct err err = {0};
+    struct ckpt_object o;
+    uint8_t *got = calloc(1, SHARED_BYTES);
+    must(s->ops->stat(s, OBJECT, &o, &err));
+    assert_int_equal(o.bytes, SHARED_BYTES);
+    must(object_get(s, OBJECT, 0, got, SHARED_BYTES, &err));
+    assert_memory_equal(got, bytes, SHARED_BYTES);
+    free(got);
+}
+
+/* Members send two of three parts, the third nobody: the object is whole, and each of them can be read again. */
+static void parts_that_others_sent_make_the_object(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_part part;
+    struct ckpt_store *s = open_store("parts");
+    struct ckpt_courier *c = ckpt_courier_create(&err);
+    uint8_t *bytes = random_bytes(SHARED_BYTES), *room = malloc(PART);
+    struct ckpt_upload *u = begin_shared(s, bytes);
+    for (uint32_t i = 0; i < 3; i += 2) {
+        must(s->ops->upload_offer(u, i, &part, &err));
+        assert_int_equal(part.offset, i * PART);
+        must(ckpt_part_matches(&part, bytes + part.offset, &err));
+        must(ckpt_courier_send(c, &part, bytes + part.offset, &err));
+        must(ckpt_courier_send(c, &part, bytes + part.offset, &err)); /* an answer was lost */
+    }
+    must(s->ops->upload_complete(u, &err));
+    is_the_object(s, bytes);
+    for (uint32_t i = 0; i < 3; i++) {
+        struct err wrong = {0};
+        must(s->ops->upload_check(u, i, &part, &err));
+        must(ckpt_courier_check(c, &part, room, &err));
+        assert_memory_equal(room, bytes + part.offset, part.bytes);
+        part.sha256[5] ^= 1;
+        assert_int_equal(ckpt_courier_check(c, &part, room, &wrong), -1);
+        assert_int_equal(wrong.code, ERR_CORRUPT);
+    }
+    s->ops->upload_destroy(u);
+    ckpt_courier_destroy(c);
+    free(bytes);
+    free(room);
+    s->ops->close(s);
+}
+
+/* A URL is good for one part of one upload, and for its very bytes; once the upload is complete, for nothing. */
+static void a_url_takes_the_bytes_it_was_made_for_and_no_others(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_part part, bad;
+    if (!full_bucket) skip(); /* between us and the server is something that fails of itself */
+    struct ckpt_store *s = open_store("bound");
+    struct ckpt_courier *c = ckpt_courier_create(&err);
+    uint8_t *bytes = random_bytes(SHARED_BYTES), *other = random_bytes(SHARED_BYTES);
+    other[100] ^= 1;
+    struct ckpt_upload *u = begin_shared(s, bytes);
+    must(s->ops->upload_offer(u, 0, &part, &err));
+    must_fail(ckpt_courier_send(c, &part, other, &err), err.code, "the store answers 4"); /* other bytes */
+    bad = part;
+    EVP_Digest(other, (size_t)bad.bytes, bad.sha256, NULL, EVP_sha256(), NULL);
+    must_fail(ckpt_courier_send(c, &bad, other, &err), ERR_REFUSED, "403"); /* and their own digest */
+    bad = part;
+    bad.bytes--;
+    must_fail(ckpt_courier_send(c, &bad, bytes, &err), ERR_REFUSED, "403"); /* fewer of them */
+    bad = part;
+    *strstr(bad.url, "partNumber=1") = 'q';
+    must_fail(ckpt_courier_send(c, &bad, bytes, &err), ERR_REFUSED, "403");
+    bad = part;
+    strstr(bad.url, "partNumber=1")[11] = '2'; /* another part */
+    must_fail(ckpt_courier_send(c, &bad, bytes, &err), ERR_REFUSED, "403");
+    clock_off = -2 * 3600; /* one that was signed two hours ago, for one */
+    must(s->ops->upload_offer(u, 0, &bad, &err));
+    clock_off = 0;
+    must_fail(ckpt_courier_send(c, &bad, bytes, &err), ERR_REFUSED, "403");
+    must(ckpt_courier_send(c, &part, bytes, &err));
+    must(s->ops->upload_complete(u, &err));
+    is_the_object(s, bytes);
+    /* Who has kept its URL. */
+    must_fail(ckpt_courier_send(c, &part, bytes, &err), ERR_REFUSED, "404");
+    must_fail(ckpt_courier_send(c, &part, other, &err), err.code, "the store answers 4");
+    strstr(part.url, "partNumber=")[11] = '9';
+    must_fail(ckpt_courier_send(c, &part, other, &err), err.code, "the store answers 4");
+    is_the_object(s, bytes);
+    s->ops->upload_destroy(u);
+    ckpt_courier_destroy(c);
+    free(bytes);
+    free(other);
+    s->ops->close(s);
+}
+
 /* A list has pages of a thousand. */
 static void a_long_list_is_whole(void **state) {
     (void)state;
@@ -316,6 +424,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(an_upload_in_pieces_is_the_object),
         cmocka_unit_test(an_upload_never_replaces_an_object),
         cmocka_unit_test(what_is_given_up_is_gone),
+        cmocka_unit_test(parts_that_others_sent_make_the_object),
+        cmocka_unit_test(a_url_takes_the_bytes_it_was_made_for_and_no_others),
         cmocka_unit_test(a_long_list_is_whole),
         cmocka_unit_test(mistakes_are_told_apart),
         cmocka_unit_test(a_full_store_says_so),
