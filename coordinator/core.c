@@ -121,6 +121,7 @@ void core_destroy(struct core *c) {
     core_forget_plan(&c->resum.plan);
     core_forget_inquiries(c);
     core_forget_takeover(c, 0);
+    core_share_end(c, NULL);
     proto_copy_release(RECORD_genesis, &c->genesis);
     interval_release(&c->spent);
     interval_release(&c->leased_at_load);
@@ -171,6 +172,7 @@ static void move_deadlines(struct core *c, uint64_t gap) {
     }
     for (uint32_t i = 0; i < CORE_INQUIRIES_MAX; i++)
         if (c->inquiries[i].deadline_ms) c->inquiries[i].deadline_ms += gap;
+    for (uint32_t i = 0; i < c->share.job_count; i++) c->share.jobs[i].since_ms += gap;
     c->resum.plan.deadline_ms += gap;
 }
 
@@ -206,6 +208,7 @@ static void on_tick(struct core *c, uint64_t now_ms, struct core_actions *out) {
     core_check_takeover(c, now_ms, out);
     core_check_inquiries(c, now_ms, out);
     core_check_resum(c, now_ms, out);
+    core_check_share(c, now_ms, out);
 }
 
 static void on_pause(struct core *c, bool paused, struct core_actions *out) {
@@ -273,6 +276,8 @@ static void on_member_message(struct core *c, struct conn *k, const struct core_
     case MSG_ACCUSE: core_on_accuse(c, m, &ev->frame, ev->msg, now_ms, out); break;
     case MSG_ROOT: core_on_root(c, m, ev->msg, now_ms, out); break;
     case MSG_STATE_LEAVES: core_on_state_leaves(c, m, ev->msg, now_ms, out); break;
+    case MSG_CHECKPOINT_PART: core_on_checkpoint_part(c, m, ev->msg, now_ms, out); break;
+    case MSG_CHECKPOINT_PART_DONE: core_on_checkpoint_part_done(c, m, ev->msg, now_ms, out); break;
     case MSG_CHECKPOINT_SIGN: core_on_checkpoint_sign(c, m, ev->msg, out); break;
     case MSG_CHECKPOINT_DONE: core_on_checkpoint_done(c, m, ev->msg, now_ms, out); break;
     case MSG_LEAVE: on_leave(c, m, ev->msg, out); break;

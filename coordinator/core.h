@@ -195,6 +195,7 @@ enum core_fault {
     CORE_FAULT_TIMERS_BEFORE_INPUT,        /* after a stop of its own it judges silence at once */
     CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN,/* a claim that another fragment's commit spent is spent again */
     CORE_FAULT_WEIGHT_ZERO_COMMITS,        /* a chunk summed from nobody is committed */
+    CORE_FAULT_CHECKS_OWN_PARTS,           /* who sent a part of a checkpoint looks at it, too */
     CORE_FAULT_REWIND_KEEPS_SPENT          /* samples of undone commits are not handed out again */
 };
 extern enum core_fault core_fault;

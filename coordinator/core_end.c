@@ -55,7 +55,8 @@ static void try_checkpoint(struct core *c, struct core_actions *out) {
                                        .tokens_committed = s->tokens_committed,
                                        .spent = c->spent.list,
                                        .spent_count = c->spent.count,
-                                       .bf16 = c->checkpoint_bf16};
+                                       .bf16 = c->checkpoint_bf16,
+                                       .shared = core_share_begin(c, s, out)};
     core_log(out, CORE_INFO, "checkpoint of ledger %llu begins", (unsigned long long)s->index);
     core_send(out, own, MSG_CHECKPOINT_WRITE, 0, &msg);
     c->checkpoint_writing = s->index;
@@ -80,6 +81,11 @@ static const struct state *state_of_checkpoint(struct core *c, struct member *m,
 void core_on_checkpoint_sign(struct core *c, struct member *m,
                              const struct msg_checkpoint_sign *msg, struct core_actions *out) {
     if (!state_of_checkpoint(c, m, msg->index, "CHECKPOINT_SIGN", out)) return;
+    if (msg->index == c->share.index && !core_share_is_checked(c)) {
+        core_close(c, out, m->conn, ERR_PROTOCOL, false, "CHECKPOINT_SIGN while parts that members sent have not "
+                   "been looked at");
+        return;
+    }
     core_emit_sign(out, m, msg);
 }
 
@@ -108,6 +114,7 @@ void core_on_checkpoint_done(struct core *c, struct member *m,
     char url[PROTO_URL_BYTES_MAX + 1];
     if (!s) return;
     if (c->checkpoint_writing == msg->index) c->checkpoint_writing = 0;
+    if (c->share.index == msg->index) core_share_end(c, out);
     if (!msg->written || core_is_behind(c)) {
         checkpoint_failed(c, msg, now_ms, out);
         return;

@@ -18,6 +18,7 @@
  *   core_resum.c      committed results that nobody holds any more
  *   core_roots.c      who has which state; donors, settled rounds
  *   core_referee.c    two members' states differ: which chunks, and whose are wrong
+ *   core_share.c      parts of a checkpoint: who sends, who looks at them
  *   core_end.c        checkpoints, and the end of the run
  *
  * Pointers to members are stable for the life of the core; nothing else is. */
@@ -173,6 +174,27 @@ struct conn {
     bool showing; /* was asked for the entries that we lack */
 };
 
+/* A checkpoint whose parts members send and look at. */
+#define CORE_HELPERS_MAX 32u
+#define CORE_SHARE_JOBS_MAX 256u /* offered and not answered */
+struct share_job {
+    struct msg_checkpoint_part msg; /* deep copy */
+    uint32_t member;
+    uint64_t since_ms, tried; /* tried: bits by helper */
+};
+struct share_part {
+    uint32_t sent_by; /* a member, or 0: the writer itself */
+    bool checked;
+};
+struct share {
+    uint64_t index; /* of the state; 0: nothing is shared */
+    uint32_t helper[CORE_HELPERS_MAX], helpers;
+    struct share_job jobs[CORE_SHARE_JOBS_MAX];
+    uint32_t job_count;
+    struct share_part *part; /* owned */
+    uint32_t part_count, part_capacity;
+};
+
 /* The vector after so many commits; states[0] is the initial one. Every commit and rewind makes one. */
 struct state {
     uint64_t index; /* of the ledger entry, 0 for the initial state */
@@ -315,6 +337,7 @@ struct core {
     uint64_t checkpoint_due, checkpoint_writing,
         checkpoint_last; /* ledger indices of states; 0 = none */
     bool checkpoint_bf16;
+    struct share share;
     uint64_t complete_ms, checkpoint_retry_ms;
     uint32_t checkpoint_tries;
 
@@ -637,6 +660,21 @@ bool core_vote(struct core *c, struct member *m, uint64_t index, const struct di
                uint64_t now_ms, struct core_actions *out);
 void core_check_inquiries(struct core *c, uint64_t now_ms, struct core_actions *out);
 void core_forget_inquiries(struct core *c);
+
+/* ---- core_share.c --------------------------------------------------------------------------- */
+
+/* Who is at this state keeps it, each some of it. False: nobody helps, or the store is a folder. */
+bool core_share_begin(struct core *c, const struct state *s, struct core_actions *out);
+/* Nothing more is asked of anybody. out NULL: nor is anybody told. */
+void core_share_end(struct core *c, struct core_actions *out);
+void core_on_checkpoint_part(struct core *c, struct member *m, const struct msg_checkpoint_part *msg,
+                             uint64_t now_ms, struct core_actions *out);
+void core_on_checkpoint_part_done(struct core *c, struct member *m, const struct msg_checkpoint_part_done *msg,
+                                  uint64_t now_ms, struct core_actions *out);
+/* Whose part is late, or who is gone: to others. */
+void core_check_share(struct core *c, uint64_t now_ms, struct core_actions *out);
+/* Has every part that a member sent been looked at by another? */
+bool core_share_is_checked(const struct core *c);
 
 /* ---- core_end.c ----------------------------------------------------------------------------- */
 

@@ -338,5 +338,6 @@ void core_on_hello(struct core *c, struct conn *k, const struct msg_hello *msg, 
     if (core_is_own(c, m) && c->checkpoint_writing) { /* its writer may have died with it */
         c->checkpoint_due = c->checkpoint_writing;
         c->checkpoint_writing = 0;
+        core_share_end(c, out); /* one that lives goes on alone */
     }
 }

@@ -111,7 +111,10 @@ static int set_up_sync(struct agent *a, struct err *err) {
     a->checkpoint = checkpoint_create(a->base, a->elements, a->genesis.outer->chunk_elements, tokenizer,
                                       &agent_checkpoint_ops, a);
     if (!a->checkpoint) return err_set(err, ERR_MEMORY, "no memory for checkpoints");
-    sync_set_before_change(a->sync, checkpoint_before_change, a->checkpoint);
+    a->carrier = carrier_create(a->base, a->genesis.model, a->elements, a->genesis.outer->chunk_elements,
+                                a->home.path, agent_on_part_done, a);
+    if (!a->carrier) return err_set(err, ERR_MEMORY, "no memory for parts of checkpoints");
+    sync_set_before_change(a->sync, agent_before_change, a);
     return 0;
 }
 
@@ -380,6 +383,7 @@ static void free_event(struct event *ev) {
 static void tear_down(struct agent *a) {
     keeper_destroy(a->keeper);
     checkpoint_destroy(a->checkpoint);
+    carrier_destroy(a->carrier);
     peers_destroy(a->peers);
     uplink_destroy(a->uplink);
     if (a->sync) sync_destroy(a->sync);

@@ -147,6 +147,10 @@ static void perform(struct agent *a, const struct sync_action *act) {
                          (struct proto_bytes){ a->run.genesis, a->run.genesis_bytes }, act->msg);
         break;
     case SYNC_ACT_CHECKPOINT_SIGNED: perform_signed(a, act); break;
+    case SYNC_ACT_CHECKPOINT_PART_DONE: checkpoint_settle(a->checkpoint, act->msg); break;
+    case SYNC_ACT_CHECKPOINT_ALONE: checkpoint_alone(a->checkpoint); break;
+    case SYNC_ACT_CHECKPOINT_KEEP: carrier_keep(a->carrier, a->sync, act->msg); break;
+    case SYNC_ACT_CHECKPOINT_PART: carrier_part(a->carrier, act->msg); break;
     case SYNC_ACT_BYE: on_bye_action(a, act); break;
     case SYNC_ACT_LOG: console_say(a->console, act->level, "sync", "%s", act->text); break;
     }
@@ -276,5 +280,26 @@ static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest
                                   .manifest_digest = *manifest, .text = text });
 }
 
-const struct checkpoint_ops agent_checkpoint_ops = { .on_manifest = on_manifest,
+static void on_note(void *arg, uint64_t index, const struct ckpt_note *n, uint32_t chunk) {
+    bool looked = n->kind == CKPT_NOTE_LOOKED;
+    struct msg_checkpoint_part_done done = { .index = index, .part = n->number, .check = 1, .done = 1 };
+    struct msg_checkpoint_part part = { .index = index, .part = n->number, .check = n->kind == CKPT_NOTE_CHECK,
+                                        .chunk = chunk, .object = proto_str(n->object), .offset = n->part.offset,
+                                        .bytes = (uint32_t)n->part.bytes, .url = proto_str(n->part.url) };
+    memcpy(part.sha256.b, n->part.sha256, sizeof part.sha256.b);
+    agent_feed(arg, &(struct sync_event){ .type = looked ? SYNC_EV_CHECKPOINT_PART : SYNC_EV_CHECKPOINT_OFFER,
+                                          .msg = looked ? (const void *)&done : &part });
+}
+
+void agent_on_part_done(void *agent, const struct msg_checkpoint_part_done *done) {
+    agent_feed(agent, &(struct sync_event){ .type = SYNC_EV_CHECKPOINT_PART, .msg = done });
+}
+
+void agent_before_change(void *agent, uint32_t chunk) {
+    struct agent *a = agent;
+    checkpoint_before_change(a->checkpoint, chunk);
+    carrier_before_change(a->carrier, chunk);
+}
+
+const struct checkpoint_ops agent_checkpoint_ops = { .on_manifest = on_manifest, .on_note = on_note,
                                                             .on_done = on_checkpoint_done };

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "node/agent.h"
+#include "node/carrier.h"
 #include "node/checkpoint.h"
 #include "node/console.h"
 #include "node/disk.h"
@@ -43,6 +44,7 @@ struct agent {
     struct peers *peers;
     struct keeper *keeper;      /* NULL: this node does not train */
     struct checkpoint *checkpoint;
+    struct carrier *carrier;
     struct sync_actions actions;
     bool stepping;              /* inside sync_step or its actions */
     bool trainer_up, cut;       /* cut: sync asked to disconnect */
@@ -66,6 +68,8 @@ void agent_on_work(evutil_socket_t fd, short what, void *arg);
 extern const struct keeper_ops agent_keeper_ops;
 extern const struct peers_ops agent_peers_ops;
 extern const struct checkpoint_ops agent_checkpoint_ops;
+void agent_on_part_done(void *agent, const struct msg_checkpoint_part_done *done);
+void agent_before_change(void *agent, uint32_t chunk);
 
 /* agent.c: end in order; with an error, of which the first one counts. Only sets things in motion,
  * so it may be called from anywhere. */

@@ -113,13 +113,21 @@ static void on_published(struct checkpoint *c) {
     c->ops->on_done(c->arg, true, &c->manifest, where);
 }
 
+/* What was said before the state changed is told before it. */
+static void tell_notes(struct checkpoint *c) {
+    struct ckpt_note n;
+    while (ckpt_writer_note(c->writer, &n)) c->ops->on_note(c->arg, c->index, &n, (uint32_t)(n.first / c->chunk_elements));
+}
+
 static void on_ready(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
     struct checkpoint *c = arg;
     struct err err = {0};
     size_t length;
     const void *manifest;
-    switch (ckpt_writer_poll(c->writer, &err)) {
+    enum ckpt_state state = ckpt_writer_poll(c->writer, &err);
+    tell_notes(c);
+    switch (state) {
     case CKPT_UNSIGNED:
         manifest = ckpt_writer_manifest(c->writer, &length);
         c->manifest = digest_of(manifest, length);
@@ -129,6 +137,14 @@ static void on_ready(evutil_socket_t fd, short what, void *arg) {
     case CKPT_FAILED: fail(c, &err); break;
     case CKPT_TAKING: case CKPT_FINISHING: case CKPT_PUBLISHING: break;
     }
+}
+
+void checkpoint_settle(struct checkpoint *c, const struct msg_checkpoint_part_done *msg) {
+    if (c->writer && msg->index == c->index) ckpt_writer_settle(c->writer, msg->part, msg->done);
+}
+
+void checkpoint_alone(struct checkpoint *c) {
+    if (c->writer) ckpt_writer_alone(c->writer);
 }
 
 void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,
@@ -203,7 +219,7 @@ static int begin(struct checkpoint *c, struct proto_bytes genesis,
     char url[PROTO_URL_BYTES_MAX + 1], where[PROTO_URL_BYTES_MAX + 1];
     struct ckpt_meta meta = { .index = msg->index, .state_root = msg->root, .round = msg->round,
                               .tokens_committed = msg->tokens_committed, .spent = msg->spent,
-                              .spent_count = msg->spent_count, .genesis = genesis,
+                              .spent_count = msg->spent_count, .genesis = genesis, .shared = msg->shared,
                               .weights = msg->bf16 ? CKPT_BF16 : CKPT_FP32 };
     proto_str_copy(msg->url, where, sizeof where);
     ckpt_store_url(where, msg->index, url);

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "ckpt/ckpt.h"
 #include "node/sync.h"
 #include "node/uplink.h"
 #include "proto/proto.h"
@@ -17,6 +18,9 @@ struct checkpoint;
 struct checkpoint_ops {
     /* The manifest must be signed: answer with checkpoint_signed(). */
     void (*on_manifest)(void *arg, const void *manifest, size_t length);
+    /* A part that others may send or look at, whose first element is in `chunk`, or one that was looked at here.
+     * The former is answered with checkpoint_settle(). */
+    void (*on_note)(void *arg, uint64_t index, const struct ckpt_note *note, uint32_t chunk);
     /* The end: ok, or why not (text, one line: "no space left ..."). manifest: digest of its bytes,
      * zero if not ok. */
     void (*on_done)(void *arg, bool ok, const struct digest *manifest, const char *text);
@@ -40,6 +44,10 @@ void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_b
 
 /* The hook for sync_set_before_change(): saves the chunk if it is still to be written. */
 void checkpoint_before_change(void *checkpoint, uint32_t chunk);
+
+/* What became of a part; and: nobody answers for parts any more. */
+void checkpoint_settle(struct checkpoint *c, const struct msg_checkpoint_part_done *msg);
+void checkpoint_alone(struct checkpoint *c);
 
 /* The manifest was signed under `term` by the coordinator that showed `w`. */
 void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,

@@ -177,6 +177,7 @@ static void forget_connection(struct sync *s) {
     s->session = 0;
     s->leases.known = s->leases.asked = false;
     s->state.told = false;
+    if (s->checkpoint.open) sync_act(s, SYNC_ACT_CHECKPOINT_ALONE);
     for (uint32_t f = 0; f < s->fragment_count; f++) s->contribution[f].announced = false;
 }
 
@@ -389,6 +390,24 @@ static void on_checkpoint_signed(struct sync *s, const struct msg_checkpoint_sig
     act_message(s, SYNC_ACT_CHECKPOINT_SIGNED, MSG_CHECKPOINT_SIGNED, 0, msg);
 }
 
+/* Parts that others send of what we write, and that we send of what another writes, are the agent's: the bytes are
+ * those of the state at that index, which it keeps. */
+static void on_checkpoint_keep(struct sync *s, const struct msg_checkpoint_keep *msg) {
+    bool here = s->state.whole && s->state.index == msg->index && digest_equal(&s->state.root, &msg->root);
+    if (here || !msg->chunks_count) act_message(s, SYNC_ACT_CHECKPOINT_KEEP, MSG_CHECKPOINT_KEEP, 0, msg);
+}
+
+static void on_checkpoint_part_done(struct sync *s, const struct msg_checkpoint_part_done *msg) {
+    if (s->checkpoint.open && msg->index == s->checkpoint.index)
+        act_message(s, SYNC_ACT_CHECKPOINT_PART_DONE, MSG_CHECKPOINT_PART_DONE, 0, msg);
+}
+
+static void on_part(struct sync *s, const struct sync_event *ev) {
+    enum proto_type type = ev->type == SYNC_EV_CHECKPOINT_OFFER ? MSG_CHECKPOINT_PART : MSG_CHECKPOINT_PART_DONE;
+    if (s->synced) sync_send(s, type, 0, ev->msg);
+    else if (type == MSG_CHECKPOINT_PART) sync_act(s, SYNC_ACT_CHECKPOINT_ALONE);
+}
+
 /* ---- messages of the coordinator -------------------------------------------------------- */
 
 /* May this frame be acted on? It belongs to this connection's term and session. */
@@ -427,6 +446,9 @@ static int on_message(struct sync *s, const struct frame *f, const void *msg) {
     case MSG_LEDGER_GET: ledger_on_get(s, msg); return 0;
     case MSG_CHECKPOINT_WRITE: on_checkpoint_write(s, msg); return 0;
     case MSG_CHECKPOINT_SIGNED: on_checkpoint_signed(s, msg); return 0;
+    case MSG_CHECKPOINT_KEEP: on_checkpoint_keep(s, msg); return 0;
+    case MSG_CHECKPOINT_PART: act_message(s, SYNC_ACT_CHECKPOINT_PART, MSG_CHECKPOINT_PART, 0, msg); return 0;
+    case MSG_CHECKPOINT_PART_DONE: on_checkpoint_part_done(s, msg); return 0;
     case MSG_BYE: on_bye(s, msg); return 0;
     default:
         sync_log(s, SYNC_DEBUG, "%s from the coordinator ignored", proto_type_name(f->type));
@@ -469,6 +491,8 @@ static int dispatch(struct sync *s, const struct sync_event *ev) {
     case SYNC_EV_TRAINER_MOMENTS: trainer_on_moments(s, ev); return 0;
     case SYNC_EV_TRAINER_DOWN: trainer_on_down(s); return 0;
     case SYNC_EV_CHECKPOINT: on_checkpoint(s, ev); return 0;
+    case SYNC_EV_CHECKPOINT_OFFER:
+    case SYNC_EV_CHECKPOINT_PART: on_part(s, ev); return 0;
     case SYNC_EV_LEAVE: on_leave(s); return 0;
     }
     return 0;

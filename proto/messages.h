@@ -32,6 +32,8 @@
 #define PROTO_MEMBERS_MAX 1024u
 #define PROTO_SET_BYTES_MAX (PROTO_MEMBERS_MAX / 8) /* bitmap over a plan's contributor list */
 #define PROTO_CHUNKS_MAX 65536u         /* of one fragment */
+#define PROTO_PART_BYTES_MAX (1u << 30) /* of an object in a store */
+#define PROTO_PARTS_MAX (1u << 20)      /* of a checkpoint */
 #define PROTO_INIT_SPENT_MAX 4096u      /* ranges of samples that a run begins without */
 #define PROTO_CHUNK_ELEMENTS_MAX (1u << 20)
 #define PROTO_SHARDS_MAX 1024u
@@ -300,14 +302,31 @@
     F(U64, index, 0) F(DIGEST, root, 0) F(BYTES, wrong, PROTO_CHUNKS_MAX / 8) L(address, donors, 16)
 
 /* C->N: write the state at `index` (the newest applied) to url. spent: the data cursor; bf16: the published
- * weights are rounded, with the fp32 anchor beside them. */
+ * weights are rounded, with the fp32 anchor beside them; shared: other members send parts of it. */
 #define FIELDS_checkpoint_write(F, L)                                                              \
     F(U64, index, 0) F(DIGEST, root, 0) F(STR, url, PROTO_URL_BYTES_MAX) F(U64, round, 0)          \
-    F(U64, tokens_committed, 0) L(range, spent, PROTO_CHUNKS_MAX) F(U8, bf16, 1)
+    F(U64, tokens_committed, 0) L(range, spent, PROTO_CHUNKS_MAX) F(U8, bf16, 1) F(U8, shared, 1)
 #define FIELDS_checkpoint_sign(F, L) F(U64, index, 0) F(BYTES, manifest, PROTO_BLOB_BYTES_MAX)
 #define FIELDS_checkpoint_signed(F, L) F(U64, index, 0) F(SIG, signature, 0)
 #define FIELDS_checkpoint_done(F, L)                                                               \
     F(U64, index, 0) F(U8, written, 1) F(DIGEST, manifest, 0) F(STR, text, PROTO_TEXT_BYTES_MAX)
+
+/* C->N, while another member writes the checkpoint of the state at `index`: keep these chunks of it for parts that
+ * will be asked for. None: what was kept for `index` is needed no more. bf16 as in CHECKPOINT_WRITE. */
+#define FIELDS_checkpoint_keep(F, L)                                                               \
+    F(U64, index, 0) F(DIGEST, root, 0) F(U8, bf16, 1) L(range, chunks, 2)
+/* The writer to C: bytes [offset, offset+bytes) of `object` in the checkpoint of `index`, which have this SHA-256,
+ * and whose data begins in `chunk`. check 0: url takes them by PUT; 1: it gives them by GET, and they are to be
+ * looked at. C to a member: do that. part: a number of the writer's, the same for both. */
+#define FIELDS_checkpoint_part(F, L)                                                               \
+    F(U64, index, 0) F(U32, part, PROTO_PARTS_MAX) F(U8, check, 1) F(U32, chunk, PROTO_CHUNKS_MAX) \
+    F(STR, object, 255) F(U64, offset, 0) F(U32, bytes, PROTO_PART_BYTES_MAX) F(DIGEST, sha256, 0) \
+    F(STR, url, 4095)
+/* The answer; C to the writer: done 0 = no member will, do it yourself. The writer to C, check 1: it has looked
+ * at this part itself. */
+#define FIELDS_checkpoint_part_done(F, L)                                                          \
+    F(U64, index, 0) F(U32, part, PROTO_PARTS_MAX) F(U8, check, 1) F(U8, done, 1)                  \
+    F(STR, text, PROTO_TEXT_BYTES_MAX)
 
 #define FIELDS_leave(F, L) F(STR, reason, PROTO_TEXT_BYTES_MAX)
 /* Either side, last on a connection: code is an enum err_code, final 1 = do not come back. */
@@ -386,7 +405,9 @@
     M(LEAVES, leaves, 32) M(WANT, want, 33) M(CHUNK, chunk, 34) M(RESULT_GET, result_get, 35)      \
     M(RESULT_LEAVES, result_leaves, 36) M(RESULT, result, 37) M(STATE_GET, state_get, 38)          \
     M(STATE, state, 39) M(MOMENTS_GET, moments_get, 40) M(MOMENTS, moments, 41) M(NONE, none, 42)  \
-    M(LEDGER_GET, ledger_get, 43) M(LINK, link, 48) M(AFTER, after, 49)
+    M(LEDGER_GET, ledger_get, 43) M(CHECKPOINT_KEEP, checkpoint_keep, 44)                          \
+    M(CHECKPOINT_PART, checkpoint_part, 45) M(CHECKPOINT_PART_DONE, checkpoint_part_done, 46)      \
+    M(LINK, link, 48) M(AFTER, after, 49)
 
 enum ledger_kind {
     LEDGER_GENESIS = 0, LEDGER_DELEGATION = 1, LEDGER_ENROLMENT = 2, LEDGER_REVOCATION = 3,

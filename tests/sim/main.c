@@ -45,6 +45,7 @@ static const struct deliberate faults[] = {
     IN_CORE("timers-before-input", CORE_FAULT_TIMERS_BEFORE_INPUT),
     IN_CORE("spent-again-by-other-fragment", CORE_FAULT_SPENDS_OTHER_FRAGMENT_AGAIN),
     IN_CORE("weight-zero-commits", CORE_FAULT_WEIGHT_ZERO_COMMITS),
+    IN_CORE("checks-own-parts", CORE_FAULT_CHECKS_OWN_PARTS),
     IN_CORE("rewind-keeps-spent", CORE_FAULT_REWIND_KEEPS_SPENT),
     IN_SYNC("divisor-not-corrected", SYNC_FAULT_DIVISOR_NOT_CORRECTED),
     IN_SYNC("plan-number-ignored", SYNC_FAULT_PLAN_NUMBER_IGNORED),

@@ -100,8 +100,12 @@ static void perform_one(struct sim_world *w, struct sim_member *m, struct sync_a
     case SYNC_ACT_TRAINER_MOMENTS_IMPORT: sim_trainer_action(w, m, a); break;
     case SYNC_ACT_CHECKPOINT_BEGIN:
         sim_checkpoint_keep(w, m, ((const struct msg_checkpoint_write *)a->msg)->index);
-        sim_schedule(w, 50 + sim_random(w, 500), SIM_CHECKPOINT, m->slot)->value = 0;
+        sim_share_begin(w, m, a->msg);
         break;
+    case SYNC_ACT_CHECKPOINT_PART_DONE: sim_share_answer(w, m, a->msg); break;
+    case SYNC_ACT_CHECKPOINT_ALONE: sim_share_alone(w, m); break;
+    case SYNC_ACT_CHECKPOINT_KEEP: break;
+    case SYNC_ACT_CHECKPOINT_PART: sim_share_asked(w, m, a->msg); break;
     case SYNC_ACT_CHECKPOINT_SIGNED: sim_schedule(w, 10, SIM_CHECKPOINT, m->slot)->value = 1; break;
     case SYNC_ACT_BYE: on_bye(w, m, a); break;
     case SYNC_ACT_LOG: sim_trace(w, "slot %u: %s", m->slot, a->text); break;
@@ -324,6 +328,7 @@ void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_even
     case SIM_TRAINER_STEP:
     case SIM_TRAINER_REPLY: sim_trainer_event(w, m, e); break;
     case SIM_CHECKPOINT: on_checkpoint(w, m, e->value == 1); break;
+    case SIM_PART: sim_share_event(w, m, e); break;
     default: peer_event(w, m, e);
     }
 }

@@ -10,6 +10,7 @@
  *   trainer.c      the simulated trainer: which samples have an effect in which chunk
  *   disk.c         struct disk in memory, which can die in the middle of a write
  *   faults.c       what goes wrong, and when
+ *   share.c        parts of a checkpoint that members send and look at
  *   rewind.c       checkpoints, and the operator's way back to one
  *   oracle.c       what must always hold of ledger, leases and contributions
  *   oracle_state.c what must always hold of the state, and at the end
@@ -159,6 +160,7 @@ enum sim_kind {
     SIM_TRAINER_UP,
     SIM_TRAINER_REPLY,
     SIM_CHECKPOINT,
+    SIM_PART, /* a member has done what it was asked for of a checkpoint */
     SIM_CORE_START,
     SIM_MEMBER_START,
     SIM_MEMBER_KILL, /* value: how long it stays away */
@@ -226,6 +228,15 @@ struct sim_state { /* a chunk version as the first member that reached it has it
     uint32_t slot;
     float *values; /* anchor, then momentum */
 };
+/* A checkpoint whose parts members send and look at: what the writer waits for, and who did what. */
+#define SIM_PARTS_MAX 6
+struct sim_share {
+    uint64_t index; /* 0: none is written */
+    uint32_t parts, open; /* open: offered and not answered */
+    bool alone;
+    uint64_t sent_by[SIM_PARTS_MAX], seen_by[SIM_PARTS_MAX]; /* bits by slot; the writer is slot 0 */
+};
+
 struct sim_checkpoint {
     uint64_t index;
     float *values; /* anchor, then momentum, of all chunks */
@@ -334,6 +345,7 @@ struct sim_world {
     uint32_t state_count, state_capacity;
     struct sim_checkpoint kept[SIM_CHECKPOINTS_MAX]; /* in the object store */
     uint32_t checkpoints_kept;
+    struct sim_share share;
     uint64_t rewinds[SIM_REWINDS_MAX], rewind_index; /* in the ledger, ascending; the newest, 0 = none */
     uint32_t rewind_count;
     struct sim_audit audits[64]; /* the newest */
@@ -415,6 +427,14 @@ void sim_fault(struct sim_world *w);
 /* Does somebody else whom others can dial have the newest state? */
 bool sim_others_have_head(const struct sim_world *w, const struct sim_member *m);
 void sim_rewind(struct sim_world *w);
+/* share.c: the writer begins, somebody answers, somebody is asked; all of it in events. */
+void sim_share_begin(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_write *msg);
+void sim_share_answer(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part_done *msg);
+void sim_share_alone(struct sim_world *w, struct sim_member *m);
+void sim_share_asked(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part *msg);
+void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim_event *e);
+/* The coordinator signs a manifest: what members sent, others have looked at. */
+void sim_share_signed(struct sim_world *w, uint64_t index);
 void sim_checkpoint_keep(struct sim_world *w, const struct sim_member *m, uint64_t index);
 int sim_checkpoint_load(const struct sim_world *w, const struct sim_member *m,
                         const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,

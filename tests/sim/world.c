@@ -231,7 +231,8 @@ static void choose(struct sim_world *w) {
                                       .corpus_count = 1,
                                       .init_seed = w->seed,
                                       .init_std = 0.02f,
-                                      .checkpoint_url = proto_str("file:///checkpoints"),
+                                      .checkpoint_url = proto_str(w->seed % 2 ? "s3://bucket/checkpoints"
+                                                                              : "file:///checkpoints"),
                                       .init_spent = w->init_spent};
     if (w->seed % 7 != 3 || w->inner.total_tokens < 1u << 30) return; /* it goes on with another run's data */
     w->init_spent[0] = (struct msg_range){w->seed % 3, 1 + w->seed % 5};
