@@ -59,11 +59,13 @@ struct comm {
  * makes it and hands the descriptor down; each then joins. */
 struct comm_shape {
     int tp, dp;          /* >= 1, tp * dp <= COMM_RANKS_MAX */
-    size_t window_bytes; /* of a rank in a group; larger tensors go in pieces of that. 0: 1 MiB */
+    size_t window_bytes; /* of a rank in a group; larger tensors go in pieces of that. 0: COMM_WINDOW_BYTES */
     int poison;          /* fill every window with NaN once its piece was read, so that whoever reads
                           * it later is found; COMM_POISON for what this build's default is */
 };
 #define COMM_RANKS_MAX 64
+#define COMM_WINDOW_BYTES ((size_t)1 << 20)
+#define COMM_WINDOWS(size) (2 * ((size_t)(size) + 1)) /* of a group of that many ranks */
 #define COMM_LOOK_MS 50    /* how often a rank that waits looks whether the others live */
 #define COMM_JOIN_MS 60000 /* ranks that have not joined so long after the first will not */
 #if defined(COMM_DEBUG) || defined(__SANITIZE_ADDRESS__)

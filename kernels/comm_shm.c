@@ -31,7 +31,6 @@
 #include <unistd.h>
 
 #define MAGIC 0x314d4d4f43544e49ull /* "INTCOMM1" in memory */
-#define WINDOW_BYTES ((size_t)1 << 20)
 #define WINDOW_BYTES_MAX ((size_t)64 << 20)
 #define LINE 64u
 #define PAGE 4096u
@@ -106,7 +105,7 @@ struct comm_area {
 static size_t page_up(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 static size_t windows_bytes(const struct comm_shape *s, int size) {
-    return 2 * (size_t)(size + 1) * s->window_bytes;
+    return COMM_WINDOWS(size) * s->window_bytes;
 }
 
 /* Where the windows of group g begin: behind the header, the world's first. */
@@ -453,7 +452,7 @@ static int map(struct comm_area *a, struct err *err) {
 
 static int make(struct comm_area *a, const struct comm_shape *shape, struct err *err) {
     struct comm_shape s = *shape;
-    if (s.window_bytes == 0) s.window_bytes = WINDOW_BYTES;
+    if (s.window_bytes == 0) s.window_bytes = COMM_WINDOW_BYTES;
     if (check_shape(&s, err)) return -1;
     a->bytes = windows_at(&s, 1 + s.dp + s.tp);
     a->fd = memfd_create("intellect-ranks", MFD_CLOEXEC);

@@ -45,31 +45,76 @@ static size_t activation_bytes(const struct layout *l, const struct kernels *k, 
     return model_arena_bytes(l, k, (int)samples, (int)l->model.sequence, (enum model_training)training);
 }
 
-/* As many samples at once as fit; only where not even one does, some of it is computed twice. */
-static void plan_activations(const struct layout *l, const struct kernels *k, uint32_t batch,
+/* As many of `samples` at once as fit; only where not even one does, some of it is computed twice. */
+static void plan_activations(const struct layout *l, const struct kernels *k, uint32_t samples, size_t bytes,
                              struct engine_memory *out) {
-    out->micro_batch = (batch + (uint32_t)l->dp - 1) / (uint32_t)l->dp;
+    out->micro_batch = samples;
     out->training = MODEL_TRAINS;
-    while (out->micro_batch > 1 &&
-           activation_bytes(l, k, out->micro_batch, out->training) > ENGINE_ACTIVATION_BYTES_MAX)
+    while (out->micro_batch > 1 && activation_bytes(l, k, out->micro_batch, out->training) > bytes)
         out->micro_batch = (out->micro_batch + 1) / 2;
-    while (out->training < MODEL_AGAIN_LAYER &&
-           activation_bytes(l, k, out->micro_batch, out->training) > ENGINE_ACTIVATION_BYTES_MAX)
+    while (out->training < MODEL_AGAIN_LAYER && activation_bytes(l, k, out->micro_batch, out->training) > bytes)
         out->training++;
     out->activations = activation_bytes(l, k, out->micro_batch, out->training);
 }
 
+static uint32_t largest_share(const struct layout *l, uint32_t batch) {
+    return (batch + (uint32_t)l->dp - 1) / (uint32_t)l->dp;
+}
+
+static size_t windows(int ranks) { return ranks > 1 ? COMM_WINDOWS(ranks) * COMM_WINDOW_BYTES : 0; }
+
+static void add_up(const struct layout *l, const struct kernels *k, struct engine_memory *out) {
+    out->scratch = model_scratch_bytes(l, k, (int)out->micro_batch, (int)l->model.sequence);
+    out->all = out->weights + out->gradients + out->optimizer + out->activations + out->scratch + out->buffers;
+}
+
+/* All but activations and scratch. */
+static struct layout plan_vectors(const struct msg_model *m, const struct msg_inner *inner, const struct kernels *k,
+                                  const struct engine_shape *shape, struct engine_memory *out) {
+    const struct engine_shape alone = { .tp = 1, .dp = 1 };
+    if (!shape) shape = &alone;
+    enum engine_shard shard = shape->dp > 1 ? shape->shard : ENGINE_SHARD_NONE;
+    struct layout l;
+    layout_init(&l, m, shape->tp, 0, shape->dp, 0);
+    *out = (struct engine_memory){ .optimizer = optimizer_bytes(&l, shard, inner, k),
+                                   .buffers = windows(shape->tp) + windows(shape->dp) };
+    shard_bytes(&l, shard, k, &out->weights, &out->gradients);
+    return l;
+}
+
 void engine_plan(const struct msg_model *m, const struct msg_inner *inner, const struct kernels *k,
+                 const struct engine_shape *shape, struct engine_memory *out) {
+    struct layout l = plan_vectors(m, inner, k, shape, out);
+    size_t limit = shape && shape->activation_bytes ? shape->activation_bytes : ENGINE_ACTIVATION_BYTES_MAX;
+    plan_activations(&l, k, largest_share(&l, inner->batch), limit, out);
+    add_up(&l, k, out);
+}
+
+static bool fits(const struct layout *l, const struct kernels *k, uint32_t samples, int training, size_t bytes,
                  struct engine_memory *out) {
-    size_t n = (size_t)proto_model_elements(m);
-    struct layout alone;
-    layout_init(&alone, m, 1, 0, 1, 0);
-    *out = (struct engine_memory){ .weights = n * (k->weight_bytes + k->rest_bytes),
-                                   .gradients = n * sizeof(float),
-                                   .optimizer = optimizer_bytes(&alone, ENGINE_SHARD_NONE, inner, k) };
-    plan_activations(&alone, k, inner->batch, out);
-    out->scratch = model_scratch_bytes(&alone, k, (int)out->micro_batch, (int)m->sequence);
-    out->all = out->weights + out->gradients + out->optimizer + out->activations + out->scratch;
+    out->micro_batch = samples;
+    out->training = training;
+    out->activations = activation_bytes(l, k, samples, training);
+    add_up(l, k, out);
+    return out->all <= bytes;
+}
+
+int engine_widest(const struct msg_model *m, const struct msg_inner *inner, const struct kernels *k,
+                  const struct engine_shape *shape, size_t bytes, struct engine_memory *out) {
+    struct layout l = plan_vectors(m, inner, k, shape, out);
+    uint32_t most = largest_share(&l, 65536), fit = 0;
+    for (int training = MODEL_TRAINS; training <= MODEL_AGAIN_LAYER && !fit; training++) {
+        if (!fits(&l, k, 1, training, bytes, out)) continue;
+        uint32_t too_many = 2;
+        for (fit = 1; too_many <= most && fits(&l, k, too_many, training, bytes, out); too_many *= 2) fit = too_many;
+        for (uint32_t middle; too_many - fit > 1;) {
+            middle = fit + (too_many - fit) / 2;
+            if (middle <= most && fits(&l, k, middle, training, bytes, out)) fit = middle;
+            else too_many = middle;
+        }
+        fits(&l, k, fit, training, bytes, out);
+    }
+    return fit ? 0 : -1;
 }
 
 static int create(struct engine *e, const struct kernels *kernels, const struct engine_mesh *mesh,
@@ -80,7 +125,8 @@ static int create(struct engine *e, const struct kernels *kernels, const struct 
         return -1;
     }
     e->n = (size_t)proto_model_elements(&e->config);
-    plan_activations(&e->s.layout, kernels, e->inner.batch, &plan);
+    size_t limit = mesh && mesh->activation_bytes ? mesh->activation_bytes : ENGINE_ACTIVATION_BYTES_MAX;
+    plan_activations(&e->s.layout, kernels, largest_share(&e->s.layout, e->inner.batch), limit, &plan);
     e->micro_batch = plan.micro_batch;
     e->model = model_create_piece(&e->s.layout, e->s.mesh.tensor, kernels, (int)e->micro_batch,
                                   (int)e->config.sequence, (enum model_training)plan.training, err);

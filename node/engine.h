@@ -73,6 +73,7 @@ const char *engine_shard_name(int shard);
 struct engine_mesh {
     const struct comm *world, *tensor, *data;
     enum engine_shard shard;
+    size_t activation_bytes; /* in the place of ENGINE_ACTIVATION_BYTES_MAX; 0: that */
 };
 struct engine *engine_create_rank(const struct msg_model *model, const struct msg_inner *inner,
                                   const struct kernels *kernels, const struct engine_mesh *mesh,
@@ -85,15 +86,28 @@ void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uin
  * gradients of more micro-batches are added up. The same on all ranks. */
 void engine_limit_micro_batch(struct engine *e, uint32_t samples);
 
-/* What engine_create will take, by part, before anything is taken. */
+/* What a rank of a mesh will take, by part, before anything is taken. Of a mesh: that of the first rank, which holds
+ * no less than another. */
+struct engine_shape {
+    int tp, dp; /* layout_check() passed */
+    enum engine_shard shard;
+    size_t activation_bytes; /* as in struct engine_mesh */
+};
 struct engine_memory {
     uint32_t micro_batch; /* samples at once */
     int training;         /* enum model_training */
-    size_t weights, gradients, optimizer, activations, scratch; /* bytes */
+    size_t weights, gradients, optimizer, activations, scratch, buffers; /* bytes; buffers: between ranks */
     size_t all;
 };
+/* shape: NULL is one rank alone. */
 void engine_plan(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,
-                 struct engine_memory *out);
+                 const struct engine_shape *shape, struct engine_memory *out);
+
+/* The same with as many samples at once as `bytes` have room for, whatever inner.batch and the limit of activations;
+ * what is computed twice is as little as lets one fit. -1 where not even one does: *out is then the least that it
+ * takes. */
+int engine_widest(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,
+                  const struct engine_shape *shape, size_t bytes, struct engine_memory *out);
 
 /* The token that ends a document, -1 (as after create) for none; struct model_objective. */
 void engine_set_document_end(struct engine *e, int32_t token);

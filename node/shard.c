@@ -4,6 +4,7 @@
 #include "proto/model.h"
 
 #include <assert.h>
+#include <string.h>
 
 #define NO_UNIT UINT32_MAX
 
@@ -20,17 +21,35 @@ struct room {
     size_t n, bytes; /* elements, of each */
 };
 
-/* Slots: the embedding's, the last unit's, and two that layers have in turn. */
-static int take_slots(struct shard *s, struct err *err) {
-    const struct layout *l = &s->layout;
+/* Elements of the slots: the embedding's, the last unit's, and two that layers have in turn. */
+static void slots(const struct layout *l, size_t weights[SHARD_WEIGHT_SLOTS], size_t grads[SHARD_GRAD_SLOTS]) {
     size_t embed = padded(l, 0), layer = padded(l, 1), last = padded(l, LAYOUT_UNITS(l) - 1);
-    const size_t weights[SHARD_WEIGHT_SLOTS] = { embed, last, layer, layer };
-    const size_t grads[SHARD_GRAD_SLOTS] = { embed, larger(layer, last) };
+    const size_t w[SHARD_WEIGHT_SLOTS] = { embed, last, layer, layer };
+    memcpy(weights, w, sizeof w);
+    grads[0] = embed;
+    grads[1] = larger(layer, last);
+}
+
+static int take_slots(struct shard *s, struct err *err) {
+    size_t weights[SHARD_WEIGHT_SLOTS], grads[SHARD_GRAD_SLOTS];
+    slots(&s->layout, weights, grads);
     for (int i = 0; i < SHARD_WEIGHT_SLOTS && cuts(s, ENGINE_SHARD_FULL); i++)
         if (!(s->weights[i] = s->k->alloc(s->k, weights[i] * s->k->weight_bytes, err))) return -1;
     for (int i = 0; i < SHARD_GRAD_SLOTS && cuts(s, ENGINE_SHARD_GRADIENTS); i++)
         if (!(s->unit_grads[i] = s->k->alloc(s->k, grads[i] * sizeof(float), err))) return -1;
     return 0;
+}
+
+void shard_bytes(const struct layout *l, enum engine_shard shard, const struct kernels *k, size_t *params,
+                 size_t *grads) {
+    size_t own = l->n / (size_t)l->dp, weight_slots[SHARD_WEIGHT_SLOTS], grad_slots[SHARD_GRAD_SLOTS];
+    slots(l, weight_slots, grad_slots);
+    *params = (shard >= ENGINE_SHARD_FULL ? own : l->n) * (k->weight_bytes + k->rest_bytes);
+    *grads = (shard >= ENGINE_SHARD_GRADIENTS ? own : l->n) * sizeof(float);
+    for (int i = 0; i < SHARD_WEIGHT_SLOTS && shard >= ENGINE_SHARD_FULL; i++)
+        *params += weight_slots[i] * k->weight_bytes;
+    for (int i = 0; i < SHARD_GRAD_SLOTS && shard >= ENGINE_SHARD_GRADIENTS; i++)
+        *grads += grad_slots[i] * sizeof(float);
 }
 
 static int take_memory(struct shard *s, struct err *err) {

@@ -42,6 +42,10 @@ int shard_init(struct shard *s, const struct msg_model *m, const struct kernels 
                const struct engine_mesh *mesh, struct err *err);
 void shard_release(struct shard *s);
 
+/* What that takes, of parameters and of gradients. */
+void shard_bytes(const struct layout *l, enum engine_shard shard, const struct kernels *k, size_t *params,
+                 size_t *grads);
+
 /* Cut a run down to what of the parameters, of the gradients and the moments is here: false where nothing
  * is. _at() says where it begins in the vector. */
 bool shard_has_params(const struct shard *s, struct layout_run *run);

@@ -10,11 +10,12 @@
  *   lock         held while it runs
  *
  * A run that was stopped or killed goes on from its state when the same command comes again, and what it ends
- * with has the same bits as if it had never been cut, for the same mesh, kernels and threads. */
+ * with has the same bits as if it had never been cut, for the same mesh, kernels, threads and room for activations. */
 #ifndef INTELLECT_NODE_SOLO_H
 #define INTELLECT_NODE_SOLO_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "node/device.h"
@@ -25,6 +26,7 @@ struct solo_options {
     struct device device;     /* zeroed: the CPU */
     int tp, dp, shard;        /* >= 1, and enum engine_shard */
     int precision, threads;   /* enum trainer_precision; 0 = all cores */
+    size_t activation_bytes;  /* of a rank, struct engine_mesh; 0 = the default */
     uint64_t stop_after;      /* stop once so many batches are done; 0 = at the schedule's end */
     uint64_t save_steps;      /* >= 1 */
     uint64_t heldout_samples; /* for the loss at the end; 0 = none */

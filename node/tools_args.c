@@ -1,4 +1,4 @@
-/* tools_args.c - numbers, devices and invites on a command line; see tools_args.h. */
+/* tools_args.c - numbers, names, devices and invites on a command line; see tools_args.h. */
 #include "node/tools_args.h"
 
 #include <errno.h>
@@ -63,6 +63,18 @@ int args_invite(const char *text, struct invite *out, struct err *err) {
     if (rc) return -1;
     line[strcspn(line, "\r\n")] = 0;
     return invite_parse(line, out, err);
+}
+
+int args_name(const char *flag, const char *text, const char *(*name)(int), int *out) {
+    for (int i = 0; name(i); i++)
+        if (!strcmp(text, name(i))) {
+            *out = i;
+            return 0;
+        }
+    fprintf(stderr, "%s is '%s'; allowed are", flag, text);
+    for (int i = 0; name(i); i++) fprintf(stderr, "%s %s", i ? "," : "", name(i));
+    fputc('\n', stderr);
+    return -1;
 }
 
 int args_failed(const char *name, const struct err *err) {

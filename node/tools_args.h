@@ -1,4 +1,4 @@
-/* tools_args.h - numbers, devices and invites on a command line. Each function prints what is wrong with
+/* tools_args.h - numbers, names, devices and invites on a command line. Each function prints what is wrong with
  * flag, value and what is allowed to stderr and returns -1, or returns 0. */
 #ifndef INTELLECT_NODE_TOOLS_ARGS_H
 #define INTELLECT_NODE_TOOLS_ARGS_H
@@ -15,6 +15,9 @@ int args_real(const char *flag, const char *text, double min, double max, double
 /* An invite as given: the line, "-" (standard input) or "@FILE". ERR_CONFIG; nothing is printed. */
 struct invite;
 int args_invite(const char *text, struct invite *out, struct err *err);
+
+/* One of the names that name(0), name(1), ... are, up to NULL. */
+int args_name(const char *flag, const char *text, const char *(*name)(int), int *out);
 
 /* "NAME: message" to stderr; returns 1, the exit code. */
 int args_failed(const char *name, const struct err *err);

@@ -42,6 +42,8 @@ static const char train_help[] =
     "                     gradients (ZeRO-2), full (ZeRO-3); each saves memory\n"
     "  --precision P      fp32 (default), bf16 or bf16-stochastic, as in `join --help`\n"
     DEVICE_HELP
+    "  --activations GB   of a rank at most (default: 2.1): a batch that takes more goes in parts, whose gradients\n"
+    "                     are added up; where one sample takes more, some is computed twice\n"
     "  --threads N        CPU threads of all ranks together (default: all cores)\n"
     "  --stop-after N     stop once N steps are done in all; the schedule stays that of CONFIG\n"
     "  --save-steps N     save every N steps (default 200), and at the end\n"
@@ -63,18 +65,6 @@ struct train_wish {
 };
 
 /* ---- what is asked for ------------------------------------------------------------------------- */
-
-static int take_name(const char *flag, const char *text, const char *(*name)(int), int *out) {
-    for (int i = 0; name(i); i++)
-        if (!strcmp(text, name(i))) {
-            *out = i;
-            return 0;
-        }
-    fprintf(stderr, "%s is '%s'; allowed are", flag, text);
-    for (int i = 0; name(i); i++) fprintf(stderr, "%s %s", i ? "," : "", name(i));
-    fputc('\n', stderr);
-    return -1;
-}
 
 static int take_number(const char *flag, const char *text, uint64_t min, uint64_t max, int *out) {
     uint64_t n;
@@ -101,12 +91,14 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         { "device", required_argument, NULL, 'D' },
         { "threads", required_argument, NULL, 'n' },    { "stop-after", required_argument, NULL, 'a' },
         { "save-steps", required_argument, NULL, 'e' }, { "heldout", required_argument, NULL, 'H' },
+        { "activations", required_argument, NULL, 'A' },
         { "plot", required_argument, NULL, 'P' },       { "from", required_argument, NULL, 'f' },
         { "quiet", no_argument, NULL, 'q' },
         { "json", no_argument, NULL, 'j' },             { "help", no_argument, NULL, 'h' },
         { 0 },
     };
     struct solo_options *o = &w->solo;
+    double gigabytes;
     int c;
     optind = 0; /* another tool may have parsed its own arguments in this process */
     while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
@@ -114,12 +106,16 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 's': if (take_set(w, optarg)) return 2; break;
         case 't': if (take_number("--tp", optarg, 1, COMM_RANKS_MAX, &o->tp)) return 2; break;
         case 'd': if (take_number("--dp", optarg, 1, COMM_RANKS_MAX, &o->dp)) return 2; break;
-        case 'S': if (take_name("--shard", optarg, engine_shard_name, &o->shard)) return 2; break;
+        case 'S': if (args_name("--shard", optarg, engine_shard_name, &o->shard)) return 2; break;
         case 'p':
-            if (take_name("--precision", optarg, trainer_precision_name, &o->precision)) return 2;
+            if (args_name("--precision", optarg, trainer_precision_name, &o->precision)) return 2;
             break;
         case 'D': if (args_device(optarg, &o->device)) return 2; break;
         case 'n': if (take_number("--threads", optarg, 1, 1024, &o->threads)) return 2; break;
+        case 'A':
+            if (args_real("--activations", optarg, 1e-6, 1e6, &gigabytes)) return 2;
+            o->activation_bytes = (size_t)(gigabytes * 1e9);
+            break;
         case 'a': if (args_integer("--stop-after", optarg, 1, UINT64_MAX, &o->stop_after)) return 2; break;
         case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
         case 'H': if (args_integer("--heldout", optarg, 0, UINT32_MAX, &o->heldout_samples)) return 2; break;

@@ -197,6 +197,32 @@ static void plan_adds_up_and_refuses_what_does_not_fit(void **state) {
     assert_non_null(strstr(output, "150m"));
 }
 
+/* On eight cards of 80 GB the smallest model needs no sharing, 10b some; on two of 24 it does not fit, and is told
+ * what would; a mesh that cannot be is refused before anything is weighed. */
+static void plan_finds_a_mesh_or_says_why_there_is_none(void **state) {
+    (void)state;
+    assert_int_equal(call(tool_plan, "plan", "--model", "1b", "--precision", "bf16", "--devices", "8x80", NULL), 0);
+    assert_non_null(strstr(output, "--tp 1 --dp 8 --shard none"));
+    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--precision", "bf16", "--batch", "64", "--devices",
+                          "8x80GB", "--json", NULL), 0);
+    json_t *o = json_loads(output, 0, NULL);
+    assert_non_null(o);
+    assert_string_equal(json_string_value(json_object_get(o, "shard")), "gradients");
+    assert_true(json_integer_value(json_object_get(o, "all")) < 80000000000);
+    json_decref(o);
+    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--precision", "bf16", "--devices", "2x24", NULL), 1);
+    assert_non_null(strstr(output, "no mesh of 2 devices fits"));
+    assert_non_null(strstr(output, "--states 8bit"));
+    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--tp", "3", "--memory", "80", NULL), 1);
+    assert_non_null(strstr(output, "3 tensor-parallel ranks cannot share"));
+    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--devices", "4x80", "--tp", "4", "--dp", "2", NULL), 1);
+    assert_non_null(strstr(output, "takes 8 devices, there are 4"));
+    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--dp", "4", "--batch", "3", NULL), 1);
+    assert_non_null(strstr(output, "a batch of 3 samples"));
+    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--devices", "many", NULL), 2);
+    assert_non_null(strstr(output, "as in 8x80"));
+}
+
 static void wrong_use_is_two_and_teaches(void **state) {
     (void)state;
     int (*tools[])(int, char **) = { tool_data, tool_bigram, tool_eval, tool_generate, tool_plan };
@@ -220,6 +246,7 @@ int main(void) {
         cmocka_unit_test(the_same_seed_gives_the_same_text),
         cmocka_unit_test(order_two_knows_a_period_that_order_one_does_not),
         cmocka_unit_test(plan_adds_up_and_refuses_what_does_not_fit),
+        cmocka_unit_test(plan_finds_a_mesh_or_says_why_there_is_none),
         cmocka_unit_test(wrong_use_is_two_and_teaches),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);

@@ -110,10 +110,18 @@ check "the next run begins with it, and with its network" near "$(next --from tp
 expect 2 'other shapes than section' train --from tp/model --out new --set model.ffn=128
 expect 1 'no/model' next --from no/model --out new
 
+# Another optimizer, states of fewer bits, less room for activations: cut anywhere all the same.
+other() { train --set inner.optimizer=muon --set inner.states=8bit --dp 2 --shard optimizer --activations 0.0003 "$@"; }
+other --out other-whole --stop-after 20 > other.log || bad "muon, 8 bits: $(cat other.log)"
+for k in 3 11 20; do other --out other-cut --stop-after "$k" > other.log || bad "muon, 8 bits, step $k: $(cat other.log)"; done
+check "Muon with moments of 8 bits goes on where it was cut" same other-whole other-cut
+
 # What a person gets wrong.
 expect 2 'inner.lr is 0.5 .*take another folder' train --out whole --set inner.lr=0.5
 expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
 expect 2 'wsd, cosine and constant' train --out new --set inner.schedule=linear
+expect 2 'adamw and muon' train --out new --set inner.optimizer=sgd
+expect 2 'fp32, bf16 and 8bit' train --out new --set inner.states=int4
 expect 2 'model.sequence' train --out new --set model.sequence=16
 expect 2 "shard is 'some'; allowed are none, optimizer, gradients, full" train --out new --shard some
 expect 2 'dp.*from 1 to 64' train --out new --dp 0
