@@ -72,6 +72,9 @@ FUZZ_O := $(filter-out %/main.o %/libfuzzer.o,$(call objects,tests/fuzz))
 # Keep the test programs' objects.
 .SECONDARY:
 
+# What the programs call themselves: the commit, or the folder that a release was unpacked to.
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || basename "$(CURDIR)")
+
 all: $(PROGRAMS) $(PLUGIN) ## build both programs, and the CUDA plugin where nvcc is
 
 help: ## this list, and what was found
@@ -280,6 +283,8 @@ $(BUILD)/hostile: $(HOSTILE_O)
 $(BUILD)/s3_live: $(LIVE_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
+
+$(BUILD)/node/main.o $(BUILD)/coordinator/main.o: ALL_CFLAGS += -DINTELLECT_VERSION='"$(VERSION)"'
 
 $(BUILD)/faulty/%.o: %.c
 	@mkdir -p $(@D)

@@ -5,6 +5,10 @@
 #include "coordinator/commands.h"
 #include "proto/proto.h"
 
+#ifndef INTELLECT_VERSION
+#define INTELLECT_VERSION "unknown" /* the Makefile knows */
+#endif
+
 static const struct command {
     const char *name, *help;
     int (*run)(int argc, char **argv);
@@ -44,6 +48,10 @@ int main(int argc, char **argv) {
     }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
         print_help(stdout);
+        return 0;
+    }
+    if (!strcmp(argv[1], "--version")) {
+        puts("intellect-coordinator " INTELLECT_VERSION);
         return 0;
     }
     if (proto_init(&err)) return coordinator_failed(&err);

@@ -9,6 +9,7 @@
 #include "kernels/comm.h"
 #include "node/agent.h"
 #include "node/device.h"
+#include "node/doctor.h"
 #include "node/engine.h"
 #include "node/home.h"
 #include "node/tools.h"
@@ -18,6 +19,9 @@
 #include "proto/proto.h"
 
 #define THREADS_MAX 1024
+#ifndef INTELLECT_VERSION
+#define INTELLECT_VERSION "unknown" /* the Makefile knows */
+#endif
 
 static const char join_help[] =
     "intellect-node join INVITE [options]\n"
@@ -212,6 +216,7 @@ static const struct command {
 } commands[] = {
     { "join", "become a member of a run, with an invite, and train", command_join },
     { "run", "go on with the run that was joined", command_run },
+    { "doctor", "can this machine join, and how fast will it be", tool_doctor },
     { "train", "train a model alone, without a coordinator", tool_train },
     { "data", "turn texts into a corpus, or several into one", tool_data },
     { "bigram", "loss of a byte model of order 2, to compare with", tool_bigram },
@@ -230,7 +235,7 @@ static void print_help(FILE *out) {
     fputs("intellect-node COMMAND ... - a training node of an intellect run\n\n", out);
     for (size_t i = 0; i < COMMANDS; i++)
         if (commands[i].help) fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].help);
-    fputs("\nintellect-node COMMAND --help explains a command.\n"
+    fputs("\nintellect-node COMMAND --help explains a command; intellect-node --version says which this is.\n"
           "example: intellect-node join @invite.txt\n",
           out);
 }
@@ -243,6 +248,10 @@ int main(int argc, char **argv) {
     }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
         print_help(stdout);
+        return 0;
+    }
+    if (!strcmp(argv[1], "--version")) {
+        puts("intellect-node " INTELLECT_VERSION);
         return 0;
     }
     if (proto_init(&err)) return failed(argv[1], &err);

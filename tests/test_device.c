@@ -14,6 +14,7 @@
 
 #include "kernels/kernels.h"
 #include "node/device.h"
+#include "node/doctor.h"
 #include "node/nvml.h"
 #include "node/trainer.h"
 
@@ -199,6 +200,26 @@ static void start_again_with_the_fake_library(char **argv) {
     execv(self, argv);
 }
 
+/* What a card is judged by must not be another one's that has a name within its own. */
+static void cards_are_known_by_their_whole_names(void **state) {
+    (void)state;
+    static const struct {
+        const char *device, *card;
+    } of[] = {
+        { "CUDA 13.0, NVIDIA H100 80GB HBM3 (9.0, 81078 MB), bf16", "H100" }, { "NVIDIA H100 PCIe", "H100 PCIe" },
+        { "NVIDIA H200", "H200" }, { "NVIDIA GH200 480GB", "GH200" }, { "NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB" },
+        { "NVIDIA A100-SXM4-80GB", "A100" }, { "NVIDIA A10G", "A10G" }, { "NVIDIA A10", "A10" }, { "NVIDIA L4", "L4" },
+        { "NVIDIA L40S", "L40S" }, { "NVIDIA GeForce RTX 4090", "RTX 4090" }, { "NVIDIA RTX A4000", NULL },
+        { "NVIDIA RTX A6000", "RTX A6000" }, { "NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada" },
+        { "Tesla V100", NULL }, { "", NULL },
+    };
+    for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
+        const struct doctor_card *c = doctor_card(of[i].device);
+        if (!c || !of[i].card) assert_true(!c && !of[i].card);
+        else assert_string_equal(c->name, of[i].card);
+    }
+}
+
 int main(int argc, char **argv) {
     (void)argc;
     if (!getenv("FAKE_NVML")) start_again_with_the_fake_library(argv);
@@ -208,6 +229,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(auto_takes_a_gpu_where_there_is_one_and_says_why_not),
         cmocka_unit_test(what_cannot_be_had_is_named),
         cmocka_unit_test(what_the_plugin_lacks_is_found_in_wheels),
+        cmocka_unit_test(cards_are_known_by_their_whole_names),
         cmocka_unit_test(the_management_library_tells_of_gpus_and_who_holds_them),
     };
     return cmocka_run_group_tests(tests, take_emulator, NULL);

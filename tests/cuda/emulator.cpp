@@ -211,7 +211,8 @@ cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaE
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     (void)device;
     memset(p, 0, sizeof *p);
-    strcpy(p->name, "emulated on a CPU");
+    const char *name = getenv("EMULATOR_NAME");
+    snprintf(p->name, sizeof p->name, "%s", name ? name : "emulated on a CPU");
     p->totalGlobalMem = (size_t)1 << 36;
     p->major = told("EMULATOR_CAPABILITY", 9);
     return cudaSuccess;
