@@ -187,8 +187,14 @@ void core_check_share(struct core *c, uint64_t now_ms, struct core_actions *out)
     uint64_t limit = (uint64_t)DEADLINE_SILENCES * c->outer->silence_ms_max;
     for (uint32_t i = 0; i < h->job_count;) {
         const struct share_job *j = &h->jobs[i];
-        bool late = now_ms - j->since_ms >= limit;
-        if ((may_help(c, core_member(c, j->member)) && !late) || !hand_on(c, i, now_ms, out)) i++;
+        const struct member *m = core_member(c, j->member);
+        if (may_help(c, m) && now_ms - j->since_ms < limit) {
+            i++;
+            continue;
+        }
+        core_log(out, CORE_INFO, "checkpoint of ledger %llu: " WHO " is %s, its part %u goes on", LLU(h->index),
+                 WHO_OF(m), may_help(c, m) ? "late" : "gone", j->msg.part);
+        if (!hand_on(c, i, now_ms, out)) i++;
     }
 }
 

@@ -471,6 +471,58 @@ static void bf16_weights_have_the_anchor_beside_them(void **state) {
     free(config.data);
 }
 
+/* A member puts a part together by itself, wherever it begins: it must be what the writer has put there, or the store
+ * would not take it. */
+static void a_part_has_the_bytes_that_the_writer_writes(void **state) {
+    (void)state;
+    char path[300];
+    struct err err = {0};
+    struct ckpt_piece p;
+    struct ckpt_store *s = open_store("image");
+    struct ckpt_writer *w = create_bf16(s, &run);
+    if (finish(w, &run, &err)) fail_msg("%s", err.msg);
+    ckpt_writer_destroy(w);
+    s->ops->close(s);
+    struct ckpt_image *im = ckpt_image_create(&run.model, CKPT_BF16, SHARD_BYTES, &err);
+    assert_true(im->files >= 6);
+    for (uint32_t f = 0; f < im->files; f++) {
+        snprintf(path, sizeof path, "%s/image/step-000000000005/%s", root, im->file[f].name);
+        struct ckpt_blob file = slurp(path);
+        assert_int_equal(file.length, im->file[f].bytes);
+        uint8_t *mine = malloc(file.length);
+        size_t header = im->file[f].header.length;
+        const size_t sizes[] = {file.length, 4096, header, header + 4, 512};
+        for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
+            for (size_t at = 0, n; at < file.length; at += n) {
+                n = file.length - at < sizes[k] ? file.length - at : sizes[k];
+                if (at + n <= header) { /* a header alone is no part */
+                    assert_int_equal(ckpt_image_find(im, im->file[f].name, at, n, &p, &err), -1);
+                    continue;
+                }
+                if (ckpt_image_find(im, im->file[f].name, at, n, &p, &err)) fail_msg("%s", err.msg);
+                const float *from = p.momentum ? run.momentum : run.anchor;
+                uint64_t half = p.first + p.count / 2; /* in two pieces, the latter first */
+                memset(mine, 0xee, n);
+                if (half > p.first) {
+                    ckpt_image_fill(im, &p, half, (size_t)(p.first + p.count - half), from + half, mine);
+                    ckpt_image_fill(im, &p, p.first, (size_t)(half - p.first), from + p.first, mine);
+                } else {
+                    ckpt_image_fill(im, &p, p.first, (size_t)p.count, from + p.first, mine);
+                }
+                assert_memory_equal(mine, file.data + at, n);
+            }
+        assert_int_equal(ckpt_image_find(im, im->file[f].name, 0, file.length + 4, &p, &err), -1);
+        assert_int_equal(ckpt_image_find(im, im->file[f].name, file.length, 4, &p, &err), -1);
+        assert_int_equal(ckpt_image_find(im, im->file[f].name, UINT64_MAX - 3, 8, &p, &err), -1);
+        assert_int_equal(ckpt_image_find(im, im->file[f].name, header, 1, &p, &err), -1);
+        free(file.data);
+        free(mine);
+    }
+    assert_int_equal(ckpt_image_find(im, "../genesis.bin", 0, 8, &p, &err), -1);
+    assert_int_equal(err.code, ERR_REFUSED);
+    ckpt_image_destroy(im);
+}
+
 /* Let the online key sign the manifest of `path` once more, with another root, or another digest of an object. */
 static void sign_again(const char *path, const char *object, const char *hex) {
     struct err err = {0};
@@ -1663,6 +1715,7 @@ int main(void) {
         cmocka_unit_test(each_element_is_put_exactly_once),
         cmocka_unit_test(a_state_of_another_root_is_refused),
         cmocka_unit_test(bf16_weights_have_the_anchor_beside_them),
+        cmocka_unit_test(a_part_has_the_bytes_that_the_writer_writes),
         cmocka_unit_test(what_the_store_gives_back_must_be_the_state),
         cmocka_unit_test(weights_that_are_not_the_anchors_are_refused),
         cmocka_unit_test(a_changed_byte_anywhere_is_found_and_named),

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.." || exit 1
 . tests/s3/lib.sh
 RANDOM=${SEED:=$(date +%s)}
 MINUTES=${MINUTES:-3} AWAY=${AWAY:-20}
-FAULTS=${FAULTS:-mixed 500 503 429 reset stall truncate lost flip skew full away writer coordinator}
+FAULTS=${FAULTS:-mixed 500 503 429 reset stall truncate lost flip skew full away member writer coordinator}
 say() { printf '%4d s  %s\n' $SECONDS "$*"; }
 
 # ---- Ceph and the proxy before it
@@ -31,7 +31,9 @@ corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1
     --set model.width=192 --set model.heads=6 --set model.kv_heads=6 --set model.layers=6 --set model.ffn=768 \
     --set checkpoint.url="s3://test/run?endpoint=$PROXY" --set checkpoint.weights=bf16 >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
 start_coordinator "$R" "$P"
-for n in alice bob; do WRAP="env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY" start_node $n "$R"; done
+# A member has no key, and takes seconds for a part.
+helper() { WRAP="env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY INTELLECT_STORE_UP_MBIT=40" start_node "$1" "$R"; }
+for n in alice bob; do helper $n; done
 logged() { grep -c "$1" "$W/coordinator.log"; }
 await() { local end=$((SECONDS + $3)); while [ "$(logged "$1")" -lt "$2" ]; do [ $SECONDS -lt $end ] || return 1; sleep 0.2; done; }
 await 'is published' 1 120 || fail "no first checkpoint"
@@ -50,6 +52,9 @@ meet() {
     away) order fault/ANY/away/1000000 >/dev/null; undisturbed "$AWAY" ;;
     flip) order 'fault/~.safetensors/flip/6' >/dev/null; undisturbed 10 ;;
     full) order fault/PUT/full/1000000 >/dev/null; undisturbed 10 ;;
+    member) # in the middle of a part, which another has to send
+        await 'checkpoint of ledger [0-9]* begins' $(($(logged 'checkpoint of ledger [0-9]* begins') + 1)) 120
+        sleep 0.5; kill_now alice; undisturbed 0; helper alice ;;
     writer) # in the middle of an upload
         await 'checkpoint of ledger [0-9]* begins' $(($(logged 'checkpoint of ledger [0-9]* begins') + 1)) 120
         kill -KILL "$(writer)"; undisturbed 0 ;;
@@ -67,7 +72,7 @@ while [ $SECONDS -lt $((MINUTES * 60)) ]; do
     for fault in $(for f in $FAULTS; do echo "$RANDOM $f"; done | sort -n | cut -d' ' -f2); do
         [ $SECONDS -lt $((MINUTES * 60)) ] || break
         meet "$fault"; count=$((count + 1))
-        say "$fault: round $(status "$R" round), $(logged 'is published') published, $(logged 'checkpoint of ledger [0-9]* failed') failed"
+        say "$fault: round $(status "$R" round), $(logged 'is published') published, $(logged 'checkpoint of ledger [0-9]* failed') failed, $(logged 'members sent [1-9]') shared, $(logged 'its part [0-9]* goes on') handed on"
         [ $((count % 4)) != 0 ] || "$COORDINATOR" checkpoints "$R" prune --last 3 >>"$W/prune.log" 2>&1 || fail "prune beside a writer"
     done
 done
