@@ -184,7 +184,7 @@ static void say_memory(struct doctor *d, const struct kernels *k, const struct n
     struct engine_memory e;
     int at = on_gpu ? physical(n, d->device.index) : -1;
     double there = !on_gpu ? available_bytes() : at < 0 ? 0 : (double)(n->device[at].bytes - n->device[at].used);
-    engine_plan(m, inner, k, &e);
+    engine_plan(m, inner, k, NULL, &e);
     double takes = (double)e.all;
     json_t *o;
     if (there == 0)

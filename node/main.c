@@ -227,6 +227,7 @@ static const struct command {
     { "verify", "check signatures and digests of a checkpoint", tool_verify },
     { "fetch", "bring a checkpoint from a store to this disk", tool_fetch },
     { "export", "make a Hugging Face folder of a checkpoint", tool_export },
+    { "import", "check a Hugging Face folder of a Llama model, and make it one of ours", tool_import },
     { "trainer", NULL, command_trainer },
 };
 #define COMMANDS (sizeof commands / sizeof *commands)

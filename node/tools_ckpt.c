@@ -1,4 +1,4 @@
-/* tools_ckpt.c - inspect, verify, fetch and export; see tools_ckpt.h. */
+/* tools_ckpt.c - inspect, verify and fetch; see tools_ckpt.h. */
 #include "node/tools_ckpt.h"
 
 #include <getopt.h>
@@ -306,29 +306,6 @@ int tool_fetch(int argc, char **argv) {
     else if (!rc)
         printf("%s is %s: %.1f MB, of which %.1f MB came now, %.1f MB/s\n", o.operand[1], ckpt_where(c),
                (double)p.now.total / 1e6, (double)p.now.read / 1e6, (double)p.now.read / 1e6 / took);
-    ckpt_close(c);
-    return rc;
-}
-
-/* ---- export ---------------------------------------------------------------------------------- */
-
-static const char export_help[] =
-    "intellect-node export CHECKPOINT DIR\n"
-    "\n"
-    "Copy what makes a Hugging Face folder (tensors, config, tokenizer) into the new or empty folder\n"
-    "DIR. Digests are checked on the way.\n"
-    "\n"
-    "example: intellect-node export demo-run/checkpoints my-model\n";
-
-int tool_export(int argc, char **argv) {
-    struct tool_options o = { .operands = 2, .help = export_help };
-    struct err err = {0};
-    int rc = parse(argc, argv, &o);
-    if (rc >= 0) return rc;
-    struct ckpt *c = ckpt_open(o.operand[0], NULL, &err);
-    if (!c) return args_failed(o.name, &err);
-    rc = ckpt_export(c, o.operand[1], &err) ? args_failed(o.name, &err) : 0;
-    if (!rc) printf("%s: a Hugging Face folder of %s\n", o.operand[1], ckpt_where(c));
     ckpt_close(c);
     return rc;
 }

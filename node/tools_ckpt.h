@@ -19,8 +19,12 @@ int tool_verify(int argc, char **argv);
  * All objects into a folder, digests checked; goes on where an earlier call ended. */
 int tool_fetch(int argc, char **argv);
 
-/* export CHECKPOINT DIR
+/* export CHECKPOINT DIR [--weights fp32|bf16] [--file-gb N]
  * A Hugging Face folder, which transformers opens as it is. */
 int tool_export(int argc, char **argv);
+
+/* import FOLDER DIR [--weights fp32|bf16] [--file-gb N]
+ * A Hugging Face folder of somebody else's, checked, as one of ours. */
+int tool_import(int argc, char **argv);
 
 #endif

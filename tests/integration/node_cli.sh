@@ -27,7 +27,7 @@ secret=$(printf '%064d' 7)
 invite="intellect://127.0.0.1:1/$(printf '%064d' 1)#$secret"
 
 # Every command explains itself.
-for command in join run doctor train data bigram eval generate inspect verify fetch export; do
+for command in join run doctor train data bigram eval generate inspect verify fetch export import; do
     expect 0 "$command " "$node" $command --help
     expect 2 'unknown|allowed|see' "$node" $command --no-such-option
 done

@@ -110,6 +110,20 @@ check "the next run begins with it, and with its network" near "$(next --from tp
 expect 2 'other shapes than section' train --from tp/model --out new --set model.ffn=128
 expect 1 'no/model' next --from no/model --out new
 
+# To a Hugging Face folder in bf16, in several files, and back; what is not finite is refused.
+check "a model in bf16" "$node" export whole/model half --weights bf16 --file-gb 0.00005
+check "in several files" [ -e half/model-00003-of-0000*.safetensors ]
+check "it is half as large" python3 -c 'import glob, os; a, b = [sum(map(os.path.getsize, glob.glob(d + "/*.safetensors"))) for d in ("half", "whole/model")]; assert b / 2 < a < 0.7 * b'
+check "back in fp32, in one" "$node" import half back
+check "it is the same model, rounded" near "$("$node" eval back --corpus corpus --threads 1 --json | of_json loss)" "$("$node" eval whole/model --corpus corpus --threads 1 --json | of_json loss)" 1e-2
+check "and that of bf16, exactly" [ "$("$node" eval back --corpus corpus --threads 1)" = "$("$node" eval half --corpus corpus --threads 1)" ]
+expect 1 'has ".*" in it; give a new or empty folder' "$node" import half back
+printf '\x00\x00\xc0\x7f' | dd of=back/model-00001-of-00001.safetensors bs=1 seek=40000 conv=notrunc 2>/dev/null
+expect 1 'element [0-9]* of model.*weight is nan' "$node" import back worse
+check "nothing is left of it" [ ! -e worse ]
+sed -i 's/"silu"/"gelu"/' half/config.json
+expect 1 'hidden_act' "$node" import half worse
+
 # Another optimizer, states of fewer bits, less room for activations: cut anywhere all the same.
 other() { train --set inner.optimizer=muon --set inner.states=8bit --dp 2 --shard optimizer --activations 0.0003 "$@"; }
 other --out other-whole --stop-after 20 > other.log || bad "muon, 8 bits: $(cat other.log)"
