@@ -189,6 +189,10 @@ bench-torch: $(BUILD)/bench-train ## the same steps in the newest PyTorch of PyP
 	@tests/reference/venv.sh $(BUILD)/reference-venv
 	@$(BUILD)/reference-venv/bin/python tests/reference/bench_torch.py --json $(BUILD)/bench-torch.json
 
+.PHONY: gpu
+gpu: $(PROGRAMS) $(PLUGIN) $(EMULATED_TESTS) $(BUILD)/bench-train ## prove the CUDA backend on this machine's GPU: PART=parity, sanitize, run, bench (each under 8 minutes) or all
+	@BUILD=$(BUILD) PART=$(or $(PART),all) tests/gpu.sh
+
 install: all ## install both programs under PREFIX (/usr/local), and the CUDA plugin
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(PROGRAMS) $(DESTDIR)$(PREFIX)/bin
@@ -285,6 +289,10 @@ $(BUILD)/s3_live: $(LIVE_O)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS) -lcmocka
 
 $(BUILD)/node/main.o $(BUILD)/coordinator/main.o: ALL_CFLAGS += -DINTELLECT_VERSION='"$(VERSION)"'
+$(BUILD)/node/main.o $(BUILD)/coordinator/main.o: $(BUILD)/version
+.PHONY: always
+$(BUILD)/version: always
+	@mkdir -p $(@D); echo '$(VERSION)' | cmp -s - $@ || echo '$(VERSION)' >$@
 
 $(BUILD)/faulty/%.o: %.c
 	@mkdir -p $(@D)

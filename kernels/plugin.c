@@ -90,6 +90,7 @@ static void *open_plugin(const char *named, struct err *err) {
 struct kernels *kernels_cuda_create(int device, size_t weight_bytes, size_t rest_bytes, struct err *err) {
     kernels_plugin_create *create;
     const char *named = getenv("INTELLECT_CUDA_PLUGIN");
+    if (named && !*named) named = NULL;
     /* Asked first, because the plugin's libraries take a while to load. */
     if (!named && !dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL)) {
         err_set(err, ERR_NOT_FOUND, "there is no CUDA device: no NVIDIA driver is installed (%.100s)", dlerror());

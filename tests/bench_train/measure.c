@@ -7,6 +7,8 @@
 
 #include "node/engine.h"
 #include "node/model.h"
+#include "node/nvml.h"
+#include "node/trainer.h"
 #include "proto/model.h"
 #include "tests/bench_train/bench_train.h"
 
@@ -42,27 +44,33 @@ static uint64_t next_random(uint64_t *state) { /* xorshift64 */
     return *state ^= *state << 17;
 }
 
-/* Block by block, so that the peak is the engine's. */
-static void fill_params(struct engine *e, const struct msg_model *m, float std) {
+/* Block by block, so that the peak is the engine's. same: each block the first, for billions of them. */
+static void fill_params(struct engine *e, const struct msg_model *m, float std, int same) {
     enum { BLOCK = 1 << 18 };
     static float block[BLOCK];
     size_t n = engine_elements(e);
     for (size_t at = 0; at < n; at += BLOCK) {
         size_t here = n - at < BLOCK ? n - at : BLOCK;
-        model_init_elements(m, std, 1, at, here, block);
+        if (!same || at == 0) model_init_elements(m, std, 1, at, here, block);
         engine_params_write(e, at, here, block);
     }
 }
 
-struct run {
-    struct kernels *k;
-    struct engine *e;
-    struct msg_model m;
-    int32_t *tokens;
-    int samples;
-};
+/* Layers of the preset until the memory that is free is full, but for what is not planned: CUDA's own. */
+static int fit_layers(struct run *r, const struct msg_inner *inner, struct device device, struct err *err) {
+    static struct nvml n;
+    struct engine_memory plan;
+    if (nvml_read(&n, err)) return -1;
+    if (device.index >= (int)n.count) return err_set(err, ERR_CONFIG, "there is no device %d", device.index);
+    double room = 0.97 * (double)(n.device[device.index].bytes - n.device[device.index].used) - 5e8;
+    for (;; r->m.layers--) {
+        engine_plan(&r->m, inner, r->k, &plan);
+        if ((double)plan.all <= room) return 0;
+        if (r->m.layers == 1) return err_set(err, ERR_MEMORY, "not one layer fits into %.1f GB", room / 1e9);
+    }
+}
 
-static int run_init(struct run *r, const struct bench_case *c, struct err *err) {
+int case_init(struct run *r, const struct bench_case *c, struct device device, struct err *err) {
     struct msg_inner inner;
     float std;
     uint64_t random = 1;
@@ -70,14 +78,14 @@ static int run_init(struct run *r, const struct bench_case *c, struct err *err) 
         proto_inner_preset(c->preset, 1000000000, &inner, &std, err))
         return -1;
     r->m.sequence = SEQUENCE;
-    if (c->layers) r->m.layers = (uint32_t)c->layers;
+    if (c->layers > 0) r->m.layers = (uint32_t)c->layers;
     inner.batch = (uint32_t)c->samples;
     r->samples = c->samples;
-    r->k = c->precision ? kernels_cpu_bf16_create(0, 0, err) : kernels_cpu_create(0, err);
-    if (!r->k) return -1;
-    entries_time(r->k);
+    if (!(r->k = device_create(device, c->precision ? TRAINER_BF16 : TRAINER_FP32, 0, 1, NULL, err))) return -1;
+    if (device.kind == DEVICE_CPU) entries_time(r->k);
+    if (c->layers < 0 && fit_layers(r, &inner, device, err)) return -1;
     if (!(r->e = engine_create(&r->m, &inner, r->k, err))) return -1;
-    fill_params(r->e, &r->m, std);
+    fill_params(r->e, &r->m, std, device.kind != DEVICE_CPU);
     size_t ids = (size_t)c->samples * (SEQUENCE + 1);
     if (!(r->tokens = malloc(ids * sizeof *r->tokens)))
         return err_set(err, ERR_MEMORY, "no memory for tokens");
@@ -85,7 +93,13 @@ static int run_init(struct run *r, const struct bench_case *c, struct err *err) 
     return 0;
 }
 
-static int step(struct run *r, double *seconds, struct err *err) {
+void case_release(struct run *r) {
+    free(r->tokens);
+    engine_destroy(r->e);
+    if (r->k) r->k->destroy(r->k);
+}
+
+int case_step(struct run *r, double *seconds, struct err *err) {
     struct engine_result result;
     double begin = now_s();
     if (engine_step(r->e, r->tokens, (uint32_t)r->samples, 1000000000 / 2, &result, err)) return -1;
@@ -93,17 +107,17 @@ static int step(struct run *r, double *seconds, struct err *err) {
     return 0;
 }
 
-static double product_flop(const struct product *p) { return 2.0 * p->m * p->n * p->k * p->count; }
+double product_flop(const struct product *p) { return 2.0 * p->m * p->n * p->k * p->count; }
 
 /* Causal, forward and backward: a token sees (T + 1) / 2 keys on average. */
-static double attention_flop(const struct run *r) {
+double case_attention_flop(const struct run *r) {
     return 12.0 * r->m.width * r->m.layers * (SEQUENCE + 1) / 2 * SEQUENCE * r->samples;
 }
 
 /* What AdamW must move: weights and both moments in and out, gradients in. */
 static double optimizer_bytes(const struct run *r) { return 28.0 * (double)engine_elements(r->e); }
 
-static json_t *entries_json(const struct entries *t, int steps) {
+json_t *entries_json(const struct entries *t, int steps) {
     json_t *o = json_object();
     for (int i = 0; i < t->count; i++)
         json_object_set_new(o, t->entry[i].name, json_real(t->entry[i].seconds / steps));
@@ -127,13 +141,13 @@ static json_t *report(const struct run *r, const struct bench_case *c, const dou
         flop += product_flop(&t->product[i]) / steps;
         floor += floors_seconds(f, i) * t->product[i].count / steps;
     }
-    double memory = floors_memory(), rate = flop / floor, all = flop + attention_flop(r);
+    double memory = floors_memory(), rate = flop / floor, all = flop + case_attention_flop(r);
     return json_pack("{ss ss si sI si si sf sf sf sf sf sf sf sf sf sf sf so so ss}", "name", c->name,
                      "precision", c->precision ? "bf16" : "fp32", "layers", (int)r->m.layers, "parameters",
                      (json_int_t)engine_elements(r->e), "samples", c->samples, "sequence", SEQUENCE,
                      "tokens_per_s", tokens / best, "tokens_per_s_mean", tokens * steps / sum,
                      "product_share_of_time", in_products / sum, "gflop_products", flop / 1e9,
-                     "gflop_attention", attention_flop(r) / 1e9, "onednn_gflop_per_s", rate / 1e9,
+                     "gflop_attention", case_attention_flop(r) / 1e9, "onednn_gflop_per_s", rate / 1e9,
                      "share_of_onednn", all / best / rate, "share_of_onednn_products_only", floor / best,
                      "memory_gb_per_s", memory / 1e9, "floor_seconds",
                      all / rate + optimizer_bytes(r) / memory, "peak_bytes", peak, "seconds", list,
@@ -146,10 +160,10 @@ json_t *measure(const struct bench_case *c, int steps, struct err *err) {
     double seconds[STEPS_MAX] = { 0 }, warm, peak = 0;
     json_t *out = NULL;
     steps = steps < 1 ? 1 : steps > STEPS_MAX ? STEPS_MAX : steps;
-    int rc = run_init(&r, c, err) || step(&r, &warm, err);
+    int rc = case_init(&r, c, (struct device){ DEVICE_CPU, 0 }, err) || case_step(&r, &warm, err);
     entries_reset();
     for (int i = 0; !rc && i < steps; i++) {
-        rc = step(&r, &seconds[i], err);
+        rc = case_step(&r, &seconds[i], err);
         if (i == 0) peak = peak_bytes();
         const struct entries *t = entries_taken();
         if (!rc && !f) rc = !(f = floors_create(t->product, t->products, c->precision, err));
@@ -157,8 +171,6 @@ json_t *measure(const struct bench_case *c, int steps, struct err *err) {
     }
     if (!rc) out = report(&r, c, seconds, steps, peak, f);
     if (f) floors_destroy(f);
-    free(r.tokens);
-    engine_destroy(r.e);
-    if (r.k) r.k->destroy(r.k);
+    case_release(&r);
     return out;
 }
