@@ -198,6 +198,25 @@ install: all ## install both programs under PREFIX (/usr/local), and the CUDA pl
 	install -m 755 $(PROGRAMS) $(DESTDIR)$(PREFIX)/bin
 	$(if $(PLUGIN),install -d $(DESTDIR)$(PREFIX)/lib && install -m 755 $(PLUGIN) $(DESTDIR)$(PREFIX)/lib)
 
+# The bundle: each program finds its libraries in ../lib. DT_RPATH, for it holds for libraries' libraries too.
+DIST_BIN := $(BUILD)/dist/bin/intellect-node $(BUILD)/dist/bin/intellect-coordinator
+DIST_LIBEXEC := $(patsubst %,$(BUILD)/dist/libexec/%,test_kernels test_bf16 bench-train)
+DIST_LINK := -s -Wl,--as-needed,--disable-new-dtags,-rpath,'$$ORIGIN/../lib'
+$(BUILD)/dist/bin/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
+$(BUILD)/dist/bin/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) $(PROTO_O)
+$(BUILD)/dist/libexec/test_kernels: $(BUILD)/tests/test_kernels.o $(LIB_O) $(EMULATED_O)
+$(BUILD)/dist/libexec/test_bf16: $(BUILD)/tests/test_bf16.o $(LIB_O) $(EMULATED_O)
+$(BUILD)/dist/libexec/bench-train: $(BENCH_TRAIN_O)
+$(DIST_BIN) $(DIST_LIBEXEC):
+	@mkdir -p $(@D)
+	$(call say,LINK)
+	$(Q)$(CC) $(DIST_LINK) -o $@ $^ $(ALL_LIBS) $(if $(filter %/test_kernels %/test_bf16,$@),-lcmocka -lstdc++)
+
+.PHONY: dist
+dist: $(DIST_BIN) $(DIST_LIBEXEC) $(PLUGIN) ## a bundle for any x86-64 Linux: build/intellect-VERSION.tar.gz, checked in another folder
+	@docker/dist.sh $(BUILD) $(VERSION)
+	@tests/dist.sh $(BUILD)/intellect-$(VERSION).tar.gz
+
 clean: ## remove what was built
 	rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-clang $(BUILD)-fuzz
 

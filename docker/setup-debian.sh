@@ -8,7 +8,7 @@ set -eu
 build="gcc make pkg-config libc6-dev libdnnl-dev libsodium-dev libssl-dev libevent-dev libsqlite3-dev
 libyaml-dev libjansson-dev libcurl4-openssl-dev libpcre2-dev libutf8proc-dev
 zlib1g-dev libzstd-dev"
-test="g++ libcmocka-dev python3 python3-cryptography python3-msgpack python3-numpy procps"
+test="g++ libcmocka-dev python3 python3-cryptography python3-msgpack python3-numpy procps binutils"
 # The demo's text is perl-doc; the package is named in README.md.
 case ${1:-} in
     --build) need=$build ;;
