@@ -63,7 +63,7 @@ static struct kernels *create_cuda(int index, int precision, struct err *err) {
 
 struct kernels *device_create(struct device d, int precision, int threads, int ranks, struct err *why_no_gpu,
                               struct err *err) {
-    struct err ignored, *why = why_no_gpu ? why_no_gpu : &ignored;
+    struct err ignored = { 0 }, *why = why_no_gpu ? why_no_gpu : &ignored;
     *why = (struct err){ 0 };
     if (device_check_ranks(d, ranks, err)) return NULL;
     if (d.kind == DEVICE_CUDA) return create_cuda(d.index, precision, err);

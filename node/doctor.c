@@ -24,8 +24,8 @@ static const char doctor_help[] =
     "other members. Nothing is enrolled and nothing stays; a node that runs meanwhile is not disturbed,\n"
     "but it makes the rates lower. About 10 seconds; no check takes much longer than that.\n"
     "\n"
-    "INVITE is the line you were given, - or @FILE as with join; without it, the run that --home has joined. Without either, the\n"
-    "machine alone is looked at.\n"
+    "INVITE is the line you were given, - or @FILE as with join; without it, the run that --home has\n"
+    "joined. Without either, the machine alone is looked at.\n"
     "\n"
     "  --home DIR         where the node keeps or will keep its state (default: as with join)\n"
     DEVICE_HELP
@@ -57,7 +57,8 @@ double doctor_now_s(void) {
 /* ---- the report ---------------------------------------------------------------------------------- */
 
 json_t *doctor_say(struct doctor *d, const char *name, enum doctor_verdict verdict, const char *format, ...) {
-    static const char *const words[] = { "ok", "warn", "FAIL", "skip" }, *const json[] = { "ok", "warn", "fail", "skip" };
+    static const char *const words[] = { "ok", "warn", "FAIL", "skip" };
+    static const char *const json[] = { "ok", "warn", "fail", "skip" };
     char text[1600];
     va_list args;
     va_start(args, format);
@@ -141,7 +142,8 @@ static double write_rate(const char *folder, struct err *err) {
     double began = doctor_now_s(), rate = -1;
     if (!block) err_set(err, ERR_MEMORY, "no memory for a block");
     else if (fd < 0) err_set_errno(err, "write into %.150s", folder);
-    for (size_t i = 0; block && i < DISK_BLOCK; i++) block[i] = (char)(i * 2654435761u >> 13); /* nothing to compress */
+    for (size_t i = 0; block && i < DISK_BLOCK; i++) /* nothing to compress */
+        block[i] = (char)(i * 2654435761u >> 13);
     while (fd >= 0 && done < DISK_BYTES && doctor_now_s() - began < DISK_S) {
         ssize_t n = write(fd, block, DISK_BLOCK);
         if (n < (ssize_t)DISK_BLOCK || fdatasync(fd)) {
@@ -176,8 +178,9 @@ static void check_disk(struct doctor *d) {
     struct stat st;
     snprintf(state, sizeof state, "%s/state", d->home_path);
     bool lacks = there < takes && stat(state, &st); /* of a run that was joined most is there already */
-    json_t *o = doctor_say(d, "disk", lacks ? DOCTOR_FAIL : DOCTOR_OK, "%s: %.0f MB/s written and flushed, %.1f GB free%s",
-                           folder, rate / 1e6, there / 1e9, lacks ? "; the run's state needs more: give another --home" : "");
+    json_t *o = doctor_say(d, "disk", lacks ? DOCTOR_FAIL : DOCTOR_OK,
+                           "%s: %.0f MB/s written and flushed, %.1f GB free%s", folder, rate / 1e6, there / 1e9,
+                           lacks ? "; the run's state needs more: give another --home" : "");
     json_object_set_new(o, "bytes_per_s", json_real(rate));
     json_object_set_new(o, "free_bytes", json_real(there));
     json_object_set_new(o, "needed_bytes", json_real(takes));

@@ -36,7 +36,8 @@ static const struct doctor_card cards[] = {
 const struct doctor_card *doctor_card(const char *name) {
     for (size_t i = 0; i < sizeof cards / sizeof *cards; i++) {
         const char *at = strstr(name, cards[i].name);
-        if (at && (at == name || at[-1] == ' ') && !isalnum((unsigned char)at[strlen(cards[i].name)])) return &cards[i];
+        if (at && (at == name || at[-1] == ' ') && !isalnum((unsigned char)at[strlen(cards[i].name)]))
+            return &cards[i];
     }
     return NULL;
 }
@@ -50,8 +51,9 @@ static void say_gpu(struct doctor *d, const struct nvml *n, unsigned i) {
     if (g->pcie_generation)
         snprintf(link, sizeof link, ", PCIe %d.0 x%d%s", g->pcie_generation, g->pcie_lanes,
                  narrow ? " (the card can more: look at its slot)" : "");
-    json_t *o = doctor_say(d, "gpu", narrow ? DOCTOR_WARN : DOCTOR_OK, "%u: %s, %.1f GB, %.1f free%s, %d NVLinks", i,
-                           g->name, (double)g->bytes / 1e9, (double)(g->bytes - g->used) / 1e9, link, g->nvlinks);
+    json_t *o = doctor_say(d, "gpu", narrow ? DOCTOR_WARN : DOCTOR_OK,
+                           "%u: %s, %.1f GB, %.1f free%s, %d NVLinks", i, g->name, (double)g->bytes / 1e9,
+                           (double)(g->bytes - g->used) / 1e9, link, g->nvlinks);
     json_object_set_new(o, "index", json_integer(i));
     json_object_set_new(o, "device", json_string(g->name));
     json_object_set_new(o, "bytes", json_integer((json_int_t)g->bytes));
@@ -94,10 +96,11 @@ static int physical(const struct nvml *n, int index) {
 
 /* ---- rates -------------------------------------------------------------------------------------- */
 
+typedef void measured(const struct kernels *k, void *const x[3], size_t n);
+
 /* Seconds of one call, of as many as fit into MEASURE_S; < 0 on failure. */
-static double time_of(const struct kernels *k, void (*call)(const struct kernels *, void *const[4], size_t),
-                      void *const x[4], size_t n) {
-    double began = doctor_now_s(), now = began;
+static double time_of(const struct kernels *k, measured *call, void *const x[3], size_t n) {
+    double began = doctor_now_s(), now;
     int calls = 0;
     do {
         call(k, x, n);
@@ -108,16 +111,16 @@ static double time_of(const struct kernels *k, void (*call)(const struct kernels
     return (now - began) / calls;
 }
 
-static void product(const struct kernels *k, void *const x[4], size_t n) {
+static void product(const struct kernels *k, void *const x[3], size_t n) {
     k->matmul_forward(k, x[0], x[1], x[2], (int)n, (int)n, (int)n);
 }
 
-static void stream(const struct kernels *k, void *const x[4], size_t n) { k->add(k, x[0], x[0], x[1], n); }
+static void stream(const struct kernels *k, void *const x[3], size_t n) { k->add(k, x[0], x[0], x[1], n); }
 
 /* The largest size up to `most` whose call takes 20 ms and more, so that any backend is measured in about a
  * second; buffers for it in x. 0: no memory, or a failure. */
-static size_t fit(const struct kernels *k, void (*call)(const struct kernels *, void *const[4], size_t), size_t least,
-                  size_t most, bool square, void *x[4], struct err *err) {
+static size_t fit(const struct kernels *k, measured *call, size_t least, size_t most, bool square, void *x[3],
+                  struct err *err) {
     for (size_t n = least;; n *= 2) {
         size_t elements = square ? n * n : n;
         for (int i = 0; i < 3; i++) {
@@ -134,10 +137,11 @@ static size_t fit(const struct kernels *k, void (*call)(const struct kernels *, 
 }
 
 int doctor_measure(const struct kernels *k, struct doctor_rates *out, struct err *err) {
-    void *x[4] = { NULL };
+    void *x[3] = { NULL };
     double seconds = -1;
     size_t n = fit(k, product, 64, PRODUCT_MAX, true, x, err);
-    if (n && (seconds = time_of(k, product, x, n)) > 0) out->flops = 2.0 * (double)n * (double)n * (double)n / seconds;
+    if (n && (seconds = time_of(k, product, x, n)) > 0)
+        out->flops = 2.0 * (double)n * (double)n * (double)n / seconds;
     if (seconds > 0 && (n = fit(k, stream, (size_t)1 << 16, STREAM_MAX, false, x, err)) &&
         (seconds = time_of(k, stream, x, n)) > 0)
         out->bytes_per_s = (double)n * (2 * sizeof(float) + (double)k->act_bytes) / seconds;
@@ -146,14 +150,16 @@ int doctor_measure(const struct kernels *k, struct doctor_rates *out, struct err
 }
 
 /* unit: "FLOP/s", behind G or T; sheet: 0 where it is not known. */
-static void say_rate(struct doctor *d, const char *name, const char *unit, double rate, double sheet, double good) {
+static void say_rate(struct doctor *d, const char *name, const char *unit, double rate, double sheet,
+                     double good) {
     json_t *o;
+    bool low = sheet > 0 && rate < good * sheet;
     double shown = rate < 1e12 ? rate / 1e9 : rate / 1e12;
     const char *size = rate < 1e12 ? "G" : "T";
     if (sheet > 0)
-        o = doctor_say(d, name, rate < good * sheet ? DOCTOR_WARN : DOCTOR_OK, "%.4g %s%s, %.0f %% of the card's "
-                       "data sheet%s", shown, size, unit, 100 * rate / sheet,
-                       rate < good * sheet ? ": look at its power limit and temperature, and at what else uses it" : "");
+        o = doctor_say(d, name, low ? DOCTOR_WARN : DOCTOR_OK, "%.4g %s%s, %.0f %% of the card's data sheet%s",
+                       shown, size, unit, 100 * rate / sheet,
+                       low ? ": look at its power limit and temperature, and at what else uses it" : "");
     else
         o = doctor_say(d, name, DOCTOR_OK, "%.4g %s%s", shown, size, unit);
     json_object_set_new(o, "rate", json_real(rate));
@@ -188,10 +194,11 @@ static void say_memory(struct doctor *d, const struct kernels *k, const struct n
     double takes = (double)e.all;
     json_t *o;
     if (there == 0)
-        o = doctor_say(d, "memory", DOCTOR_SKIP, "training takes %.1f GB; what there is is not known", takes / 1e9);
+        o = doctor_say(d, "memory", DOCTOR_SKIP, "training takes %.1f GB; what there is is not known",
+                       takes / 1e9);
     else
-        o = doctor_say(d, "memory", takes > there ? DOCTOR_FAIL : DOCTOR_OK, "training takes %.1f GB, %.1f are free%s",
-                       takes / 1e9, there / 1e9,
+        o = doctor_say(d, "memory", takes > there ? DOCTOR_FAIL : DOCTOR_OK,
+                       "training takes %.1f GB, %.1f are free%s", takes / 1e9, there / 1e9,
                        takes > there ? "; --precision bf16-stochastic takes less, see intellect-node plan" : "");
     json_object_set_new(o, "bytes", json_real(takes));
     json_object_set_new(o, "free_bytes", json_real(there));
@@ -203,12 +210,14 @@ static double flop_per_token(const struct msg_model *m) {
     return 6 * (n - table) + 6.0 * m->width * m->layers * (m->sequence + 1);
 }
 
-static void say_speed(struct doctor *d, const struct doctor_rates *r, const struct msg_model *m, const struct msg_inner *inner) {
+static void say_speed(struct doctor *d, const struct doctor_rates *r, const struct msg_model *m,
+                      const struct msg_inner *inner) {
     double tokens = (double)inner->batch * m->sequence;
     double seconds = tokens * flop_per_token(m) / (ENGINE_SHARE * r->flops) +
                      UPDATE_BYTES * (double)proto_model_elements(m) / r->bytes_per_s;
-    json_t *o = doctor_say(d, "speed", DOCTOR_OK, "about %.3g tokens/s on a model of %.3g parameters: %.3g s an inner "
-                           "step", tokens / seconds, (double)proto_model_elements(m), seconds);
+    json_t *o = doctor_say(d, "speed", DOCTOR_OK,
+                           "about %.3g tokens/s on a model of %.3g parameters: %.3g s an inner step",
+                           tokens / seconds, (double)proto_model_elements(m), seconds);
     json_object_set_new(o, "tokens_per_s", json_real(tokens / seconds));
 }
 

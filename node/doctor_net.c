@@ -176,14 +176,16 @@ static void say_port(struct doctor *d, uint16_t port) {
     int failure = reach(address, port);
     json_t *o;
     if (failure)
-        o = doctor_say(d, "port", DOCTOR_WARN, "port %u at %s cannot be reached from this machine itself (%s): a "
-                       "firewall? Without it the node only dials, as with --no-listen", port, address, strerror(failure));
+        o = doctor_say(d, "port", DOCTOR_WARN,
+                       "port %u at %s cannot be reached from this machine itself (%s): a firewall? Without it the "
+                       "node only dials, as with --no-listen", port, address, strerror(failure));
     else if (is_private(address) && !address_is_loopback(d->invite.host))
-        o = doctor_say(d, "port", DOCTOR_WARN, "port %u is open here, but %s is a private address: other members reach "
-                       "it only where the router forwards the port; else say --no-listen", port, address);
+        o = doctor_say(d, "port", DOCTOR_WARN,
+                       "port %u is open here, but %s is a private address: other members reach it only where the "
+                       "router forwards the port; else say --no-listen", port, address);
     else
-        o = doctor_say(d, "port", DOCTOR_OK, "port %u is open at %s; whether it is from outside only others can tell",
-                       port, address);
+        o = doctor_say(d, "port", DOCTOR_OK,
+                       "port %u is open at %s; whether it is from outside only others can tell", port, address);
     json_object_set_new(o, "port", json_integer(port));
     json_object_set_new(o, "address", json_string(address));
 }
@@ -231,8 +233,10 @@ void doctor_corpus(struct doctor *d) {
     if (data && !tokens) err_set(&err, ERR_MEMORY, "no memory for a sample");
     if (tokens && !data_sample(data, 0, tokens, &err)) {
         double took = doctor_now_s() - began;
-        json_t *o = doctor_say(d, "corpus", DOCTOR_OK, "%s: %llu samples of %u tokens, the first one read in %.0f ms",
-                               where, (unsigned long long)data_info(data)->samples, data_info(data)->sequence, 1e3 * took);
+        const struct data_info *i = data_info(data);
+        json_t *o = doctor_say(d, "corpus", DOCTOR_OK,
+                               "%s: %llu samples of %u tokens, the first one read in %.0f ms", where,
+                               (unsigned long long)i->samples, i->sequence, 1e3 * took);
         json_object_set_new(o, "ms", json_real(1e3 * took));
     } else {
         doctor_say(d, "corpus", DOCTOR_FAIL, "%s; name another place with --corpus", err.msg);
@@ -268,8 +272,8 @@ static bool server_clock(const struct doctor *d, char url[PROTO_URL_BYTES_MAX + 
     bool told = answered && a.date_s >= 0;
     /* A Date is cut to whole seconds. */
     if (told)
-        *ahead_s = ((double)before.tv_sec + (double)after.tv_sec + 1e-9 * (double)(before.tv_nsec + after.tv_nsec)) / 2 -
-                   ((double)a.date_s + 0.5);
+        *ahead_s = ((double)before.tv_sec + (double)after.tv_sec) / 2 +
+                   1e-9 * (double)(before.tv_nsec + after.tv_nsec) / 2 - ((double)a.date_s + 0.5);
     if (answered) http_answer_release(&a);
     http_client_destroy(c);
     return told;
@@ -291,7 +295,8 @@ void doctor_clock(struct doctor *d) {
     int state = adjtimex(&t);
     if (state < 0) doctor_say(d, "clock", DOCTOR_SKIP, "nothing to compare it with, and the kernel does not tell");
     else if (state == TIME_ERROR || t.status & STA_UNSYNC)
-        doctor_say(d, "clock", DOCTOR_WARN, "nothing sets it: let NTP keep it (the run itself needs no clock; https does)");
+        doctor_say(d, "clock", DOCTOR_WARN,
+                   "nothing sets it: let NTP keep it (the run itself needs no clock; https does)");
     else
         doctor_say(d, "clock", DOCTOR_OK, "NTP keeps it, to %.3g s as the kernel reckons", (double)t.maxerror / 1e6);
 }

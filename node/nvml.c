@@ -166,8 +166,9 @@ int nvml_holders(const struct nvml *n, char *out, size_t size) {
     size_t count = 0, used = 0;
     for (unsigned i = 0; i < n->count; i++)
         for (unsigned j = 0; j < n->device[i].processes; j++) all[count++] = n->device[i].process[j];
-    qsort(all, count, sizeof *all, by_bytes);
     *out = '\0';
+    if (count == 0) return 0;
+    qsort(all, count, sizeof *all, by_bytes);
     for (size_t i = 0; i < count; i++) {
         char name[32], one[120];
         process_name(all[i].pid, name);
