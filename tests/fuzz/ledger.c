@@ -44,6 +44,7 @@ static void append_genesis(void) {
     model.sequence = SEQUENCE;
     outer.fragments = 2;
     corpus.samples = SAMPLES;
+    g.init_spent_count = 0; /* what is made lies anywhere */
     g.model = &model;
     g.outer = &outer;
     g.corpus = &corpus;
