@@ -98,17 +98,19 @@ static int physical(const struct nvml *n, int index) {
 
 typedef void measured(const struct kernels *k, void *const x[3], size_t n);
 
-/* Seconds of one call, of as many as fit into MEASURE_S; < 0 on failure. */
-static double time_of(const struct kernels *k, measured *call, void *const x[3], size_t n) {
-    double began = doctor_now_s(), now;
-    int calls = 0;
-    do {
+/* Seconds of the fastest of as many calls as fit into `seconds`, three at least: what else runs here makes others
+ * slow. < 0 on failure. */
+static double time_of(const struct kernels *k, measured *call, void *const x[3], size_t n, double seconds,
+                      struct err *err) {
+    double began = doctor_now_s(), last = began, best = -1;
+    for (int calls = 0; calls < 3 || last - began < seconds; calls++) {
         call(k, x, n);
-        calls++;
-        if (k->check(k, NULL)) return -1;
-        now = doctor_now_s();
-    } while (now - began < MEASURE_S);
-    return (now - began) / calls;
+        if (k->check(k, err)) return -1;
+        double now = doctor_now_s();
+        if (best < 0 || now - last < best) best = now - last;
+        last = now;
+    }
+    return best;
 }
 
 static void product(const struct kernels *k, void *const x[3], size_t n) {
@@ -129,10 +131,9 @@ static size_t fit(const struct kernels *k, measured *call, size_t least, size_t 
         }
         call(k, x, n); /* the first of a shape prepares it */
         if (k->check(k, err)) return 0;
-        double began = doctor_now_s();
-        call(k, x, n);
-        if (k->check(k, err)) return 0;
-        if (doctor_now_s() - began > 0.02 || 2 * n > most) return n;
+        double took = time_of(k, call, x, n, 0.1, err);
+        if (took < 0) return 0;
+        if (took > 0.02 || 2 * n > most) return n;
     }
 }
 
@@ -140,10 +141,10 @@ int doctor_measure(const struct kernels *k, struct doctor_rates *out, struct err
     void *x[3] = { NULL };
     double seconds = -1;
     size_t n = fit(k, product, 64, PRODUCT_MAX, true, x, err);
-    if (n && (seconds = time_of(k, product, x, n)) > 0)
+    if (n && (seconds = time_of(k, product, x, n, MEASURE_S, err)) > 0)
         out->flops = 2.0 * (double)n * (double)n * (double)n / seconds;
     if (seconds > 0 && (n = fit(k, stream, (size_t)1 << 16, STREAM_MAX, false, x, err)) &&
-        (seconds = time_of(k, stream, x, n)) > 0)
+        (seconds = time_of(k, stream, x, n, MEASURE_S, err)) > 0)
         out->bytes_per_s = (double)n * (2 * sizeof(float) + (double)k->act_bytes) / seconds;
     for (int i = 0; i < 3; i++) k->free(k, x[i]);
     return n && seconds > 0 ? 0 : -1;
