@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Data sheets; the first whose name stands in the device's, as whole words. */
 static const struct doctor_card cards[] = {
@@ -119,10 +120,11 @@ static void product(const struct kernels *k, void *const x[3], size_t n) {
 
 static void stream(const struct kernels *k, void *const x[3], size_t n) { k->add(k, x[0], x[0], x[1], n); }
 
-/* The largest size up to `most` whose call takes 20 ms and more, so that any backend is measured in about a
- * second; buffers for it in x. 0: no memory, or a failure. */
+/* The smallest size, of `least` times powers of two up to `most`, whose call takes 20 ms and longer than that of half
+ * the size, which waiting for a busy core does not; so any backend is measured in about a second. Buffers for it in x. 0: no memory, or a failure. */
 static size_t fit(const struct kernels *k, measured *call, size_t least, size_t most, bool square, void *x[3],
                   struct err *err) {
+    double before = 0;
     for (size_t n = least;; n *= 2) {
         size_t elements = square ? n * n : n;
         for (int i = 0; i < 3; i++) {
@@ -133,7 +135,8 @@ static size_t fit(const struct kernels *k, measured *call, size_t least, size_t 
         if (k->check(k, err)) return 0;
         double took = time_of(k, call, x, n, 0.1, err);
         if (took < 0) return 0;
-        if (took > 0.02 || 2 * n > most) return n;
+        if ((took > 0.02 && before > 0 && took > 1.5 * before) || 2 * n > most) return n;
+        before = took;
     }
 }
 
@@ -222,6 +225,17 @@ static void say_speed(struct doctor *d, const struct doctor_rates *r, const stru
     json_object_set_new(o, "tokens_per_s", json_real(tokens / seconds));
 }
 
+/* Other programs on the cores: what is measured next is then not what the machine can do. */
+static void say_load(struct doctor *d) {
+    double load;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (getloadavg(&load, 1) != 1 || load < (double)cores / 2 + 0.5) return;
+    json_t *o = doctor_say(d, "load", DOCTOR_WARN,
+                           "other programs keep %.1f of %ld cores busy: the rates below are of what they leave", load,
+                           cores);
+    json_object_set_new(o, "load", json_real(load));
+}
+
 void doctor_device(struct doctor *d) {
     struct nvml *n = calloc(1, sizeof *n);
     struct err err = { 0 }, why;
@@ -239,6 +253,7 @@ void doctor_device(struct doctor *d) {
     json_t *o = doctor_say(d, "device", DOCTOR_OK, "computes on %s%s%s", k->description,
                            why.code != ERR_NONE ? "; no GPU: " : "", why.code != ERR_NONE ? why.msg : "");
     json_object_set_new(o, "backend", json_string(k->name));
+    if (!on_gpu) say_load(d);
     if (doctor_measure(k, &r, &err)) doctor_say(d, "products", DOCTOR_FAIL, "%s", err.msg);
     else say_rates(d, k, &r);
     if (!doctor_shape(d, &m, &inner)) {
