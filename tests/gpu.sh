@@ -73,11 +73,14 @@ farthest() {
         END { printf "%.2g of the loss at most, %d steps", most, n; exit !(n == 200 && most <= bound) }' "$1" "$2"
 }
 run_parity() {
-    local t text
-    for t in test_kernels test_bf16; do
-        if (cd "$data" && INTELLECT_TEST_GPU=1 CMOCKA_MESSAGE_OUTPUT=STDOUT timeout 200 "$tests/$t" >"$work/$t.log" 2>&1); then
-            row parity "$t" ok "$(grep -ac '^\[       OK \]' "$work/$t.log") tests"
-        else row parity "$t" FAILED "$(worst $t.log)"; fi
+    local t text cudnn
+    # The second with cuDNN's attention, where it is, and without.
+    for t in test_kernels:1 test_bf16:1 test_bf16:0; do
+        cudnn=${t#*:} t=${t%:*} text=
+        [ "$cudnn" = 1 ] || text=", own attention"
+        if (cd "$data" && INTELLECT_TEST_GPU=1 INTELLECT_CUDNN=$cudnn CMOCKA_MESSAGE_OUTPUT=STDOUT timeout 120 "$tests/$t" >"$work/$t.log" 2>&1); then
+            row parity "$t$text" ok "$(grep -ac '^\[       OK \]' "$work/$t.log") tests"
+        else row parity "$t$text" FAILED "$(worst $t.log)"; fi
     done
     settings || { row parity corpus FAILED "$(cat "$work/data.log")"; return; }
     for p in fp32 bf16; do

@@ -6,6 +6,8 @@
  * and walk over the queries of all heads that read it. Scores are computed twice; nothing is added by two
  * blocks, so there are no atomics.
  *
+ * Where cuDNN is, bf16 and one document a sequence, it computes instead: sdpa.h. Documents are these kernels' still.
+ *
  * A tile's rows are shared by QUAD neighbouring threads: each has every QUAD-th key of a row's scores and
  * every QUAD-th column of a row's output, in registers. */
 #include "kernels/cuda/cuda.h"
@@ -268,11 +270,25 @@ static void pick_forward(struct cuda *c, E *out, float *lse, const E *qkv, struc
     else forward<E, 64>(c, out, lse, qkv, a, B);
 }
 
+/* 1: cuDNN computes it, or has failed. Documents of a packed sequence are for the own kernels. */
+static int forward_by_cudnn(struct cuda *c, struct sdpa_shape shape, const int32_t *start, void *out, float *lse,
+                            const void *qkv) {
+    if (!c->sdpa || start) return 0;
+    size_t bytes = sdpa_forward_scratch(c->sdpa, &shape);
+    struct err err;
+    if (bytes == SDPA_CANNOT) return 0;
+    void *scratch = cuda_scratch(c, bytes);
+    if (scratch && sdpa_forward(c->sdpa, &shape, out, lse, qkv, scratch, &err) && c->failure.code == ERR_NONE)
+        c->failure = err;
+    return 1;
+}
+
 static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv, const int32_t *start,
                               int B, int T, int H, int KV, int D) {
     struct cuda *c = cuda_of(k);
     struct attention a = shape_of(start, T, H, KV, D);
-    if (refuse_head(c, D)) return;
+    struct sdpa_shape shape = { B, T, H, KV, D };
+    if (forward_by_cudnn(c, shape, start, out, lse, qkv) || refuse_head(c, D)) return;
     WITH_TYPE(k, pick_forward(c, (E *)out, lse, (const E *)qkv, a, B));
 }
 
@@ -299,11 +315,26 @@ static void pick_backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, 
     else backward<E, 64>(c, dqkv, dout, qkv, lse, delta, a, B);
 }
 
+static int backward_by_cudnn(struct cuda *c, struct sdpa_shape shape, const int32_t *start, void *dqkv,
+                             const void *dout, const void *qkv, const void *out, const float *lse) {
+    if (!c->sdpa || start) return 0;
+    size_t bytes = sdpa_backward_scratch(c->sdpa, &shape);
+    struct err err;
+    if (bytes == SDPA_CANNOT) return 0;
+    void *scratch = cuda_scratch(c, bytes);
+    if (scratch && sdpa_backward(c->sdpa, &shape, dqkv, dout, qkv, out, lse, scratch, &err) &&
+        c->failure.code == ERR_NONE)
+        c->failure = err;
+    return 1;
+}
+
 static void attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                                const void *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
                                int D) {
     struct cuda *c = cuda_of(k);
     struct attention a = shape_of(start, T, H, KV, D);
+    struct sdpa_shape shape = { B, T, H, KV, D };
+    if (backward_by_cudnn(c, shape, start, dqkv, dout, qkv, out, lse)) return;
     float *delta = (float *)cuda_scratch(c, (size_t)B * T * H * sizeof *delta);
     if (refuse_head(c, D) || !delta) return;
     WITH_TYPE(k, pick_backward(c, (E *)dqkv, (const E *)dout, (const E *)qkv, (const E *)out, lse, delta, a, B));

@@ -73,14 +73,27 @@ static int check(const struct kernels *k, struct err *err) {
     return -1;
 }
 
+/* Of cuDNN's attention, both ways; 0 where the own kernels are taken. */
+static size_t sdpa_bytes(struct cuda *c, const struct kernels_shape *s) {
+    if (!c->sdpa || s->T < 1 || s->rows < s->T || s->heads < 1) return 0;
+    struct sdpa_shape shape = { s->rows / s->T, s->T, s->heads, s->kv_heads, s->width / s->heads };
+    size_t forward = sdpa_forward_scratch(c->sdpa, &shape), backward = sdpa_backward_scratch(c->sdpa, &shape);
+    if (forward == SDPA_CANNOT) forward = 0;
+    if (backward == SDPA_CANNOT) backward = 0;
+    return forward > backward ? forward : backward;
+}
+
 static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape *s) {
-    size_t delta = (size_t)s->rows * s->heads * sizeof(float), norm = (size_t)CUDA_NORM_SLICES * s->width * sizeof(float),
-           slice = k->weight_bytes == sizeof(float) ? 0 : CUDA_SLICE * sizeof(float), most = delta > norm ? delta : norm;
-    return CUDA_WORKSPACE_BYTES + (most > slice ? most : slice);
+    size_t wants[] = { (size_t)s->rows * s->heads * sizeof(float), (size_t)CUDA_NORM_SLICES * s->width * sizeof(float),
+                       k->weight_bytes == sizeof(float) ? 0 : CUDA_SLICE * sizeof(float), sdpa_bytes(cuda_of(k), s) };
+    size_t most = 0;
+    for (size_t want : wants) most = want > most ? want : most;
+    return CUDA_WORKSPACE_BYTES + most;
 }
 
 static void destroy(struct kernels *k) {
     struct cuda *c = cuda_of(k);
+    sdpa_destroy(c->sdpa);
     cuda_products_destroy(c);
     cudaFree(c->scratch);
     if (c->stream) cudaStreamDestroy(c->stream);
@@ -111,6 +124,18 @@ static int find_device(struct cuda *c, struct cudaDeviceProp *found, struct err 
     return 0;
 }
 
+/* cuDNN computes in bf16 alone. INTELLECT_CUDNN=0: without it, to compare. The emulator has none. */
+static void find_sdpa(struct cuda *c) {
+#ifdef __CUDACC__
+    const char *wish = getenv("INTELLECT_CUDNN");
+    struct err ignored;
+    if (c->table.act_bytes == sizeof(uint16_t) && !(wish && *wish == '0'))
+        c->sdpa = sdpa_create(c->stream, &ignored);
+#else
+    c->sdpa = NULL;
+#endif
+}
+
 static int open_device(struct cuda *c, struct err *err) {
     struct cudaDeviceProp p;
     int runtime = 0;
@@ -120,8 +145,13 @@ static int open_device(struct cuda *c, struct err *err) {
         return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
     if (cuda_products_create(c, err)) return -1;
     cudaRuntimeGetVersion(&runtime);
-    snprintf(c->description, sizeof c->description, "CUDA %d.%d, %.60s (%d.%d, %zu MB), %s", runtime / 1000,
-             runtime % 1000 / 10, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
+    char sdpa[32] = "";
+    find_sdpa(c);
+    if (c->sdpa)
+        snprintf(sdpa, sizeof sdpa, ", cuDNN %d.%d", sdpa_version(c->sdpa) / 10000,
+                 sdpa_version(c->sdpa) / 100 % 100);
+    snprintf(c->description, sizeof c->description, "CUDA %d.%d%s, %.60s (%d.%d, %zu MB), %s", runtime / 1000,
+             runtime % 1000 / 10, sdpa, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
              c->table.weight_bytes == sizeof(float) ? "fp32"
              : c->table.rest_bytes                  ? "bf16 with fp32 master"
                                                     : "bf16 rounded stochastically");

@@ -24,6 +24,7 @@ extern "C" {
 #include "kernels/bf16.h"
 #include "kernels/kernels.h"
 }
+#include "kernels/cuda/sdpa.h"
 
 #define CUDA_WARP 32
 #define CUDA_THREADS 256 /* of a block, where nothing speaks for another number */
@@ -43,6 +44,7 @@ struct cuda {
     void *scratch;
     size_t scratch_bytes;
     struct cuda_products *products;
+    struct sdpa *sdpa; /* NULL: attention.cu's own kernels for all */
     char description[160];
 };
 
