@@ -94,7 +94,11 @@ static void perform(struct member *m, const struct sync_action *a) {
     case SYNC_ACT_BYE: fprintf(stderr, "coordinator: %s\n", a->text); break;
     case SYNC_ACT_LOG: fprintf(stderr, "%.3f %d %s\n", now_s(), a->level, a->text); break;
     case SYNC_ACT_CHECKPOINT_BEGIN:
-    case SYNC_ACT_CHECKPOINT_SIGNED: break;
+    case SYNC_ACT_CHECKPOINT_SIGNED:
+    case SYNC_ACT_CHECKPOINT_PART_DONE:
+    case SYNC_ACT_CHECKPOINT_ALONE:
+    case SYNC_ACT_CHECKPOINT_KEEP:
+    case SYNC_ACT_CHECKPOINT_PART: break;
     }
 }
 

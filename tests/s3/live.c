@@ -1,7 +1,7 @@
 /* live.c - the S3 store against a real server. tests/integration/s3.sh starts one and runs this with
  * AWS_ACCESS_KEY_ID and so on set:
  *
- *   s3_live ENDPOINT BUCKET [FULL_BUCKET]   FULL_BUCKET: one whose quota is used up */
+ *   s3_live ENDPOINT BUCKET [FULL_BUCKET]   FULL_BUCKET: one whose quota is used up. S3_LIVE_NO_KEYS: it takes any key */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -387,6 +387,7 @@ static void expect_refusal(const char *url, enum err_code code, const char *word
 /* The four mistakes of a first evening with a store. */
 static void mistakes_are_told_apart(void **state) {
     (void)state;
+    if (getenv("S3_LIVE_NO_KEYS")) skip(); /* a server that takes any */
     char *key = strdup(getenv("AWS_ACCESS_KEY_ID")), *secret = strdup(getenv("AWS_SECRET_ACCESS_KEY"));
     setenv("AWS_SECRET_ACCESS_KEY", "wrong", 1);
     expect_refusal(url_of(bucket, "p"), ERR_REFUSED, "wrong secret key");
