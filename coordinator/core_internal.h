@@ -177,9 +177,10 @@ struct conn {
 /* A checkpoint whose parts members send and look at. */
 #define CORE_HELPERS_MAX 32u
 #define CORE_SHARE_JOBS_MAX 256u /* offered and not answered */
+#define CORE_MEMBER_JOBS_MAX 2u  /* of these, with one member: one on its way, and the next */
 struct share_job {
     struct msg_checkpoint_part msg; /* deep copy */
-    uint32_t member;
+    uint32_t member; /* 0: waits until somebody has room */
     uint64_t since_ms, tried; /* tried: bits by helper */
 };
 struct share_part {

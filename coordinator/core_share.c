@@ -95,42 +95,51 @@ static uint32_t jobs_of(const struct share *h, uint32_t member) {
     return n;
 }
 
-/* Who may do the job and has the least to do; helpers whose share it is come before those who keep it beside
- * their own, and nobody looks at what it sent itself. */
+/* A part is sent by who keeps its share or keeps it beside the own one, and looked at by anybody but who sent it. */
+static bool may_do(struct core *c, const struct share_job *j, uint32_t i) {
+    struct share *h = &c->share;
+    uint32_t owner = j->msg.chunk / share_chunks(c);
+    bool keeps = i == owner || (i + 1) % h->helpers == owner;
+    bool sent = h->helper[i] == part_at(h, j->msg.part)->sent_by;
+#ifdef SIM_FAULTS
+    if (core_fault == CORE_FAULT_CHECKS_OWN_PARTS) sent = false;
+#endif
+    return !(j->tried >> i & 1) && (j->msg.check ? !sent : keeps) && may_help(c, core_member(c, h->helper[i]));
+}
+
+/* The helper with the least to do, or -1: nobody may. */
 static int pick_helper(struct core *c, const struct share_job *j) {
     struct share *h = &c->share;
-    uint32_t owner = j->msg.chunk / share_chunks(c), sender = part_at(h, j->msg.part)->sent_by;
     int best = -1;
-    if (owner >= h->helpers) owner = h->helpers - 1;
-    for (uint32_t k = 0; k < h->helpers; k++) {
-        uint32_t i = j->msg.check ? k : (owner + h->helpers - k) % h->helpers;
-        if (!j->msg.check && k > 1) break;
-#ifdef SIM_FAULTS
-        if (core_fault != CORE_FAULT_CHECKS_OWN_PARTS)
-#endif
-            if (j->msg.check && h->helper[i] == sender) continue;
-        if (j->tried >> i & 1 || !may_help(c, core_member(c, h->helper[i]))) continue;
-        if (best < 0 || (j->msg.check && jobs_of(h, h->helper[i]) < jobs_of(h, h->helper[best]))) best = (int)i;
-        if (!j->msg.check) break;
-    }
+    for (uint32_t i = 0; i < h->helpers; i++)
+        if (may_do(c, j, i) && (best < 0 || jobs_of(h, h->helper[i]) < jobs_of(h, h->helper[best]))) best = (int)i;
     return best;
 }
 
-/* To the next who may; with nobody left the writer does it. True where the job is gone. */
+/* To the next who may, or it waits until one has room; with nobody left the writer does it. True where the job is
+ * gone. */
 static bool hand_on(struct core *c, uint32_t i, uint64_t now_ms, struct core_actions *out) {
     struct share *h = &c->share;
     struct share_job *j = &h->jobs[i];
+    j->member = 0;
     int k = pick_helper(c, j);
     if (k < 0) {
         tell_writer(c, j->msg.part, j->msg.check, false, out);
         forget_job(h, i);
         return true;
     }
+    if (jobs_of(h, h->helper[k]) == CORE_MEMBER_JOBS_MAX) return false;
     j->tried |= 1ull << k;
     j->member = h->helper[k];
     j->since_ms = now_ms;
     core_send(out, core_member(c, j->member), MSG_CHECKPOINT_PART, 0, &j->msg);
     return false;
+}
+
+/* What waits, the longest-waiting first as far as the list has kept its order. */
+static void hand_out(struct core *c, uint64_t now_ms, struct core_actions *out) {
+    for (uint32_t i = 0; i < c->share.job_count;)
+        if (c->share.jobs[i].member || !hand_on(c, i, now_ms, out)) i++;
 }
 
 void core_on_checkpoint_part(struct core *c, struct member *m, const struct msg_checkpoint_part *msg,
@@ -170,6 +179,7 @@ void core_on_checkpoint_part_done(struct core *c, struct member *m, const struct
             core_log(out, CORE_INFO, "checkpoint of ledger %llu: " WHO " did not %s part %u: %.100s", LLU(h->index),
                      WHO_OF(m), msg->check ? "find" : "send", msg->part, why);
             hand_on(c, i, now_ms, out);
+            hand_out(c, now_ms, out);
             return;
         }
         struct share_part *p = part_at(h, msg->part);
@@ -177,6 +187,7 @@ void core_on_checkpoint_part_done(struct core *c, struct member *m, const struct
         else p->sent_by = m->id;
         tell_writer(c, msg->part, msg->check, true, out);
         forget_job(h, i);
+        hand_out(c, now_ms, out);
         return;
     }
     /* Somebody else has it by now. What it sent has the right bytes, or the store would not have taken it. */
@@ -188,7 +199,7 @@ void core_check_share(struct core *c, uint64_t now_ms, struct core_actions *out)
     for (uint32_t i = 0; i < h->job_count;) {
         const struct share_job *j = &h->jobs[i];
         const struct member *m = core_member(c, j->member);
-        if (may_help(c, m) && now_ms - j->since_ms < limit) {
+        if (!m || (may_help(c, m) && now_ms - j->since_ms < limit)) {
             i++;
             continue;
         }
@@ -196,6 +207,7 @@ void core_check_share(struct core *c, uint64_t now_ms, struct core_actions *out)
                  WHO_OF(m), may_help(c, m) ? "late" : "gone", j->msg.part);
         if (!hand_on(c, i, now_ms, out)) i++;
     }
+    hand_out(c, now_ms, out);
 }
 
 bool core_share_is_checked(const struct core *c) {

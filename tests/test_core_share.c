@@ -61,16 +61,16 @@ static void a_part_is_sent_by_one_and_looked_at_by_another(void **state) {
         assert_int_equal(k->chunks[1].start, 4 * ((h + 1) % 3));
         assert_int_equal(k->chunks[0].count + k->chunks[1].count, 8);
     }
-    offer(r, index, 7, false, 5);
-    assert_non_null(asked(r, 3));
-    assert_int_equal(asked(r, 3)->part, 7);
-    answer(r, 2, index, 7, false, true); /* was not asked */
+    offer(r, index, 7, false, 5); /* the share of 3, which 2 keeps too */
+    int who = asked(r, 2) ? 2 : 3;
+    assert_int_equal(asked(r, who)->part, 7);
+    answer(r, 4, index, 7, false, true); /* was not asked */
     assert_int_equal(told(r), -1);
-    answer(r, 3, index, 7, false, true);
+    answer(r, who, index, 7, false, true);
     assert_int_equal(told(r), 1);
     offer(r, index, 7, true, 5);
-    assert_null(asked(r, 3)); /* not itself */
-    int other = asked(r, 2) ? 2 : 4;
+    assert_null(asked(r, who)); /* not itself */
+    int other = asked(r, 4) ? 4 : 5 - who;
     assert_non_null(asked(r, other));
     answer(r, other, index, 7, true, true);
     assert_int_equal(told(r), 1);
@@ -86,7 +86,8 @@ static void no_manifest_is_signed_while_a_part_was_looked_at_by_nobody(void **st
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
     offer(r, index, 0, false, 0);
-    answer(r, 2, index, 0, false, true);
+    answer(r, asked(r, 2) ? 2 : 4, index, 0, false, true);
+    assert_int_equal(told(r), 1);
     assert_false(is_signed(r, index));
     assert_non_null(strstr(action(r, CORE_ACT_CLOSE)->text, "looked at"));
 }
@@ -96,10 +97,10 @@ static void what_nobody_does_is_the_writers(void **state) {
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
     offer(r, index, 0, false, 0);
-    answer(r, 2, index, 0, false, true);
+    answer(r, asked(r, 2) ? 2 : 4, index, 0, false, true);
     offer(r, index, 0, true, 0);
     for (int k = 0; k < 2; k++) {
-        int who = asked(r, 3) ? 3 : 4;
+        int who = asked(r, 2) ? 2 : asked(r, 3) ? 3 : 4;
         assert_non_null(asked(r, who));
         answer(r, who, index, 0, true, false);
     }
@@ -112,22 +113,47 @@ static void what_nobody_does_is_the_writers(void **state) {
 static void a_part_goes_on_when_its_member_does_not_do_it(void **state) {
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
-    offer(r, index, 0, false, 9);
-    assert_non_null(asked(r, 4));
-    answer(r, 4, index, 0, false, false);
-    assert_non_null(asked(r, 3)); /* keeps share 2 beside its own */
-    step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = r->fake[3].conn});
-    r->fake[3].conn = 0;
+    offer(r, index, 0, false, 9); /* the share of 4, which 3 keeps too */
+    int who = asked(r, 4) ? 4 : 3, other = 7 - who;
+    answer(r, who, index, 0, false, false);
+    assert_non_null(asked(r, other));
+    step(r, &(struct core_event){.type = CORE_EV_CLOSED, .conn = r->fake[other].conn});
+    r->fake[other].conn = 0;
     tick(r, 100);
     assert_int_equal(told(r), 0);
-    offer(r, index, 1, false, 9); /* 4 says nothing, though it lives; 3 is not there */
-    assert_non_null(asked(r, 4));
+    offer(r, index, 1, false, 9); /* who is left says nothing, though it lives */
+    assert_non_null(asked(r, who));
     bool given_back = false;
     for (uint32_t ms = 0; ms < 4 * r->outer.silence_ms_max + 300 && !given_back; ms += 100) {
         pass(r, 100);
         given_back = told(r) == 0;
     }
     assert_true(given_back);
+}
+
+/* Nobody is given more than it can do soon: the rest waits for who is done first. */
+static void parts_wait_for_who_has_room(void **state) {
+    struct rig *r = *state;
+    uint64_t index = begin(r, "s3://bucket/run");
+    uint32_t given[5] = {0};
+    int with[12], done = 0;
+    for (uint32_t i = 0; i < 12; i++) {
+        offer(r, index, i, false, i);
+        with[i] = asked(r, 2) ? 2 : asked(r, 3) ? 3 : asked(r, 4) ? 4 : 0;
+        given[with[i]]++;
+    }
+    for (int m = 2; m <= 4; m++) assert_int_equal(given[m], 2);
+    while (done < 12) { /* each answer lets the next one go */
+        int i = 0;
+        while (i < 12 && with[i] <= 0) i++;
+        assert_true(i < 12);
+        answer(r, with[i], index, (uint32_t)i, false, true);
+        assert_int_equal(told(r), 1);
+        with[i] = -1;
+        done++;
+        for (int m = 2; m <= 4; m++)
+            if (asked(r, m)) with[asked(r, m)->part] = m;
+    }
 }
 
 /* A writer that comes back has lost its offers, or does them itself: nobody is asked for more. */
@@ -167,6 +193,7 @@ int main(void) {
         T(no_manifest_is_signed_while_a_part_was_looked_at_by_nobody),
         T(what_nobody_does_is_the_writers),
         T(a_part_goes_on_when_its_member_does_not_do_it),
+        T(parts_wait_for_who_has_room),
         T(a_writer_that_was_away_goes_on_alone),
         T(a_folder_is_written_by_one),
         T(only_the_writer_offers_parts),
