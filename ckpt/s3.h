@@ -119,12 +119,16 @@ struct s3_call {
     const char *header;     /* one more: "If-None-Match: *"; or NULL */
     const void *body;
     size_t body_bytes;
+    bool unhashed;          /* the body's digest is not signed; see s3_may_send_unhashed */
     void *out;
     size_t out_bytes;
     uint64_t offset;
     uint32_t tries, stall_s;
     const atomic_bool *cancel;
 };
+/* Is a body safe from being changed on its way without a digest in the signature? Over TLS it is, and within this
+ * machine; what nobody hashes neither client nor server has to. */
+bool s3_may_send_unhashed(const struct s3_store *s);
 /* Sign and perform; see http_perform(). The answer may have any status. */
 int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, struct err *err);
 /* The same, and every status but 2xx is an error by s3_refusal. */

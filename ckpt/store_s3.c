@@ -30,6 +30,10 @@ static void sha256_header(const void *body, size_t n, char out[96]) {
     for (int i = 0; i < 32; i++) at += snprintf(out + at, 96 - (size_t)at, "%02x", digest[i]);
 }
 
+bool s3_may_send_unhashed(const struct s3_store *s) {
+    return s->config.loopback || !strncmp(s->config.endpoint, "https:", 6);
+}
+
 int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, struct err *err) {
     char url[S3_URL_BYTES_MAX], sha256[96], token[2100], key[S3_KEY_BYTES_MAX + 1];
     struct http_request r = {.method = c->method, .url = url, .body = c->body, .body_bytes = c->body_bytes,
@@ -38,7 +42,8 @@ int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, 
     s3_url(&s->config, c->name, c->query, url);
     if (*s->config.key) {
         r.auth = &s->auth;
-        sha256_header(c->body, c->body_bytes, sha256);
+        if (c->unhashed) strcpy(sha256, "x-amz-content-sha256: UNSIGNED-PAYLOAD");
+        else sha256_header(c->body, c->body_bytes, sha256);
         r.header[r.header_count++] = sha256;
         snprintf(token, sizeof token, "x-amz-security-token: %s", s->config.token);
         if (*s->config.token) r.header[r.header_count++] = token;

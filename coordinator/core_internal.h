@@ -664,7 +664,7 @@ void core_forget_inquiries(struct core *c);
 
 /* ---- core_share.c --------------------------------------------------------------------------- */
 
-/* Who is at this state keeps it, each some of it. False: nobody helps, or the store is a folder. */
+/* Who is at this state, or soon will be, keeps it, each some of it. False: nobody helps, or the store is a folder. */
 bool core_share_begin(struct core *c, const struct state *s, struct core_actions *out);
 /* Nothing more is asked of anybody. out NULL: nor is anybody told. */
 void core_share_end(struct core *c, struct core_actions *out);

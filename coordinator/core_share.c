@@ -47,7 +47,7 @@ bool core_share_begin(struct core *c, const struct state *s, struct core_actions
     if (!ckpt_store_remote(url)) return false;
     for (uint32_t i = 0; i < c->member_count && h->helpers < CORE_HELPERS_MAX; i++) {
         const struct member *m = &c->members[i];
-        if (may_help(c, m) && m->has_root && m->root_index == s->index) h->helper[h->helpers++] = m->id;
+        if (may_help(c, m) && !m->catching_up) h->helper[h->helpers++] = m->id;
     }
     if (!h->helpers) return false;
     h->index = s->index;

@@ -393,8 +393,21 @@ static void on_checkpoint_signed(struct sync *s, const struct msg_checkpoint_sig
 /* Parts that others send of what we write, and that we send of what another writes, are the agent's: the bytes are
  * those of the state at that index, which it keeps. */
 static void on_checkpoint_keep(struct sync *s, const struct msg_checkpoint_keep *msg) {
-    bool here = s->state.whole && s->state.index == msg->index && digest_equal(&s->state.root, &msg->root);
-    if (here || !msg->chunks_count) act_message(s, SYNC_ACT_CHECKPOINT_KEEP, MSG_CHECKPOINT_KEEP, 0, msg);
+    struct checkpoint_keep *k = &s->checkpoint.keep;
+    k->waits = msg->chunks_count > 0;
+    k->msg = *msg;
+    k->msg.chunks = k->chunks;
+    for (uint32_t i = 0; i < msg->chunks_count; i++) k->chunks[i] = msg->chunks[i];
+    if (!k->waits) act_message(s, SYNC_ACT_CHECKPOINT_KEEP, MSG_CHECKPOINT_KEEP, 0, msg);
+}
+
+/* The state it is about is here, before anything of it changes; or never will be. */
+static void checkpoint_keep_pump(struct sync *s) {
+    struct checkpoint_keep *k = &s->checkpoint.keep;
+    if (!k->waits || !s->state.whole || s->state.index < k->msg.index) return;
+    k->waits = false;
+    if (s->state.index == k->msg.index && digest_equal(&s->state.root, &k->msg.root))
+        act_message(s, SYNC_ACT_CHECKPOINT_KEEP, MSG_CHECKPOINT_KEEP, 0, &k->msg);
 }
 
 static void on_checkpoint_part_done(struct sync *s, const struct msg_checkpoint_part_done *msg) {
@@ -501,6 +514,7 @@ static int dispatch(struct sync *s, const struct sync_event *ev) {
 /* Whatever became possible through the event is begun. */
 static int pump(struct sync *s) {
     check_synced(s);
+    checkpoint_keep_pump(s);
     apply_pump(s);
     catchup_pump(s);
     trainer_pump(s);

@@ -442,6 +442,11 @@ struct sync {
         uint32_t manifest_length;
         struct digest digest;
         char text[PROTO_TEXT_BYTES_MAX + 1];
+        struct checkpoint_keep { /* of another's: waits until the state is that of its index */
+            bool waits;
+            struct msg_checkpoint_keep msg;
+            struct msg_range chunks[2];
+        } keep;
     } checkpoint;
     void (*before_change)(void *arg, uint32_t chunk);
     void *before_change_arg;

@@ -311,7 +311,7 @@
 #define FIELDS_checkpoint_done(F, L)                                                               \
     F(U64, index, 0) F(U8, written, 1) F(DIGEST, manifest, 0) F(STR, text, PROTO_TEXT_BYTES_MAX)
 
-/* C->N, while another member writes the checkpoint of the state at `index`: keep these chunks of it for parts that
+/* C->N, while another member writes the checkpoint of the state at `index`: keep these chunks of it, once it is there, for parts that
  * will be asked for. None: what was kept for `index` is needed no more. bf16 as in CHECKPOINT_WRITE. */
 #define FIELDS_checkpoint_keep(F, L)                                                               \
     F(U64, index, 0) F(DIGEST, root, 0) F(U8, bf16, 1) L(range, chunks, 2)

@@ -174,7 +174,7 @@ struct node {
     uint64_t samples, steps, moments_steps, tokens;
     uint32_t resets, applies, mixes, adds, continues;
     /* what it said otherwise */
-    uint32_t disconnects, closes, checkpoint_begins;
+    uint32_t disconnects, closes, checkpoint_begins, keeps;
     char logged[512];
 };
 
@@ -350,6 +350,7 @@ static inline void perform(struct rig *r, struct node *n, const struct sync_acti
                  .type = SYNC_EV_TRAINER_MOMENTS, .local = n->moments, .steps = n->steps});
         break;
     case SYNC_ACT_CHECKPOINT_BEGIN: n->checkpoint_begins++; break;
+    case SYNC_ACT_CHECKPOINT_KEEP: n->keeps++; break;
     case SYNC_ACT_LOG:
         if (getenv("SYNC_LOG")) printf("[%u] %s\n", n->id, a->text);
         snprintf(n->logged, sizeof n->logged, "%s", a->text);

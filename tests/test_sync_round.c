@@ -34,6 +34,38 @@ static void round_gives_everybody_the_right_bits(void **state) {
     assert_int_equal(ready_of(r, 2)->ranges[0].start, 2000 + STEPS * BATCH);
 }
 
+/* It hears of a checkpoint before it has applied the commit: the state is kept when it is there, and only if it is
+ * that one; of one that is past there is nothing to keep. */
+static void what_is_to_be_kept_is_kept_when_it_is_there(void **state) {
+    struct rig *r = *state;
+    struct msg_range all = {0, CHUNKS};
+    struct msg_checkpoint_keep keep = {.chunks = &all, .chunks_count = 1};
+    three_members(r);
+    keep.root = root_of(r, 2);
+    say(r, 2, MSG_CHECKPOINT_KEEP, 0, &keep);
+    assert_int_equal(r->node[2].keeps, 1);
+    train_round(r, 2);
+    train_round(r, 3);
+    whole_round(r, &THREE);
+    announce(r, 1, &THREE, 0);
+    keep.index = r->base_index;
+    keep.root = root_of(r, 1);
+    say(r, 2, MSG_CHECKPOINT_KEEP, 0, &keep);
+    assert_int_equal(r->node[2].keeps, 1);
+    announce(r, 2, &THREE, STEPS * BATCH);
+    assert_int_equal(r->node[2].keeps, 2);
+    keep.root.b[0] ^= 1;
+    say(r, 3, MSG_CHECKPOINT_KEEP, 0, &keep);
+    announce(r, 3, &THREE, STEPS * BATCH);
+    assert_int_equal(r->node[3].keeps, 0);
+    keep.index = 0;
+    say(r, 2, MSG_CHECKPOINT_KEEP, 0, &keep);
+    assert_int_equal(r->node[2].keeps, 2);
+    keep.chunks_count = 0;
+    say(r, 2, MSG_CHECKPOINT_KEEP, 0, &keep);
+    assert_int_equal(r->node[2].keeps, 3); /* the end is passed on */
+}
+
 /* A contributor may aggregate, too: its own bytes never travel. */
 static void contributor_aggregates(void **state) {
     struct rig *r = *state;
@@ -317,6 +349,8 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         T(round_gives_everybody_the_right_bits),
+        T(what_is_to_be_kept_is_kept_when_it_is_there),
+        T(what_is_to_be_kept_is_kept_when_it_is_there),
         T(contributor_aggregates),
         T(dropped_contributor_does_not_count_in_the_divisor),
         T(silent_contributor_is_dropped_by_the_aggregator),
