@@ -613,3 +613,52 @@ out:
     free(block);
     return rc;
 }
+
+/* Element i of what a state holds: parameters, first moments, second moments. */
+static int say_difference(const struct msg_model *m, size_t i, float is, float should_be, const char *path,
+                          struct err *err) {
+    static const char *const vectors[] = { "", "the first moment of ", "the second moment of " };
+    size_t n = (size_t)proto_model_elements(m);
+    struct proto_tensor t;
+    proto_model_tensor(m, proto_model_tensor_at(m, i % n), &t);
+    return err_set(err, ERR_CORRUPT, "%s%s, element %zu: %.9g, in %.100s %.9g", vectors[i / n], t.name,
+                   i % n - (size_t)t.offset, (double)is, path, (double)should_be);
+}
+
+static int compare_values(const struct msg_model *m, const int fd[2], const char *const path[2], float *block[2],
+                          struct err *err) {
+    size_t all = 3 * (size_t)proto_model_elements(m);
+    for (size_t at = 0, n; at < all; at += n) {
+        n = all - at < BLOCK_ELEMENTS ? all - at : BLOCK_ELEMENTS;
+        for (int i = 0; i < 2; i++)
+            if (file_read(fd[i], block[i], n * sizeof **block, path[i], err)) return -1;
+        for (size_t i = 0; i < n; i++)
+            if (memcmp(&block[0][i], &block[1][i], sizeof **block))
+                return say_difference(m, at + i, block[0][i], block[1][i], path[1], err);
+    }
+    return 0;
+}
+
+static int compare_headers(const int fd[2], const char *const path[2], struct err *err) {
+    struct state_header h[2];
+    for (int i = 0; i < 2; i++)
+        if (file_read(fd[i], &h[i], sizeof h[i], path[i], err)) return -1;
+    if (!memcmp(&h[0], &h[1], sizeof h[0])) return 0;
+    return err_set(err, ERR_CORRUPT, "%.100s is of step %llu, %.100s of %llu, or they are of two models", path[0],
+                   (unsigned long long)h[0].tag, path[1], (unsigned long long)h[1].tag);
+}
+
+int engine_state_compare(const struct msg_model *m, const char *path, const char *other, struct err *err) {
+    const char *const paths[2] = { path, other };
+    int fd[2] = { -1, -1 }, rc = 0;
+    float *block[2] = { malloc(BLOCK_ELEMENTS * sizeof(float)), malloc(BLOCK_ELEMENTS * sizeof(float)) };
+    if (!block[0] || !block[1]) rc = err_set(err, ERR_MEMORY, "no memory to compare states");
+    for (int i = 0; rc == 0 && i < 2; i++)
+        if ((fd[i] = open(paths[i], O_RDONLY | O_CLOEXEC)) < 0) rc = err_set_errno(err, "open %.150s", paths[i]);
+    if (rc == 0) rc = compare_headers(fd, paths, err) || compare_values(m, fd, paths, block, err) ? -1 : 0;
+    for (int i = 0; i < 2; i++) {
+        if (fd[i] >= 0) close(fd[i]);
+        free(block[i]);
+    }
+    return rc;
+}

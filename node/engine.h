@@ -187,4 +187,8 @@ int engine_save(const struct engine *e, const char *path, uint64_t tag, struct e
  * ERR_NOT_FOUND (no such file), ERR_TRUNCATED, ERR_CORRUPT (digest), ERR_CONFIG (another model). */
 int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *err);
 
+/* Are two states that were saved of this model the same, bit for bit? 0, or -1 with ERR_CORRUPT (msg names the first
+ * tensor that differs), ERR_NOT_FOUND, ERR_TRUNCATED. Digests are not looked at. */
+int engine_state_compare(const struct msg_model *model, const char *path, const char *other, struct err *err);
+
 #endif

@@ -2,6 +2,7 @@
  * and whether it is saved, rank 0 tells them. */
 #include "node/solo.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -149,6 +150,33 @@ static int check_genesis(const struct solo *s, const struct corpus_facts *corpus
     return rc;
 }
 
+/* ---- states that are kept ---------------------------------------------------------------------- */
+
+static void kept_name(const struct solo *s, uint64_t step, char out[PATH_BYTES]) {
+    snprintf(out, PATH_BYTES, "%s/state-%llu", s->options->out, (unsigned long long)step);
+}
+
+/* Another name for what was saved of this step: the next save replaces the first one. */
+static int keep(const struct solo *s, uint64_t step, struct err *err) {
+    char name[PATH_BYTES];
+    if (!s->options->keep || s->mesh.rank > 0) return 0;
+    kept_name(s, step, name);
+    return !link(s->state, name) || errno == EEXIST ? 0 : err_set_errno(err, "keep %.150s", name);
+}
+
+/* The last one before the step that is replayed; 0: none. */
+static int newest_before(const struct solo *s, uint64_t step, uint64_t *found, struct err *err) {
+    DIR *d = opendir(s->options->out);
+    unsigned long long n;
+    int used;
+    if (!d) return err_set_errno(err, "%.150s", s->options->out);
+    *found = 0;
+    for (struct dirent *e; (e = readdir(d));)
+        if (sscanf(e->d_name, "state-%llu%n", &n, &used) == 1 && !e->d_name[used] && n < step && n > *found) *found = n;
+    closedir(d);
+    return 0;
+}
+
 /* ---- start ------------------------------------------------------------------------------------- */
 
 static int create_kernels(struct solo *s, struct err *err) {
@@ -179,9 +207,22 @@ static int first_parameters(struct solo *s, struct err *err) {
     return rc;
 }
 
+static int load_to_replay(struct solo *s, struct err *err) {
+    char name[PATH_BYTES];
+    uint64_t before;
+    kept_name(s, s->options->replay, name);
+    if (access(name, R_OK)) return err_set_errno(err, "what step %llu came to is not known (--keep keeps it): %.150s",
+                                                 (unsigned long long)s->options->replay, name);
+    if (newest_before(s, s->options->replay, &before, err)) return -1;
+    if (before == 0) return first_parameters(s, err);
+    kept_name(s, before, name);
+    return engine_load(s->engine, name, &s->done, err);
+}
+
 static int load(struct solo *s, struct err *err) {
     struct err why = { 0 };
-    if (!engine_load(s->engine, s->state, &s->done, &why)) return 0;
+    if (s->options->replay) return load_to_replay(s, err);
+    if (!engine_load(s->engine, s->state, &s->done, &why)) return keep(s, s->done, err);
     if (why.code == ERR_NOT_FOUND) return first_parameters(s, err);
     *err = why;
     return -1;
@@ -204,7 +245,7 @@ static int set_up(struct solo *s, const struct corpus_facts *corpus, struct err 
     s->tokens = calloc((size_t)set->inner.batch * (set->model.sequence + 1), sizeof *s->tokens);
     if (!s->tokens) return err_set(err, ERR_MEMORY, "no memory for a batch");
     if (!s->saver || load(s, err)) return -1;
-    if (s->mesh.rank == 0 && !(s->curve = curve_open(s->csv, s->done, err))) return -1;
+    if (s->mesh.rank == 0 && !s->options->replay && !(s->curve = curve_open(s->csv, s->done, err))) return -1;
     s->mesh.world->barrier(s->mesh.world);
     return s->mesh.world->check(s->mesh.world, err);
 }
@@ -254,7 +295,7 @@ static int record(struct solo *s, const struct engine_result *r, double seconds,
     s->result->loss = r->loss;
     if (s->mesh.rank > 0) return 0;
     show(s, r, seconds);
-    return curve_add(s->curve, &row, err);
+    return s->curve ? curve_add(s->curve, &row, err) : 0;
 }
 
 /* A step that is not finite is skipped, its samples with it; some in a row are the end. */
@@ -284,7 +325,7 @@ enum next { NEXT_STEP, NEXT_SAVE, NEXT_END };
 
 static enum next decide(const struct solo *s, uint64_t saved) {
     if (s->done >= s->end || asked_to_stop) return NEXT_END;
-    return s->done - saved >= s->options->save_steps && !saver_busy(s->saver) ? NEXT_SAVE : NEXT_STEP;
+    return !s->options->replay && s->done - saved >= s->options->save_steps && !saver_busy(s->saver) ? NEXT_SAVE : NEXT_STEP;
 }
 
 /* At the end nothing may still be written when the ranks copy their state anew. */
@@ -292,7 +333,24 @@ static int save_last(struct solo *s, uint64_t saved, struct err *err) {
     if (s->mesh.rank == 0)
         while (saver_busy(s->saver)) usleep(1000);
     s->mesh.world->barrier(s->mesh.world);
-    return saved == s->done ? 0 : saver_finish(s->saver, s->done, err);
+    if (saved != UINT64_MAX && saved != s->done && keep(s, saved, err)) return -1;
+    if (saved != s->done && saver_finish(s->saver, s->done, err)) return -1;
+    return keep(s, s->done, err);
+}
+
+/* What was computed again, beside what was kept. */
+static int compare(struct solo *s, struct err *err) {
+    char again[PATH_BYTES], kept[PATH_BYTES];
+    if (s->done != s->end) return err_set(err, ERR_REFUSED, "stopped at step %llu", (unsigned long long)s->done);
+    snprintf(again, sizeof again, "%s/replayed", s->options->out);
+    kept_name(s, s->end, kept);
+    struct engine_snapshot *now = engine_snapshot_create(s->engine, s->mesh.state, err);
+    int rc = !now || engine_snapshot_take(now, s->engine, s->done, err) ? -1 : 0;
+    if (rc == 0 && s->mesh.rank == 0)
+        rc = engine_snapshot_write(now, again, err) || engine_state_compare(&s->settings->model, again, kept, err);
+    engine_snapshot_destroy(now);
+    if (s->mesh.rank == 0) unlink(again);
+    return rc ? -1 : 0;
 }
 
 static int train(struct solo *s, struct err *err) {
@@ -304,10 +362,11 @@ static int train(struct solo *s, struct err *err) {
         if (world->check(world, err)) return -1;
         if (next == NEXT_END) break;
         if (next == NEXT_STEP && step(s, err)) return -1;
+        if (next == NEXT_SAVE && saved != UINT64_MAX && keep(s, saved, err)) return -1;
         if (next == NEXT_SAVE && saver_begin(s->saver, s->done, err)) return -1;
         if (next == NEXT_SAVE) saved = s->done;
     }
-    return save_last(s, saved, err);
+    return s->options->replay ? compare(s, err) : save_last(s, saved, err);
 }
 
 /* Mean loss of the first held-out windows, a batch at a time. */
@@ -393,13 +452,14 @@ static void sum_up(struct solo *s) {
 static int live(struct solo *s, const struct corpus_facts *corpus, struct err *err) {
     if (set_up(s, corpus, err)) return -1;
     s->total = solo_steps(s->settings);
-    s->end = s->options->stop_after && s->options->stop_after < s->total ? s->options->stop_after : s->total;
+    uint64_t end = s->options->replay ? s->options->replay : s->options->stop_after;
+    s->end = end && end < s->total ? end : s->total;
     say_start(s);
     s->began_s = now_s();
     int rc = train(s, err);
     sum_up(s);
-    if (rc == 0 && s->done == s->end) rc = write_model(s, err);
-    return rc ? rc : evaluate(s, err);
+    if (rc || s->options->replay) return rc;
+    return (s->done == s->end && write_model(s, err)) || evaluate(s, err) ? -1 : 0;
 }
 
 int solo_run(const struct solo_options *options, const struct settings *settings,

@@ -5,6 +5,7 @@
  * Everything of a run lies in one folder:
  *   genesis      the settings it was begun with; other ones are refused
  *   state        parameters, moments and the number of batches done (engine.h), replaced every save_steps
+ *   state-STEP   the ones before, where they are kept
  *   loss.csv     the curve (curve.h)
  *   model        a Hugging Face folder of the parameters, made anew each time that the end is reached
  *   lock         held while it runs
@@ -29,6 +30,8 @@ struct solo_options {
     size_t activation_bytes;  /* of a rank, struct engine_mesh; 0 = the default */
     uint64_t stop_after;      /* stop once so many batches are done; 0 = at the schedule's end */
     uint64_t save_steps;      /* >= 1 */
+    bool keep;                /* every state that is saved stays, as state-STEP */
+    uint64_t replay;          /* not train: compute the steps to this one again, see solo_run(); 0 = train */
     uint64_t heldout_samples; /* for the loss at the end; 0 = none */
     bool quiet;               /* no line about progress */
 };
@@ -44,7 +47,11 @@ struct solo_result {
 /* Train. settings and corpus: resolved (settings.h). SIGINT and SIGTERM stop it after the step, saved.
  * Starts ranks (mesh.h): to be called before any thread. Returns 0, or -1 with ERR_CONFIG (the network
  * cannot be cut so; the folder was begun with other settings), ERR_REFUSED (it runs already), or what went
- * wrong; what was saved before stays. */
+ * wrong; what was saved before stays.
+ *
+ * replay: from the newest state that was kept before that step (none: from the first parameters) the steps are computed
+ * again, and what comes out is held against the one kept of it, bit by bit. Nothing in the folder changes. ERR_NOT_FOUND:
+ * the step was not kept; ERR_CORRUPT names the first tensor that differs. */
 int solo_run(const struct solo_options *options, const struct settings *settings,
              const struct corpus_facts *corpus, struct solo_result *result, struct err *err);
 

@@ -17,7 +17,7 @@ int tool_data(int argc, char **argv);
 int tool_bigram(int argc, char **argv);
 
 /* train CONFIG [--out DIR] [--tp N] [--dp N] [--shard S] [--precision P] [--activations GB] [--threads N]
- * [--stop-after N] [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE] [--plot FILE.svg] [--quiet] [--json]
+ * [--keep] [--replay STEP] [--stop-after N] [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE] [--plot FILE.svg] [--quiet] [--json]
  * Train alone, without a coordinator; solo.h. To be called before any thread was made. */
 int tool_train(int argc, char **argv);
 

@@ -47,6 +47,10 @@ static const char train_help[] =
     "  --threads N        CPU threads of all ranks together (default: all cores)\n"
     "  --stop-after N     stop once N steps are done in all; the schedule stays that of CONFIG\n"
     "  --save-steps N     save every N steps (default 200), and at the end\n"
+    "  --keep             keep every state that is saved, as DIR/state-STEP: 12 bytes a parameter each\n"
+    "  --replay STEP      do not train: compute again from the kept state before STEP, and hold what comes out against\n"
+    "                     that of STEP, bit by bit; the same mesh, precision and threads as then. Exit status 1 and\n"
+    "                     the first tensor that differs where they differ\n"
     "  --heldout N        at the end, the mean loss of the first N held-out samples (default 64)\n"
     "  --plot FILE.svg    draw the loss curve when it ends; DIR/loss.csv has it in numbers\n"
     "  --quiet            no lines about progress\n"
@@ -92,6 +96,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         { "threads", required_argument, NULL, 'n' },    { "stop-after", required_argument, NULL, 'a' },
         { "save-steps", required_argument, NULL, 'e' }, { "heldout", required_argument, NULL, 'H' },
         { "activations", required_argument, NULL, 'A' },
+        { "keep", no_argument, NULL, 'k' },             { "replay", required_argument, NULL, 'R' },
         { "plot", required_argument, NULL, 'P' },       { "from", required_argument, NULL, 'f' },
         { "quiet", no_argument, NULL, 'q' },
         { "json", no_argument, NULL, 'j' },             { "help", no_argument, NULL, 'h' },
@@ -119,6 +124,8 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'a': if (args_integer("--stop-after", optarg, 1, UINT64_MAX, &o->stop_after)) return 2; break;
         case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
         case 'H': if (args_integer("--heldout", optarg, 0, UINT32_MAX, &o->heldout_samples)) return 2; break;
+        case 'k': o->keep = true; break;
+        case 'R': if (args_integer("--replay", optarg, 1, UINT64_MAX, &o->replay)) return 2; break;
         case 'P': w->plot = optarg; break;
         case 'f': w->from = optarg; break;
         case 'q': o->quiet = true; break;
@@ -205,6 +212,10 @@ static int train(struct train_wish *w, struct settings *s, struct err *err) {
     default_folder(w->config, w->folder);
     w->solo.out = w->out ? w->out : w->folder;
     if (solo_run(&w->solo, s, &corpus, &r, err)) return -1;
+    if (w->solo.replay) {
+        printf("step %llu: the same bits again\n", (unsigned long long)w->solo.replay);
+        return 0;
+    }
     print_result(w, &r);
     snprintf(csv, sizeof csv, "%s/loss.csv", w->solo.out);
     return w->plot ? curve_plot(csv, w->plot, err) : 0;

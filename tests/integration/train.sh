@@ -130,6 +130,18 @@ other --out other-whole --stop-after 20 > other.log || bad "muon, 8 bits: $(cat 
 for k in 3 11 20; do other --out other-cut --stop-after "$k" > other.log || bad "muon, 8 bits, step $k: $(cat other.log)"; done
 check "Muon with moments of 8 bits goes on where it was cut" same other-whole other-cut
 
+# Whoever doubts a step computes it again; where something else comes out, the place is named.
+kept() { train --out kept --dp 2 --set inner.optimizer=muon --set inner.states=bf16 "$@"; }
+kept --keep --save-steps 5 --stop-after 11 > kept.log || bad "states kept: $(cat kept.log)"
+check "states are kept" [ -e kept/state-5 -a -e kept/state-10 -a -e kept/state-11 ]
+cp -r kept kept-before
+for step in 5 10 11; do expect 0 "step $step: the same bits again" kept --replay $step; done
+check "a replay changes nothing" diff -r kept kept-before
+expect 1 'what step 7 came to is not known' kept --replay 7
+printf 'X' | dd of=kept/state-5 bs=1 seek=60001 conv=notrunc 2>/dev/null
+expect 1 'element [0-9]*: .*, in .*state-5' kept --replay 5
+expect 1 'does not have the digest' kept --replay 10
+
 # What a person gets wrong.
 expect 2 'inner.lr is 0.5 .*take another folder' train --out whole --set inner.lr=0.5
 expect 2 'run.yaml|--set.*inner.batch' train --out new --set inner.batch=none
