@@ -84,7 +84,7 @@ __device__ static int document_of(const struct attention &a, int b, int t) {
 
 /* COLUMNS: of a row's output that a thread has, at least D / QUAD. */
 template <class E, int COLUMNS>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
 attend(E *out, float *lse, const E *qkv, struct attention a) {
     SHARED_MEMORY(memory);
     int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
@@ -144,7 +144,7 @@ __global__ void attention_delta(float *delta, const E *dout, const E *out, size_
 
 /* With p = exp(score - lse): dscore = p * (dout.value - delta) * scale; dq = sum of dscore * key. */
 template <class E, int COLUMNS>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
 query_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
                struct attention a) {
     SHARED_MEMORY(memory);
@@ -184,7 +184,7 @@ query_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const flo
 /* Of one key tile and the heads h of its group: dv = sum of p * dout, dk = sum of dscore * q, in the order of
  * heads and queries. A thread's row is a key here. */
 template <class E, int COLUMNS>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
 key_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
              struct attention a) {
     SHARED_MEMORY(memory);

@@ -17,7 +17,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define UNROLL
 
 struct dim3 {
