@@ -159,13 +159,15 @@ static void attention_backward(const struct kernels *k, void *dqkv, const void *
 
 /* ---- optimizer ----------------------------------------------------------------------------------- */
 
-/* A slice in fp32, as cpu.c does it, and back: with the lower halves kept, bit for bit what fp32 weights become. */
+/* A slice in fp32, as cpu.c does it, and back: with the lower halves kept, bit for bit what fp32 weights
+ * become. */
 static void slice_out(float *wide, const uint16_t *upper, const uint16_t *rest, size_t n) {
     if (rest) join_slice(wide, upper, rest, n);
     else widen_slice(wide, upper, n);
 }
 
-static void slice_in(uint16_t *upper, uint16_t *rest, const float *wide, size_t n, uint64_t seed, uint64_t first) {
+static void slice_in(uint16_t *upper, uint16_t *rest, const float *wide, size_t n, uint64_t seed,
+                     uint64_t first) {
     if (rest) split_slice(upper, rest, wide, n);
     else stochastic_slice(upper, wide, seed, first, n);
 }

@@ -18,7 +18,8 @@ WIDE static void combine_slice(float *out, float a, const float *x, float b, con
 static void combine(const struct kernels *k, float *out, float a, const float *x, float b, const float *y,
                     size_t n) {
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
-    for (size_t i = 0; i < n; i += CPU_SLICE) combine_slice(out + i, a, x + i, b, y + i, up_to(CPU_SLICE, i, n));
+    for (size_t i = 0; i < n; i += CPU_SLICE)
+        combine_slice(out + i, a, x + i, b, y + i, up_to(CPU_SLICE, i, n));
 }
 
 /* ---- in ---------------------------------------------------------------------------------------- */
@@ -75,7 +76,8 @@ static void state_in(const struct kernels *k, void *state, enum kernels_state ho
     assert(how != KERNELS_STATE_FP32);
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
     for (size_t i = 0; i < n; i += CPU_SLICE)
-        slice_in((uint8_t *)state + kernels_state_bytes(how, i), how, x + i, up_to(CPU_SLICE, i, n), seed, first + i);
+        slice_in((uint8_t *)state + kernels_state_bytes(how, i), how, x + i, up_to(CPU_SLICE, i, n), seed,
+                 first + i);
 }
 
 /* ---- out --------------------------------------------------------------------------------------- */
@@ -107,7 +109,8 @@ static void slice_out(float *x, const uint8_t *state, enum kernels_state how, si
     }
 }
 
-static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how, size_t n) {
+static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how,
+                      size_t n) {
     assert(how != KERNELS_STATE_FP32);
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
     for (size_t i = 0; i < n; i += CPU_SLICE)

@@ -39,10 +39,10 @@ struct kernels_adamw {
     uint64_t seed, first;
 };
 
-/* How the moments of an optimizer are kept: in fp32, in bf16, or in 8 bits, in blocks of KERNELS_STATE_BLOCK, the
- * last of which may be shorter, with a unit each; states.h has the bits. SIGNED for first moments, ROOT for
- * second ones, which are not negative. Rounding is stochastic, from a seed and the element's number: unbiased, so
- * updates far below a last digit are not all lost. */
+/* How the moments of an optimizer are kept: in fp32, in bf16, or in 8 bits, in blocks of
+ * KERNELS_STATE_BLOCK, the last of which may be shorter, with a unit each; states.h has the bits. SIGNED
+ * for first moments, ROOT for second ones, which are not negative. Rounding is stochastic, from a seed and
+ * the element's number: unbiased, so updates far below a last digit are not all lost. */
 enum kernels_state {
     KERNELS_STATE_FP32 = 0, KERNELS_STATE_BF16 = 1, KERNELS_STATE_SIGNED8 = 2, KERNELS_STATE_ROOT8 = 3
 };
@@ -227,9 +227,9 @@ struct kernels {
     /* out = a * x + b * y; out may be x or y. */
     void (*combine)(const struct kernels *k, float *out, float a, const float *x, float b, const float *y,
                     size_t n);
-    /* n elements, from a block's first on, to and from what is kept of them in less than fp32. seed 0 rounds to nearest: what
-     * came out goes in unchanged then, bit for bit, if it is not below 10^-37. first: the number of x[0] for the
-     * random bits. */
+    /* n elements, from a block's first on, to and from what is kept of them in less than fp32. seed 0
+     * rounds to nearest: what came out goes in unchanged then, bit for bit, if it is not below 10^-37.
+     * first: the number of x[0] for the random bits. */
     void (*state_in)(const struct kernels *k, void *state, enum kernels_state how, const float *x, size_t n,
                      uint64_t seed, uint64_t first);
     void (*state_out)(const struct kernels *k, float *x, const void *state, enum kernels_state how, size_t n);

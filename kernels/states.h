@@ -1,17 +1,20 @@
-/* states.h - private to kernels/: what the moments of an optimizer become when they are kept in 16 or 8 bits.
+/* states.h - private to kernels/: what the moments of an optimizer become when they are kept in 16 or 8
+ * bits.
  *
  * 16 bits: bf16, relative error up to 2^-8.
  *
- * 8 bits: blocks of KERNELS_STATE_BLOCK elements, each with a unit, a power of two, that its largest element
- * fits; an element is a small float in that unit: code c is worth state_value(c), exact up to 16 and with 4
- * bits after the leading one above, so neighbours are up to 1/16 apart. First moments have a sign and 7 bits,
- * 1 to 1984 units; second moments are kept as their root, 8 bits, 1 to 507904 units, so that what is divided by
- * does not become zero beside a neighbour 10^11 times as large. (arXiv:2110.02861 has the idea: blocks, and codes
- * closer together where values are small. A table of its own has twice the precision for the largest elements and
- * takes a search; units that are powers of two make rounding idempotent: what was saved and loaded is what it was.)
+ * 8 bits: blocks of KERNELS_STATE_BLOCK elements, each with a unit, a power of two, that its largest
+ * element fits; an element is a small float in that unit: code c is worth state_value(c), exact up to 16
+ * and with 4 bits after the leading one above, so neighbours are up to 1/16 apart. First moments have a
+ * sign and 7 bits, 1 to 1984 units; second moments are kept as their root, 8 bits, 1 to 507904 units, so
+ * that what is divided by does not become zero beside a neighbour 10^11 times as large. (arXiv:2110.02861
+ * has the idea: blocks, and codes closer together where values are small. A table of its own has twice the
+ * precision for the largest elements and takes a search; units that are powers of two make rounding
+ * idempotent: what was saved and loaded is what it was.)
  *
- * Updates are much smaller than these steps (beta2 0.999 takes 0.1 % off), so to nearest they would be lost.
- * Rounding is stochastic: the expected value is the value, of a second moment itself, not of its root. */
+ * Updates are much smaller than these steps (beta2 0.999 takes 0.1 % off), so to nearest they would be
+ * lost. Rounding is stochastic: the expected value is the value, of a second moment itself, not of its
+ * root. */
 #ifndef INTELLECT_KERNELS_STATES_H
 #define INTELLECT_KERNELS_STATES_H
 
@@ -20,7 +23,8 @@
 
 #include <math.h>
 
-#define STATE_BLOCK_BYTES ((size_t)KERNELS_STATE_BLOCK + sizeof(float)) /* of a block: the unit, then the codes */
+/* Of a block: the unit, then the codes. */
+#define STATE_BLOCK_BYTES ((size_t)KERNELS_STATE_BLOCK + sizeof(float))
 
 /* What code c is worth, c < 256: the sequence goes on as a float's bits do. */
 BF16_INLINE float state_value(uint32_t c) {
@@ -32,8 +36,8 @@ BF16_INLINE uint32_t state_floor(float y) {
     return y < 16 ? (uint32_t)(int32_t)y : (bf16_bits(y) >> 19) - 2080;
 }
 
-/* The unit of a block whose largest element, or its root, is `most`; its highest code is worth 1.9375 * 2^top.
- * 0: all elements are. */
+/* The unit of a block whose largest element, or its root, is `most`; its highest code is worth 1.9375 *
+ * 2^top. 0: all elements are. */
 BF16_INLINE float state_unit(float most, uint32_t top) {
     uint32_t exponent = (bf16_bits(most) + 0x7ffff) >> 23; /* one more where 1.9375 is not enough */
     return exponent <= top ? 0.0f : bf16_value((exponent - top) << 23);

@@ -52,7 +52,8 @@ static void plan_activations(const struct layout *l, const struct kernels *k, ui
     out->training = MODEL_TRAINS;
     while (out->micro_batch > 1 && activation_bytes(l, k, out->micro_batch, out->training) > bytes)
         out->micro_batch = (out->micro_batch + 1) / 2;
-    while (out->training < MODEL_AGAIN_LAYER && activation_bytes(l, k, out->micro_batch, out->training) > bytes)
+    while (out->training < MODEL_AGAIN_LAYER &&
+           activation_bytes(l, k, out->micro_batch, out->training) > bytes)
         out->training++;
     out->activations = activation_bytes(l, k, out->micro_batch, out->training);
 }
@@ -65,12 +66,14 @@ static size_t windows(int ranks) { return ranks > 1 ? COMM_WINDOWS(ranks) * COMM
 
 static void add_up(const struct layout *l, const struct kernels *k, struct engine_memory *out) {
     out->scratch = model_scratch_bytes(l, k, (int)out->micro_batch, (int)l->model.sequence);
-    out->all = out->weights + out->gradients + out->optimizer + out->activations + out->scratch + out->buffers;
+    out->all = out->weights + out->gradients + out->optimizer;
+    out->all += out->activations + out->scratch + out->buffers;
 }
 
 /* All but activations and scratch. */
-static struct layout plan_vectors(const struct msg_model *m, const struct msg_inner *inner, const struct kernels *k,
-                                  const struct engine_shape *shape, struct engine_memory *out) {
+static struct layout plan_vectors(const struct msg_model *m, const struct msg_inner *inner,
+                                  const struct kernels *k, const struct engine_shape *shape,
+                                  struct engine_memory *out) {
     const struct engine_shape alone = { .tp = 1, .dp = 1 };
     if (!shape) shape = &alone;
     enum engine_shard shard = shape->dp > 1 ? shape->shard : ENGINE_SHARD_NONE;
@@ -106,7 +109,8 @@ int engine_widest(const struct msg_model *m, const struct msg_inner *inner, cons
     for (int training = MODEL_TRAINS; training <= MODEL_AGAIN_LAYER && !fit; training++) {
         if (!fits(&l, k, 1, training, bytes, out)) continue;
         uint32_t too_many = 2;
-        for (fit = 1; too_many <= most && fits(&l, k, too_many, training, bytes, out); too_many *= 2) fit = too_many;
+        for (fit = 1; too_many <= most && fits(&l, k, too_many, training, bytes, out); too_many *= 2)
+            fit = too_many;
         for (uint32_t middle; too_many - fit > 1;) {
             middle = fit + (too_many - fit) / 2;
             if (middle <= most && fits(&l, k, middle, training, bytes, out)) fit = middle;
@@ -120,7 +124,8 @@ int engine_widest(const struct msg_model *m, const struct msg_inner *inner, cons
 static int create(struct engine *e, const struct kernels *kernels, const struct engine_mesh *mesh,
                   struct err *err) {
     struct engine_memory plan;
-    if (shard_init(&e->s, &e->config, kernels, mesh, err) || optimizer_init(&e->optimizer, &e->s, &e->inner, err)) {
+    if (shard_init(&e->s, &e->config, kernels, mesh, err) ||
+        optimizer_init(&e->optimizer, &e->s, &e->inner, err)) {
         err_prefix(err, "training %llu parameters", (unsigned long long)proto_model_elements(&e->config));
         return -1;
     }
@@ -579,13 +584,14 @@ static int read_state(struct engine *e, int fd, const char *path, struct err *er
     }
     float *values = malloc(largest * sizeof *values);
     if (!values) return err_set(err, ERR_MEMORY, "no memory to load %.150s", path);
-    int rc = lseek(fd, sizeof(struct state_header), SEEK_SET) < 0 ? err_set_errno(err, "seek %.150s", path) : 0;
+    int rc = 0;
+    if (lseek(fd, sizeof(struct state_header), SEEK_SET) < 0) rc = err_set_errno(err, "seek %.150s", path);
     for (uint32_t i = 0; rc == 0 && i < 3 * tensors; i++) {
         proto_model_tensor(&e->config, i % tensors, &t);
         size_t first = (size_t)t.offset, n = (size_t)t.count;
         if ((rc = file_read(fd, values, n * sizeof *values, path, err)) != 0) break;
         if (i < tensors) engine_params_write(e, first, n, values);
-        else optimizer_write(&e->optimizer, i < 2 * tensors ? OPTIMIZER_FIRST : OPTIMIZER_SECOND, first, n, values);
+        else optimizer_write(&e->optimizer, (enum optimizer_moment)(i / tensors - 1), first, n, values);
         rc = e->s.k->check(e->s.k, err);
     }
     free(values);
@@ -625,8 +631,8 @@ static int say_difference(const struct msg_model *m, size_t i, float is, float s
                    i % n - (size_t)t.offset, (double)is, path, (double)should_be);
 }
 
-static int compare_values(const struct msg_model *m, const int fd[2], const char *const path[2], float *block[2],
-                          struct err *err) {
+static int compare_values(const struct msg_model *m, const int fd[2], const char *const path[2],
+                          float *block[2], struct err *err) {
     size_t all = 3 * (size_t)proto_model_elements(m);
     for (size_t at = 0, n; at < all; at += n) {
         n = all - at < BLOCK_ELEMENTS ? all - at : BLOCK_ELEMENTS;
@@ -644,8 +650,8 @@ static int compare_headers(const int fd[2], const char *const path[2], struct er
     for (int i = 0; i < 2; i++)
         if (file_read(fd[i], &h[i], sizeof h[i], path[i], err)) return -1;
     if (!memcmp(&h[0], &h[1], sizeof h[0])) return 0;
-    return err_set(err, ERR_CORRUPT, "%.100s is of step %llu, %.100s of %llu, or they are of two models", path[0],
-                   (unsigned long long)h[0].tag, path[1], (unsigned long long)h[1].tag);
+    return err_set(err, ERR_CORRUPT, "%.100s is of step %llu, %.100s of %llu, or they are of two models",
+                   path[0], (unsigned long long)h[0].tag, path[1], (unsigned long long)h[1].tag);
 }
 
 int engine_state_compare(const struct msg_model *m, const char *path, const char *other, struct err *err) {
@@ -654,7 +660,8 @@ int engine_state_compare(const struct msg_model *m, const char *path, const char
     float *block[2] = { malloc(BLOCK_ELEMENTS * sizeof(float)), malloc(BLOCK_ELEMENTS * sizeof(float)) };
     if (!block[0] || !block[1]) rc = err_set(err, ERR_MEMORY, "no memory to compare states");
     for (int i = 0; rc == 0 && i < 2; i++)
-        if ((fd[i] = open(paths[i], O_RDONLY | O_CLOEXEC)) < 0) rc = err_set_errno(err, "open %.150s", paths[i]);
+        if ((fd[i] = open(paths[i], O_RDONLY | O_CLOEXEC)) < 0)
+            rc = err_set_errno(err, "open %.150s", paths[i]);
     if (rc == 0) rc = compare_headers(fd, paths, err) || compare_values(m, fd, paths, block, err) ? -1 : 0;
     for (int i = 0; i < 2; i++) {
         if (fd[i] >= 0) close(fd[i]);

@@ -86,8 +86,8 @@ void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uin
  * gradients of more micro-batches are added up. The same on all ranks. */
 void engine_limit_micro_batch(struct engine *e, uint32_t samples);
 
-/* What a rank of a mesh will take, by part, before anything is taken. Of a mesh: that of the first rank, which holds
- * no less than another. */
+/* What a rank of a mesh will take, by part, before anything is taken. Of a mesh: that of the first rank,
+ * which holds no less than another. */
 struct engine_shape {
     int tp, dp; /* layout_check() passed */
     enum engine_shard shard;
@@ -103,9 +103,9 @@ struct engine_memory {
 void engine_plan(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,
                  const struct engine_shape *shape, struct engine_memory *out);
 
-/* The same with as many samples at once as `bytes` have room for, whatever inner.batch and the limit of activations;
- * what is computed twice is as little as lets one fit. -1 where not even one does: *out is then the least that it
- * takes. */
+/* The same with as many samples at once as `bytes` have room for, whatever inner.batch and the limit of
+ * activations; what is computed twice is as little as lets one fit. -1 where not even one does: *out is
+ * then the least that it takes. */
 int engine_widest(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,
                   const struct engine_shape *shape, size_t bytes, struct engine_memory *out);
 
@@ -140,9 +140,10 @@ int engine_step(struct engine *e, const int32_t *tokens, uint32_t samples, uint6
 int engine_eval_loss(struct engine *e, const int32_t *tokens, uint32_t samples, double *loss,
                      struct err *err);
 
-/* AdamW's second moments [first, first + n), zeroes where Muon has none, for a joiner: without them its first steps are far too
- * long (INTELLECT-1, arXiv:2412.01152, saw the loss spike). *count: how many steps they average
- * over, which the bias correction needs. First moments have a count of their own and stay here. */
+/* AdamW's second moments [first, first + n), zeroes where Muon has none, for a joiner: without them its
+ * first steps are far too long (INTELLECT-1, arXiv:2412.01152, saw the loss spike). *count: how many steps
+ * they average over, which the bias correction needs. First moments have a count of their own and stay
+ * here. */
 void engine_second_moments_read(const struct engine *e, size_t first, size_t n, float *out,
                                 uint64_t *count);
 
@@ -187,8 +188,8 @@ int engine_save(const struct engine *e, const char *path, uint64_t tag, struct e
  * ERR_NOT_FOUND (no such file), ERR_TRUNCATED, ERR_CORRUPT (digest), ERR_CONFIG (another model). */
 int engine_load(struct engine *e, const char *path, uint64_t *tag, struct err *err);
 
-/* Are two states that were saved of this model the same, bit for bit? 0, or -1 with ERR_CORRUPT (msg names the first
- * tensor that differs), ERR_NOT_FOUND, ERR_TRUNCATED. Digests are not looked at. */
+/* Are two states that were saved of this model the same, bit for bit? 0, or -1 with ERR_CORRUPT (msg names
+ * the first tensor that differs), ERR_NOT_FOUND, ERR_TRUNCATED. Digests are not looked at. */
 int engine_state_compare(const struct msg_model *model, const char *path, const char *other, struct err *err);
 
 #endif

@@ -67,8 +67,8 @@ static const void *rounded(const struct muon *m, int which, const float *x, size
     return m->rounded[which];
 }
 
-/* x = a x + b (x x^T) x + c (x x^T)^2 x; or with x^T x from the other side, which is the same: the side that is
- * small, or the one that is not cut. */
+/* x = a x + b (x x^T) x + c (x x^T)^2 x; or with x^T x from the other side, which is the same: the side
+ * that is small, or the one that is not cut. */
 static void iterate(const struct muon *m, float *x, int rows, int columns, int left) {
     const struct kernels *k = m->k;
     int side = left ? rows : columns;

@@ -37,8 +37,8 @@ static size_t aligned_bytes(enum kernels_state how, size_t n) {
 static bool uses_chunks(const struct msg_inner *in) { return in->states != STATES_FP32; }
 
 /* The rank's part of tensor i, and its moments one behind the other from `at` on. Returns where they end. */
-static size_t place_tensor(const struct layout *l, enum engine_shard shard, const struct msg_inner *in, uint32_t i,
-                           char *arena, size_t at, struct optimizer_tensor *t) {
+static size_t place_tensor(const struct layout *l, enum engine_shard shard, const struct msg_inner *in,
+                           uint32_t i, char *arena, size_t at, struct optimizer_tensor *t) {
     struct layout_piece p;
     layout_piece(l, i, &p);
     struct layout_run r = { .local = p.at, .count = p.rows * p.columns, .unit = p.unit };
@@ -103,7 +103,8 @@ void optimizer_reset(struct optimizer *o) {
 
 /* ---- places ------------------------------------------------------------------------------------ */
 
-/* Of piece p's n elements from `local` on, how many from the first on lie side by side in the model too, and where. */
+/* Of piece p's n elements from `local` on, how many from the first on lie side by side in the model too,
+ * and where. */
 static size_t side_by_side(const struct layout_piece *p, size_t local, size_t n, size_t *canonical) {
     size_t row = (local - p->at) / p->columns, column = (local - p->at) % p->columns;
     *canonical = p->canonical + (p->row + row) * p->width + p->column + column;
@@ -118,7 +119,9 @@ static struct layout_run run_at(const struct layout_piece *p, size_t local) {
     return (struct layout_run){ .local = local, .unit = p->unit };
 }
 
-static void *param_at(const struct shard *s, size_t at) { return (char *)s->params + at * s->k->weight_bytes; }
+static void *param_at(const struct shard *s, size_t at) {
+    return (char *)s->params + at * s->k->weight_bytes;
+}
 
 static uint16_t *rest_at(const struct shard *s, size_t at) { return s->rest ? s->rest + at : NULL; }
 
@@ -127,9 +130,10 @@ static const float *grads_at(const struct shard *s, const struct layout_piece *p
     return s->grads + shard_grad_at(s, &r);
 }
 
-/* Stochastic rounding of weights goes by an element's number in the whole model: what is not side by side in it
- * goes row by row. */
-static size_t at_once(const struct shard *s, const struct layout_piece *p, size_t local, size_t n, uint64_t *first) {
+/* Stochastic rounding of weights goes by an element's number in the whole model: what is not side by side
+ * in it goes row by row. */
+static size_t at_once(const struct shard *s, const struct layout_piece *p, size_t local, size_t n,
+                      uint64_t *first) {
     size_t canonical, together = side_by_side(p, local, n, &canonical);
     *first = canonical;
     return s->k->weight_bytes == 2 && !s->k->rest_bytes ? together : n;
@@ -138,8 +142,8 @@ static size_t at_once(const struct shard *s, const struct layout_piece *p, size_
 /* ---- AdamW ------------------------------------------------------------------------------------- */
 
 /* Moments m, v of n elements, in fp32. */
-static void adamw_some(const struct optimizer *o, const struct layout_piece *p, size_t local, size_t n, float *m,
-                       float *v, struct kernels_adamw *a) {
+static void adamw_some(const struct optimizer *o, const struct layout_piece *p, size_t local, size_t n,
+                       float *m, float *v, struct kernels_adamw *a) {
     const struct shard *s = o->s;
     for (size_t i = 0, some; i < n; i += some) {
         some = at_once(s, p, local + i, n - i, &a->first);
@@ -174,8 +178,8 @@ static void adamw(struct optimizer *o, const struct layout_piece *p, const struc
 /* ---- Muon -------------------------------------------------------------------------------------- */
 
 /* momentum = mu * momentum + g, direction = mu * momentum + g, of some elements. */
-static void look_ahead(const struct kernels *k, float *direction, float *momentum, const float *grad, size_t n,
-                       float grad_scale) {
+static void look_ahead(const struct kernels *k, float *direction, float *momentum, const float *grad,
+                       size_t n, float grad_scale) {
     k->combine(k, momentum, MUON_MOMENTUM, momentum, grad_scale, grad, n);
     k->combine(k, direction, MUON_MOMENTUM, momentum, grad_scale, grad, n);
 }
@@ -231,7 +235,8 @@ static void orthogonalise(struct optimizer *o, uint32_t first_tensor, size_t uni
     }
     for (size_t i = 0; several && i < MATRICES; i++) {
         layout_piece(&o->s->layout, first_tensor + matrices[i], &p);
-        c->broadcast(c, o->muon.direction + (p.at - unit_at), p.rows * p.columns, COMM_FP32, (int)i % c->size);
+        c->broadcast(c, o->muon.direction + (p.at - unit_at), p.rows * p.columns, COMM_FP32,
+                     (int)i % c->size);
     }
 }
 
@@ -287,8 +292,8 @@ struct range {
     const float *in;
 };
 
-/* The elements of a part [local, local + n) that lie in the range go between host memory, where the part's first
- * one is at `part`, or, with fp32 states, the device's. */
+/* The elements of a part [local, local + n) that lie in the range go between host memory, where the part's
+ * first one is at `part`, or, with fp32 states, the device's. */
 static void move(const struct kernels *k, const struct layout_piece *p, const struct range *r, size_t local,
                  size_t n, float *part, bool on_device) {
     for (size_t i = 0, some; i < n; i += some) {
@@ -365,12 +370,14 @@ static void each_tensor(const struct optimizer *o, int which, const struct range
     }
 }
 
-void optimizer_read(const struct optimizer *o, enum optimizer_moment which, size_t first, size_t n, float *out) {
+void optimizer_read(const struct optimizer *o, enum optimizer_moment which, size_t first, size_t n,
+                    float *out) {
     const struct range r = { .first = first, .end = first + n, .out = out };
     each_tensor(o, which, &r, read_tensor);
 }
 
-void optimizer_write(struct optimizer *o, enum optimizer_moment which, size_t first, size_t n, const float *in) {
+void optimizer_write(struct optimizer *o, enum optimizer_moment which, size_t first, size_t n,
+                     const float *in) {
     const struct range r = { .first = first, .end = first + n, .in = in };
     each_tensor(o, which, &r, write_tensor);
 }

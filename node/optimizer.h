@@ -1,15 +1,15 @@
-/* optimizer.h - what turns a gradient into a step, and what it remembers for that: the moments of what a rank
- * holds (shard.h), tensor by tensor.
+/* optimizer.h - what turns a gradient into a step, and what it remembers for that: the moments of what a
+ * rank holds (shard.h), tensor by tensor.
  *
  * AdamW (arXiv:1711.05101), bias-corrected; matrices decay, embedding and norm weights do not.
  *
- * Muon (inner.optimizer), arXiv:2502.16982, for the matrices of layers, muon.h; embedding, head and norms stay with
- * AdamW. A matrix has momentum, in the place of the first moment, and no second moment.
+ * Muon (inner.optimizer), arXiv:2502.16982, for the matrices of layers, muon.h; embedding, head and norms
+ * stay with AdamW. A matrix has momentum, in the place of the first moment, and no second moment.
  *
- * inner.states says how the moments of the layers' matrices are kept (kernels.h); others are fp32. Each
- * is computed in fp32 from what is kept and rounded stochastically from the step's number and the element's: same
- * steps, same bits, whatever the threads. 8 bits go in blocks, which begin with a rank's part of a tensor: sharding
- * changes their bits, and none of the others'. */
+ * inner.states says how the moments of the layers' matrices are kept (kernels.h); others are fp32. Each is
+ * computed in fp32 from what is kept and rounded stochastically from the step's number and the element's:
+ * same steps, same bits, whatever the threads. 8 bits go in blocks, which begin with a rank's part of a
+ * tensor: sharding changes their bits, and none of the others'. */
 #ifndef INTELLECT_NODE_OPTIMIZER_H
 #define INTELLECT_NODE_OPTIMIZER_H
 
@@ -57,13 +57,17 @@ void optimizer_release(struct optimizer *o);
 size_t optimizer_bytes(const struct layout *l, enum engine_shard shard, const struct msg_inner *inner,
                        const struct kernels *k);
 
-/* Step number `step`, from 1: parameters -= what the gradient times grad_scale asks for. All ranks at once. */
+/* Step number `step`, from 1: parameters -= what the gradient times grad_scale asks for. All ranks at
+ * once. */
 void optimizer_step(struct optimizer *o, uint64_t step, double lr, double grad_scale);
 
-/* Moments of the canonical range [first, first + n): out of what the rank alone answers for, zeroes where there are
- * none; into all that it has. Where a block of 8 bits lies in the range in part, all of it is rounded again. */
-void optimizer_read(const struct optimizer *o, enum optimizer_moment which, size_t first, size_t n, float *out);
-void optimizer_write(struct optimizer *o, enum optimizer_moment which, size_t first, size_t n, const float *in);
+/* Moments of the canonical range [first, first + n): out of what the rank alone answers for, zeroes where
+ * there are none; into all that it has. Where a block of 8 bits lies in the range in part, all of it is
+ * rounded again. */
+void optimizer_read(const struct optimizer *o, enum optimizer_moment which, size_t first, size_t n,
+                    float *out);
+void optimizer_write(struct optimizer *o, enum optimizer_moment which, size_t first, size_t n,
+                     const float *in);
 
 /* All moments and counts to zero. */
 void optimizer_reset(struct optimizer *o);

@@ -22,7 +22,8 @@ struct room {
 };
 
 /* Elements of the slots: the embedding's, the last unit's, and two that layers have in turn. */
-static void slots(const struct layout *l, size_t weights[SHARD_WEIGHT_SLOTS], size_t grads[SHARD_GRAD_SLOTS]) {
+static void slots(const struct layout *l, size_t weights[SHARD_WEIGHT_SLOTS],
+                  size_t grads[SHARD_GRAD_SLOTS]) {
     size_t embed = padded(l, 0), layer = padded(l, 1), last = padded(l, LAYOUT_UNITS(l) - 1);
     const size_t w[SHARD_WEIGHT_SLOTS] = { embed, last, layer, layer };
     memcpy(weights, w, sizeof w);

@@ -1,6 +1,7 @@
-/* shard.h - the vectors that a rank trains: its parameters and their gradient, and what the data-parallel ranks do
- * with them and with the optimizer's moments (optimizer.h) together. Each unit (layout.h) is cut into a slice for every
- * rank; the setting says which of the vectors a rank keeps whole and which in its own slices only:
+/* shard.h - the vectors that a rank trains: its parameters and their gradient, and what the data-parallel
+ * ranks do with them and with the optimizer's moments (optimizer.h) together. Each unit (layout.h) is cut
+ * into a slice for every rank; the setting says which of the vectors a rank keeps whole and which in its
+ * own slices only:
  *
  *              parameters   gradients    moments
  *   none       whole        whole        whole     every rank updates everything

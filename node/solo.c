@@ -172,7 +172,8 @@ static int newest_before(const struct solo *s, uint64_t step, uint64_t *found, s
     if (!d) return err_set_errno(err, "%.150s", s->options->out);
     *found = 0;
     for (struct dirent *e; (e = readdir(d));)
-        if (sscanf(e->d_name, "state-%llu%n", &n, &used) == 1 && !e->d_name[used] && n < step && n > *found) *found = n;
+        if (sscanf(e->d_name, "state-%llu%n", &n, &used) == 1 && !e->d_name[used] && n < step && n > *found)
+            *found = n;
     closedir(d);
     return 0;
 }
@@ -211,8 +212,9 @@ static int load_to_replay(struct solo *s, struct err *err) {
     char name[PATH_BYTES];
     uint64_t before;
     kept_name(s, s->options->replay, name);
-    if (access(name, R_OK)) return err_set_errno(err, "what step %llu came to is not known (--keep keeps it): %.150s",
-                                                 (unsigned long long)s->options->replay, name);
+    if (access(name, R_OK))
+        return err_set_errno(err, "what step %llu came to is not known (--keep keeps it): %.150s",
+                             (unsigned long long)s->options->replay, name);
     if (newest_before(s, s->options->replay, &before, err)) return -1;
     if (before == 0) return first_parameters(s, err);
     kept_name(s, before, name);
@@ -325,7 +327,9 @@ enum next { NEXT_STEP, NEXT_SAVE, NEXT_END };
 
 static enum next decide(const struct solo *s, uint64_t saved) {
     if (s->done >= s->end || asked_to_stop) return NEXT_END;
-    return !s->options->replay && s->done - saved >= s->options->save_steps && !saver_busy(s->saver) ? NEXT_SAVE : NEXT_STEP;
+    bool due = !s->options->replay && s->done - saved >= s->options->save_steps;
+    while (due && s->options->keep && saver_busy(s->saver)) usleep(1000); /* none is left out */
+    return due && !saver_busy(s->saver) ? NEXT_SAVE : NEXT_STEP;
 }
 
 /* At the end nothing may still be written when the ranks copy their state anew. */
@@ -341,13 +345,15 @@ static int save_last(struct solo *s, uint64_t saved, struct err *err) {
 /* What was computed again, beside what was kept. */
 static int compare(struct solo *s, struct err *err) {
     char again[PATH_BYTES], kept[PATH_BYTES];
-    if (s->done != s->end) return err_set(err, ERR_REFUSED, "stopped at step %llu", (unsigned long long)s->done);
+    if (s->done != s->end)
+        return err_set(err, ERR_REFUSED, "stopped at step %llu", (unsigned long long)s->done);
     snprintf(again, sizeof again, "%s/replayed", s->options->out);
     kept_name(s, s->end, kept);
     struct engine_snapshot *now = engine_snapshot_create(s->engine, s->mesh.state, err);
     int rc = !now || engine_snapshot_take(now, s->engine, s->done, err) ? -1 : 0;
     if (rc == 0 && s->mesh.rank == 0)
-        rc = engine_snapshot_write(now, again, err) || engine_state_compare(&s->settings->model, again, kept, err);
+        rc = engine_snapshot_write(now, again, err) ||
+             engine_state_compare(&s->settings->model, again, kept, err);
     engine_snapshot_destroy(now);
     if (s->mesh.rank == 0) unlink(again);
     return rc ? -1 : 0;

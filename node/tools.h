@@ -17,13 +17,14 @@ int tool_data(int argc, char **argv);
 int tool_bigram(int argc, char **argv);
 
 /* train CONFIG [--out DIR] [--tp N] [--dp N] [--shard S] [--precision P] [--activations GB] [--threads N]
- * [--keep] [--replay STEP] [--stop-after N] [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE] [--plot FILE.svg] [--quiet] [--json]
- * Train alone, without a coordinator; solo.h. To be called before any thread was made. */
+ * [--keep] [--replay STEP] [--stop-after N] [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE]
+ * [--plot FILE.svg] [--quiet] [--json] Train alone, without a coordinator; solo.h. To be called before any
+ * thread was made. */
 int tool_train(int argc, char **argv);
 
-/* eval CHECKPOINT (--text FILE | --corpus CORPUS) [--sequence N] [--tokenizer NAME] [--threads N]
- * [--json]
- * Mean loss in nats per token, perplexity, bits per byte, tokens; of a text or of a corpus' held-out slice. */
+/* eval CHECKPOINT (--text FILE | --corpus CORPUS) [--sequence N] [--tokenizer NAME] [--threads N] [--json]
+ * Mean loss in nats per token, perplexity, bits per byte, tokens; of a text or of a corpus' held-out
+ * slice. */
 int tool_eval(int argc, char **argv);
 
 /* generate CHECKPOINT --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed N]
@@ -33,8 +34,8 @@ int tool_generate(int argc, char **argv);
 
 /* plan --model NAME [--sequence N] [--layers N] [--batch N] [--precision P] [--optimizer O] [--states S]
  * [--devices NxGB] [--tp N] [--dp N] [--shard S] [--activations GB] [--threads N] [--memory GB] [--json]
- * What each rank of a trainer will hold in memory, before anything is loaded, and which mesh fits some devices; 1 where
- * it does not fit. */
+ * What each rank of a trainer will hold in memory, before anything is loaded, and which mesh fits some
+ * devices; 1 where it does not fit. */
 int tool_plan(int argc, char **argv);
 
 #endif

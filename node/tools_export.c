@@ -18,8 +18,8 @@
 static const char export_help[] =
     "intellect-node export CHECKPOINT DIR [--weights W] [--file-gb N]\n"
     "\n"
-    "Make the new or empty folder DIR a Hugging Face folder (tensors, config, tokenizer) of a checkpoint. Digests\n"
-    "are checked on the way. Without options the files are copied.\n"
+    "Make the new or empty folder DIR a Hugging Face folder (tensors, config, tokenizer) of a checkpoint.\n"
+    "Digests are checked on the way. Without options the files are copied.\n"
     "\n"
     "  --weights W   fp32 (of the parameters that the run goes on from) or bf16 (rounded to the nearest)\n"
     "  --file-gb N   no file larger, but for one tensor alone (default: 5)\n"
@@ -29,11 +29,11 @@ static const char export_help[] =
 static const char import_help[] =
     "intellect-node import FOLDER DIR [--weights W] [--file-gb N]\n"
     "\n"
-    "Check a Hugging Face folder of a Llama model (LlamaForCausalLM, safetensors in fp32, fp16 or bf16, in one file\n"
-    "or several; a path or file://, s3://, https://) and write it to the new or empty folder DIR as this program does:\n"
-    "tensors in the canonical order, in fp32, its tokenizer named. A network that is not ours, a tensor that is\n"
-    "missing or of another shape, and weights that are not finite are refused. `train --from` and\n"
-    "`intellect-coordinator init --from` take DIR, and FOLDER itself too.\n"
+    "Check a Hugging Face folder of a Llama model (LlamaForCausalLM, safetensors in fp32, fp16 or bf16, in one\n"
+    "file or several; a path or file://, s3://, https://) and write it to the new or empty folder DIR as this\n"
+    "program does: tensors in the canonical order, in fp32, its tokenizer named. A network that is not ours, a\n"
+    "tensor that is missing or of another shape, and weights that are not finite are refused.\n"
+    "`train --from` and `intellect-coordinator init --from` take DIR, and FOLDER itself too.\n"
     "\n"
     "  --weights W   fp32 (default) or bf16\n"
     "  --file-gb N   no file larger, but for one tensor alone (default: 5)\n"
@@ -81,7 +81,8 @@ static int check_empty(const char *dir, struct err *err) {
     int rc = 0;
     for (struct dirent *e; rc == 0 && (e = readdir(d));)
         if (strcmp(e->d_name, ".") && strcmp(e->d_name, ".."))
-            rc = err_set(err, ERR_REFUSED, "%.100s: has \"%.64s\" in it; give a new or empty folder", dir, e->d_name);
+            rc = err_set(err, ERR_REFUSED, "%.100s: has \"%.64s\" in it; give a new or empty folder", dir,
+                         e->d_name);
     closedir(d);
     return rc;
 }
@@ -105,8 +106,8 @@ static int read_finite(void *arg, uint64_t first, size_t n, float *out, struct e
 }
 
 /* Its name in our words, in `name`; a tokenizer that we cannot read goes along without. */
-static struct tokenizer *name_tokenizer(const struct export_wish *w, const struct ckpt *c, const char *json, size_t n,
-                                        const char **name) {
+static struct tokenizer *name_tokenizer(const struct export_wish *w, const struct ckpt *c, const char *json,
+                                        size_t n, const char **name) {
     struct err err;
     *name = ckpt_tokenizer(c);
     if (**name || !json) return NULL;
@@ -162,9 +163,9 @@ int tool_import(int argc, char **argv) {
     const struct msg_model *m = ckpt_model(c);
     if (proto_model_check(m, &err) || rewrite(&w, c, &err)) rc = args_failed(w.name, &err);
     else
-        printf("%s: %.1f million parameters of %s (%s), %u layers of width %u, vocabulary %u, sequence %u\n", w.to,
-               (double)proto_model_elements(m) / 1e6, ckpt_where(c), ckpt_weights_name(c), m->layers, m->width,
-               m->vocabulary, m->sequence);
+        printf("%s: %.1f million parameters of %s (%s), %u layers of width %u, vocabulary %u, sequence %u\n",
+               w.to, (double)proto_model_elements(m) / 1e6, ckpt_where(c), ckpt_weights_name(c), m->layers,
+               m->width, m->vocabulary, m->sequence);
     rc = rc > 0 ? rc : 0;
     ckpt_close(c);
     return rc;

@@ -19,9 +19,9 @@
 static const char plan_help[] =
     "plan --model NAME [options]\n"
     "\n"
-    "What each rank of a trainer will hold in memory, before anything is loaded; exit status 1 if it does not\n"
-    "fit. On CPU the sum is within 10 %% of the measured peak, and some 50 MB for libraries come on top. Where\n"
-    "--devices are named and no mesh is, the one is shown that fits with the least said between ranks.\n"
+    "What each rank of a trainer will hold in memory, before anything is loaded; exit status 1 if it does\n"
+    "not fit. On CPU the sum is within 10 %% of the measured peak, and some 50 MB for libraries come on top.\n"
+    "Where --devices are named and no mesh is, the one is shown that fits with the least said between ranks.\n"
     "\n"
     "  --model NAME       one of: %s\n"
     "  --sequence N       tokens of a sample (default: the model's)\n"
@@ -109,16 +109,17 @@ static int check_mesh(const struct plan *p, struct err *err) {
         return err_set(err, ERR_CONFIG, "%d x %d are %d ranks; %d are the most", p->shape.tp, p->shape.dp, n,
                        COMM_RANKS_MAX);
     if (p->devices && (uint64_t)n > p->devices)
-        return err_set(err, ERR_CONFIG, "--tp %d --dp %d takes %d devices, there are %llu", p->shape.tp, p->shape.dp,
-                       n, (unsigned long long)p->devices);
+        return err_set(err, ERR_CONFIG, "--tp %d --dp %d takes %d devices, there are %llu", p->shape.tp,
+                       p->shape.dp, n, (unsigned long long)p->devices);
     if ((uint32_t)p->shape.dp > p->inner.batch)
-        return err_set(err, ERR_CONFIG, "a batch of %u samples leaves some of %d data-parallel ranks without any: take "
+        return err_set(err, ERR_CONFIG,
+                       "a batch of %u samples leaves some of %d data-parallel ranks without any: take "
                        "a larger --batch, or fewer of them", p->inner.batch, p->shape.dp);
     return 0;
 }
 
-/* False: not even one sample at once. Activations have as much room as --activations says; where that is not given,
- * all that a device has, and no more than there is elsewhere. */
+/* False: not even one sample at once. Activations have as much room as --activations says; where that is
+ * not given, all that a device has, and no more than there is elsewhere. */
 static bool weigh(struct plan *p, const struct kernels *k) {
     size_t bytes = (size_t)share(p);
     bool any = engine_widest(&p->m, &p->inner, k, &p->shape, bytes, &p->widest) == 0;
@@ -141,7 +142,8 @@ static int choose(struct plan *p, const struct kernels *k, struct err *err) {
     for (int tp = 1; (uint64_t)tp <= asked.devices; tp++) {
         if (asked.devices % (uint64_t)tp || (asked.tp && tp != asked.shape.tp)) continue;
         for (int shard = 0; engine_shard_name(shard); shard++) {
-            if ((asked.shard && shard != (int)asked.shape.shard) || (shard && (uint64_t)tp == asked.devices)) continue;
+            if ((asked.shard && shard != (int)asked.shape.shard) ||
+                (shard && (uint64_t)tp == asked.devices)) continue;
             *p = asked;
             p->shape.tp = tp;
             p->shape.dp = asked.dp ? asked.shape.dp : (int)(asked.devices / (uint64_t)tp);
@@ -154,31 +156,34 @@ static int choose(struct plan *p, const struct kernels *k, struct err *err) {
     }
     if (!any) return -1; /* why not is said */
     *p = least;
-    return err_set(err, ERR_MEMORY, "no mesh of %llu devices fits: the least, --tp %d --dp %d --shard %s with one sample "
-                   "at once, takes %.1f GB of %.1f of each; take a smaller model, %sa shorter --sequence, or more devices",
-                   (unsigned long long)p->devices, p->shape.tp, p->shape.dp, engine_shard_name((int)p->shape.shard),
-                   (double)p->widest.all / 1e9, p->memory / 1e9,
-                   p->precision == TRAINER_FP32 ? "--precision bf16, " : p->inner.states == STATES_FP32 ? "--states 8bit, "
-                                                                                                        : "");
+    const char *advice = p->precision == TRAINER_FP32     ? "--precision bf16, "
+                         : p->inner.states == STATES_FP32 ? "--states 8bit, "
+                                                          : "";
+    return err_set(err, ERR_MEMORY,
+                   "no mesh of %llu devices fits: the least, --tp %d --dp %d --shard %s with one sample at once, "
+                   "takes %.1f GB of %.1f of each; take a smaller model, %sa shorter --sequence, or more devices",
+                   (unsigned long long)p->devices, p->shape.tp, p->shape.dp,
+                   engine_shard_name((int)p->shape.shard), (double)p->widest.all / 1e9, p->memory / 1e9, advice);
 }
 
 /* ---- what is said ------------------------------------------------------------------------------ */
 
-/* Of the node, not of a rank: the agent's anchor and outer momentum, and copies that go between agent, trainer and
- * disk: what the trainer reads, two that it writes, and the saved state. */
+/* Of the node, not of a rank: the agent's anchor and outer momentum, and copies that go between agent,
+ * trainer and disk: what the trainer reads, two that it writes, and the saved state. */
 static double anchor_bytes(const struct plan *p) { return 8.0 * (double)proto_model_elements(&p->m); }
 static double copies_bytes(const struct plan *p) { return 24.0 * (double)proto_model_elements(&p->m); }
 
 static void print_json(const struct plan *p) {
     const struct engine_memory *e = &p->needs;
-    printf("{\"parameters\": %llu, \"tp\": %d, \"dp\": %d, \"shard\": \"%s\", \"weights\": %zu, \"gradients\": %zu, "
-           "\"optimizer\": %zu, \"activations\": %zu, \"scratch\": %zu, \"buffers\": %zu, \"all\": %zu, "
+    printf("{\"parameters\": %llu, \"tp\": %d, \"dp\": %d, \"shard\": \"%s\", \"weights\": %zu, "
+           "\"gradients\": %zu, \"optimizer\": %zu, \"activations\": %zu, \"scratch\": %zu, "
+           "\"buffers\": %zu, \"all\": %zu, "
            "\"memory\": %.0f, \"micro_batch\": %u, \"computed_twice\": \"%s\", \"widest\": %u, "
            "\"widest_computed_twice\": \"%s\", \"host_anchor\": %.0f, \"host_copies\": %.0f}\n",
            (unsigned long long)proto_model_elements(&p->m), p->shape.tp, p->shape.dp,
-           engine_shard_name((int)p->shape.shard), e->weights, e->gradients, e->optimizer, e->activations, e->scratch,
-           e->buffers, e->all, share(p), e->micro_batch, training_name(e->training), p->widest.micro_batch,
-           training_name(p->widest.training), anchor_bytes(p), copies_bytes(p));
+           engine_shard_name((int)p->shape.shard), e->weights, e->gradients, e->optimizer, e->activations,
+           e->scratch, e->buffers, e->all, share(p), e->micro_batch, training_name(e->training),
+           p->widest.micro_batch, training_name(p->widest.training), anchor_bytes(p), copies_bytes(p));
 }
 
 static void print_table(const struct plan *p) {
@@ -206,8 +211,8 @@ static void print_table(const struct plan *p) {
         printf("  %-18s %10.1f MB\n", row[i].what, row[i].bytes / 1e6);
     printf("widest: %u samples at once, computed twice: %s; with --activations %.3g\n", p->widest.micro_batch,
            training_name(p->widest.training), (double)p->widest.activations / 1e9);
-    printf("the node's host memory: anchor and outer momentum %.1f MB; copies between agent, trainer and disk "
-           "%.1f MB\n", anchor_bytes(p) / 1e6, copies_bytes(p) / 1e6);
+    printf("the node's host memory: anchor and outer momentum %.1f MB; copies between agent, trainer and "
+           "disk %.1f MB\n", anchor_bytes(p) / 1e6, copies_bytes(p) / 1e6);
 }
 
 static int refuse(const struct plan *p, struct err *err) {
@@ -240,13 +245,15 @@ static int take_devices(const char *text, struct plan *p) {
     unsigned n;
     double gb;
     int used = 0;
-    if (sscanf(text, "%2ux%lf%n", &n, &gb, &used) == 2 && (!text[used] || !strcmp(text + used, "GB")) && n >= 1 &&
+    if (sscanf(text, "%2ux%lf%n", &n, &gb, &used) == 2 && (!text[used] || !strcmp(text + used, "GB")) &&
+        n >= 1 &&
         n <= COMM_RANKS_MAX && gb > 0.001 && gb < 1e6) {
         p->devices = n;
         p->memory = gb * 1e9;
         return 0;
     }
-    fprintf(stderr, "--devices is '%s'; allowed are 1 to %d devices with their memory in GB, as in 8x80\n", text,
+    fprintf(stderr, "--devices is '%s'; allowed are 1 to %d devices with their memory in GB, as in 8x80\n",
+            text,
             COMM_RANKS_MAX);
     return -1;
 }
@@ -306,7 +313,9 @@ static int parse(int argc, char **argv, struct plan *p, const char **preset, int
             if (args_real("--memory", optarg, 0.001, 1e6, &gb)) return 2;
             if (!p->devices) p->memory = gb * 1e9;
             break;
-        case 'p': if (args_name("--precision", optarg, trainer_precision_name, &p->precision)) return 2; break;
+        case 'p':
+            if (args_name("--precision", optarg, trainer_precision_name, &p->precision)) return 2;
+            break;
         case 'j': *json = 1; break;
         case 'h': printf(plan_help, proto_model_preset_names()); return 0;
         default: return 2;

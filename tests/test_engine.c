@@ -333,8 +333,8 @@ static void a_matrix_steps_along_its_orthogonal_momentum(void **state) {
 
 /* ---- other optimizers, other states ------------------------------------------------------------ */
 
-/* Each optimizer with each way to keep its moments: they learn, on any number of threads alike, and go on after a
- * restart as if nothing had been. */
+/* Each optimizer with each way to keep its moments: they learn, on any number of threads alike, and go on
+ * after a restart as if nothing had been. */
 static void every_optimizer_learns_and_goes_on_bit_for_bit(void **state) {
     (void)state;
     for (int i = 0; i < 6; i++) {
@@ -379,7 +379,8 @@ static void second_moments_of_fewer_bits_go_from_one_to_another(void **state) {
         engine_second_moments_read(b, 0, n, w, &count);
         assert_memory_equal(v, w, n * sizeof *v);
         struct proto_tensor q;
-        assert_int_equal(proto_model_tensor_find(engine_model(a), "model.layers.1.self_attn.q_proj.weight", &q, NULL),
+        assert_int_equal(proto_model_tensor_find(engine_model(a), "model.layers.1.self_attn.q_proj.weight",
+                                                 &q, NULL),
                          0);
         assert_true((v[q.offset] > 0) == (in.optimizer == OPTIMIZER_ADAMW) && v[0] >= 0 && count == 5);
         free(v), free(w);
@@ -437,8 +438,9 @@ static void set_tensor(struct engine *e, const char *name, float value, size_t n
     for (size_t i = 0; i < n; i++) engine_params_write(e, (size_t)t.offset + i, 1, &value);
 }
 
-/* Whoever looks for a diverged layer is told which. A forward pass goes wrong at a weight; a backward pass can
- * where nothing of the forward one is large: up's output is 0, but its gradient passes a weight of 3e38. */
+/* Whoever looks for a diverged layer is told which. A forward pass goes wrong at a weight; a backward pass
+ * can where nothing of the forward one is large: up's output is 0, but its gradient passes a weight of
+ * 3e38. */
 static void a_step_that_is_not_finite_names_the_place(void **state) {
     (void)state;
     int32_t tokens[BATCH * (SEQUENCE + 1)];

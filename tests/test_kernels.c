@@ -1,5 +1,6 @@
-/* test_kernels.c - the backends against vectors saved from PyTorch, and the fast ones against the reference
- * on odd shapes; CUDA's on the emulator of tests/cuda, or on a GPU. Gradients against finite differences are in test_gradients.c. */
+/* test_kernels.c - the backends against vectors saved from PyTorch, and the fast ones against the
+ * reference on odd shapes; CUDA's on the emulator of tests/cuda, or on a GPU. Gradients against finite
+ * differences are in test_gradients.c. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -647,8 +648,8 @@ static void cpu_backend_agrees_with_the_reference_on_large_shapes(void **state) 
 }
 
 /* Gradient clipping must not depend on how many cores a member has. */
-/* A second moment with beta2 0.999 loses a thousandth a step, a hundredth of the distance between two codes: it
- * must be lost on average. Bounds: six standard errors of the mean of 4096 roundings. */
+/* A second moment with beta2 0.999 loses a thousandth a step, a hundredth of the distance between two
+ * codes: it must be lost on average. Bounds: six standard errors of the mean of 4096 roundings. */
 static void moments_are_rounded_without_a_bias(void **state) {
     (void)state;
     enum { N = KERNELS_STATE_BLOCK, TIMES = 4096 };
@@ -663,9 +664,9 @@ static void moments_are_rounded_without_a_bias(void **state) {
             k->state_out(k, back, kept, how, N);
             for (int i = 0; i < N; i++) sum[i] += (double)back[i];
         }
-        double coarse = how == KERNELS_STATE_BF16 ? 1.0 / 128 : how == KERNELS_STATE_SIGNED8 ? 1.0 / 16 : 1.0 / 7;
-        double least = how == KERNELS_STATE_BF16 ? 0 : how == KERNELS_STATE_SIGNED8 ? most / 992.0
-                                                     : 31.0 * most / pow(253952, 2);
+        static const double apart[] = { 0, 1.0 / 128, 1.0 / 16, 1.0 / 7 }; /* neighbours, of their size */
+        double coarse = apart[how], least = how == KERNELS_STATE_SIGNED8 ? most / 992.0
+                                            : how == KERNELS_STATE_ROOT8 ? 31.0 * most / pow(253952, 2) : 0;
         for (int i = 0; i < N; i++) {
             double step = fmax(fabs((double)x[i]) * coarse, least);
             if (!(fabs(sum[i] / TIMES - (double)x[i]) <= 6 * step / 2 / sqrt(TIMES)))

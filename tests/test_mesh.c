@@ -384,8 +384,8 @@ static void bf16_works_in_a_mesh(void **state) {
 /* A matrix is orthogonal as a whole, wherever its pieces are, and whoever takes the step. */
 static void muon_works_in_a_mesh(void **state) {
     (void)state;
-    static const int mesh[][3] = { { 2, 1, 0 }, { 4, 1, 0 }, { 8, 1, 0 }, { 1, 2, 0 }, { 1, 3, 1 }, { 2, 2, 1 },
-                                   { 2, 2, 2 }, { 4, 2, 3 }, { 1, 2, 3 } };
+    static const int mesh[][3] = { { 2, 1, 0 }, { 4, 1, 0 }, { 8, 1, 0 }, { 1, 2, 0 }, { 1, 3, 1 },
+                                   { 2, 2, 1 }, { 2, 2, 2 }, { 4, 2, 3 }, { 1, 2, 3 } };
     struct job j = { .tp = 1, .dp = 1, .steps = 30, .optimizer = OPTIMIZER_MUON };
     struct outcome *alone = run(j);
     for (size_t i = 0; i < sizeof mesh / sizeof *mesh; i++) {
@@ -408,8 +408,8 @@ static void muon_works_in_a_mesh(void **state) {
 static void moments_of_fewer_bits_work_in_a_mesh(void **state) {
     (void)state;
     for (int i = 0; i < 8; i++) {
-        struct job j = { .tp = 1, .dp = 1, .steps = 20, .states = (uint8_t)(1 + i % 2), .optimizer = (uint8_t)(i / 2 % 2),
-                         .backend = i / 4 ? STOCHASTIC : FP32 };
+        struct job j = { .tp = 1, .dp = 1, .steps = 20, .states = (uint8_t)(1 + i % 2),
+                         .optimizer = (uint8_t)(i / 2 % 2), .backend = i / 4 ? STOCHASTIC : FP32 };
         struct outcome *alone = run(j);
         j.tp = 2, j.dp = 2;
         struct outcome *none = run(j);

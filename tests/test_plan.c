@@ -46,10 +46,11 @@ static const struct shape shapes[] = {
       .mesh = { 1, 2, ENGINE_SHARD_OPTIMIZER } },
     { "dp 2, gradients", { 6, 512, 8, 2, 1408, 256, 128, LLAMA, .tied = 1 }, 2, 0,
       .mesh = { 1, 2, ENGINE_SHARD_GRADIENTS } },
-    { "dp 2, full", { 6, 512, 8, 2, 1408, 256, 128, LLAMA, .tied = 1 }, 2, 0, .mesh = { 1, 2, ENGINE_SHARD_FULL } },
+    { "dp 2, full", { 6, 512, 8, 2, 1408, 256, 128, LLAMA, .tied = 1 }, 2, 0,
+      .mesh = { 1, 2, ENGINE_SHARD_FULL } },
     { "tp 2", { 5, 512, 8, 2, 1408, 256, 256, LLAMA, .tied = 1 }, 4, 1, .mesh = { 2, 1, ENGINE_SHARD_NONE } },
-    { "tp 2, dp 2, muon", { 6, 512, 8, 2, 1408, 256, 256, LLAMA, .tied = 1 }, 4, 0, .optimizer = OPTIMIZER_MUON,
-      .mesh = { 2, 2, ENGINE_SHARD_OPTIMIZER } },
+    { "tp 2, dp 2, muon", { 6, 512, 8, 2, 1408, 256, 256, LLAMA, .tied = 1 }, 4, 0,
+      .optimizer = OPTIMIZER_MUON, .mesh = { 2, 2, ENGINE_SHARD_OPTIMIZER } },
 };
 
 static double held(const char *what) {
@@ -64,12 +65,14 @@ static double held(const char *what) {
 }
 
 static struct msg_inner settings(const struct shape *s) {
-    return (struct msg_inner){ .batch = s->batch, .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .clip = 1,
-                               .total_tokens = 100000, .optimizer = s->optimizer, .states = s->states };
+    return (struct msg_inner){ .batch = s->batch, .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+                               .clip = 1, .total_tokens = 100000, .optimizer = s->optimizer,
+                               .states = s->states };
 }
 
 /* In the child. */
-static int step_of(const struct kernels *k, const struct msg_model *m, const struct shape *s, const struct mesh *mesh,
+static int step_of(const struct kernels *k, const struct msg_model *m, const struct shape *s,
+                   const struct mesh *mesh,
                    struct err *err) {
     struct msg_inner in = settings(s);
     struct engine_result r;

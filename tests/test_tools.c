@@ -135,7 +135,8 @@ static void generate(const char *seed, const char *temperature, char *out) {
     strcpy(out, output);
 }
 
-/* The fewest tokens that have a share P of the probability: with none of it the likeliest, with all of it as ever. */
+/* The fewest tokens that have a share P of the probability: with none of it the likeliest, with all of it
+ * as ever. */
 static void top_p_leaves_the_likeliest(void **state) {
     (void)state;
     static char likeliest[sizeof output], drawn[sizeof output];
@@ -197,25 +198,29 @@ static void plan_adds_up_and_refuses_what_does_not_fit(void **state) {
     assert_non_null(strstr(output, "150m"));
 }
 
-/* On eight cards of 80 GB the smallest model needs no sharing, 10b some; on two of 24 it does not fit, and is told
- * what would; a mesh that cannot be is refused before anything is weighed. */
+/* On eight cards of 80 GB the smallest model needs no sharing, 10b some; on two of 24 it does not fit, and
+ * is told what would; a mesh that cannot be is refused before anything is weighed. */
 static void plan_finds_a_mesh_or_says_why_there_is_none(void **state) {
     (void)state;
-    assert_int_equal(call(tool_plan, "plan", "--model", "1b", "--precision", "bf16", "--devices", "8x80", NULL), 0);
+    assert_int_equal(call(tool_plan, "plan", "--model", "1b", "--precision", "bf16", "--devices", "8x80",
+                          NULL), 0);
     assert_non_null(strstr(output, "--tp 1 --dp 8 --shard none"));
-    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--precision", "bf16", "--batch", "64", "--devices",
+    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--precision", "bf16", "--batch", "64",
+                          "--devices",
                           "8x80GB", "--json", NULL), 0);
     json_t *o = json_loads(output, 0, NULL);
     assert_non_null(o);
     assert_string_equal(json_string_value(json_object_get(o, "shard")), "gradients");
     assert_true(json_integer_value(json_object_get(o, "all")) < 80000000000);
     json_decref(o);
-    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--precision", "bf16", "--devices", "2x24", NULL), 1);
+    assert_int_equal(call(tool_plan, "plan", "--model", "10b", "--precision", "bf16", "--devices", "2x24",
+                          NULL), 1);
     assert_non_null(strstr(output, "no mesh of 2 devices fits"));
     assert_non_null(strstr(output, "--states 8bit"));
     assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--tp", "3", "--memory", "80", NULL), 1);
     assert_non_null(strstr(output, "3 tensor-parallel ranks cannot share"));
-    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--devices", "4x80", "--tp", "4", "--dp", "2", NULL), 1);
+    assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--devices", "4x80", "--tp", "4", "--dp", "2",
+                          NULL), 1);
     assert_non_null(strstr(output, "takes 8 devices, there are 4"));
     assert_int_equal(call(tool_plan, "plan", "--model", "10m", "--dp", "4", "--batch", "3", NULL), 1);
     assert_non_null(strstr(output, "a batch of 3 samples"));

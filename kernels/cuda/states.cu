@@ -1,5 +1,5 @@
-/* states.cu - moments of an optimizer in fewer bits, steps along a direction, and sums of two vectors; states.h. All
- * of it is bound by memory. */
+/* states.cu - moments of an optimizer in fewer bits, steps along a direction, and sums of two vectors;
+ * states.h. All of it is bound by memory. */
 #include "kernels/cuda/cuda.h"
 
 #include <math.h> /* not for C alone */
@@ -17,7 +17,8 @@ __global__ void combine_vectors(float *out, float a, const float *x, float b, co
 
 static void combine(const struct kernels *k, float *out, float a, const float *x, float b, const float *y,
                     size_t n) {
-    if (n) RUN(cuda_of(k), combine_vectors, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, a, x, b, y, n);
+    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
+    if (n) RUN(cuda_of(k), combine_vectors, blocks, CUDA_THREADS, 0, out, a, x, b, y, n);
 }
 
 __global__ void descend_fp32(float *param, const float *direction, size_t n, struct kernels_descent d) {
@@ -72,7 +73,8 @@ __global__ void codes_in(uint8_t *state, int root, const float *x, size_t n, uin
     size_t i = grid_index();
     uint8_t *block = state + (size_t)blockIdx.x * STATE_BLOCK_BYTES;
     float mine = i < n ? x[i] : 0.0f;
-    float unit = state_unit(block_max(root ? sqrtf(mine) : fabsf(mine)), root ? STATE_TOP_ROOT : STATE_TOP_SIGNED);
+    float unit = state_unit(block_max(root ? sqrtf(mine) : fabsf(mine)),
+                            root ? STATE_TOP_ROOT : STATE_TOP_SIGNED);
     float per_unit = unit > 0 ? 1 / unit : 0, random = state_random(seed, first + i);
     if (threadIdx.x == 0) *(float *)block = unit;
     if (i >= n) return;
@@ -97,18 +99,20 @@ static void state_in(const struct kernels *k, void *state, enum kernels_state ho
     if (how == KERNELS_STATE_BF16)
         RUN(c, bf16_in, blocks, KERNELS_STATE_BLOCK, 0, (uint16_t *)state, x, n, seed, first);
     else
-        RUN(c, codes_in, blocks, KERNELS_STATE_BLOCK, 0, (uint8_t *)state, how == KERNELS_STATE_ROOT8, x, n, seed,
-            first);
+        RUN(c, codes_in, blocks, KERNELS_STATE_BLOCK, 0, (uint8_t *)state, how == KERNELS_STATE_ROOT8, x, n,
+            seed, first);
 }
 
-static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how, size_t n) {
+static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how,
+                      size_t n) {
     struct cuda *c = cuda_of(k);
     unsigned blocks = cuda_blocks(n, KERNELS_STATE_BLOCK);
     if (!n) return;
     if (how == KERNELS_STATE_BF16)
         RUN(c, bf16_out, blocks, KERNELS_STATE_BLOCK, 0, x, (const uint16_t *)state, n);
     else
-        RUN(c, codes_out, blocks, KERNELS_STATE_BLOCK, 0, x, (const uint8_t *)state, how == KERNELS_STATE_ROOT8, n);
+        RUN(c, codes_out, blocks, KERNELS_STATE_BLOCK, 0, x, (const uint8_t *)state,
+            how == KERNELS_STATE_ROOT8, n);
 }
 
 void cuda_fill_states(struct kernels *k) {

@@ -299,7 +299,8 @@ static void state_in(const struct kernels *k, void *state, enum kernels_state ho
     end(&c);
 }
 
-static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how, size_t n) {
+static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how,
+                      size_t n) {
     struct call c = begin(k);
     void *d_state = reads(&c, state, kernels_state_bytes(how, n));
     c.k->state_out(c.k, writes_floats(&c, x, n), d_state, how, n);
