@@ -51,7 +51,7 @@ BF16_INLINE uint8_t state_signed(float x, float per_unit, float random) {
     uint32_t c = state_floor(y);
     float low = state_value(c), high = state_value(c + 1);
     c += random * (high - low) < y - low;
-    return (uint8_t)(c | ((x < 0) & (c > 0) ? 128u : 0u)); /* there is one zero */
+    return (uint8_t)(c | ((x < 0 && c > 0) ? 128u : 0u)); /* there is one zero */
 }
 
 BF16_INLINE uint8_t state_root(float x, float per_unit, float random) {
