@@ -202,16 +202,20 @@ void ckpt_image_fill(const struct ckpt_image *im, const struct ckpt_piece *p, ui
 
 struct ckpt_courier;
 
-struct ckpt_courier *ckpt_courier_create(struct err *err);
+/* store_url: of the run's store. A URL that leads anywhere else is not followed: who runs the coordinator has no
+ * say in what this machine asks of other servers. ERR_CONFIG, ERR_MEMORY. */
+struct ckpt_courier *ckpt_courier_create(const char *store_url, struct err *err);
 void ckpt_courier_destroy(struct ckpt_courier *c); /* nothing may be under way. NULL is fine */
 void ckpt_courier_cancel(struct ckpt_courier *c);  /* from any thread: what is under way ends soon */
+
+bool ckpt_courier_follows(const struct ckpt_courier *c, const char *url); /* is it in the run's store? */
 
 /* Have these p->bytes bytes the digest? ERR_CORRUPT: no. */
 int ckpt_part_matches(const struct ckpt_part *p, const void *bytes, struct err *err);
 
 /* Send a part, or read one into `room`, which has its size, and look at its digest. They wait for the network, from
- * any thread. Only https is followed, and http on this machine. ERR_REFUSED: the store does not take this URL
- * (any more), or it is no such URL; ERR_CORRUPT: other bytes than those; ERR_TIMEOUT, ERR_IO. */
+ * any thread. Only URLs in the run's store are followed, https ones, and http on this machine. ERR_REFUSED: the
+ * store does not take this URL (any more), or it is no such URL; ERR_CORRUPT: other bytes than those; ERR_TIMEOUT, ERR_IO. */
 int ckpt_courier_send(struct ckpt_courier *c, const struct ckpt_part *p, const void *bytes, struct err *err);
 int ckpt_courier_check(struct ckpt_courier *c, const struct ckpt_part *p, void *room, struct err *err);
 

@@ -8,21 +8,23 @@
 
 #include "ckpt/http.h"
 #include "ckpt/internal.h"
+#include "ckpt/s3.h"
 
 #define TRIES 4 /* others are there to take it over */
 
 struct ckpt_courier {
+    struct s3_config store;            /* as the URL of the run's store says it */
     struct http_client *http, *here; /* here: for servers on this machine, which no proxy is asked for */
 };
 
-struct ckpt_courier *ckpt_courier_create(struct err *err) {
+struct ckpt_courier *ckpt_courier_create(const char *store_url, struct err *err) {
     struct http_limits limits;
     struct ckpt_courier *c = calloc(1, sizeof *c);
     if (!c) {
         err_set(err, ERR_MEMORY, "out of memory for an HTTP client");
         return NULL;
     }
-    if (!http_limits_load(&limits, err) && (c->http = http_client_create(&limits, false, err)) &&
+    if (!s3_url_parse(store_url, &c->store, err) && !http_limits_load(&limits, err) && (c->http = http_client_create(&limits, false, err)) &&
         (c->here = http_client_create(&limits, true, err)))
         return c;
     ckpt_courier_destroy(c);
@@ -41,8 +43,42 @@ void ckpt_courier_destroy(struct ckpt_courier *c) {
     free(c);
 }
 
+/* Does it lie below this store's prefix, its bucket in the path or in the host? */
+static bool below(const struct s3_config *store, bool path_style, const char *url) {
+    struct s3_config c = *store;
+    char top[S3_URL_BYTES_MAX];
+    c.path_style = path_style;
+    s3_url(&c, "", NULL, top);
+    size_t n = strlen(top);
+    while (n > 0 && top[n - 1] == '/') n--;
+    return !strncmp(url, top, n) && url[n] == '/';
+}
+
+/* A store whose URL names no endpoint is Amazon's, in a region that the writer's machine may know alone. */
+static bool at_amazon(const struct s3_config *store, const char *url) {
+    static const char amazon[] = ".amazonaws.com/", https[] = "https://";
+    struct s3_config c = *store;
+    const char *host = url + sizeof https - 1, *path = host + strcspn(host, "/");
+    const char *service = strncmp(host, c.bucket, strlen(c.bucket)) ? host : host + strlen(c.bucket) + 1;
+    size_t n = (size_t)(path + 1 - host), k = sizeof amazon - 1;
+    if (strncmp(url, https, sizeof https - 1) || n <= k || strncmp(path + 1 - k, amazon, k)) return false;
+    if (service > path || strncmp(service, "s3.", 3)) return false;
+    snprintf(c.endpoint, sizeof c.endpoint, "%s%.*s", https, (int)(path - service), service);
+    return below(&c, service == host, url);
+}
+
+bool ckpt_courier_follows(const struct ckpt_courier *c, const char *url) {
+    if (!*c->store.endpoint) return at_amazon(&c->store, url);
+    return below(&c->store, true, url) || below(&c->store, false, url);
+}
+
 /* The client for this URL; NULL: none that a member should follow. */
 static struct http_client *client_of(struct ckpt_courier *c, const char *url, struct err *err) {
+    if (!ckpt_courier_follows(c, url)) {
+        err_set(err, ERR_REFUSED, "a part's URL \"%.60s\" is not in the run's store (bucket %.63s%s%.100s)", url,
+                c->store.bucket, *c->store.endpoint ? " at " : "", c->store.endpoint);
+        return NULL;
+    }
     if (!strncmp(url, "http://", 7) && http_loopback(url + 7)) return c->here;
     if (!strncmp(url, "https://", 8)) return http_loopback(url + 8) ? c->here : c->http;
     err_set(err, ERR_REFUSED, "a part's URL \"%.40s\" is neither https nor on this machine", url);

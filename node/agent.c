@@ -112,7 +112,7 @@ static int set_up_sync(struct agent *a, struct err *err) {
                                       &agent_checkpoint_ops, a);
     if (!a->checkpoint) return err_set(err, ERR_MEMORY, "no memory for checkpoints");
     a->carrier = carrier_create(a->base, a->genesis.model, a->elements, a->genesis.outer->chunk_elements,
-                                a->home.path, agent_on_part_done, a);
+                                a->genesis.checkpoint_url, a->home.path, agent_on_part_done, a);
     if (!a->carrier) return err_set(err, ERR_MEMORY, "no memory for parts of checkpoints");
     sync_set_before_change(a->sync, agent_before_change, a);
     return 0;

@@ -59,6 +59,7 @@ struct carrier {
 
     struct event *work, *ready;
     int event;
+    char store_url[PROTO_URL_BYTES_MAX + 1];
     struct ckpt_courier *courier; /* with the first part, as the thread */
     pthread_t thread;
     bool thread_runs;
@@ -210,7 +211,7 @@ static void *run(void *arg) {
 static int start_thread(struct carrier *c, struct err *err) {
     sigset_t all, before; /* signals are the loop's */
     if (c->thread_runs) return 0;
-    if (!c->courier && !(c->courier = ckpt_courier_create(err))) return -1;
+    if (!c->courier && !(c->courier = ckpt_courier_create(c->store_url, err))) return -1;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int e = pthread_create(&c->thread, NULL, run, c);
@@ -282,12 +283,14 @@ void carrier_part(struct carrier *c, const struct msg_checkpoint_part *msg) {
 /* ---- life --------------------------------------------------------------------------------------- */
 
 struct carrier *carrier_create(struct event_base *base, const struct msg_model *model, uint64_t elements,
-                               uint32_t chunk_elements, const char *spool, carrier_done_fn *done, void *arg) {
+                               uint32_t chunk_elements, struct proto_bytes store_url, const char *spool,
+                               carrier_done_fn *done, void *arg) {
     struct carrier *c = calloc(1, sizeof *c);
     if (!c) return NULL;
     *c = (struct carrier){.base = base, .model = model, .elements = elements, .chunk_elements = chunk_elements,
                           .spool = spool, .on_done = done, .arg = arg, .fd = -1, .event = -1,
                           .chunks = (uint32_t)((elements + chunk_elements - 1) / chunk_elements)};
+    proto_str_copy(store_url, c->store_url, sizeof c->store_url);
     pthread_mutex_init(&c->mutex, NULL);
     pthread_cond_init(&c->changed, NULL);
     c->wanted = calloc(c->chunks / 8 + 1, 1);

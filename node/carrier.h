@@ -16,9 +16,11 @@ struct carrier;
 /* The answer to a part. Told from the loop, never from within a call. */
 typedef void carrier_done_fn(void *arg, const struct msg_checkpoint_part_done *done);
 
-/* elements, chunk_elements: of the state. spool: folder for what is kept, on the disk, borrowed. NULL: no memory. */
+/* elements, chunk_elements: of the state. store_url: the run's (genesis), copied. spool: folder for
+ * what is kept, on the disk, borrowed. NULL: no memory. */
 struct carrier *carrier_create(struct event_base *base, const struct msg_model *model, uint64_t elements,
-                               uint32_t chunk_elements, const char *spool, carrier_done_fn *done, void *arg);
+                               uint32_t chunk_elements, struct proto_bytes store_url, const char *spool,
+                               carrier_done_fn *done, void *arg);
 void carrier_destroy(struct carrier *c); /* NULL is fine */
 
 /* The state of `s` is that of msg->index now: keep msg->chunks of it, or, where there are none, nothing any more. What

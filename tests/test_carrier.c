@@ -93,17 +93,24 @@ static void take_answer(void *arg, const struct msg_checkpoint_part_done *done) 
 
 static void before_change(void *arg, uint32_t chunk) { carrier_before_change(((struct test *)arg)->carrier, chunk); }
 
-static void begin(struct test *t, struct rig *r, bool bf16, uint64_t chunks) {
+/* port: of the run's store. */
+static void begin_at(struct test *t, struct rig *r, int port, bool bf16, uint64_t chunks) {
     struct msg_range range = {0, chunks};
     struct msg_checkpoint_keep keep = {.index = 0, .bf16 = bf16, .chunks = &range, .chunks_count = 1};
     *t = (struct test){.rig = r, .base = event_base_new()};
-    t->carrier = carrier_create(t->base, &r->model, ELEMENTS, CHUNK, "/tmp", take_answer, t);
+    char url[96];
+    snprintf(url, sizeof url, "s3://bucket/run?endpoint=http://127.0.0.1:%d", port);
+    t->carrier = carrier_create(t->base, &r->model, ELEMENTS, CHUNK, proto_str(url), "/tmp", take_answer, t);
     assert_non_null(t->carrier);
     three_members(r);
     sync_set_before_change(r->node[2].sync, before_change, t);
     memcpy(t->anchor, sync_anchor(r->node[2].sync), sizeof t->anchor);
     memcpy(t->momentum, sync_momentum(r->node[2].sync), sizeof t->momentum);
     carrier_keep(t->carrier, r->node[2].sync, &keep);
+}
+
+static void begin(struct test *t, struct rig *r, bool bf16, uint64_t chunks) {
+    begin_at(t, r, store.port, bf16, chunks);
 }
 
 static void end(struct test *t) {
@@ -135,17 +142,21 @@ static size_t expected(const struct test *t, const char *name, bool bf16, uint8_
     return n;
 }
 
-/* Ask for a part with this content, and wait for the answer. */
-static void ask(struct test *t, const char *name, bool check, const uint8_t *bytes, size_t n) {
-    char url[64];
+/* Ask for a part with this content at a path of the server, and wait for the answer. */
+static void ask_at(struct test *t, const char *path, const char *name, bool check, const uint8_t *bytes, size_t n) {
+    char url[96];
     int before = t->answers;
     struct msg_checkpoint_part part = {.part = 3, .check = check, .object = proto_str(name), .bytes = (uint32_t)n};
-    snprintf(url, sizeof url, "http://127.0.0.1:%d/x?signed", store.port);
+    snprintf(url, sizeof url, "http://127.0.0.1:%d/%s?signed", store.port, path);
     part.url = proto_str(url);
     EVP_Digest(bytes, n, part.sha256.b, NULL, EVP_sha256(), NULL);
     carrier_part(t->carrier, &part);
     assert_int_equal(t->answers, before); /* never from within the call */
     while (t->answers == before) event_base_loop(t->base, EVLOOP_ONCE);
+}
+
+static void ask(struct test *t, const char *name, bool check, const uint8_t *bytes, size_t n) {
+    ask_at(t, "bucket/run/x", name, check, bytes, n);
 }
 
 static const char *const files[] = {"model-00001-of-00001.safetensors", "momentum-00001-of-00001.safetensors",
@@ -219,6 +230,50 @@ static void a_look_finds_other_bytes(void **state) {
     end(&t);
 }
 
+/* Nobody makes this machine ask other servers, or other places of this one, for anything. */
+static void only_the_runs_store_is_asked(void **state) {
+    static const char *const elsewhere[] = {"other/run/x", "bucket/running/x", "bucket/run", "x"};
+    struct test t;
+    uint8_t bytes[64] = {0};
+    begin(&t, *state, false, 1);
+    memcpy(store.object, bytes, sizeof bytes);
+    store.bytes = sizeof bytes;
+    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++) {
+        ask_at(&t, elsewhere[i], files[0], true, bytes, sizeof bytes);
+        assert_false(t.done);
+        assert_non_null(strstr(t.why, "not in the run's store"));
+    }
+    ask(&t, files[0], true, bytes, sizeof bytes);
+    assert_true(t.done);
+    end(&t);
+}
+
+/* Where the URL of the store names no endpoint. */
+static void amazons_hosts_are_known(void **state) {
+    (void)state;
+    static const struct {
+        const char *url;
+        bool fine;
+    } cases[] = {
+        {"https://s3.eu-west-1.amazonaws.com/bucket/run/x?a", true},
+        {"https://bucket.s3.us-east-1.amazonaws.com/run/x", true},
+        {"https://s3.eu-west-1.amazonaws.com/other/run/x", false},
+        {"https://other.s3.us-east-1.amazonaws.com/run/x", false},
+        {"http://s3.eu-west-1.amazonaws.com/bucket/run/x", false},
+        {"https://s3.evil.com/bucket/run/x?.amazonaws.com/", false},
+        {"https://s3.evil.com/.amazonaws.com/bucket/run/x", false},
+        {"https://192.168.1.1/bucket/run/x", false},
+        {"https://u@s3.amazonaws.com/bucket/run/x", false},
+        {"https://", false},
+    };
+    struct err err = {0};
+    struct ckpt_courier *c = ckpt_courier_create("s3://bucket/run", &err);
+    assert_non_null(c);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        if (ckpt_courier_follows(c, cases[i].url) != cases[i].fine) fail_msg("%s", cases[i].url);
+    ckpt_courier_destroy(c);
+}
+
 /* Its thread waits for a store that says nothing; who ends the node does not. */
 static void it_ends_while_a_part_is_under_way(void **state) {
     struct test t;
@@ -226,14 +281,14 @@ static void it_ends_while_a_part_is_under_way(void **state) {
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof a;
     int mute = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    char url[64];
+    char url[96];
     assert_int_equal(bind(mute, (struct sockaddr *)&a, sizeof a), 0);
     assert_int_equal(listen(mute, 4), 0);
     assert_int_equal(getsockname(mute, (struct sockaddr *)&a, &length), 0);
-    begin(&t, *state, false, CHUNKS);
+    begin_at(&t, *state, ntohs(a.sin_port), false, CHUNKS);
     size_t n = expected(&t, files[0], false, bytes);
     struct msg_checkpoint_part part = {.object = proto_str(files[0]), .bytes = (uint32_t)n};
-    snprintf(url, sizeof url, "http://127.0.0.1:%d/x", ntohs(a.sin_port));
+    snprintf(url, sizeof url, "http://127.0.0.1:%d/bucket/run/x", ntohs(a.sin_port));
     part.url = proto_str(url);
     EVP_Digest(bytes, n, part.sha256.b, NULL, EVP_sha256(), NULL);
     carrier_part(t.carrier, &part);
@@ -252,6 +307,8 @@ int main(void) {
         cmocka_unit_test_setup_teardown(a_part_is_of_the_state_that_was_kept, rig_setup, rig_teardown),
         cmocka_unit_test_setup_teardown(what_is_not_kept_is_not_sent, rig_setup, rig_teardown),
         cmocka_unit_test_setup_teardown(a_look_finds_other_bytes, rig_setup, rig_teardown),
+        cmocka_unit_test_setup_teardown(only_the_runs_store_is_asked, rig_setup, rig_teardown),
+        cmocka_unit_test(amazons_hosts_are_known),
         cmocka_unit_test_setup_teardown(it_ends_while_a_part_is_under_way, rig_setup, rig_teardown),
     };
     setenv("INTELLECT_STORE_STALL_S", "1", 1);

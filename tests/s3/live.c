@@ -272,13 +272,23 @@ static void is_the_object(struct ckpt_store *s, const uint8_t *bytes) {
     free(got);
 }
 
+/* As a member makes it, from the URL in the genesis. */
+static struct ckpt_courier *courier_of(const struct ckpt_store *s) {
+    struct err err = {0};
+    char url[sizeof s->url + sizeof s->query];
+    snprintf(url, sizeof url, "%s%s", s->url, s->query);
+    struct ckpt_courier *c = ckpt_courier_create(url, &err);
+    if (!c) fail_msg("%s", err.msg);
+    return c;
+}
+
 /* Members send two of three parts, the third nobody: the object is whole, and each of them can be read again. */
 static void parts_that_others_sent_make_the_object(void **state) {
     (void)state;
     struct err err = {0};
     struct ckpt_part part;
     struct ckpt_store *s = open_store("parts");
-    struct ckpt_courier *c = ckpt_courier_create(&err);
+    struct ckpt_courier *c = courier_of(s);
     uint8_t *bytes = random_bytes(SHARED_BYTES), *room = malloc(PART);
     struct ckpt_upload *u = begin_shared(s, bytes);
     for (uint32_t i = 0; i < 3; i += 2) {
@@ -313,7 +323,7 @@ static void a_url_takes_the_bytes_it_was_made_for_and_no_others(void **state) {
     struct ckpt_part part, bad;
     if (!full_bucket) skip(); /* between us and the server is something that fails of itself */
     struct ckpt_store *s = open_store("bound");
-    struct ckpt_courier *c = ckpt_courier_create(&err);
+    struct ckpt_courier *c = courier_of(s);
     uint8_t *bytes = random_bytes(SHARED_BYTES), *other = random_bytes(SHARED_BYTES);
     other[100] ^= 1;
     struct ckpt_upload *u = begin_shared(s, bytes);
