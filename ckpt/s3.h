@@ -119,16 +119,14 @@ struct s3_call {
     const char *header;     /* one more: "If-None-Match: *"; or NULL */
     const void *body;
     size_t body_bytes;
-    bool unhashed;          /* the body's digest is not signed; see s3_may_send_unhashed */
     void *out;
     size_t out_bytes;
     uint64_t offset;
     uint32_t tries, stall_s;
     const atomic_bool *cancel;
 };
-/* Is a body safe from being changed on its way without a digest in the signature? Over TLS it is, and within this
- * machine; what nobody hashes neither client nor server has to. */
-bool s3_may_send_unhashed(const struct s3_store *s);
+/* Is the way to the server one that nobody listens to or changes: TLS, or within this machine? */
+bool s3_is_sheltered(const struct s3_store *s);
 /* Sign and perform; see http_perform(). The answer may have any status. */
 int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, struct err *err);
 /* The same, and every status but 2xx is an error by s3_refusal. */
@@ -147,6 +145,8 @@ int s3_upload_complete(struct ckpt_upload *u, struct err *err);
 uint32_t s3_upload_share(struct ckpt_upload *u);
 bool s3_upload_whole(struct ckpt_upload *u, uint32_t part);
 int s3_upload_offer(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
+int s3_upload_send(struct ckpt_upload *u, uint32_t part, struct err *err);
+bool s3_upload_sent(struct ckpt_upload *u, uint32_t part);
 int s3_upload_check(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
 int s3_upload_read(struct ckpt_upload *u, uint64_t offset, void *out, size_t n, struct err *err);
 void s3_upload_destroy(struct ckpt_upload *u);

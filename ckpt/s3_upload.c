@@ -447,7 +447,7 @@ static int put_small(struct s3_upload *u, struct err *err) {
 
 uint32_t s3_upload_share(struct ckpt_upload *upload) {
     struct s3_upload *u = (struct s3_upload *)upload;
-    if (is_small(u)) return 0;
+    if (is_small(u) || !*u->store->config.key || !s3_is_sheltered(u->store)) return 0;
     u->shared = true;
     return u->part_count;
 }
@@ -512,6 +512,31 @@ int s3_upload_check(struct ckpt_upload *upload, uint32_t i, struct ckpt_part *ou
     struct s3_presign sign = {.method = HTTP_GET};
     assert(u->shared && u->done && i < u->part_count);
     return sign_part(u, i, &sign, out, err);
+}
+
+int s3_upload_send(struct ckpt_upload *upload, uint32_t i, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->store->sender;
+    pthread_mutex_lock(&p->mutex);
+    assert(u->shared && u->part[i].filled == bytes_of(u, i));
+    struct err e = u->failure;
+    if (!e.code && u->part[i].state == PART_FULL) {
+        u->part[i].state = PART_QUEUED;
+        u->busy++;
+        pthread_cond_broadcast(&p->changed);
+    }
+    pthread_mutex_unlock(&p->mutex);
+    if (e.code && err) *err = e;
+    return e.code ? -1 : 0;
+}
+
+bool s3_upload_sent(struct ckpt_upload *upload, uint32_t i) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->store->sender;
+    pthread_mutex_lock(&p->mutex);
+    bool sent = u->part[i].state == PART_SENT || u->failure.code;
+    pthread_mutex_unlock(&p->mutex);
+    return sent;
 }
 
 /* One part as the store lists it. What has another size than it must have is sent once more. */

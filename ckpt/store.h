@@ -71,7 +71,7 @@ struct ckpt_store_ops {
 
     /* Others, who have no key, send the parts of this upload, and read them again. All of it is NULL where the
      * store has no URLs for that. upload_share, before the first put: how many parts there are, or 0 where the
-     * object is too small to be shared and all stays as it was. Then upload_sync sends nothing;
+     * object is too small to be shared, or URLs would not be safe, and all stays as it was. Then upload_sync sends nothing;
      * upload_complete asks the store which parts are there and sends the rest. */
     uint32_t (*upload_share)(struct ckpt_upload *u);
     /* Are all its bytes put? */
@@ -79,6 +79,10 @@ struct ckpt_store_ops {
     /* A URL that takes a whole part's bytes by PUT, and no others; it is of no use once the upload is complete.
      * Reads the part and waits for the network. */
     int (*upload_offer)(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
+    /* Send a whole part ourselves, beside everything else; and: is it sent, or has that failed (then upload_complete
+     * says why)? */
+    int (*upload_send)(struct ckpt_upload *u, uint32_t part, struct err *err);
+    bool (*upload_sent)(struct ckpt_upload *u, uint32_t part);
     /* One that gives them by GET, after upload_complete. */
     int (*upload_check)(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
     /* What was put, from the own disk, until upload_destroy. */

@@ -30,7 +30,7 @@ static void sha256_header(const void *body, size_t n, char out[96]) {
     for (int i = 0; i < 32; i++) at += snprintf(out + at, 96 - (size_t)at, "%02x", digest[i]);
 }
 
-bool s3_may_send_unhashed(const struct s3_store *s) {
+bool s3_is_sheltered(const struct s3_store *s) {
     return s->config.loopback || !strncmp(s->config.endpoint, "https:", 6);
 }
 
@@ -42,8 +42,7 @@ int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, 
     s3_url(&s->config, c->name, c->query, url);
     if (*s->config.key) {
         r.auth = &s->auth;
-        if (c->unhashed) strcpy(sha256, "x-amz-content-sha256: UNSIGNED-PAYLOAD");
-        else sha256_header(c->body, c->body_bytes, sha256);
+        sha256_header(c->body, c->body_bytes, sha256);
         r.header[r.header_count++] = sha256;
         snprintf(token, sizeof token, "x-amz-security-token: %s", s->config.token);
         if (*s->config.token) r.header[r.header_count++] = token;
@@ -419,6 +418,8 @@ static const struct ckpt_store_ops s3_ops = {
     .upload_share = s3_upload_share,
     .upload_whole = s3_upload_whole,
     .upload_offer = s3_upload_offer,
+    .upload_send = s3_upload_send,
+    .upload_sent = s3_upload_sent,
     .upload_check = s3_upload_check,
     .upload_read = s3_upload_read,
     .list = s3_list,

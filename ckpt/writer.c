@@ -20,6 +20,7 @@
 #include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SYNC_BYTES (16u << 20) /* put into one file before it is worth a sync */
@@ -40,7 +41,8 @@ struct file {
 };
 
 /* A part that others may send and look at. */
-enum turn { TURN_OURS, TURN_OPEN, TURN_THEIRS, TURN_OVER }; /* OURS: nobody else will; OVER: somebody did */
+enum turn { TURN_OPEN, TURN_THEIRS, TURN_OURS, TURN_SENDING, TURN_OVER }; /* OURS: nobody else will; SENDING: we do;
+                                                                            OVER: it is done, by others or sent by us */
 struct shared {
     struct file *file;
     uint32_t number; /* in the file */
@@ -92,7 +94,7 @@ struct ckpt_writer {
     pthread_cond_t changed;
     enum ckpt_state state;
     bool alone; /* nobody answers for parts any more */
-    uint32_t with_others; /* parts */
+    uint32_t with_others, room; /* parts; and how many others seem to have room for */
     struct ckpt_note note[NOTES_MAX]; /* a ring */
     uint32_t note_first, note_count;
     bool abort, putting, ended; /* the caller's thread is in put_part; the worker waits for nothing more */
@@ -235,25 +237,60 @@ static uint32_t next_open(struct ckpt_writer *w, enum ckpt_note_kind kind, uint3
     return from;
 }
 
-/* Is it said of each part what becomes of it? With the mutex. */
-static bool all_said(struct ckpt_writer *w) {
+/* What nobody else takes we send, some at a time. How many are on their way; -1: it failed. With the mutex. */
+static int send_ours(struct ckpt_writer *w, struct err *err) {
+    const struct ckpt_store_ops *ops = w->store->ops;
+    uint32_t under_way = 0, most = w->store->streams ? w->store->streams : 1;
     for (uint32_t i = 0; i < w->parts; i++) {
-        if (w->alone && w->part[i].turn != TURN_OVER) w->part[i].turn = TURN_OURS;
-        if (w->part[i].turn == TURN_OPEN || w->part[i].turn == TURN_THEIRS) return false;
+        struct shared *s = &w->part[i];
+        if (s->turn == TURN_SENDING && ops->upload_sent(s->file->upload, s->number)) s->turn = TURN_OVER;
+        under_way += s->turn == TURN_SENDING;
     }
-    return true;
+    for (uint32_t i = 0; i < w->parts && under_way < most; i++) {
+        struct shared *s = &w->part[i];
+        bool ours = s->turn == TURN_OURS ||
+                    (w->alone && s->turn == TURN_OPEN && ops->upload_whole(s->file->upload, s->number));
+        if (!ours) continue;
+        if (ops->upload_send(s->file->upload, s->number, err)) return -1;
+        s->turn = TURN_SENDING;
+        under_way++;
+    }
+    return (int)under_way;
 }
 
-/* Give all parts to others, some at a time, and wait for what becomes of them. While ranges come, a part is given
- * once it is whole. */
+/* Is it clear of each part what becomes of it? Of a part that we look at, not before all others are. */
+static bool all_clear(const struct ckpt_writer *w, enum ckpt_note_kind kind) {
+    for (uint32_t i = 0; i < w->parts; i++)
+        if (w->part[i].turn != TURN_OVER && !(kind == CKPT_NOTE_CHECK && (w->part[i].turn == TURN_OURS || w->alone)))
+            return false;
+    return w->state != CKPT_TAKING;
+}
+
+/* Until something changes. Our own sender tells nobody when it is done with a part. */
+static void wait_for_change(struct ckpt_writer *w, bool sending) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 50000000;
+    if (until.tv_nsec >= 1000000000) until.tv_nsec -= 1000000000, until.tv_sec++;
+    if (sending) pthread_cond_timedwait(&w->changed, &w->mutex, &until);
+    else pthread_cond_wait(&w->changed, &w->mutex);
+}
+
+/* Give all parts to others as far as they have room, send the rest, and wait for what becomes of them. While ranges
+ * come, a part is given once it is whole. Where one came back, no more are offered than others have, and one more
+ * whenever one of theirs is done or our own sender has room for it. */
 static int let_others(struct ckpt_writer *w, enum ckpt_note_kind kind, struct err *err) {
     int r = 0;
     pthread_mutex_lock(&w->mutex);
     for (uint32_t i = 0; i < w->parts; i++) w->part[i].turn = TURN_OPEN;
-    while (!r && !w->abort && w->state != CKPT_FAILED && !(all_said(w) && w->state != CKPT_TAKING)) {
-        uint32_t i = w->alone || w->with_others == NOTES_MAX ? w->parts : next_open(w, kind, 0);
+    w->room = NOTES_MAX;
+    while (!r && !w->abort && w->state != CKPT_FAILED && !all_clear(w, kind)) {
+        int sending = kind == CKPT_NOTE_SEND ? send_ours(w, err) : 0;
+        if ((r = sending < 0 ? -1 : 0)) break;
+        bool more = w->with_others < w->room || (w->with_others < NOTES_MAX && (uint32_t)sending < w->store->streams);
+        uint32_t i = w->alone || !more ? w->parts : next_open(w, kind, 0);
         if (i == w->parts) {
-            pthread_cond_wait(&w->changed, &w->mutex);
+            if (!all_clear(w, kind)) wait_for_change(w, sending > 0);
             continue;
         }
         struct ckpt_note note;
@@ -286,13 +323,16 @@ static int look_at(struct ckpt_writer *w, uint32_t i, uint8_t *mine, uint8_t *th
     return 0;
 }
 
-/* We look at what nobody else did, and at one part of each file, drawn now, whoever did. */
+/* We look at what nobody else did, and at one part of each file, whoever did: drawn now, so nobody knew which. */
 static int look_ourselves(struct ckpt_writer *w, struct err *err) {
     uint8_t *room = malloc(2 * CKPT_BLOCK_BYTES);
+    uint32_t draw = 0;
+    ssize_t got = getrandom(&draw, sizeof draw, 0);
+    (void)got; /* the first part of each then */
     int r = room ? 0 : err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
     for (uint32_t i = 0; !r && i < w->parts; i++) {
         const struct file *f = w->part[i].file;
-        bool drawn = i - f->first_part == w->claim[0] % f->parts;
+        bool drawn = i - f->first_part == draw % f->parts;
         if (w->part[i].turn == TURN_OVER && !drawn) continue;
         struct ckpt_note note;
         r = look_at(w, i, room, room + CKPT_BLOCK_BYTES, err);
@@ -896,6 +936,7 @@ void ckpt_writer_settle(struct ckpt_writer *w, uint32_t number, bool done) {
     if (number < w->parts && w->part[number].turn == TURN_THEIRS) {
         w->part[number].turn = done ? TURN_OVER : TURN_OURS;
         w->with_others--;
+        w->room = done ? w->with_others + 1 : w->with_others;
         pthread_cond_broadcast(&w->changed);
     }
     pthread_mutex_unlock(&w->mutex);
@@ -905,6 +946,8 @@ void ckpt_writer_alone(struct ckpt_writer *w) {
     pthread_mutex_lock(&w->mutex);
     w->alone = true;
     w->with_others = 0;
+    for (uint32_t i = 0; i < w->parts; i++)
+        if (w->part[i].turn == TURN_THEIRS) w->part[i].turn = TURN_OURS;
     pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->mutex);
 }

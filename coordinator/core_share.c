@@ -116,19 +116,20 @@ static int pick_helper(struct core *c, const struct share_job *j) {
     return best;
 }
 
-/* To the next who may, or it waits until one has room; with nobody left the writer does it. True where the job is
- * gone. */
+/* To the next who may. With nobody left the writer does it, and where all have enough to do it sends it, too: so
+ * slow members do not hold it up. A look waits until one has room. True where the job is gone. */
 static bool hand_on(struct core *c, uint32_t i, uint64_t now_ms, struct core_actions *out) {
     struct share *h = &c->share;
     struct share_job *j = &h->jobs[i];
     j->member = 0;
     int k = pick_helper(c, j);
-    if (k < 0) {
+    bool full = k >= 0 && jobs_of(h, h->helper[k]) == CORE_MEMBER_JOBS_MAX;
+    if (k < 0 || (full && !j->msg.check)) {
         tell_writer(c, j->msg.part, j->msg.check, false, out);
         forget_job(h, i);
         return true;
     }
-    if (jobs_of(h, h->helper[k]) == CORE_MEMBER_JOBS_MAX) return false;
+    if (full) return false;
     j->tried |= 1ull << k;
     j->member = h->helper[k];
     j->since_ms = now_ms;

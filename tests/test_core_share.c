@@ -131,29 +131,41 @@ static void a_part_goes_on_when_its_member_does_not_do_it(void **state) {
     assert_true(given_back);
 }
 
-/* Nobody is given more than it can do soon: the rest waits for who is done first. */
-static void parts_wait_for_who_has_room(void **state) {
+/* Nobody is given more than it can do soon. What is over the writer sends at once; looks wait for who is done first. */
+static void a_member_has_two_parts_at_a_time(void **state) {
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
-    uint32_t given[5] = {0};
-    int with[12], done = 0;
+    uint32_t given[5] = {0}, looks[5] = {0};
+    int with[12], back = 0, done = 0;
     for (uint32_t i = 0; i < 12; i++) {
         offer(r, index, i, false, i);
         with[i] = asked(r, 2) ? 2 : asked(r, 3) ? 3 : asked(r, 4) ? 4 : 0;
         given[with[i]]++;
+        back += told(r) == 0;
     }
     for (int m = 2; m <= 4; m++) assert_int_equal(given[m], 2);
+    assert_int_equal(back, 6);
+    for (uint32_t i = 0; i < 12; i++)
+        if (with[i]) answer(r, with[i], index, i, false, true);
+    for (uint32_t i = 0; i < 12; i++) {
+        offer(r, index, i, true, i);
+        with[i] = asked(r, 2) ? 2 : asked(r, 3) ? 3 : asked(r, 4) ? 4 : 0;
+        looks[with[i]]++;
+        assert_int_equal(told(r), -1);
+    }
+    for (int m = 2; m <= 4; m++) assert_int_equal(looks[m], 2);
     while (done < 12) { /* each answer lets the next one go */
         int i = 0;
         while (i < 12 && with[i] <= 0) i++;
         assert_true(i < 12);
-        answer(r, with[i], index, (uint32_t)i, false, true);
+        answer(r, with[i], index, (uint32_t)i, true, true);
         assert_int_equal(told(r), 1);
         with[i] = -1;
         done++;
         for (int m = 2; m <= 4; m++)
             if (asked(r, m)) with[asked(r, m)->part] = m;
     }
+    assert_true(is_signed(r, index));
 }
 
 /* A writer that comes back has lost its offers, or does them itself: nobody is asked for more. */
@@ -193,7 +205,7 @@ int main(void) {
         T(no_manifest_is_signed_while_a_part_was_looked_at_by_nobody),
         T(what_nobody_does_is_the_writers),
         T(a_part_goes_on_when_its_member_does_not_do_it),
-        T(parts_wait_for_who_has_room),
+        T(a_member_has_two_parts_at_a_time),
         T(a_writer_that_was_away_goes_on_alone),
         T(a_folder_is_written_by_one),
         T(only_the_writer_offers_parts),
