@@ -119,6 +119,7 @@ struct s3_call {
     const char *header;     /* one more: "If-None-Match: *"; or NULL */
     const void *body;
     size_t body_bytes;
+    bool unhashed;          /* the body's digest is not signed; see s3_is_sheltered */
     void *out;
     size_t out_bytes;
     uint64_t offset;

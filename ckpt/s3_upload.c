@@ -108,7 +108,7 @@ static int send_part(struct s3_upload *u, uint32_t i, uint8_t *buffer, char etag
     char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
     size_t n = (size_t)bytes_of(u, i);
     struct s3_call c = {.method = HTTP_PUT, .name = u->name, .query = query, .body = buffer, .body_bytes = n,
-                        .unhashed = s3_may_send_unhashed(u->store), .cancel = &u->cancelled};
+                        .unhashed = s3_is_sheltered(u->store), .cancel = &u->cancelled};
     struct http_answer a;
     snprintf(before, sizeof before, "partNumber=%u&", i + 1);
     if (query_of(u, before, query, sizeof query, err) || read_spool(u, i * u->part_bytes, buffer, n, err) ||

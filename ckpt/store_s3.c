@@ -42,7 +42,8 @@ int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, 
     s3_url(&s->config, c->name, c->query, url);
     if (*s->config.key) {
         r.auth = &s->auth;
-        sha256_header(c->body, c->body_bytes, sha256);
+        if (c->unhashed) strcpy(sha256, "x-amz-content-sha256: UNSIGNED-PAYLOAD");
+        else sha256_header(c->body, c->body_bytes, sha256);
         r.header[r.header_count++] = sha256;
         snprintf(token, sizeof token, "x-amz-security-token: %s", s->config.token);
         if (*s->config.token) r.header[r.header_count++] = token;
