@@ -38,6 +38,7 @@ bin/intellect-node --help; bin/intellect-node doctor says what this machine can 
 Everything but glibc ($glibc or newer) is in lib/, with its licenses in licenses/.
 A GPU needs NVIDIA's driver and cuBLASLt: of a CUDA toolkit, or of Python's nvidia-cublas wheel, in the active
 environment or the user's or system's site-packages; or name its folder in LD_LIBRARY_PATH.
+https:// corpora and stores need the certificates of the system at /etc/ssl/certs/ca-certificates.crt, as Debian has them.
 libexec/gpu.sh proves the GPU backend on this machine.
 R
 stamp=$(git log -1 --format=%ct 2>/dev/null || echo 0)
