@@ -205,6 +205,9 @@ static void on_trainer_message(void *arg, const struct segment_message *m) {
                     .type = SYNC_EV_TRAINER_MOMENTS, .steps = m->steps,
                     .local = segment_out(keeper_segment(a->keeper), SEGMENT_OUT_MOMENTS) });
         break;
+    case SEGMENT_DEVICE_FAILED:
+        console_say(a->console, SYNC_WARNING, "trainer", "the device failed: %s", m->text);
+        break;
     case SEGMENT_NOTE: console_say(a->console, SYNC_WARNING, "trainer", "%s", m->text); break;
     default: break; /* SEGMENT_FAILED is the keeper's */
     }

@@ -31,6 +31,8 @@ struct keeper {
     uint32_t restarts, failures;
     bool stopping, stepped;    /* stepped: this trainer has taken a step */
     struct err said;           /* what it said before it ended */
+    uint32_t device_failures;
+    bool device_failed;        /* this trainer's; `said` is why */
     struct event *wake, *child, *watch, *restart, *too_late;
     /* The watch: how long the trainer had something to do and moved nothing. */
     uint64_t silence_ms, started_at_ms, watched_at_ms, still_ms, slowest_step_ms, taken;
@@ -86,6 +88,7 @@ static void start(struct keeper *k) {
     segment_reset(k->segment);
     k->stepped = false;
     k->said = (struct err){0};
+    k->device_failed = false;
     k->still_ms = k->taken = 0;
     k->moved = true;
     k->watched_at_ms = k->started_at_ms = timer_now_ms();
@@ -119,7 +122,8 @@ static void drain(struct keeper *k) {
             k->failures = 0;
             if (k->still_ms > k->slowest_step_ms) k->slowest_step_ms = k->still_ms;
         }
-        if (m.type == SEGMENT_FAILED)
+        if (m.type == SEGMENT_DEVICE_FAILED) k->device_failed = true;
+        if (m.type == SEGMENT_FAILED || m.type == SEGMENT_DEVICE_FAILED)
             err_set(&k->said, (enum err_code)m.code, "%.*s", (int)sizeof m.text - 1, m.text);
         k->ops->on_message(k->arg, &m);
     }
@@ -143,12 +147,27 @@ static uint32_t backoff_ms(const struct keeper *k) {
     return ms < KEEPER_BACKOFF_MS_MAX ? ms : KEEPER_BACKOFF_MS_MAX;
 }
 
+/* The next one may find its device well again; also where the device is away altogether after that. */
+static bool device_restarts(struct keeper *k, const char *why) {
+    if (!k->device_failed && !(k->device_failures && k->said.code != ERR_NONE)) return false;
+    if (timer_now_ms() - k->started_at_ms > KEEPER_DEVICE_STEADY_MS) k->device_failures = 0;
+    if (++k->device_failures >= KEEPER_DEVICE_FAILURES_MAX) {
+        err_prefix(&k->said, "the device failed %u times and is given up", k->device_failures);
+        return false;
+    }
+    uint32_t wait_ms = KEEPER_DEVICE_WAIT_MS << (k->device_failures - 1);
+    timer_set(k->restart, wait_ms);
+    k->ops->on_end(k->arg, why, wait_ms);
+    return true;
+}
+
 static void on_failure(struct keeper *k, const char *why) {
     struct err err;
     if (k->stopping) {
         k->ops->on_end(k->arg, why, 0);
         return;
     }
+    if (device_restarts(k, why)) return;
     if (timer_now_ms() - k->started_at_ms > FAST_MS) k->failures = 0;
     k->failures++;
     if (k->said.code == ERR_NONE && k->failures < KEEPER_FAILURES_MAX) {

@@ -22,10 +22,14 @@ struct keeper_ops {
      * follows after wait_ms, or none (keeper_stop was called). */
     void (*on_end)(void *arg, const char *why, uint32_t wait_ms);
     /* It failed KEEPER_FAILURES_MAX times in a row, within seconds and before its first step, or
-     * could not even be set up, which would not be better the next time. No restart follows. */
+     * could not even be set up, which would not be better the next time; or its device failed
+     * KEEPER_DEVICE_FAILURES_MAX times, each within KEEPER_DEVICE_STEADY_MS. No restart follows. */
     void (*on_give_up)(void *arg, const struct err *why);
 };
 #define KEEPER_FAILURES_MAX 5
+#define KEEPER_DEVICE_FAILURES_MAX 3
+#define KEEPER_DEVICE_STEADY_MS 600000 /* a device that worked so long has not failed before */
+#define KEEPER_DEVICE_WAIT_MS 1000     /* after the first failure: a driver may have to start again; doubles */
 #define KEEPER_BACKOFF_MS 250          /* doubles from failure to failure */
 #define KEEPER_BACKOFF_MS_MAX 10000
 #define KEEPER_STOP_MS_MAX 20000       /* a trainer that is asked to stop has so long to save */

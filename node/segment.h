@@ -46,7 +46,8 @@ enum segment_type {
     SEGMENT_APPLIED, /* an APPLY, RESET or MOMENTS_IMPORT is done: the in slot is free */
     SEGMENT_MOMENTS, /* out[1] is filled; steps = how many they average over */
     SEGMENT_NOTE,    /* text: worth a line in the log */
-    SEGMENT_FAILED   /* text, code: the trainer ends, and would again */
+    SEGMENT_FAILED,  /* text, code: the trainer ends, and would again */
+    SEGMENT_DEVICE_FAILED /* text, code: its device failed, and the trainer ends; the next one may fare better */
 };
 
 struct segment_message {

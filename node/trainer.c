@@ -36,6 +36,7 @@ struct trainer {
     struct msg_genesis genesis;
     struct kernels *kernels;
     struct err why_no_gpu; /* where auto took the CPU */
+    struct err lost;       /* how the device failed, else ERR_NONE */
     struct engine *engine;
     struct data *data;
     struct saver *saver;
@@ -70,10 +71,14 @@ static void tell(struct trainer *t, const struct segment_message *m) {
     while (!segment_send(t->segment, m)) usleep(10000);
 }
 
-/* A slot is read or filled by all ranks: it changes hands when the last one is done. */
+static int fail_as(struct trainer *t, enum segment_type type, const struct err *err);
+
+/* A slot is read or filled by all ranks: it changes hands when the last one is done. What a device has written
+ * that failed meanwhile is nobody's. */
 static void tell_after_all(struct trainer *t, const struct segment_message *m) {
     t->mesh.world->barrier(t->mesh.world);
-    tell(t, m);
+    if (t->kernels->check(t->kernels, &t->lost)) fail_as(t, SEGMENT_DEVICE_FAILED, &t->lost);
+    else tell(t, m);
 }
 
 static void note(struct trainer *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -86,13 +91,15 @@ static void note(struct trainer *t, const char *format, ...) {
     tell(t, &m);
 }
 
-/* What failed at the start will fail again: the agent need not try. */
-static int fail(struct trainer *t, const struct err *err) {
-    struct segment_message m = { .type = SEGMENT_FAILED, .code = err->code };
+static int fail_as(struct trainer *t, enum segment_type type, const struct err *err) {
+    struct segment_message m = { .type = type, .code = err->code };
     snprintf(m.text, sizeof m.text, "%.*s", (int)sizeof m.text - 1, err->msg);
     tell(t, &m);
     return 1;
 }
+
+/* What failed at the start will fail again: the agent need not try. */
+static int fail(struct trainer *t, const struct err *err) { return fail_as(t, SEGMENT_FAILED, err); }
 
 /* ---- start ----------------------------------------------------------------------------------- */
 
@@ -216,6 +223,10 @@ static int step(struct trainer *t, uint32_t samples, struct err *err) {
     if (!engine_step(t->engine, t->tokens, samples, position, &r, &why)) {
         t->bad_steps = 0;
     } else if (t->mesh.world->check(t->mesh.world, err)) {
+        return -1;
+    } else if (why.code != ERR_CORRUPT) { /* not the batch's fault: it would fail for every other one */
+        fail_as(t, SEGMENT_DEVICE_FAILED, &why);
+        *err = why;
         return -1;
     } else if (++t->bad_steps > TRAINER_BAD_STEPS_MAX) {
         *err = why;
@@ -385,7 +396,10 @@ struct order {
 /* -1: the trainer cannot go on. */
 static int carry_out(struct trainer *t, const struct order *o, struct err *err) {
     switch (o->what) {
-    case ORDER_COMMAND: return on_command(t, &o->command, err);
+    case ORDER_COMMAND:
+        if (on_command(t, &o->command, err)) return -1;
+        if (t->lost.code != ERR_NONE) *err = t->lost;
+        return t->lost.code == ERR_NONE ? 0 : -1;
     case ORDER_STEP: return step(t, o->samples, err);
     case ORDER_SAVE: save(t, saver_begin); return 0;
     case ORDER_END: break;

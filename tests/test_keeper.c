@@ -28,8 +28,9 @@ static int trainer(int fd) {
         segment_destroy(s);
         return 3;
     }
-    if (!strcmp(how, "cannot")) {
-        m = (struct segment_message){ .type = SEGMENT_FAILED, .code = ERR_CONFIG };
+    if (!strcmp(how, "cannot") || !strcmp(how, "loses its device")) {
+        m = (struct segment_message){ .type = *how == 'c' ? SEGMENT_FAILED : SEGMENT_DEVICE_FAILED,
+                                      .code = ERR_CONFIG };
         snprintf(m.text, sizeof m.text, "no such corpus");
         segment_send(s, &m);
         segment_destroy(s);
@@ -61,6 +62,7 @@ struct watched {
     char why[128];
     struct err gave_up;
     bool kills; /* the first trainer, when it has taken a step */
+    const char *then; /* how trainers after the first behave */
 };
 
 static void on_message(void *arg, const struct segment_message *m) {
@@ -82,6 +84,7 @@ static void on_start(void *arg, pid_t pid) {
     struct watched *w = arg;
     assert_int_equal(pid, keeper_pid(w->keeper));
     w->starts++;
+    if (w->then) setenv(BEHAVIOUR, w->then, 1);
 }
 
 static void on_end(void *arg, const char *why, uint32_t wait_ms) {
@@ -99,17 +102,19 @@ static void on_give_up(void *arg, const struct err *why) {
 static const struct keeper_ops callbacks = { .on_message = on_message, .on_start = on_start,
                                              .on_end = on_end, .on_give_up = on_give_up };
 
-static void keep(struct watched *w, const char *how, bool kills) {
+static void keep_then(struct watched *w, const char *how, const char *then, bool kills) {
     static const uint8_t genesis[] = "genesis";
     struct segment_setup setup = { .elements = 1000, .chunk_elements = 100,
                                    .genesis = { genesis, sizeof genesis } };
-    *w = (struct watched){ .base = event_base_new(), .kills = kills };
+    *w = (struct watched){ .base = event_base_new(), .kills = kills, .then = then };
     struct err err = {0};
     setenv(BEHAVIOUR, how, 1);
     w->keeper = keeper_create(w->base, &setup, 1000, &callbacks, w, &err);
     if (!w->keeper) fail_msg("%s", err.msg);
     event_base_dispatch(w->base);
 }
+
+static void keep(struct watched *w, const char *how, bool kills) { keep_then(w, how, NULL, kills); }
 
 static void let_go(struct watched *w) {
     keeper_destroy(w->keeper);
@@ -164,6 +169,22 @@ static void what_will_fail_again_is_tried_once(void **state) {
     let_go(&w);
 }
 
+/* A GPU that was lost may be back when its driver has started again, and until then may not be there at all;
+ * one that fails time and again is bad, and its owner reads how. */
+static void a_lost_device_is_tried_again_some_times(void **state) {
+    (void)state;
+    struct watched w;
+    keep_then(&w, "loses its device", "works", false);
+    assert_int_equal(w.starts, 2);
+    assert_int_equal(w.steps, 1);
+    assert_int_equal(w.gave_up.code, ERR_NONE);
+    let_go(&w);
+    keep_then(&w, "loses its device", "cannot", false);
+    assert_int_equal(w.starts, KEEPER_DEVICE_FAILURES_MAX);
+    assert_string_equal(w.gave_up.msg, "the device failed 3 times and is given up: no such corpus");
+    let_go(&w);
+}
+
 /* An agent that ends at once, as after a second Ctrl-C, leaves no process behind. */
 static void destroying_kills_what_does_not_stop(void **state) {
     (void)state;
@@ -182,6 +203,7 @@ int main(int argc, char **argv) {
     if (argc == 4 && !strcmp(argv[1], "trainer")) return trainer(atoi(argv[3]));
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_killed_trainer_is_started_again),
+        cmocka_unit_test(a_lost_device_is_tried_again_some_times),
         cmocka_unit_test(threads_of_the_trainer_wait_passively),
         cmocka_unit_test(it_gives_up_after_fast_failures),
         cmocka_unit_test(what_will_fail_again_is_tried_once),

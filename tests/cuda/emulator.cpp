@@ -1,6 +1,7 @@
 /* emulator.cpp - a block's threads take turns on one CPU thread, each on a stack of its own once it waits at a barrier. */
 #include "tests/cuda/emulator.h"
 
+#include <limits.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,6 +28,7 @@ static jmp_buf scheduler;
 static const std::function<void(void)> *body;
 static unsigned char *shared; /* allocated for each launch, so that a sanitizer sees its end */
 static unsigned now;          /* the thread that runs */
+static int launches;
 static unsigned begun, ended, count; /* of the block's threads */
 
 static void die(const char *why) {
@@ -123,6 +125,7 @@ void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::func
     if (!stacks) stacks = (char *)malloc(THREADS_MAX * STACK_BYTES);
     shared = (unsigned char *)aligned_alloc(16, (shared_bytes + 15) / 16 * 16 + 16);
     body = &kernel;
+    launches++;
     gridDim = grid;
     blockDim = block;
     count = block.x;
@@ -186,9 +189,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 
+/* EMULATOR_LAUNCHES=N: the device is lost after so many, as after an Xid: nothing works from then on. */
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     (void)stream;
-    return cudaSuccess;
+    return launches > told("EMULATOR_LAUNCHES", INT_MAX) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
 cudaError_t cudaGetLastError(void) {
@@ -198,7 +202,7 @@ cudaError_t cudaGetLastError(void) {
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation ? "out of memory" : error == cudaSuccess ? "no error" : "an error";
+    return error == cudaErrorMemoryAllocation ? "out of memory" : error == cudaErrorLaunchFailure ? "unspecified launch failure" : error == cudaSuccess ? "no error" : "an error";
 }
 
 cudaError_t cudaGetDeviceCount(int *count) {

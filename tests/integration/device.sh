@@ -76,5 +76,20 @@ start_node cpu run --device cpu
 check "3 rounds are committed by both" wait_for 100 run 'commits >= 3'
 check "the trainer says on what" grep -q 'trainer is ready.*CUDA' gpu.log
 check "members agree" test "$(status run root_mismatches)" = 0
+
+# A device that is lost: what it is said to have died of, other tries, the end in order; the others go on.
+if [ -z "${GPU:-}" ]; then
+    with EMULATOR_LAUNCHES=300 start_node lost run --device cuda
+    for _ in $(seq 600); do kill -0 "${PID[lost]}" 2>/dev/null || break; sleep 0.1; done
+    wait "${PID[lost]}"
+    check "a node whose device is lost ends" test $? -eq 1
+    check "after three tries" grep -q 'the device failed 3 times and is given up: CUDA device 0: .*launch failure' lost.log
+    check "each of which said why" test "$(grep -c 'the device failed: CUDA device 0: .*launch failure' lost.log)" -eq 3
+    unset "PID[lost]"
+    commits=$(status run commits)
+    check "the others go on" wait_for 60 run "commits > $commits"
+    check "and agree" test "$(status run root_mismatches)" = 0
+    expect 1 'CUDA device 0: .*launch failure' with EMULATOR_LAUNCHES=100 train --device cuda --out lost-alone
+fi
 [ $failed -eq 0 ] && echo "all as expected"
 exit $((failed > 0))
