@@ -60,7 +60,10 @@ static void *load_plugin(const char *path, char why[200]) {
         size_t n = strcspn(why, ": ");
         if (n >= sizeof library || strncmp(why, "lib", 3) != 0 || !strncmp(why, path, n)) break;
         snprintf(library, sizeof library, "%.*s", (int)n, why);
-        if (!load_library(library)) break;
+        if (load_library(library)) continue;
+        snprintf(why, 200, "%s is missing: install a CUDA toolkit, or Python's nvidia-cublas of the same CUDA; or "
+                 "name its folder in LD_LIBRARY_PATH", library);
+        break;
     }
     return plugin;
 }
