@@ -32,6 +32,7 @@ for command in join run doctor train data bigram eval generate inspect verify fe
     expect 2 'unknown|allowed|see' "$node" $command --no-such-option
 done
 expect 0 'join .*invite' "$node" --help
+expect 0 '^intellect-node .' "$node" --version
 expect 2 'unknown command "jion"' "$node" jion
 expect 2 'COMMAND' "$node"
 
