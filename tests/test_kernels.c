@@ -744,6 +744,46 @@ static void memory_is_zeroed_and_aligned_and_a_refusal_is_an_error(void **state)
     assert_int_equal(err.code, ERR_MEMORY);
 }
 
+static void whole_numbers(float *x, size_t n, int most) {
+    for (size_t i = 0; i < n; i++) x[i] = (float)((int)(i * 2654435761u >> 8) % (2 * most + 1) - most);
+}
+
+/* Sums of whole numbers under 2^24 are exact in any order; but not where a library takes fewer bits of each factor, as
+ * TF32 does of those over 2^11. */
+static void compare_whole_numbers(struct kernels *k, int rows, int C, int OC) {
+    size_t nx = (size_t)rows * C, nw = (size_t)OC * C, no = (size_t)rows * OC;
+    float *x = malloc(nx * sizeof *x), *w = malloc(nw * sizeof *w), *d = malloc(no * sizeof *d);
+    whole_numbers(x, nx, 4095);
+    whole_numbers(w, nw, 3);
+    whole_numbers(d, no, 3);
+    for (int what = 0; what < 3; what++) {
+        size_t n = what == 0 ? no : what == 1 ? nx : nw;
+        float *got = unwritten(n), *want = unwritten(n);
+        for (int i = 0; i < 2; i++) {
+            const struct kernels *b = i ? ref : k;
+            float *to = i ? want : got;
+            if (what == 0) b->matmul_forward(b, to, x, w, rows, C, OC);
+            if (what == 1) b->matmul_backward_input(b, to, d, w, rows, C, OC);
+            if (what == 2) b->matmul_backward_weight(b, to, d, x, rows, C, OC, KERNELS_SET);
+        }
+        assert_memory_equal(got, want, n * sizeof *got);
+        free(got), free(want);
+    }
+    free(x), free(w), free(d);
+}
+
+static void products_of_whole_numbers_are_exact(void **state) {
+    (void)state;
+    static const int shapes[][3] = { { 1, 1, 1 }, { 33, 65, 17 }, { 128, 256, 64 }, { 7, 300, 129 }, { 64, 8, 200 },
+                                     { 257, 96, 31 } };
+    for (int backend = 0; backend < 2; backend++) {
+        struct kernels *k = backend ? cuda() : cpu_with(2);
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+            compare_whole_numbers(k, shapes[i][0], shapes[i][1], shapes[i][2]);
+        finish(k);
+    }
+}
+
 int main(void) {
     ref = kernels_reference();
     const struct CMUnitTest tests[] = {
@@ -755,6 +795,7 @@ int main(void) {
         cmocka_unit_test(cuda_backend_agrees_with_the_reference_on_odd_shapes),
         cmocka_unit_test(cuda_attention_agrees_with_the_reference_on_odd_shapes),
         cmocka_unit_test(a_document_is_computed_as_if_it_stood_alone),
+        cmocka_unit_test(products_of_whole_numbers_are_exact),
         cmocka_unit_test(exponential_is_accurate_everywhere),
         cmocka_unit_test(cpu_backend_agrees_with_the_reference_on_large_shapes),
         cmocka_unit_test(moments_are_rounded_without_a_bias),
