@@ -24,9 +24,14 @@ static void combine(const struct kernels *k, float *out, float a, const float *x
 
 /* ---- in ---------------------------------------------------------------------------------------- */
 
-WIDE static void bf16_in(uint16_t *out, const float *x, size_t n, uint64_t seed, uint64_t first) {
+WIDE static void bf16_nearest_in(uint16_t *out, const float *x, size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) out[i] = state_bf16(x[i], seed, first + i);
+    for (size_t i = 0; i < n; i++) out[i] = bf16_nearest(x[i]);
+}
+
+WIDE static void bf16_stochastic_in(uint16_t *out, const float *x, size_t n, uint64_t seed, uint64_t first) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = bf16_stochastic(x[i], bf16_random(seed, first + i));
 }
 
 WIDE static void random_numbers(float *random, size_t n, uint64_t seed, uint64_t first) {
@@ -34,37 +39,52 @@ WIDE static void random_numbers(float *random, size_t n, uint64_t seed, uint64_t
     for (size_t i = 0; i < n; i++) random[i] = state_random(seed, first + i);
 }
 
-WIDE static void magnitudes(float *out, const float *x, size_t n, int root) {
+WIDE static void magnitudes(float *out, const float *x, size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) out[i] = root ? sqrtf(x[i]) : fabsf(x[i]);
+    for (size_t i = 0; i < n; i++) out[i] = state_magnitude(x[i]);
 }
 
-WIDE static void signed_codes(uint8_t *code, const float *x, const float *random, float per_unit, size_t n) {
+WIDE static void roots(float *out, const float *x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = sqrtf(x[i]);
+}
+
+WIDE static void signed_codes(uint32_t *code, const float *x, const float *random, float per_unit, size_t n) {
 #pragma omp simd
     for (size_t i = 0; i < n; i++) code[i] = state_signed(x[i], per_unit, random[i]);
 }
 
-WIDE static void root_codes(uint8_t *code, const float *x, const float *random, float per_unit, size_t n) {
+WIDE static void root_codes(uint32_t *code, const float *x, const float *random, float per_unit, size_t n) {
 #pragma omp simd
     for (size_t i = 0; i < n; i++) code[i] = state_root(x[i], per_unit, random[i]);
+}
+
+WIDE static void bytes_of(uint8_t *out, const uint32_t *code, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; i++) out[i] = (uint8_t)code[i];
 }
 
 static void block_in(uint8_t *block, enum kernels_state how, const float *x, size_t n, uint64_t seed,
                      uint64_t first) {
     float some[KERNELS_STATE_BLOCK];
+    uint32_t code[KERNELS_STATE_BLOCK];
     int root = how == KERNELS_STATE_ROOT8;
-    magnitudes(some, x, n, root);
+    if (root) roots(some, x, n);
+    else magnitudes(some, x, n);
     float unit = state_unit(cpu_max(some, (int)n), root ? STATE_TOP_ROOT : STATE_TOP_SIGNED);
     float per_unit = unit > 0 ? 1 / unit : 0;
     memcpy(block, &unit, sizeof unit);
-    random_numbers(some, n, seed, first);
-    if (root) root_codes(block + sizeof unit, x, some, per_unit, n);
-    else signed_codes(block + sizeof unit, x, some, per_unit, n);
+    if (seed) random_numbers(some, n, seed, first);
+    for (size_t i = 0; !seed && i < n; i++) some[i] = 0.5f;
+    if (root) root_codes(code, x, some, per_unit, n);
+    else signed_codes(code, x, some, per_unit, n);
+    bytes_of(block + sizeof unit, code, n);
 }
 
 static void slice_in(uint8_t *state, enum kernels_state how, const float *x, size_t n, uint64_t seed,
                      uint64_t first) {
-    if (how == KERNELS_STATE_BF16) bf16_in((uint16_t *)(void *)state, x, n, seed, first);
+    if (how == KERNELS_STATE_BF16 && seed) bf16_stochastic_in((uint16_t *)(void *)state, x, n, seed, first);
+    else if (how == KERNELS_STATE_BF16) bf16_nearest_in((uint16_t *)(void *)state, x, n);
     else
         for (size_t i = 0; i < n; i += KERNELS_STATE_BLOCK)
             block_in(state + kernels_state_bytes(how, i), how, x + i, up_to(KERNELS_STATE_BLOCK, i, n), seed,

@@ -468,8 +468,8 @@ static void block_in(uint8_t *block, enum kernels_state how, const float *x, siz
     memcpy(block, &unit, sizeof unit);
     block += sizeof unit;
     for (size_t i = 0; i < n; i++) {
-        float random = state_random(seed, first + i);
-        block[i] = root ? state_root(x[i], per_unit, random) : state_signed(x[i], per_unit, random);
+        float random = seed ? state_random(seed, first + i) : 0.5f;
+        block[i] = (uint8_t)(root ? state_root(x[i], per_unit, random) : state_signed(x[i], per_unit, random));
     }
 }
 

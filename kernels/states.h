@@ -26,18 +26,24 @@
 /* Of a block: the unit, then the codes. */
 #define STATE_BLOCK_BYTES ((size_t)KERNELS_STATE_BLOCK + sizeof(float))
 
+/* a where which is 1, b where it is 0: no branch that a compiler could put between the lanes of a vector. */
+BF16_INLINE uint32_t state_select(uint32_t which, uint32_t a, uint32_t b) {
+    return (a & (0u - which)) | (b & (which - 1u));
+}
+
 /* What code c is worth, c < 256: the sequence goes on as a float's bits do. */
 BF16_INLINE float state_value(uint32_t c) {
-    return c < 16 ? (float)(int32_t)c : bf16_value((c + 2080) << 19);
+    return bf16_value(state_select(c < 16, bf16_bits((float)(int32_t)c), (c + 2080) << 19));
 }
 
 /* The largest code that is worth no more than y units, y >= 0. */
 BF16_INLINE uint32_t state_floor(float y) {
-    return y < 16 ? (uint32_t)(int32_t)y : (bf16_bits(y) >> 19) - 2080;
+    uint32_t bits = bf16_bits(y), small = bits < 0x41800000; /* 16 */
+    return state_select(small, (uint32_t)(int32_t)bf16_value(bits & (0u - small)), (bits >> 19) - 2080);
 }
 
-/* The unit of a block whose largest element, or its root, is `most`; its highest code is worth 1.9375 *
- * 2^top. 0: all elements are. */
+/* The unit of a block whose largest element, or its root, is `most`; its highest code is worth 1.9375 * 2^top.
+ * 0: all elements are. */
 BF16_INLINE float state_unit(float most, uint32_t top) {
     uint32_t exponent = (bf16_bits(most) + 0x7ffff) >> 23; /* one more where 1.9375 is not enough */
     return exponent <= top ? 0.0f : bf16_value((exponent - top) << 23);
@@ -45,36 +51,38 @@ BF16_INLINE float state_unit(float most, uint32_t top) {
 #define STATE_TOP_SIGNED 10
 #define STATE_TOP_ROOT 18
 
-/* random in (0,1); 0.5 rounds to nearest. */
-BF16_INLINE uint8_t state_signed(float x, float per_unit, float random) {
-    float y = (x < 0 ? -x : x) * per_unit;
+BF16_INLINE float state_magnitude(float x) { return bf16_value(bf16_bits(x) & 0x7fffffff); }
+
+/* random in (0,1); 0.5 rounds to nearest. There is one zero. */
+BF16_INLINE uint32_t state_signed(float x, float per_unit, float random) {
+    float y = state_magnitude(x) * per_unit;
     uint32_t c = state_floor(y);
     float low = state_value(c), high = state_value(c + 1);
     c += random * (high - low) < y - low;
-    return (uint8_t)(c | ((x < 0 && c > 0) ? 128u : 0u)); /* there is one zero */
+    return c | ((bf16_bits(x) >> 31) & (uint32_t)(c > 0)) << 7;
 }
 
-BF16_INLINE uint8_t state_root(float x, float per_unit, float random) {
+BF16_INLINE uint32_t state_root(float x, float per_unit, float random) {
     float y = sqrtf(x) * per_unit;
     uint32_t c = state_floor(y);
     float low = state_value(c), high = state_value(c + 1);
     c += random * (high * high - low * low) < y * y - low * low;
-    return (uint8_t)c;
+    return c;
 }
 
-BF16_INLINE float state_signed_value(uint8_t code, float unit) {
+BF16_INLINE float state_signed_value(uint32_t code, float unit) {
     float x = state_value(code & 127u) * unit;
-    return code & 128u ? -x : x;
+    return bf16_value(bf16_bits(x) ^ (code >> 7) << 31);
 }
 
-BF16_INLINE float state_root_value(uint8_t code, float unit) {
+BF16_INLINE float state_root_value(uint32_t code, float unit) {
     float root = state_value(code) * unit;
     return root * root;
 }
 
-/* Where rounding goes: seed 0 is to nearest. */
+/* Where rounding goes. */
 BF16_INLINE float state_random(uint64_t seed, uint64_t element) {
-    return seed ? ((float)(int32_t)(bf16_random(seed, element) & 0xffff) + 0.5f) * (1.0f / 65536) : 0.5f;
+    return ((float)(int32_t)(bf16_random(seed, element) & 0xffff) + 0.5f) * (1.0f / 65536);
 }
 
 BF16_INLINE uint16_t state_bf16(float x, uint64_t seed, uint64_t element) {

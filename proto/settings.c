@@ -95,7 +95,8 @@ static const struct setting table[] = {
 
     { "inner", "optimizer", U8_OPTIMIZER, AT(inner.optimizer), 0, 1, SEALED, NULL,
       "adamw, or muon (arXiv:2502.16982, arXiv:2505.23725): the layers' matrices step along momentum made\n"
-      "orthogonal, with AdamW's rate and decay; half its memory, a few percent more time." },
+      "orthogonal, with AdamW's decay and up to twice its rate; half its memory, more time where batches\n"
+      "are small (docs/results.md)." },
     { "inner", "states", U8_STATES, AT(inner.states), 0, 2, SEALED, NULL,
       "How what the optimizer remembers of the layers' matrices is kept: fp32, bf16 or 8bit (blocks of 256,\n"
       "arXiv:2110.02861), 4, 2 or 1 bytes for each moment; less is rounded, stochastically." },

@@ -75,11 +75,11 @@ __global__ void codes_in(uint8_t *state, int root, const float *x, size_t n, uin
     float mine = i < n ? x[i] : 0.0f;
     float unit = state_unit(block_max(root ? sqrtf(mine) : fabsf(mine)),
                             root ? STATE_TOP_ROOT : STATE_TOP_SIGNED);
-    float per_unit = unit > 0 ? 1 / unit : 0, random = state_random(seed, first + i);
+    float per_unit = unit > 0 ? 1 / unit : 0, random = seed ? state_random(seed, first + i) : 0.5f;
     if (threadIdx.x == 0) *(float *)block = unit;
     if (i >= n) return;
-    block[sizeof unit + threadIdx.x] = root ? state_root(mine, per_unit, random)
-                                            : state_signed(mine, per_unit, random);
+    uint32_t code = root ? state_root(mine, per_unit, random) : state_signed(mine, per_unit, random);
+    block[sizeof unit + threadIdx.x] = (uint8_t)code;
 }
 
 __global__ void codes_out(float *x, const uint8_t *state, int root, size_t n) {

@@ -44,6 +44,7 @@ static const char help[] =
     "  --tokens N           of all replicas together (2000000)\n"
     "  --steps N            inner steps between outer steps (20)\n"
     "  --lr X --weight-decay X --beta2 X --warmup X --decay X   inner; these two as shares of the tokens\n"
+    "  --optimizer adamw|muon --states fp32|bf16|8bit           inner (adamw, fp32)\n"
     "  --outer-lr X --momentum X --rule constant|sqrt|linear    outer\n"
     "  --fragments N --overlap N --alpha X                      streaming (1, 0, 0)\n"
     "  --codec fp32|int8    of contributions and results (int8)\n"
@@ -60,6 +61,7 @@ struct options {
     uint32_t phases[PHASES_MAX], phase_count;
     enum rule rule;
     enum outer_codec codec;
+    uint8_t optimizer, states;
 };
 
 struct fragment {
@@ -323,6 +325,8 @@ static void set_up(struct lab *l) {
     if (proto_model_check(&l->model, &err)) die(&err);
     if (!o->batch) o->batch = l->inner.batch;
     l->inner.batch = (uint32_t)o->batch;
+    l->inner.optimizer = o->optimizer;
+    l->inner.states = o->states;
     if (o->lr > 0) l->inner.lr = o->lr;
     if (o->weight_decay >= 0) l->inner.weight_decay = o->weight_decay;
     if (o->beta2 > 0) l->inner.beta2 = o->beta2;
@@ -367,7 +371,7 @@ static void tear_down(struct lab *l) {
 
 enum { NODES = 256, PHASES, BATCH, TOKENS, STEPS, LR, WARMUP, DECAY, WEIGHT_DECAY, BETA2, OUTER_LR, MOMENTUM,
        RULE, FRAGMENTS, OVERLAP, ALPHA, CODEC, SEED, PRESET, TRACE, CORPUS, WIDTH, FFN,
-       HEADS, KV_HEADS, HELP };
+       HEADS, KV_HEADS, OPTIMIZER, STATES, HELP };
 
 static const struct option long_options[] = {
     {"nodes", 1, NULL, NODES}, {"phases", 1, NULL, PHASES}, {"batch", 1, NULL, BATCH},
@@ -378,7 +382,8 @@ static const struct option long_options[] = {
     {"alpha", 1, NULL, ALPHA}, {"codec", 1, NULL, CODEC}, {"seed", 1, NULL, SEED},
     {"preset", 1, NULL, PRESET}, {"trace", 1, NULL, TRACE}, {"corpus", 1, NULL, CORPUS},
     {"width", 1, NULL, WIDTH}, {"ffn", 1, NULL, FFN}, {"heads", 1, NULL, HEADS},
-    {"kv-heads", 1, NULL, KV_HEADS}, {"help", 0, NULL, HELP}, {0},
+    {"kv-heads", 1, NULL, KV_HEADS}, {"optimizer", 1, NULL, OPTIMIZER},
+    {"states", 1, NULL, STATES}, {"help", 0, NULL, HELP}, {0},
 };
 
 static int phases_of(struct options *o, const char *text) {
@@ -404,7 +409,8 @@ static int choice_of(const char *flag, const char *text, const char *const *name
 }
 
 static int take_option(struct options *o, int option, const char *text) {
-    static const char *const codec_names[] = {"fp32", "int8"};
+    static const char *const codec_names[] = {"fp32", "int8"}, *const optimizer_names[] = {"adamw", "muon"},
+                      *const states_names[] = {"fp32", "bf16", "8bit"};
     int choice = 0, rc;
     switch (option) {
     case NODES: return args_integer("--nodes", text, 1, NODES_MAX, &o->nodes);
@@ -435,6 +441,14 @@ static int take_option(struct options *o, int option, const char *text) {
     case CODEC:
         rc = choice_of("--codec", text, codec_names, 2, &choice);
         o->codec = choice ? OUTER_INT8 : OUTER_FP32;
+        return rc;
+    case OPTIMIZER:
+        rc = choice_of("--optimizer", text, optimizer_names, 2, &choice);
+        o->optimizer = (uint8_t)choice;
+        return rc;
+    case STATES:
+        rc = choice_of("--states", text, states_names, 3, &choice);
+        o->states = (uint8_t)choice;
         return rc;
     case PRESET: o->preset = text; return 0;
     case CORPUS: o->corpus = text; return 0;
