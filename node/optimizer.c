@@ -303,8 +303,9 @@ static void move(const struct kernels *k, const struct layout_piece *p, const st
         if (begin >= end) continue;
         float *here = part ? part + i + (begin - canonical) : NULL;
         size_t bytes = (end - begin) * sizeof *here, at = begin - r->first;
-        if (!part) memset(r->out + at, 0, bytes);
-        else if (!on_device && r->out) memcpy(r->out + at, here, bytes);
+        if (!part && r->out) memset(r->out + at, 0, bytes);
+        if (!part) continue;
+        if (!on_device && r->out) memcpy(r->out + at, here, bytes);
         else if (!on_device) memcpy(here, r->in + at, bytes);
         else if (r->out) k->copy_out(k, r->out + at, here, bytes);
         else k->copy_in(k, here, r->in + at, bytes);

@@ -1,6 +1,7 @@
 /* tools_export.c - export and import: a model as a plain Hugging Face folder; see tools_ckpt.h. */
 #include "node/tools_ckpt.h"
 
+#include <assert.h>
 #include <dirent.h>
 #include <errno.h>
 #include <getopt.h>
@@ -76,6 +77,7 @@ static int parse(int argc, char **argv, const char *help, struct export_wish *w)
 
 /* ckpt_folder_write() would exchange what is there. */
 static int check_empty(const char *dir, struct err *err) {
+    assert(dir);
     DIR *d = opendir(dir);
     if (!d) return errno == ENOENT ? 0 : err_set_errno(err, "%.150s", dir);
     int rc = 0;
