@@ -137,9 +137,9 @@ int ckpt_writer_fd(const struct ckpt_writer *w);
 /* The state; makes the fd unreadable again. On CKPT_FAILED, *err is filled. */
 enum ckpt_state ckpt_writer_poll(struct ckpt_writer *w, struct err *err);
 
-/* Parts that others may send, and look at once they are there, by URLs in which the writer's key does not stand.
- * Whenever the fd is readable take all notes. The writer has all bytes on its own disk and does itself what nobody else
- * does; it also looks at one part of each file that others have looked at. */
+/* Parts that others may send, and look at once they are there, by URLs in which the writer's key does not
+ * stand. Whenever the fd is readable take all notes. The writer has all bytes on its own disk and does
+ * itself what nobody else does; it also looks at one part of each file that others have looked at. */
 enum ckpt_note_kind {
     CKPT_NOTE_SEND,  /* somebody may send this part; then ckpt_writer_settle */
     CKPT_NOTE_CHECK, /* somebody, not who sent it, may look at it; likewise */
@@ -173,12 +173,14 @@ int ckpt_writer_publish(struct ckpt_writer *w, uint64_t term, const struct proto
                         const struct proto_sig *delegation_signature, struct err *err);
 
 /* ---- the bytes of a part --------------------------------------------------------------------------------
- * Every member has the state, and so the bytes of every tensor file; a part of one follows from a range of it. */
+ * Every member has the state, and so the bytes of every tensor file; a part of one follows from a range of
+ * it. */
 
 struct ckpt_image;
 
 /* The tensor files of a checkpoint; weights and shard_bytes as the writer has them. NULL: ERR_MEMORY. */
-struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weights weights, uint64_t shard_bytes,
+struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weights weights,
+                                     uint64_t shard_bytes,
                                      struct err *err);
 void ckpt_image_destroy(struct ckpt_image *im); /* NULL is fine */
 

@@ -86,17 +86,20 @@ static struct http_client *client_of(struct ckpt_courier *c, const char *url, st
 }
 
 /* Where it goes, for messages: the signature in the query is nobody's business. */
-static int refused(const struct ckpt_part *p, const char *verb, const struct http_answer *a, struct err *err) {
+static int refused(const struct ckpt_part *p, const char *verb, const struct http_answer *a,
+                   struct err *err) {
     return err_set(err, a->status == 403 || a->status == 404 ? ERR_REFUSED : ERR_IO,
-                   "%s %.120s...: bytes %" PRIu64 "+%" PRIu64 ": the store answers %ld", verb, p->url, p->offset,
-                   p->bytes, a->status);
+                   "%s %.120s...: bytes %" PRIu64 "+%" PRIu64 ": the store answers %ld", verb, p->url,
+                   p->offset, p->bytes, a->status);
 }
 
 int ckpt_courier_send(struct ckpt_courier *c, const struct ckpt_part *p, const void *bytes, struct err *err) {
     char sha256[96];
     int at = snprintf(sha256, sizeof sha256, "x-amz-content-sha256: ");
-    for (int i = 0; i < 32; i++) at += snprintf(sha256 + at, sizeof sha256 - (size_t)at, "%02x", p->sha256[i]);
-    struct http_request r = {.method = HTTP_PUT, .url = p->url, .header = {sha256}, .header_count = 1, .body = bytes,
+    for (int i = 0; i < 32; i++) at += snprintf(sha256 + at, sizeof sha256 - (size_t)at, "%02x",
+                                                p->sha256[i]);
+    struct http_request r = {.method = HTTP_PUT, .url = p->url, .header = {sha256}, .header_count = 1,
+                             .body = bytes,
                              .body_bytes = (size_t)p->bytes, .tries = TRIES};
     struct http_client *http = client_of(c, p->url, err);
     struct http_answer a;
@@ -112,8 +115,10 @@ int ckpt_part_matches(const struct ckpt_part *p, const void *bytes, struct err *
     int done = EVP_Digest(bytes, (size_t)p->bytes, digest, &n, EVP_sha256(), NULL);
     assert(done == 1);
     if (!memcmp(digest, p->sha256, sizeof digest)) return 0;
-    return err_set(err, ERR_CORRUPT, "bytes %" PRIu64 "+%" PRIu64 " of the object have SHA-256 %02x%02x%02x%02x..., "
-                   "%02x%02x%02x%02x... is asked for", p->offset, p->bytes, digest[0], digest[1], digest[2], digest[3],
+    return err_set(err, ERR_CORRUPT,
+                   "bytes %" PRIu64 "+%" PRIu64 " of the object have SHA-256 %02x%02x%02x%02x..., "
+                   "%02x%02x%02x%02x... is asked for", p->offset, p->bytes, digest[0], digest[1], digest[2],
+                   digest[3],
                    p->sha256[0], p->sha256[1], p->sha256[2], p->sha256[3]);
 }
 
@@ -124,7 +129,8 @@ int ckpt_courier_check(struct ckpt_courier *c, const struct ckpt_part *p, void *
     struct http_answer a;
     if (!http || http_perform(http, &r, &a, err)) return -1;
     int result = a.status / 100 != 2           ? refused(p, "GET", &a, err)
-               : a.data_bytes != r.out_bytes ? err_set(err, ERR_CORRUPT, "GET %.120s...: ends %zu bytes early", p->url,
+               : a.data_bytes != r.out_bytes ? err_set(err, ERR_CORRUPT,
+                                                       "GET %.120s...: ends %zu bytes early", p->url,
                                                          r.out_bytes - a.data_bytes)
                                              : ckpt_part_matches(p, room, err);
     http_answer_release(&a);

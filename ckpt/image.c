@@ -1,5 +1,5 @@
-/* image.c - the tensor files of a checkpoint as a function of the state: which there are, and what stands at which
- * byte of them. The writer needs it for all of a checkpoint, a member for the parts that it sends. */
+/* image.c - the tensor files of a checkpoint as a function of the state: which there are, and what stands at
+ * which byte of them. The writer needs it for all of a checkpoint, a member for the parts that it sends. */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +34,8 @@ static int begin_file(const struct msg_model *m, const struct vector *v, const s
     return 0;
 }
 
-struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weights weights, uint64_t shard_bytes,
+struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weights weights,
+                                     uint64_t shard_bytes,
                                      struct err *err) {
     struct vector v[3];
     struct ckpt_image *im = calloc(1, sizeof *im);
@@ -44,10 +45,12 @@ struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weight
     }
     int r = hf_shards(m, shard_bytes ? shard_bytes : CKPT_SHARD_BYTES, &im->shard, &im->shards, err);
     uint32_t n = vectors_of(weights, v), files = r ? 0 : n * im->shards;
-    if (!r && !(im->file = calloc(files, sizeof *im->file))) r = err_set(err, ERR_MEMORY, "out of memory for %u files", files);
+    if (!r && !(im->file = calloc(files, sizeof *im->file)))
+        r = err_set(err, ERR_MEMORY, "out of memory for %u files", files);
     for (; !r && im->files < files; im->files++) {
         uint32_t i = im->files;
-        r = begin_file(m, &v[i / im->shards], &im->shard[i % im->shards], i % im->shards, im->shards, &im->file[i], err);
+        r = begin_file(m, &v[i / im->shards], &im->shard[i % im->shards], i % im->shards, im->shards,
+                       &im->file[i], err);
     }
     if (!r) return im;
     ckpt_image_destroy(im);
@@ -63,7 +66,8 @@ void ckpt_image_destroy(struct ckpt_image *im) {
 }
 
 int image_indices(const struct ckpt_image *im, const struct msg_model *m, enum ckpt_weights weights,
-                  int (*take)(void *arg, const char *name, int failed, const struct ckpt_blob *blob, struct err *err),
+                  int (*take)(void *arg, const char *name, int failed, const struct ckpt_blob *blob,
+                              struct err *err),
                   void *arg, struct err *err) {
     static const char *const names[] = {"model.safetensors.index.json", "anchor.safetensors.index.json",
                                         "momentum.safetensors.index.json"};
@@ -86,12 +90,15 @@ int ckpt_image_find(const struct ckpt_image *im, const char *name, uint64_t offs
         size_t width = safetensors_width(f->dtype);
         if (strcmp(f->name, name) != 0) continue;
         uint64_t end = offset + bytes, from = offset > f->header.length ? offset : f->header.length;
-        if (offset > f->bytes || bytes > f->bytes - offset || end <= from || (from - f->header.length) % width ||
+        if (offset > f->bytes || bytes > f->bytes - offset || end <= from ||
+            (from - f->header.length) % width ||
             (end - f->header.length) % width)
-            return err_set(err, ERR_REFUSED, "%.64s has %" PRIu64 " bytes, %zu of them its header: there is no part %" PRIu64
+            return err_set(err, ERR_REFUSED,
+                           "%.64s has %" PRIu64 " bytes, %zu of them its header: there is no part %" PRIu64
                            "+%" PRIu64, name, f->bytes, f->header.length, offset, bytes);
         *out = (struct ckpt_piece){.file = i, .momentum = f->momentum, .header = from - offset,
-                                   .first = f->first + (from - f->header.length) / width, .count = (end - from) / width};
+                                   .first = f->first + (from - f->header.length) / width,
+                                   .count = (end - from) / width};
         return 0;
     }
     return err_set(err, ERR_REFUSED, "a checkpoint has no file \"%.64s\"", name);

@@ -114,7 +114,8 @@ struct ckpt_image {
 };
 /* The index of each vector, one after the other, through `take`, which owns the blob from then on. */
 int image_indices(const struct ckpt_image *im, const struct msg_model *m, enum ckpt_weights weights,
-                  int (*take)(void *arg, const char *name, int failed, const struct ckpt_blob *blob, struct err *err),
+                  int (*take)(void *arg, const char *name, int failed, const struct ckpt_blob *blob,
+                              struct err *err),
                   void *arg, struct err *err);
 
 /* ---- manifest.c: manifest, signature, cursor, latest, ledger ----------------------------------- */

@@ -21,10 +21,12 @@ void s3_url(const struct s3_config *c, const char *name, const char *query, char
     const char *host = strstr(c->endpoint, "//") + 2;
     if (name) s3_key(c, name, key);
     int n = c->path_style ? snprintf(out, S3_URL_BYTES_MAX, "%s/%s", c->endpoint, c->bucket)
-                          : snprintf(out, S3_URL_BYTES_MAX, "%.*s%s.%s", (int)(host - c->endpoint), c->endpoint,
+                          : snprintf(out, S3_URL_BYTES_MAX, "%.*s%s.%s", (int)(host - c->endpoint),
+                                     c->endpoint,
                                      c->bucket, host);
     bool slash = *key || !c->path_style; /* "/bucket?list", not "/bucket/?list" */
-    snprintf(out + n, S3_URL_BYTES_MAX - (size_t)n, "%s%s%s%s", slash ? "/" : "", key, query && *query ? "?" : "",
+    snprintf(out + n, S3_URL_BYTES_MAX - (size_t)n, "%s%s%s%s", slash ? "/" : "", key,
+             query && *query ? "?" : "",
              query ? query : "");
 }
 
@@ -42,7 +44,8 @@ static void sha256_of(const char *text, uint8_t out[32]) {
 
 static void hmac(const void *key, size_t key_bytes, const char *text, uint8_t out[32]) {
     unsigned n = 32;
-    const uint8_t *done = HMAC(EVP_sha256(), key, (int)key_bytes, (const uint8_t *)text, strlen(text), out, &n);
+    const uint8_t *done = HMAC(EVP_sha256(), key, (int)key_bytes, (const uint8_t *)text, strlen(text), out,
+                               &n);
     assert(done);
 }
 
@@ -73,7 +76,8 @@ static void signed_headers(const struct s3_presign *p, const char *host, size_t 
     if (p->sha256) {
         hex_of(p->sha256, 32, payload);
         strcpy(names, "content-length%3Bhost%3Bx-amz-content-sha256");
-        snprintf(lines, 512, "content-length:%" PRIu64 "\nhost:%.*s\nx-amz-content-sha256:%s\n", p->bytes, (int)host_n,
+        snprintf(lines, 512, "content-length:%" PRIu64 "\nhost:%.*s\nx-amz-content-sha256:%s\n", p->bytes,
+                 (int)host_n,
                  host, payload);
         return;
     }
@@ -96,8 +100,10 @@ static void plain_names(const char *escaped, char *out) {
 int s3_presign(const struct s3_config *c, const struct s3_presign *p, int64_t now_s, char *out, size_t size,
                struct err *err) {
     static const char *const verbs[] = {[HTTP_GET] = "GET", [HTTP_PUT] = "PUT"};
-    char url[S3_URL_BYTES_MAX], query[2 * S3_URL_BYTES_MAX], request[3 * S3_URL_BYTES_MAX], text[256], stamp[32], scope[128];
-    char names[96], plain[96], lines[512], payload[65], credential[768], token[3 * sizeof c->token] = "", hex[65];
+    char url[S3_URL_BYTES_MAX], query[2 * S3_URL_BYTES_MAX], request[3 * S3_URL_BYTES_MAX], text[256],
+        stamp[32], scope[128];
+    char names[96], plain[96], lines[512], payload[65], credential[768], token[3 * sizeof c->token] = "",
+        hex[65];
     uint8_t digest[32], key[32];
     time_t seconds = (time_t)now_s;
     struct tm t;
@@ -112,11 +118,14 @@ int s3_presign(const struct s3_config *c, const struct s3_presign *p, int64_t no
     snprintf(text, sizeof text, "%.128s/%.120s", c->key, scope);
     if (http_escape(text, credential, sizeof credential) || http_escape(c->token, token, sizeof token))
         return err_set(err, ERR_CONFIG, "s3://%.63s: key or token is too long for a URL", c->bucket);
-    int n = snprintf(query, sizeof query, "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=%s&X-Amz-Date=%s&"
+    int n = snprintf(query, sizeof query,
+                     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=%s&X-Amz-Date=%s&"
                      "X-Amz-Expires=%u%s%s&X-Amz-SignedHeaders=%s%s%s", credential, stamp, p->expires_s,
-                     *token ? "&X-Amz-Security-Token=" : "", token, names, p->query ? "&" : "", p->query ? p->query : "");
+                     *token ? "&X-Amz-Security-Token=" : "", token, names, p->query ? "&" : "",
+                     p->query ? p->query : "");
     plain_names(names, plain);
-    int m = snprintf(request, sizeof request, "%s\n%s\n%s\n%s\n%s\n%s", verbs[p->method], path, query, lines, plain,
+    int m = snprintf(request, sizeof request, "%s\n%s\n%s\n%s\n%s\n%s", verbs[p->method], path, query, lines,
+                     plain,
                      payload);
     sha256_of(request, digest);
     hex_of(digest, sizeof digest, hex);
@@ -128,7 +137,8 @@ int s3_presign(const struct s3_config *c, const struct s3_presign *p, int64_t no
     OPENSSL_cleanse(key, sizeof key);
     if (n >= (int)sizeof query || m >= (int)sizeof request ||
         snprintf(out, size, "%s?%s&X-Amz-Signature=%s", url, query, hex) >= (int)size)
-        return err_set(err, ERR_CONFIG, "s3://%.63s/%.64s: its signed URL would be longer than %zu characters",
+        return err_set(err, ERR_CONFIG,
+                       "s3://%.63s/%.64s: its signed URL would be longer than %zu characters",
                        c->bucket, p->name, size - 1);
     return 0;
 }

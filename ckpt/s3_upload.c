@@ -218,8 +218,8 @@ static void give_up(struct s3_upload *u, const struct err *why) {
         }
 }
 
-/* With the mutex, which is let go of while the network is waited for. The first who needs the upload's id asks
- * for it. */
+/* With the mutex, which is let go of while the network is waited for. The first who needs the upload's id
+ * asks for it. */
 static int need_id(struct s3_sender *p, struct s3_upload *u, struct err *err) {
     char id[S3_UPLOAD_ID_MAX + 1];
     while (u->starting) pthread_cond_wait(&p->changed, &p->mutex);
@@ -543,7 +543,8 @@ bool s3_upload_sent(struct ckpt_upload *upload, uint32_t i) {
 static void take_part(struct s3_upload *u, const char *from, const char *end) {
     char number[16], size[32], etag[96];
     if (!s3_xml_text(from, end, "PartNumber", number, sizeof number) ||
-        !s3_xml_text(from, end, "Size", size, sizeof size) || !s3_xml_text(from, end, "ETag", etag, sizeof etag))
+        !s3_xml_text(from, end, "Size", size, sizeof size) ||
+        !s3_xml_text(from, end, "ETag", etag, sizeof etag))
         return;
     uint64_t i = strtoull(number, NULL, 10) - 1;
     if (i >= u->part_count || strtoull(size, NULL, 10) != bytes_of(u, (uint32_t)i) || !*etag) return;
@@ -563,7 +564,8 @@ static int list_parts(struct s3_upload *u, struct err *err) {
         const char *end = a.text + a.text_bytes, *item;
         size_t n;
         pthread_mutex_lock(&u->store->sender->mutex);
-        for (const char *p = a.text; (p = s3_xml_next(p, end, "Part", &item, &n));) take_part(u, item, item + n);
+        for (const char *p = a.text; (p = s3_xml_next(p, end, "Part", &item, &n));)
+            take_part(u, item, item + n);
         pthread_mutex_unlock(&u->store->sender->mutex);
         unsigned long long last = strtoull(marker, NULL, 10), next = 0;
         truncated = s3_xml_text(a.text, end, "IsTruncated", more, sizeof more) && !strcmp(more, "true");

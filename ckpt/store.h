@@ -69,18 +69,18 @@ struct ckpt_store_ops {
     /* Free u; what was not completed is removed. NULL is fine. */
     void (*upload_destroy)(struct ckpt_upload *u);
 
-    /* Others, who have no key, send the parts of this upload, and read them again. All of it is NULL where the
-     * store has no URLs for that. upload_share, before the first put: how many parts there are, or 0 where the
-     * object is too small to be shared, or URLs would not be safe, and all stays as it was. Then upload_sync sends nothing;
-     * upload_complete asks the store which parts are there and sends the rest. */
+    /* Others, who have no key, send the parts of this upload, and read them again. All of it is NULL where
+     * the store has no URLs for that. upload_share, before the first put: how many parts there are, or 0
+     * where the object is too small to be shared, or URLs would not be safe, and all stays as it was. Then
+     * upload_sync sends nothing; upload_complete asks the store which parts are there and sends the rest. */
     uint32_t (*upload_share)(struct ckpt_upload *u);
     /* Are all its bytes put? */
     bool (*upload_whole)(struct ckpt_upload *u, uint32_t part);
-    /* A URL that takes a whole part's bytes by PUT, and no others; it is of no use once the upload is complete.
-     * Reads the part and waits for the network. */
+    /* A URL that takes a whole part's bytes by PUT, and no others; it is of no use once the upload is
+     * complete. Reads the part and waits for the network. */
     int (*upload_offer)(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
-    /* Send a whole part ourselves, beside everything else; and: is it sent, or has that failed (then upload_complete
-     * says why)? */
+    /* Send a whole part ourselves, beside everything else; and: is it sent, or has that failed (then
+     * upload_complete says why)? */
     int (*upload_send)(struct ckpt_upload *u, uint32_t part, struct err *err);
     bool (*upload_sent)(struct ckpt_upload *u, uint32_t part);
     /* One that gives them by GET, after upload_complete. */

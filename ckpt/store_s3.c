@@ -49,7 +49,8 @@ int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, 
         if (*s->config.token) r.header[r.header_count++] = token;
     }
     if (c->header) r.header[r.header_count++] = c->header;
-    if (c->method == HTTP_POST) r.header[r.header_count++] = "Content-Type: application/xml"; /* libcurl's is a form's */
+    /* libcurl's is a form's */
+    if (c->method == HTTP_POST) r.header[r.header_count++] = "Content-Type: application/xml";
     if (!http_perform(s->http, &r, a, err)) {
         if (a->status / 100 == 2) atomic_store(&s->bucket_seen, true);
         return 0;

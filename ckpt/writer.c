@@ -41,8 +41,8 @@ struct file {
 };
 
 /* A part that others may send and look at. */
-enum turn { TURN_OPEN, TURN_THEIRS, TURN_OURS, TURN_SENDING, TURN_OVER }; /* OURS: nobody else will; SENDING: we do;
-                                                                            OVER: it is done, by others or sent by us */
+/* OURS: nobody else will; SENDING: we do; OVER: it is done, by others or sent by us. */
+enum turn { TURN_OPEN, TURN_THEIRS, TURN_OURS, TURN_SENDING, TURN_OVER };
 struct shared {
     struct file *file;
     uint32_t number; /* in the file */
@@ -232,12 +232,14 @@ static int make_note(struct ckpt_writer *w, uint32_t i, enum ckpt_note_kind kind
 static uint32_t next_open(struct ckpt_writer *w, enum ckpt_note_kind kind, uint32_t from) {
     while (from < w->parts &&
            (w->part[from].turn != TURN_OPEN ||
-            (kind == CKPT_NOTE_SEND && !w->store->ops->upload_whole(w->part[from].file->upload, w->part[from].number))))
+            (kind == CKPT_NOTE_SEND && !w->store->ops->upload_whole(w->part[from].file->upload,
+                                                                    w->part[from].number))))
         from++;
     return from;
 }
 
-/* What nobody else takes we send, some at a time. How many are on their way; -1: it failed. With the mutex. */
+/* What nobody else takes we send, some at a time. How many are on their way; -1: it failed. With the
+ * mutex. */
 static int send_ours(struct ckpt_writer *w, struct err *err) {
     const struct ckpt_store_ops *ops = w->store->ops;
     uint32_t under_way = 0, most = w->store->streams ? w->store->streams : 1;
@@ -261,7 +263,8 @@ static int send_ours(struct ckpt_writer *w, struct err *err) {
 /* Is it clear of each part what becomes of it? Of a part that we look at, not before all others are. */
 static bool all_clear(const struct ckpt_writer *w, enum ckpt_note_kind kind) {
     for (uint32_t i = 0; i < w->parts; i++)
-        if (w->part[i].turn != TURN_OVER && !(kind == CKPT_NOTE_CHECK && (w->part[i].turn == TURN_OURS || w->alone)))
+        if (w->part[i].turn != TURN_OVER && !(kind == CKPT_NOTE_CHECK &&
+                                              (w->part[i].turn == TURN_OURS || w->alone)))
             return false;
     return w->state != CKPT_TAKING;
 }
@@ -276,9 +279,9 @@ static void wait_for_change(struct ckpt_writer *w, bool sending) {
     else pthread_cond_wait(&w->changed, &w->mutex);
 }
 
-/* Give all parts to others as far as they have room, send the rest, and wait for what becomes of them. While ranges
- * come, a part is given once it is whole. Where one came back, no more are offered than others have, and one more
- * whenever one of theirs is done or our own sender has room for it. */
+/* Give all parts to others as far as they have room, send the rest, and wait for what becomes of them. While
+ * ranges come, a part is given once it is whole. Where one came back, no more are offered than others have,
+ * and one more whenever one of theirs is done or our own sender has room for it. */
 static int let_others(struct ckpt_writer *w, enum ckpt_note_kind kind, struct err *err) {
     int r = 0;
     pthread_mutex_lock(&w->mutex);
@@ -287,7 +290,8 @@ static int let_others(struct ckpt_writer *w, enum ckpt_note_kind kind, struct er
     while (!r && !w->abort && w->state != CKPT_FAILED && !all_clear(w, kind)) {
         int sending = kind == CKPT_NOTE_SEND ? send_ours(w, err) : 0;
         if ((r = sending < 0 ? -1 : 0)) break;
-        bool more = w->with_others < w->room || (w->with_others < NOTES_MAX && (uint32_t)sending < w->store->streams);
+        bool more = w->with_others < w->room || (w->with_others < NOTES_MAX &&
+                                                 (uint32_t)sending < w->store->streams);
         uint32_t i = w->alone || !more ? w->parts : next_open(w, kind, 0);
         if (i == w->parts) {
             if (!all_clear(w, kind)) wait_for_change(w, sending > 0);
@@ -323,7 +327,8 @@ static int look_at(struct ckpt_writer *w, uint32_t i, uint8_t *mine, uint8_t *th
     return 0;
 }
 
-/* We look at what nobody else did, and at one part of each file, whoever did: drawn now, so nobody knew which. */
+/* We look at what nobody else did, and at one part of each file, whoever did: drawn now, so nobody knew
+ * which. */
 static int look_ourselves(struct ckpt_writer *w, struct err *err) {
     uint8_t *room = malloc(2 * CKPT_BLOCK_BYTES);
     uint32_t draw = 0;
@@ -370,7 +375,8 @@ static int hash_own(struct hashing *h, uint64_t bytes, struct err *err) {
     int r = block ? 0 : err_set(err, ERR_MEMORY, "%.120s: out of memory", h->file->name);
     for (uint64_t at = 0; !r && at < bytes;) {
         size_t n = bytes - at < CKPT_BLOCK_BYTES ? (size_t)(bytes - at) : CKPT_BLOCK_BYTES;
-        r = h->writer->store->ops->upload_read(h->file->upload, at, block, n, err) || hash_block(h, at, block, n, err)
+        r = h->writer->store->ops->upload_read(h->file->upload, at, block, n, err) ||
+            hash_block(h, at, block, n, err)
                 ? -1 : 0;
         at += n;
     }
@@ -387,7 +393,8 @@ static int complete_file(struct ckpt_writer *w, struct file *f, struct manifest_
     f->completed = true;
     rooting_file(root, which, f->of->header.length, f->of->first, f->of->count);
     digest_stream_init(&h.stream);
-    if (f->parts ? hash_own(&h, o->bytes, err) : object_stream(w->store, f->name, 0, o->bytes, hash_block, &h, err))
+    if (f->parts ? hash_own(&h, o->bytes, err)
+                 : object_stream(w->store, f->name, 0, o->bytes, hash_block, &h, err))
         return -1;
     o->digest = digest_stream_final(&h.stream);
     return 0;
@@ -534,7 +541,8 @@ static void *worker_main(void *arg) {
     struct err err = {0};
     setpriority(PRIO_PROCESS, (id_t)gettid(), WORKER_NICE); /* on Linux: of this thread */
     if ((w->store->remote && clear_folder(w, &err)) || put_small_objects(w, &err) ||
-        (w->parts ? let_others(w, CKPT_NOTE_SEND, &err) : sync_while_taking(w, &err)) || complete_files(w, &err) ||
+        (w->parts ? let_others(w, CKPT_NOTE_SEND, &err) : sync_while_taking(w, &err)) ||
+        complete_files(w, &err) ||
         manifest_format(&w->manifest, &w->manifest_bytes, &err))
         goto failed;
     if (w->manifest_bytes.length > CKPT_MANIFEST_BYTES_MAX) {

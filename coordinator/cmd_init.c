@@ -232,8 +232,8 @@ static int take_cursor(const struct ckpt *c, const struct settings *s, const str
     g->other_data = other_data(ckpt_genesis(c), s, corpus);
     if (g->other_data) return 0;
     if (count > PROTO_INIT_SPENT_MAX)
-        return err_set(err, ERR_FULL, "model.from: the checkpoint's spent samples lie in %u ranges, a run begins "
-                       "with at most %u: take a later checkpoint", count, PROTO_INIT_SPENT_MAX);
+        return err_set(err, ERR_FULL, "model.from: the checkpoint's spent samples lie in %u ranges, a run "
+                       "begins with at most %u: take a later checkpoint", count, PROTO_INIT_SPENT_MAX);
     if (count) memcpy(g->spent, spent, count * sizeof *spent);
     g->genesis.init_spent = g->spent;
     g->genesis.init_spent_count = count;
@@ -286,9 +286,10 @@ static int name_checkpoint(const struct settings *s, const struct corpus_facts *
 static void tell_data(const struct settings_genesis *g) {
     uint64_t spent = 0;
     for (uint32_t i = 0; i < g->genesis.init_spent_count; i++) spent += g->spent[i].count;
-    if (g->other_data) fprintf(stderr, "the data begins anew, not where the checkpoint stood: %s\n", g->other_data);
-    else printf("data     goes on where the checkpoint stood: %" PRIu64 " of %" PRIu64 " samples are spent\n", spent,
-                g->corpus.samples);
+    if (g->other_data) fprintf(stderr, "the data begins anew, not where the checkpoint stood: %s\n",
+                               g->other_data);
+    else printf("data     goes on where the checkpoint stood: %" PRIu64 " of %" PRIu64 " samples are spent\n",
+                spent, g->corpus.samples);
 }
 
 static int seal(struct store *store, const struct keys *k, struct settings *s,

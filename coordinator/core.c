@@ -31,8 +31,8 @@ static int check_genesis(const struct msg_genesis *g, struct err *err) {
         if (!r->count || (i && r->start <= end) || r->start >= g->corpus->samples ||
             r->count > g->corpus->samples - r->start)
             return err_set(err, ERR_CONFIG,
-                           "genesis: samples %llu+%llu are to count as spent; ranges must ascend, not touch, and "
-                           "lie inside the corpus' %llu", (unsigned long long)r->start,
+                           "genesis: samples %llu+%llu are to count as spent; ranges must ascend, not touch, "
+                           "and lie inside the corpus' %llu", (unsigned long long)r->start,
                            (unsigned long long)r->count, (unsigned long long)g->corpus->samples);
         end = r->start + r->count;
     }

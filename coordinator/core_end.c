@@ -82,7 +82,8 @@ void core_on_checkpoint_sign(struct core *c, struct member *m,
                              const struct msg_checkpoint_sign *msg, struct core_actions *out) {
     if (!state_of_checkpoint(c, m, msg->index, "CHECKPOINT_SIGN", out)) return;
     if (msg->index == c->share.index && !core_share_is_checked(c)) {
-        core_close(c, out, m->conn, ERR_PROTOCOL, false, "CHECKPOINT_SIGN while parts that members sent have not "
+        core_close(c, out, m->conn, ERR_PROTOCOL, false,
+                   "CHECKPOINT_SIGN while parts that members sent have not "
                    "been looked at");
         return;
     }

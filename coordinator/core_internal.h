@@ -664,13 +664,15 @@ void core_forget_inquiries(struct core *c);
 
 /* ---- core_share.c --------------------------------------------------------------------------- */
 
-/* Who is at this state, or soon will be, keeps it, each some of it. False: nobody helps, or the store is a folder. */
+/* Who is at this state, or soon will be, keeps it, each some of it. False: nobody helps, or the store is a
+ * folder. */
 bool core_share_begin(struct core *c, const struct state *s, struct core_actions *out);
 /* Nothing more is asked of anybody. out NULL: nor is anybody told. */
 void core_share_end(struct core *c, struct core_actions *out);
 void core_on_checkpoint_part(struct core *c, struct member *m, const struct msg_checkpoint_part *msg,
                              uint64_t now_ms, struct core_actions *out);
-void core_on_checkpoint_part_done(struct core *c, struct member *m, const struct msg_checkpoint_part_done *msg,
+void core_on_checkpoint_part_done(struct core *c, struct member *m,
+                                  const struct msg_checkpoint_part_done *msg,
                                   uint64_t now_ms, struct core_actions *out);
 /* Whose part is late, or who is gone: to others. */
 void core_check_share(struct core *c, uint64_t now_ms, struct core_actions *out);

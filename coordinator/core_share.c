@@ -1,7 +1,7 @@
-/* core_share.c - members share the work of one checkpoint. Our own node writes it, has the key to the store, and
- * offers parts: to be sent, and, once they are there, to be looked at by somebody else than who sent them. Here
- * it is decided who does what; a part of somebody who fails, vanishes or takes too long goes to another, and
- * in the end back to the writer, who can do all of it alone. */
+/* core_share.c - members share the work of one checkpoint. Our own node writes it, has the key to the store,
+ * and offers parts: to be sent, and, once they are there, to be looked at by somebody else than who sent
+ * them. Here it is decided who does what; a part of somebody who fails, vanishes or takes too long goes to
+ * another, and in the end back to the writer, who can do all of it alone. */
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +18,8 @@ static bool may_help(const struct core *c, const struct member *m) {
     return m->conn && m->here && !m->revoked && !m->quarantined && !core_is_own(c, m);
 }
 
-/* Helper h keeps the chunks of its own share and of the one after it: the neighbour's, should that be lost. */
+/* Helper h keeps the chunks of its own share and of the one after it: the neighbour's, should that be
+ * lost. */
 static uint32_t share_chunks(const struct core *c) { return (c->chunks - 1) / c->share.helpers + 1; }
 
 static struct msg_range share_of(const struct core *c, uint32_t h) {
@@ -27,7 +28,8 @@ static struct msg_range share_of(const struct core *c, uint32_t h) {
     return (struct msg_range){first, first < end ? end - first : 0};
 }
 
-static void send_keep(struct core *c, uint32_t h, const struct state *s, bool keep, struct core_actions *out) {
+static void send_keep(struct core *c, uint32_t h, const struct state *s, bool keep,
+                      struct core_actions *out) {
     struct member *m = core_member(c, c->share.helper[h]);
     struct msg_range chunks[2];
     struct msg_checkpoint_keep msg = {.index = c->share.index, .bf16 = c->checkpoint_bf16, .chunks = chunks};
@@ -65,7 +67,8 @@ void core_share_end(struct core *c, struct core_actions *out) {
     uint32_t sent = 0;
     for (uint32_t i = 0; i < h->part_count; i++) sent += h->part[i].sent_by != 0;
     if (out && h->part_count)
-        core_log(out, CORE_INFO, "checkpoint of ledger %llu: members sent %u of %u parts", LLU(h->index), sent,
+        core_log(out, CORE_INFO, "checkpoint of ledger %llu: members sent %u of %u parts", LLU(h->index),
+                 sent,
                  h->part_count);
     for (uint32_t i = 0; out && h->index && i < h->helpers; i++) send_keep(c, i, NULL, false, out);
     while (h->job_count) forget_job(h, 0);
@@ -84,7 +87,8 @@ static struct share_part *part_at(struct share *h, uint32_t part) {
 }
 
 static void tell_writer(struct core *c, uint32_t part, bool check, bool done, struct core_actions *out) {
-    struct msg_checkpoint_part_done msg = {.index = c->share.index, .part = part, .check = check, .done = done};
+    struct msg_checkpoint_part_done msg = {.index = c->share.index, .part = part, .check = check,
+                                           .done = done};
     struct member *own = core_own(c);
     if (own) core_send(out, own, MSG_CHECKPOINT_PART_DONE, 0, &msg);
 }
@@ -95,7 +99,8 @@ static uint32_t jobs_of(const struct share *h, uint32_t member) {
     return n;
 }
 
-/* A part is sent by who keeps its share or keeps it beside the own one, and looked at by anybody but who sent it. */
+/* A part is sent by who keeps its share or keeps it beside the own one, and looked at by anybody but who
+ * sent it. */
 static bool may_do(struct core *c, const struct share_job *j, uint32_t i) {
     struct share *h = &c->share;
     uint32_t owner = j->msg.chunk / share_chunks(c);
@@ -104,7 +109,8 @@ static bool may_do(struct core *c, const struct share_job *j, uint32_t i) {
 #ifdef SIM_FAULTS
     if (core_fault == CORE_FAULT_CHECKS_OWN_PARTS) sent = false;
 #endif
-    return !(j->tried >> i & 1) && (j->msg.check ? !sent : keeps) && may_help(c, core_member(c, h->helper[i]));
+    return !(j->tried >> i & 1) && (j->msg.check ? !sent : keeps) &&
+        may_help(c, core_member(c, h->helper[i]));
 }
 
 /* The helper with the least to do, or -1: nobody may. */
@@ -112,12 +118,14 @@ static int pick_helper(struct core *c, const struct share_job *j) {
     struct share *h = &c->share;
     int best = -1;
     for (uint32_t i = 0; i < h->helpers; i++)
-        if (may_do(c, j, i) && (best < 0 || jobs_of(h, h->helper[i]) < jobs_of(h, h->helper[best]))) best = (int)i;
+        if (may_do(c, j, i) &&
+            (best < 0 || jobs_of(h, h->helper[i]) < jobs_of(h, h->helper[best])))
+            best = (int)i;
     return best;
 }
 
-/* To the next who may. With nobody left the writer does it, and where all have enough to do it sends it, too: so
- * slow members do not hold it up. A look waits until one has room. True where the job is gone. */
+/* To the next who may. With nobody left the writer does it, and where all have enough to do it sends it,
+ * too: so slow members do not hold it up. A look waits until one has room. True where the job is gone. */
 static bool hand_on(struct core *c, uint32_t i, uint64_t now_ms, struct core_actions *out) {
     struct share *h = &c->share;
     struct share_job *j = &h->jobs[i];
@@ -147,7 +155,8 @@ void core_on_checkpoint_part(struct core *c, struct member *m, const struct msg_
                              uint64_t now_ms, struct core_actions *out) {
     struct share *h = &c->share;
     if (!core_is_own(c, m)) {
-        core_close(c, out, m->conn, ERR_PROTOCOL, false, "CHECKPOINT_PART from a member that writes no checkpoint");
+        core_close(c, out, m->conn, ERR_PROTOCOL, false,
+                   "CHECKPOINT_PART from a member that writes no checkpoint");
         return;
     }
     if (!h->index || msg->index != h->index || h->job_count == CORE_SHARE_JOBS_MAX) {
@@ -163,7 +172,8 @@ void core_on_checkpoint_part(struct core *c, struct member *m, const struct msg_
     hand_on(c, h->job_count - 1, now_ms, out);
 }
 
-void core_on_checkpoint_part_done(struct core *c, struct member *m, const struct msg_checkpoint_part_done *msg,
+void core_on_checkpoint_part_done(struct core *c, struct member *m,
+                                  const struct msg_checkpoint_part_done *msg,
                                   uint64_t now_ms, struct core_actions *out) {
     struct share *h = &c->share;
     char why[PROTO_TEXT_BYTES_MAX + 1];
@@ -177,7 +187,8 @@ void core_on_checkpoint_part_done(struct core *c, struct member *m, const struct
         if (j->member != m->id || j->msg.part != msg->part || j->msg.check != msg->check) continue;
         proto_str_copy(msg->text, why, sizeof why);
         if (!msg->done) {
-            core_log(out, CORE_INFO, "checkpoint of ledger %llu: " WHO " did not %s part %u: %.100s", LLU(h->index),
+            core_log(out, CORE_INFO, "checkpoint of ledger %llu: " WHO " did not %s part %u: %.100s",
+                     LLU(h->index),
                      WHO_OF(m), msg->check ? "find" : "send", msg->part, why);
             hand_on(c, i, now_ms, out);
             hand_out(c, now_ms, out);
@@ -204,7 +215,8 @@ void core_check_share(struct core *c, uint64_t now_ms, struct core_actions *out)
             i++;
             continue;
         }
-        core_log(out, CORE_INFO, "checkpoint of ledger %llu: " WHO " is %s, its part %u goes on", LLU(h->index),
+        core_log(out, CORE_INFO, "checkpoint of ledger %llu: " WHO " is %s, its part %u goes on",
+                 LLU(h->index),
                  WHO_OF(m), may_help(c, m) ? "late" : "gone", j->msg.part);
         if (!hand_on(c, i, now_ms, out)) i++;
     }

@@ -286,9 +286,10 @@ static void on_checkpoint_done(void *arg, bool ok, const struct digest *manifest
 static void on_note(void *arg, uint64_t index, const struct ckpt_note *n, uint32_t chunk) {
     bool looked = n->kind == CKPT_NOTE_LOOKED;
     struct msg_checkpoint_part_done done = { .index = index, .part = n->number, .check = 1, .done = 1 };
-    struct msg_checkpoint_part part = { .index = index, .part = n->number, .check = n->kind == CKPT_NOTE_CHECK,
-                                        .chunk = chunk, .object = proto_str(n->object), .offset = n->part.offset,
-                                        .bytes = (uint32_t)n->part.bytes, .url = proto_str(n->part.url) };
+    struct msg_checkpoint_part part = { .index = index, .part = n->number, .chunk = chunk,
+                                        .check = n->kind == CKPT_NOTE_CHECK, .object = proto_str(n->object),
+                                        .offset = n->part.offset, .bytes = (uint32_t)n->part.bytes,
+                                        .url = proto_str(n->part.url) };
     memcpy(part.sha256.b, n->part.sha256, sizeof part.sha256.b);
     agent_feed(arg, &(struct sync_event){ .type = looked ? SYNC_EV_CHECKPOINT_PART : SYNC_EV_CHECKPOINT_OFFER,
                                           .msg = looked ? (const void *)&done : &part });

@@ -1,5 +1,5 @@
-/* carrier.c - parts of a checkpoint for another member; see carrier.h. The loop's thread keeps chunks and puts a
- * part's bytes together, a chunk a turn; the thread sends them, or reads what the store has. */
+/* carrier.c - parts of a checkpoint for another member; see carrier.h. The loop's thread keeps chunks and
+ * puts a part's bytes together, a chunk a turn; the thread sends them, or reads what the store has. */
 #define _GNU_SOURCE /* O_TMPFILE, gettid */
 #include "node/carrier.h"
 
@@ -107,8 +107,10 @@ void carrier_before_change(struct carrier *c, uint32_t chunk) {
     if (!c->sync || !proto_set_has(c->wanted, chunk) || proto_set_has(c->saved, chunk)) return;
     size_t bytes = elements_of(c, chunk) * sizeof(float);
     uint64_t first = (uint64_t)chunk * c->chunk_elements;
-    if (move(c->fd, true, (float *)(uintptr_t)(sync_anchor(c->sync) + first), bytes, place_of(c, chunk, false)) ||
-        move(c->fd, true, (float *)(uintptr_t)(sync_momentum(c->sync) + first), bytes, place_of(c, chunk, true)))
+    if (move(c->fd, true, (float *)(uintptr_t)(sync_anchor(c->sync) + first), bytes,
+             place_of(c, chunk, false)) ||
+        move(c->fd, true, (float *)(uintptr_t)(sync_momentum(c->sync) + first), bytes,
+             place_of(c, chunk, true)))
         forget(c); /* no space: others have it too */
     else proto_set_add(c->saved, chunk);
 }
@@ -144,7 +146,8 @@ void carrier_keep(struct carrier *c, const struct sync *s, const struct msg_chec
 
 /* ---- a part's bytes --------------------------------------------------------------------------- */
 
-/* Elements of the chunk that is next; they are as they were when it was asked to keep them. -1: they are not here. */
+/* Elements of the chunk that is next; they are as they were when it was asked to keep them. -1: they are not
+ * here. */
 static int put_chunk(struct carrier *c, struct job *j) {
     const struct ckpt_piece *p = &c->piece;
     uint32_t chunk = (uint32_t)(c->next / c->chunk_elements);
@@ -154,7 +157,8 @@ static int put_chunk(struct carrier *c, struct job *j) {
     if (!proto_set_has(c->wanted, chunk))
         return err_set(&j->why, ERR_NOT_FOUND, "chunk %u is not kept here", chunk);
     if (proto_set_has(c->saved, chunk)) {
-        if (move(c->fd, false, c->values, n * sizeof(float), place_of(c, chunk, p->momentum) + (c->next - begin) * sizeof(float)))
+        if (move(c->fd, false, c->values, n * sizeof(float),
+                 place_of(c, chunk, p->momentum) + (c->next - begin) * sizeof(float)))
             return err_set(&j->why, ERR_IO, "what is kept of chunk %u cannot be read", chunk);
         from = c->values;
     }
@@ -175,7 +179,8 @@ static int reserve(struct carrier *c, struct job *j) {
 
 static int begin_part(struct carrier *c, struct job *j) {
     if (!c->sync || c->index != j->index)
-        return err_set(&j->why, ERR_STALE, "the state of ledger %llu is not kept here", (unsigned long long)j->index);
+        return err_set(&j->why, ERR_STALE, "the state of ledger %llu is not kept here",
+                       (unsigned long long)j->index);
     if (ckpt_image_find(c->image, j->object, j->what.offset, j->what.bytes, &c->piece, &j->why)) return -1;
     c->next = c->piece.first;
     return reserve(c, j);
@@ -225,7 +230,8 @@ static int start_thread(struct carrier *c, struct err *err) {
 
 static void finish_first(struct carrier *c) {
     struct job *j = job_at(c, 0);
-    struct msg_checkpoint_part_done done = {.index = j->index, .part = j->part, .check = j->check, .done = j->done};
+    struct msg_checkpoint_part_done done = {.index = j->index, .part = j->part, .check = j->check,
+                                            .done = j->done};
     if (!j->done) done.text = proto_str(j->why.msg);
     c->on_done(c->arg, &done);
     c->first = (c->first + 1) % JOBS_MAX;
@@ -287,7 +293,8 @@ struct carrier *carrier_create(struct event_base *base, const struct msg_model *
                                carrier_done_fn *done, void *arg) {
     struct carrier *c = calloc(1, sizeof *c);
     if (!c) return NULL;
-    *c = (struct carrier){.base = base, .model = model, .elements = elements, .chunk_elements = chunk_elements,
+    *c = (struct carrier){.base = base, .model = model, .elements = elements,
+                          .chunk_elements = chunk_elements,
                           .spool = spool, .on_done = done, .arg = arg, .fd = -1, .event = -1,
                           .chunks = (uint32_t)((elements + chunk_elements - 1) / chunk_elements)};
     proto_str_copy(store_url, c->store_url, sizeof c->store_url);
@@ -300,7 +307,8 @@ struct carrier *carrier_create(struct event_base *base, const struct msg_model *
     c->work = evtimer_new(base, on_work, c);
     c->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (c->event >= 0) c->ready = event_new(base, c->event, EV_READ | EV_PERSIST, on_ready, c);
-    if (c->wanted && c->saved && c->values && c->job && c->work && c->ready && !event_add(c->ready, NULL)) return c;
+    if (c->wanted && c->saved && c->values && c->job && c->work && c->ready &&
+        !event_add(c->ready, NULL)) return c;
     carrier_destroy(c);
     return NULL;
 }

@@ -116,7 +116,8 @@ static void on_published(struct checkpoint *c) {
 /* What was said before the state changed is told before it. */
 static void tell_notes(struct checkpoint *c) {
     struct ckpt_note n;
-    while (ckpt_writer_note(c->writer, &n)) c->ops->on_note(c->arg, c->index, &n, (uint32_t)(n.first / c->chunk_elements));
+    while (ckpt_writer_note(c->writer, &n))
+        c->ops->on_note(c->arg, c->index, &n, (uint32_t)(n.first / c->chunk_elements));
 }
 
 static void on_ready(evutil_socket_t fd, short what, void *arg) {

@@ -18,8 +18,8 @@ struct checkpoint;
 struct checkpoint_ops {
     /* The manifest must be signed: answer with checkpoint_signed(). */
     void (*on_manifest)(void *arg, const void *manifest, size_t length);
-    /* A part that others may send or look at, whose first element is in `chunk`, or one that was looked at here.
-     * The former is answered with checkpoint_settle(). */
+    /* A part that others may send or look at, whose first element is in `chunk`, or one that was looked at
+     * here. The former is answered with checkpoint_settle(). */
     void (*on_note)(void *arg, uint64_t index, const struct ckpt_note *note, uint32_t chunk);
     /* The end: ok, or why not (text, one line: "no space left ..."). manifest: digest of its bytes,
      * zero if not ok. */

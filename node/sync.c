@@ -390,8 +390,8 @@ static void on_checkpoint_signed(struct sync *s, const struct msg_checkpoint_sig
     act_message(s, SYNC_ACT_CHECKPOINT_SIGNED, MSG_CHECKPOINT_SIGNED, 0, msg);
 }
 
-/* Parts that others send of what we write, and that we send of what another writes, are the agent's: the bytes are
- * those of the state at that index, which it keeps. */
+/* Parts that others send of what we write, and that we send of what another writes, are the agent's: the
+ * bytes are those of the state at that index, which it keeps. */
 static void on_checkpoint_keep(struct sync *s, const struct msg_checkpoint_keep *msg) {
     struct checkpoint_keep *k = &s->checkpoint.keep;
     k->waits = msg->chunks_count > 0;
@@ -416,7 +416,8 @@ static void on_checkpoint_part_done(struct sync *s, const struct msg_checkpoint_
 }
 
 static void on_part(struct sync *s, const struct sync_event *ev) {
-    enum proto_type type = ev->type == SYNC_EV_CHECKPOINT_OFFER ? MSG_CHECKPOINT_PART : MSG_CHECKPOINT_PART_DONE;
+    enum proto_type type = ev->type == SYNC_EV_CHECKPOINT_OFFER ? MSG_CHECKPOINT_PART
+        : MSG_CHECKPOINT_PART_DONE;
     if (s->synced) sync_send(s, type, 0, ev->msg);
     else if (type == MSG_CHECKPOINT_PART) sync_act(s, SYNC_ACT_CHECKPOINT_ALONE);
 }

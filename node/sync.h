@@ -77,8 +77,8 @@ enum sync_event_type {
     SYNC_EV_TRAINER_DOWN,     /* died or was stopped: its parameters and queued samples are lost */
     SYNC_EV_CHECKPOINT,       /* the agent's writer: see done, manifest, text */
     SYNC_EV_CHECKPOINT_OFFER, /* the agent's writer offers a part: msg (msg_checkpoint_part) */
-    SYNC_EV_CHECKPOINT_PART,  /* what became of a part of ACT_CHECKPOINT_PART, or that the writer has looked at one:
-                               * msg (msg_checkpoint_part_done) */
+    SYNC_EV_CHECKPOINT_PART,  /* what became of a part of ACT_CHECKPOINT_PART, or the writer has looked at one
+                               * itself: msg (msg_checkpoint_part_done) */
     SYNC_EV_LEAVE             /* the owner wants to leave in order: LEAVE is sent, then nothing more */
 };
 #define SYNC_TICK_MS 50
@@ -120,9 +120,11 @@ enum sync_action_type {
     SYNC_ACT_CHECKPOINT_BEGIN,   /* msg (msg_checkpoint_write): the agent opens a writer; the state is the current one */
     SYNC_ACT_CHECKPOINT_SIGNED,  /* msg (msg_checkpoint_signed) */
     SYNC_ACT_CHECKPOINT_PART_DONE, /* to the writer: msg (msg_checkpoint_part_done), of a part it offered */
-    SYNC_ACT_CHECKPOINT_ALONE,   /* to the writer: nobody answers for the parts that are offered; it does all else alone */
+    /* to the writer: nobody answers for the parts that are offered; it does all else alone */
+    SYNC_ACT_CHECKPOINT_ALONE,
     SYNC_ACT_CHECKPOINT_KEEP,    /* msg (msg_checkpoint_keep): of the current state, or none any more */
-    SYNC_ACT_CHECKPOINT_PART,    /* msg (msg_checkpoint_part): send it, or look at it; answer with EV_CHECKPOINT_PART */
+    /* msg (msg_checkpoint_part): send it, or look at it; answer with EV_CHECKPOINT_PART */
+    SYNC_ACT_CHECKPOINT_PART,
     SYNC_ACT_BYE,                /* the coordinator said good-bye: code, final, text */
     SYNC_ACT_LOG
 };

@@ -311,19 +311,20 @@
 #define FIELDS_checkpoint_done(F, L)                                                               \
     F(U64, index, 0) F(U8, written, 1) F(DIGEST, manifest, 0) F(STR, text, PROTO_TEXT_BYTES_MAX)
 
-/* C->N, while another member writes the checkpoint of the state at `index`: keep these chunks of it, once it is there, for parts that
- * will be asked for. None: what was kept for `index` is needed no more. bf16 as in CHECKPOINT_WRITE. */
+/* C->N, while another member writes the checkpoint of the state at `index`: keep these chunks of it, once it
+ * is there, for parts that will be asked for. None: what was kept for `index` is needed no more. bf16 as in
+ * CHECKPOINT_WRITE. */
 #define FIELDS_checkpoint_keep(F, L)                                                               \
     F(U64, index, 0) F(DIGEST, root, 0) F(U8, bf16, 1) L(range, chunks, 2)
-/* The writer to C: bytes [offset, offset+bytes) of `object` in the checkpoint of `index`, which have this SHA-256,
- * and whose data begins in `chunk`. check 0: url takes them by PUT; 1: it gives them by GET, and they are to be
- * looked at. C to a member: do that. part: a number of the writer's, the same for both. */
+/* The writer to C: bytes [offset, offset+bytes) of `object` in the checkpoint of `index`, which have this
+ * SHA-256, and whose data begins in `chunk`. check 0: url takes them by PUT; 1: it gives them by GET, and
+ * they are to be looked at. C to a member: do that. part: a number of the writer's, the same for both. */
 #define FIELDS_checkpoint_part(F, L)                                                               \
     F(U64, index, 0) F(U32, part, PROTO_PARTS_MAX) F(U8, check, 1) F(U32, chunk, PROTO_CHUNKS_MAX) \
     F(STR, object, 255) F(U64, offset, 0) F(U32, bytes, PROTO_PART_BYTES_MAX) F(DIGEST, sha256, 0) \
     F(STR, url, 4095)
-/* The answer; C to the writer: done 0 = no member will, do it yourself. The writer to C, check 1: it has looked
- * at this part itself. */
+/* The answer; C to the writer: done 0 = no member will, do it yourself. The writer to C, check 1: it has
+ * looked at this part itself. */
 #define FIELDS_checkpoint_part_done(F, L)                                                          \
     F(U64, index, 0) F(U32, part, PROTO_PARTS_MAX) F(U8, check, 1) F(U8, done, 1)                  \
     F(STR, text, PROTO_TEXT_BYTES_MAX)

@@ -1,5 +1,5 @@
-/* test_carrier.c - parts of a checkpoint that another member writes: their bytes are those of the state that was kept,
- * whatever it became since, or nothing is sent. A store on loopback takes and gives them. */
+/* test_carrier.c - parts of a checkpoint that another member writes: their bytes are those of the state that
+ * was kept, whatever it became since, or nothing is sent. A store on loopback takes and gives them. */
 #include "tests/sync_rig.h"
 
 #include <arpa/inet.h>
@@ -34,7 +34,8 @@ static void answer(int fd) {
     for (ssize_t k; n < sizeof in - 1 && (k = recv(fd, in + n, sizeof in - 1 - n, 0)) > 0;) {
         in[n += (size_t)k] = 0;
         const char *end = strstr(in, "\r\n\r\n"), *length = strstr(in, "Content-Length:");
-        if (end && !body && strstr(in, "Expect: 100-continue")) send(fd, "HTTP/1.1 100 Continue\r\n\r\n", 25, MSG_NOSIGNAL);
+        if (end && !body && strstr(in, "Expect: 100-continue"))
+            send(fd, "HTTP/1.1 100 Continue\r\n\r\n", 25, MSG_NOSIGNAL);
         body = end ? (size_t)(end + 4 - in) : 0;
         if (body && n >= body + (length && length < end ? strtoull(length + 15, NULL, 10) : 0)) break;
     }
@@ -113,7 +114,9 @@ static void take_answer(void *arg, const struct msg_checkpoint_part_done *done) 
     proto_str_copy(done->text, t->why, sizeof t->why);
 }
 
-static void before_change(void *arg, uint32_t chunk) { carrier_before_change(((struct test *)arg)->carrier, chunk); }
+static void before_change(void *arg, uint32_t chunk) {
+    carrier_before_change(((struct test *)arg)->carrier, chunk);
+}
 
 /* port: of the run's store. */
 static void begin_at(struct test *t, struct rig *r, int port, bool bf16, uint64_t chunks) {
@@ -216,7 +219,8 @@ static void what_is_not_kept_is_not_sent(void **state) {
     assert_non_null(strstr(t.why, "chunk 2 is not kept"));
     bytes[n - 1] ^= 1; /* another digest than that of the state here */
     struct msg_range all = {0, CHUNKS};
-    carrier_keep(t.carrier, t.rig->node[2].sync, &(struct msg_checkpoint_keep){.chunks = &all, .chunks_count = 1});
+    carrier_keep(t.carrier, t.rig->node[2].sync, &(struct msg_checkpoint_keep){.chunks = &all,
+                                                                               .chunks_count = 1});
     ask(&t, files[0], false, bytes, n);
     assert_false(t.done);
     assert_non_null(strstr(t.why, "SHA-256"));

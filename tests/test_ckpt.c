@@ -473,8 +473,8 @@ static void bf16_weights_have_the_anchor_beside_them(void **state) {
     free(config.data);
 }
 
-/* A member puts a part together by itself, wherever it begins: it must be what the writer has put there, or the store
- * would not take it. */
+/* A member puts a part together by itself, wherever it begins: it must be what the writer has put there, or
+ * the store would not take it. */
 static void a_part_has_the_bytes_that_the_writer_writes(void **state) {
     (void)state;
     char path[300];
@@ -832,7 +832,8 @@ static const struct ckpt_store_ops mortal_ops = {
 
 /* ---- parts that others send ---------------------------------------------------------------------- */
 
-/* A folder whose uploads can be shared, in parts of a page. What others have sent lies beside what was put. */
+/* A folder whose uploads can be shared, in parts of a page. What others have sent lies beside what was
+ * put. */
 #define SHARED_PART 4096u
 struct shared_upload {
     struct ckpt_store *inner;
@@ -854,7 +855,8 @@ static pthread_mutex_t shared_mutex = PTHREAD_MUTEX_INITIALIZER;
 static size_t shared_bytes(const struct shared_upload *u, uint32_t i) {
     return u->bytes - i * SHARED_PART < SHARED_PART ? u->bytes - i * SHARED_PART : SHARED_PART;
 }
-static int shared_get(struct ckpt_store *s, const char *name, uint64_t at, void *out, size_t n, struct err *err) {
+static int shared_get(struct ckpt_store *s, const char *name, uint64_t at, void *out, size_t n,
+                      struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
     return inner->ops->get(inner, name, at, out, n, err);
 }
@@ -862,12 +864,14 @@ static int shared_stat(struct ckpt_store *s, const char *name, struct ckpt_objec
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
     return inner->ops->stat(inner, name, out, err);
 }
-static int shared_put(struct ckpt_store *s, const char *name, const void *b, size_t n, const char *v, struct err *err) {
+static int shared_put(struct ckpt_store *s, const char *name, const void *b, size_t n, const char *v,
+                      struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
     return inner->ops->put(inner, name, b, n, v, err);
 }
 static int shared_list(struct ckpt_store *s, const char *prefix,
-                       int (*visit)(void *, const struct ckpt_object *, struct err *), void *arg, struct err *err) {
+                       int (*visit)(void *, const struct ckpt_object *, struct err *), void *arg,
+                           struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
     return inner->ops->list(inner, prefix, visit, arg, err);
 }
@@ -875,18 +879,21 @@ static int shared_remove(struct ckpt_store *s, const char *name, struct err *err
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
     return inner->ops->remove(inner, name, err);
 }
-static struct ckpt_upload *shared_begin(struct ckpt_store *s, const char *name, uint64_t bytes, struct err *err) {
+static struct ckpt_upload *shared_begin(struct ckpt_store *s, const char *name, uint64_t bytes,
+                                        struct err *err) {
     struct shared_store *store = (struct shared_store *)s;
     struct shared_upload *u = calloc(1, sizeof *u);
     assert_true(bytes <= 64 * SHARED_PART);
-    *u = (struct shared_upload){.inner = store->inner, .bytes = (size_t)bytes, .mine = calloc(1, (size_t)bytes),
+    *u = (struct shared_upload){.inner = store->inner, .bytes = (size_t)bytes,
+                                .mine = calloc(1, (size_t)bytes),
                                 .there = calloc(1, (size_t)bytes), .next = store->uploads};
     snprintf(u->name, sizeof u->name, "%s", name);
     store->uploads = u;
     (void)err;
     return (struct ckpt_upload *)u;
 }
-static int shared_upload_put(struct ckpt_upload *upload, uint64_t at, const void *b, size_t n, struct err *err) {
+static int shared_upload_put(struct ckpt_upload *upload, uint64_t at, const void *b, size_t n,
+                             struct err *err) {
     struct shared_upload *u = (struct shared_upload *)upload;
     (void)err;
     pthread_mutex_lock(&shared_mutex);
@@ -940,7 +947,8 @@ static int shared_complete(struct ckpt_upload *upload, struct err *err) {
     for (uint32_t i = 0; i < shared_share(upload); i++)
         if (!shared_sent(upload, i)) shared_send(upload, i, err);
     u->to = u->inner->ops->upload_begin(u->inner, u->name, u->bytes, err);
-    return !u->to || u->inner->ops->upload_put(u->to, 0, u->there, u->bytes, err) || u->inner->ops->upload_complete(u->to, err) ? -1 : 0;
+    return !u->to || u->inner->ops->upload_put(u->to, 0, u->there, u->bytes, err) ||
+        u->inner->ops->upload_complete(u->to, err) ? -1 : 0;
 }
 static void shared_destroy(struct ckpt_upload *upload) {
     struct shared_upload *u = (struct shared_upload *)upload;
@@ -949,10 +957,13 @@ static void shared_destroy(struct ckpt_upload *upload) {
     u->to = NULL;
 }
 static const struct ckpt_store_ops shared_ops = {
-    .get = shared_get, .stat = shared_stat, .put = shared_put, .upload_begin = shared_begin, .list = shared_list,
+    .get = shared_get, .stat = shared_stat, .put = shared_put, .upload_begin = shared_begin,
+    .list = shared_list,
     .upload_put = shared_upload_put, .upload_sync = shared_sync, .upload_complete = shared_complete,
-    .upload_destroy = shared_destroy, .remove = shared_remove, .upload_share = shared_share, .upload_whole = shared_whole,
-    .upload_offer = shared_offer, .upload_check = shared_offer, .upload_send = shared_send, .upload_sent = shared_sent,
+    .upload_destroy = shared_destroy, .remove = shared_remove, .upload_share = shared_share,
+    .upload_whole = shared_whole,
+    .upload_offer = shared_offer, .upload_check = shared_offer, .upload_send = shared_send,
+    .upload_sent = shared_sent,
     .upload_read = shared_read};
 
 /* What the others do. */
@@ -973,7 +984,8 @@ static void others_send(struct shared_store *store, const struct ckpt_note *n, b
     pthread_mutex_unlock(&shared_mutex);
 }
 
-static void answer_notes(struct ckpt_writer *w, struct shared_store *store, enum others how, struct counts *c) {
+static void answer_notes(struct ckpt_writer *w, struct shared_store *store, enum others how,
+                         struct counts *c) {
     struct ckpt_note n;
     while (ckpt_writer_note(w, &n)) {
         c->notes++;
@@ -991,7 +1003,8 @@ static void answer_notes(struct ckpt_writer *w, struct shared_store *store, enum
     }
 }
 
-static enum ckpt_state go_on(struct ckpt_writer *w, struct shared_store *store, enum others how, struct counts *c,
+static enum ckpt_state go_on(struct ckpt_writer *w, struct shared_store *store, enum others how,
+                             struct counts *c,
                              struct err *err) {
     for (;;) {
         struct pollfd p = {.fd = ckpt_writer_fd(w), .events = POLLIN};
@@ -1011,7 +1024,8 @@ static void parts_are_sent_by_others_or_by_the_writer(void **state) {
         char name[32];
         snprintf(name, sizeof name, "shared-%d", how);
         struct ckpt_store *inner = open_store(name);
-        struct shared_store store = {.base = {.ops = &shared_ops, .remote = true, .streams = 2}, .inner = inner};
+        struct shared_store store = {.base = {.ops = &shared_ops, .remote = true, .streams = 2},
+                                     .inner = inner};
         struct ckpt_meta meta = meta_at(&run, 5);
         meta.shared = true;
         meta.weights = how % 2 ? CKPT_BF16 : CKPT_FP32;

@@ -1,7 +1,8 @@
 /* test_core_share.c - the coordinator's core: members share the work of one checkpoint. */
 #include "tests/test_core.h"
 
-/* Three trainers (2, 3, 4) stand at the newest commit, and our own node (1) is told to write it. Returns its index. */
+/* Three trainers (2, 3, 4) stand at the newest commit, and our own node (1) is told to write it. Returns its
+ * index. */
 static uint64_t begin(struct rig *r, const char *url) {
     r->outer.checkpoint_rounds = 1;
     r->genesis.checkpoint_url = proto_str(url);
@@ -14,7 +15,8 @@ static uint64_t begin(struct rig *r, const char *url) {
 }
 
 static void offer(struct rig *r, uint64_t index, uint32_t part, bool check, uint32_t chunk) {
-    struct msg_checkpoint_part msg = {.index = index, .part = part, .check = check, .chunk = chunk, .bytes = 8,
+    struct msg_checkpoint_part msg = {.index = index, .part = part, .check = check, .chunk = chunk,
+                                      .bytes = 8,
                                       .object = proto_str("model"), .url = proto_str("https://store/x")};
     say(r, &r->fake[1], MSG_CHECKPOINT_PART, 0, &msg);
 }
@@ -51,7 +53,8 @@ static bool is_signed(struct rig *r, uint64_t index) {
 static void a_part_is_sent_by_one_and_looked_at_by_another(void **state) {
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
-    assert_int_equal(((const struct msg_checkpoint_write *)sent(r, &r->fake[1], MSG_CHECKPOINT_WRITE)->msg)->shared, 1);
+    assert_int_equal(((const struct msg_checkpoint_write *)sent(r, &r->fake[1],
+                                                                MSG_CHECKPOINT_WRITE)->msg)->shared, 1);
     assert_null(kept(r, 1));
     for (int h = 0; h < 3; h++) { /* of 12 chunks each its own four and the next one's */
         const struct msg_checkpoint_keep *k = kept(r, 2 + h);
@@ -131,7 +134,8 @@ static void a_part_goes_on_when_its_member_does_not_do_it(void **state) {
     assert_true(given_back);
 }
 
-/* Nobody is given more than it can do soon. What is over the writer sends at once; looks wait for who is done first. */
+/* Nobody is given more than it can do soon. What is over the writer sends at once; looks wait for who is
+ * done first. */
 static void a_member_has_two_parts_at_a_time(void **state) {
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
@@ -185,7 +189,8 @@ static void a_writer_that_was_away_goes_on_alone(void **state) {
 static void a_folder_is_written_by_one(void **state) {
     struct rig *r = *state;
     begin(r, "file:///checkpoints");
-    assert_int_equal(((const struct msg_checkpoint_write *)sent(r, &r->fake[1], MSG_CHECKPOINT_WRITE)->msg)->shared, 0);
+    assert_int_equal(((const struct msg_checkpoint_write *)sent(r, &r->fake[1],
+                                                                MSG_CHECKPOINT_WRITE)->msg)->shared, 0);
     assert_null(sent(r, NULL, MSG_CHECKPOINT_KEEP));
 }
 
@@ -193,7 +198,8 @@ static void a_folder_is_written_by_one(void **state) {
 static void only_the_writer_offers_parts(void **state) {
     struct rig *r = *state;
     uint64_t index = begin(r, "s3://bucket/run");
-    struct msg_checkpoint_part msg = {.index = index, .bytes = 8, .object = proto_str("m"), .url = proto_str("https://x")};
+    struct msg_checkpoint_part msg = {.index = index, .bytes = 8, .object = proto_str("m"),
+                                      .url = proto_str("https://x")};
     say(r, &r->fake[3], MSG_CHECKPOINT_PART, 0, &msg);
     assert_null(sent(r, NULL, MSG_CHECKPOINT_PART));
     assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_PROTOCOL);

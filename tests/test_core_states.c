@@ -315,8 +315,8 @@ static void a_run_that_begins_with_a_checkpoint_has_donors_from_the_start(void *
     assert_non_null(sent(r, &r->fake[2], MSG_ROOT));
 }
 
-/* The run before spent 0 to 9 and 12 to 19; 10 and 11 were leased when it ended. Nothing may be spent twice, and
- * nothing may be left out. */
+/* The run before spent 0 to 9 and 12 to 19; 10 and 11 were leased when it ended. Nothing may be spent twice,
+ * and nothing may be left out. */
 static void a_run_that_goes_on_with_anothers_data_hands_out_the_rest(void **state) {
     struct rig *r = *state;
     struct msg_range spent[] = {{0, 10}, {12, 8}};
@@ -332,7 +332,8 @@ static void a_run_that_goes_on_with_anothers_data_hands_out_the_rest(void **stat
         for (int i = 2; i <= 3; i++) {
             be_ready(r, &r->fake[i], 8);
             for (uint32_t k = 0; k < r->fake[i].lease_count; k++)
-                for (uint64_t s = 0; s < r->fake[i].leases[k].count; s++) mine[r->fake[i].leases[k].start + s] = true;
+                for (uint64_t s = 0; s < r->fake[i].leases[k].count; s++)
+                    mine[r->fake[i].leases[k].start + s] = true;
         }
         commit_once(r);
         for (int i = 1; i <= 3; i++) say_root(r, &r->fake[i]);
@@ -344,7 +345,8 @@ static void a_run_that_goes_on_with_anothers_data_hands_out_the_rest(void **stat
 
 static void a_genesis_that_spends_a_sample_twice_is_refused(void **state) {
     struct rig *r = *state;
-    struct msg_range wrong[][2] = {{{0, 10}, {9, 2}}, {{0, 10}, {10, 2}}, {{20, 2}, {3, 2}}, {{0, 1}, {238, 3}},
+    struct msg_range wrong[][2] = {{{0, 10}, {9, 2}}, {{0, 10}, {10, 2}}, {{20, 2}, {3, 2}},
+                                   {{0, 1}, {238, 3}},
                                    {{0, 1}, {5, 0}}, {{0, 1}, {2, UINT64_MAX}}};
     struct digest run = {{1}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {

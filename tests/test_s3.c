@@ -48,7 +48,8 @@ static const char *write_file(const char *name, const char *text) {
 /* The example in AWS' manual, "Authenticating Requests: Using Query Parameters". */
 static void a_url_is_signed_as_in_the_manual(void **state) {
     (void)state;
-    struct s3_config c = {.bucket = "examplebucket", .endpoint = "https://s3.amazonaws.com", .region = "us-east-1",
+    struct s3_config c = {.bucket = "examplebucket", .endpoint = "https://s3.amazonaws.com",
+                          .region = "us-east-1",
                           .key = "AKIAIOSFODNN7EXAMPLE", .secret = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"};
     struct s3_presign p = {.method = HTTP_GET, .name = "test.txt", .expires_s = 86400};
     char url[2048];

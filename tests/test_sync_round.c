@@ -34,8 +34,8 @@ static void round_gives_everybody_the_right_bits(void **state) {
     assert_int_equal(ready_of(r, 2)->ranges[0].start, 2000 + STEPS * BATCH);
 }
 
-/* It hears of a checkpoint before it has applied the commit: the state is kept when it is there, and only if it is
- * that one; of one that is past there is nothing to keep. */
+/* It hears of a checkpoint before it has applied the commit: the state is kept when it is there, and only if
+ * it is that one; of one that is past there is nothing to keep. */
 static void what_is_to_be_kept_is_kept_when_it_is_there(void **state) {
     struct rig *r = *state;
     struct msg_range all = {0, CHUNKS};

@@ -1,7 +1,8 @@
 /* live.c - the S3 store against a real server. tests/integration/s3.sh starts one and runs this with
  * AWS_ACCESS_KEY_ID and so on set:
  *
- *   s3_live ENDPOINT BUCKET [FULL_BUCKET]   FULL_BUCKET: one whose quota is used up. S3_LIVE_NO_KEYS: it takes any key */
+ *   s3_live ENDPOINT BUCKET [FULL_BUCKET]   FULL_BUCKET: one whose quota is used up. S3_LIVE_NO_KEYS: it
+ *                                           takes any key */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -244,7 +245,7 @@ static void what_is_given_up_is_gone(void **state) {
     s->ops->close(s);
 }
 
-/* ---- parts that others send ------------------------------------------------------------------------------- */
+/* ---- parts that others send ---------------------------------------------------------------------- */
 
 #define SHARED_BYTES (2 * PART + 777)
 #define OBJECT "shared/tensors"
@@ -316,7 +317,8 @@ static void parts_that_others_sent_make_the_object(void **state) {
     s->ops->close(s);
 }
 
-/* A URL is good for one part of one upload, and for its very bytes; once the upload is complete, for nothing. */
+/* A URL is good for one part of one upload, and for its very bytes; once the upload is complete, for
+ * nothing. */
 static void a_url_takes_the_bytes_it_was_made_for_and_no_others(void **state) {
     (void)state;
     struct err err = {0};

@@ -1,6 +1,6 @@
-/* share.c - a checkpoint whose parts members send and look at, without bytes: the writer offers parts, members do them
- * or not, and the oracle notes who did what. The duty: no manifest is signed before everything that a member
- * sent was looked at by another, or by the writer. */
+/* share.c - a checkpoint whose parts members send and look at, without bytes: the writer offers parts,
+ * members do them or not, and the oracle notes who did what. The duty: no manifest is signed before
+ * everything that a member sent was looked at by another, or by the writer. */
 #include "tests/sim/sim.h"
 
 /* What an event carries: part, whether it is a look, and whether this went well. */
@@ -8,7 +8,8 @@ static uint64_t pack(uint32_t part, bool check, bool done) { return part << 2 | 
 
 static void offer(struct sim_world *w, struct sim_member *m, uint32_t part, bool check) {
     struct sim_share *h = &w->share;
-    struct msg_checkpoint_part msg = {.index = h->index, .part = part, .check = check, .chunk = part % w->chunks,
+    struct msg_checkpoint_part msg = {.index = h->index, .part = part, .check = check,
+                                      .chunk = part % w->chunks,
                                       .object = proto_str("tensors"), .url = proto_str("https://store/part")};
     h->open++;
     sim_member_step(w, m, &(struct sync_event){.type = SYNC_EV_CHECKPOINT_OFFER, .msg = &msg});
@@ -62,7 +63,8 @@ void sim_share_alone(struct sim_world *w, struct sim_member *m) {
 }
 
 void sim_share_asked(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part *msg) {
-    struct sim_event *e = sim_schedule(w, 5 + sim_random(w, sim_chance(w, 50) ? 20000 : 400), SIM_PART, m->slot);
+    struct sim_event *e = sim_schedule(w, 5 + sim_random(w, sim_chance(w, 50) ? 20000 : 400), SIM_PART,
+                                       m->slot);
     e->value = pack(msg->part, msg->check, !sim_chance(w, 100));
     e->frame.plan = msg->index;
 }
@@ -99,7 +101,8 @@ void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim
     } else {
         struct msg_checkpoint_part_done msg = {.index = e->frame.plan, .part = (uint32_t)(e->value >> 2),
                                                .check = e->value >> 1 & 1, .done = e->value & 1};
-        if (msg.done && msg.index == h->index) (msg.check ? h->seen_by : h->sent_by)[msg.part] |= 1ull << m->slot;
+        if (msg.done && msg.index == h->index)
+            (msg.check ? h->seen_by : h->sent_by)[msg.part] |= 1ull << m->slot;
         sim_member_step(w, m, &(struct sync_event){.type = SYNC_EV_CHECKPOINT_PART, .msg = &msg});
     }
 }
