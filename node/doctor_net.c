@@ -21,6 +21,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define CLOSE_MS 1500
+
 /* ---- the coordinator ---------------------------------------------------------------------------- */
 
 struct visit {
@@ -68,8 +70,21 @@ static void on_trouble(void *arg, const char *text) {
     snprintf(v->why, sizeof v->why, "%.*s", (int)strcspn(text, ";"), text);
 }
 
+static void on_limit(evutil_socket_t fd, short what, void *base) {
+    (void)fd, (void)what;
+    event_base_loopbreak(base);
+}
+
 static void on_message(void *arg, const struct frame *f, const void *msg) { (void)arg, (void)f, (void)msg; }
 static void on_down(void *arg, const char *why) { (void)arg, (void)why; }
+
+/* A channel that was closed says so to the other side first; its memory goes when it has. */
+static void let_channels_end(struct event_base *base) {
+    for (int ms = 0; ms < CLOSE_MS && event_base_get_num_events(base, EVENT_BASE_COUNT_ADDED); ms += 10) {
+        event_base_loop(base, EVLOOP_NONBLOCK);
+        usleep(10000);
+    }
+}
 
 /* With a key of its own: a member that runs meanwhile is not disturbed, and nobody is enrolled. */
 static int visit(struct visit *v, struct err *err) {
@@ -77,7 +92,7 @@ static int visit(struct visit *v, struct err *err) {
                                            .on_message = on_message, .on_down = on_down, .on_refused = on_refused,
                                            .on_trouble = on_trouble };
     const struct invite *i = &v->d->invite;
-    struct timeval limit = { .tv_sec = DOCTOR_CHECK_S };
+    struct timeval seconds = { .tv_sec = DOCTOR_CHECK_S };
     struct identity stranger;
     identity_create(&stranger);
     struct channel_context *ctx = channel_context_create(&stranger, err);
@@ -85,13 +100,18 @@ static int visit(struct visit *v, struct err *err) {
     if (ctx && !v->base) err_set(err, ERR_MEMORY, "no memory for an event loop");
     v->began_s = doctor_now_s();
     struct uplink *u = v->base ? uplink_create(v->base, ctx, i->host, i->port, &i->run, &ops, v, err) : NULL;
-    if (u) {
-        event_base_loopexit(v->base, &limit);
+    struct event *limit = u ? evtimer_new(v->base, on_limit, v->base) : NULL;
+    if (u && limit) {
+        event_add(limit, &seconds);
         event_base_dispatch(v->base);
         uplink_stop(u);
-        uplink_destroy(u);
     }
-    if (v->base) event_base_free(v->base);
+    if (limit) event_free(limit);
+    uplink_destroy(u);
+    if (v->base) {
+        let_channels_end(v->base);
+        event_base_free(v->base);
+    }
     channel_context_destroy(ctx);
     identity_release(&stranger);
     return u ? 0 : -1;
