@@ -45,7 +45,7 @@ struct cuda {
     size_t scratch_bytes;
     struct cuda_products *products;
     struct sdpa *sdpa; /* NULL: attention.cu's own kernels for all */
-    char description[160];
+    char description[208];
 };
 
 static inline struct cuda *cuda_of(const struct kernels *k) {
