@@ -544,7 +544,8 @@ static void compare_on_odd_shapes(struct kernels *k) {
         compare_cross_entropy(k, s[0], s[2], 4.0f, 1e-2f, 0);
         compare_cross_entropy(k, s[0], s[2], 4.0f, 0, 2e-2f);
         compare_elementwise(k, (size_t)s[0] * s[1] * s[2]);
-        compare_states(k, (size_t)s[0] * s[1] * s[2]);
+        size_t n = (size_t)s[0] * s[1] * s[2];
+        compare_states(k, n < 20011 ? n : 20011); /* more than two slices; the emulator takes its time */
     }
     finish(k);
 }
