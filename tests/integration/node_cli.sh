@@ -57,7 +57,7 @@ expect 2 '' "$node" trainer --fd 0
 expect 1 'folder|directory' "$node" join "$invite" --home /dev/null/home
 
 # A coordinator that is not there is waited for, and Ctrl-C ends that in order.
-expect 0 'trying again' timeout --preserve-status -s INT 2 "$node" join "$invite" --log-json
+expect 0 'trying again' timeout --foreground --preserve-status -s INT 2 "$node" join "$invite" --log-json
 "$node" join "$invite" >"$dir/log" 2>&1 &
 pid=$!
 for _ in $(seq 100); do grep -q 'trying again' "$dir/log" && break; sleep 0.1; done
