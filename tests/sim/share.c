@@ -102,7 +102,7 @@ void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim
         struct msg_checkpoint_part_done msg = {.index = e->frame.plan, .part = (uint32_t)(e->value >> 2),
                                                .check = e->value >> 1 & 1, .done = e->value & 1};
         if (msg.done && msg.index == h->index)
-            (msg.check ? h->seen_by : h->sent_by)[msg.part] |= 1ull << m->slot;
+            (msg.check ? h->seen_by : h->sent_by)[msg.part] |= 1ull << m->id;
         sim_member_step(w, m, &(struct sync_event){.type = SYNC_EV_CHECKPOINT_PART, .msg = &msg});
     }
 }

@@ -234,7 +234,8 @@ struct sim_share {
     uint64_t index; /* 0: none is written */
     uint32_t parts, open; /* open: offered and not answered */
     bool alone;
-    uint64_t sent_by[SIM_PARTS_MAX], seen_by[SIM_PARTS_MAX]; /* bits by slot; the writer is slot 0 */
+    /* Bits by id, as a machine may become another member; 1: the writer. */
+    uint64_t sent_by[SIM_PARTS_MAX], seen_by[SIM_PARTS_MAX];
 };
 
 struct sim_checkpoint {
