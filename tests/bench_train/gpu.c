@@ -43,7 +43,7 @@ static json_t *report(const struct run *r, const struct bench_case *c, double be
     struct msg_inner inner = *engine_inner(r->e);
     struct engine_memory plan;
     double tokens = (double)c->samples * SEQUENCE, flop = step_flop(r, steps), in_products = product_seconds(steps);
-    engine_plan(&r->m, &inner, r->k, &plan);
+    engine_plan(&r->m, &inner, r->k, NULL, &plan);
     return json_pack("{ss ss si sI si si sf sf sf sf sf sf sf sf sf so ss}", "name", c->name, "precision",
                      c->precision ? "bf16" : "fp32", "layers", (int)r->m.layers, "parameters",
                      (json_int_t)engine_elements(r->e), "samples", c->samples, "sequence", SEQUENCE, "tokens_per_s",
