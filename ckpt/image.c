@@ -59,7 +59,7 @@ struct ckpt_image *ckpt_image_create(const struct msg_model *m, enum ckpt_weight
 
 void ckpt_image_destroy(struct ckpt_image *im) {
     if (!im) return;
-    for (uint32_t i = 0; i < im->files; i++) free(im->file[i].header.data);
+    for (uint32_t i = 0; im->file && i < im->files; i++) free(im->file[i].header.data);
     free(im->file);
     free(im->shard);
     free(im);

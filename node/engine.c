@@ -576,7 +576,7 @@ static int check_state(const struct engine *e, int fd, const char *path, struct 
 /* Pass 2: into the engine, by tensors, so that blocks of moments are rounded once. */
 static int read_state(struct engine *e, int fd, const char *path, struct err *err) {
     uint32_t tensors = proto_model_tensor_count(&e->config);
-    size_t largest = 0;
+    size_t largest = 1;
     struct proto_tensor t;
     for (uint32_t i = 0; i < tensors; i++) {
         proto_model_tensor(&e->config, i, &t);
@@ -631,6 +631,12 @@ static int say_difference(const struct msg_model *m, size_t i, float is, float s
                    i % n - (size_t)t.offset, (double)is, path, (double)should_be);
 }
 
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 static int compare_values(const struct msg_model *m, const int fd[2], const char *const path[2],
                           float *block[2], struct err *err) {
     size_t all = 3 * (size_t)proto_model_elements(m);
@@ -639,7 +645,7 @@ static int compare_values(const struct msg_model *m, const int fd[2], const char
         for (int i = 0; i < 2; i++)
             if (file_read(fd[i], block[i], n * sizeof **block, path[i], err)) return -1;
         for (size_t i = 0; i < n; i++)
-            if (memcmp(&block[0][i], &block[1][i], sizeof **block))
+            if (bits_of(block[0][i]) != bits_of(block[1][i]))
                 return say_difference(m, at + i, block[0][i], block[1][i], path[1], err);
     }
     return 0;

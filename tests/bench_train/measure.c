@@ -64,7 +64,7 @@ static int fit_layers(struct run *r, const struct msg_inner *inner, struct devic
     if (device.index >= (int)n.count) return err_set(err, ERR_CONFIG, "there is no device %d", device.index);
     double room = 0.97 * (double)(n.device[device.index].bytes - n.device[device.index].used) - 5e8;
     for (;; r->m.layers--) {
-        engine_plan(&r->m, inner, r->k, &plan);
+        engine_plan(&r->m, inner, r->k, NULL, &plan);
         if ((double)plan.all <= room) return 0;
         if (r->m.layers == 1) return err_set(err, ERR_MEMORY, "not one layer fits into %.1f GB", room / 1e9);
     }
