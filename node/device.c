@@ -79,3 +79,13 @@ struct kernels *device_create(struct device d, int precision, int threads, int r
     }
     return create_cpu(precision, threads, err);
 }
+
+double device_host_bytes(void) {
+    char line[256];
+    double kb = 0;
+    FILE *f = fopen("/proc/meminfo", "re");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %lf", &kb) == 1) break;
+    if (f) fclose(f);
+    return 1024 * kb;
+}

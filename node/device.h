@@ -39,6 +39,9 @@ int device_check_ranks(struct device d, int ranks, struct err *err);
 struct kernels *device_create(struct device d, int precision, int threads, int ranks, struct err *why_no_gpu,
                               struct err *err);
 
+/* Memory of the machine that programs could have now; 0: not known. */
+double device_host_bytes(void);
+
 /* To an ERR_MEMORY of a GPU add which processes hold its memory, where the driver tells. */
 void device_name_holders(const struct kernels *k, struct err *err);
 

@@ -179,21 +179,11 @@ static void say_rates(struct doctor *d, const struct kernels *k, const struct do
 
 /* ---- the model ----------------------------------------------------------------------------------- */
 
-static double available_bytes(void) {
-    char line[256];
-    double kb = 0;
-    FILE *f = fopen("/proc/meminfo", "re");
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %lf", &kb) == 1) break;
-    if (f) fclose(f);
-    return 1024 * kb;
-}
-
 static void say_memory(struct doctor *d, const struct kernels *k, const struct nvml *n, bool on_gpu,
                        const struct msg_model *m, const struct msg_inner *inner) {
     struct engine_memory e;
     int at = on_gpu ? physical(n, d->device.index) : -1;
-    double there = !on_gpu ? available_bytes() : at < 0 ? 0 : (double)(n->device[at].bytes - n->device[at].used);
+    double there = !on_gpu ? device_host_bytes() : at < 0 ? 0 : (double)(n->device[at].bytes - n->device[at].used);
     engine_plan(m, inner, k, NULL, &e);
     double takes = (double)e.all;
     json_t *o;

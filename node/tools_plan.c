@@ -1,6 +1,7 @@
 /* tools_plan.c - the command `plan`; see tools.h. */
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
+#include "node/device.h"
 #include "node/engine.h"
 #include "node/layout.h"
 #include "node/mesh.h"
@@ -69,16 +70,6 @@ static const char *training_name(int training) {
         "", "nothing", "norms", "norms, SwiGLU", "norms, SwiGLU, gate and up", "all but attention"
     };
     return names[training];
-}
-
-static double available_bytes(void) {
-    char line[256];
-    double kb = 0;
-    FILE *f = fopen("/proc/meminfo", "re");
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %lf", &kb) == 1) break;
-    if (f) fclose(f);
-    return 1024 * kb;
 }
 
 static int set_shape(struct plan *p, const char *preset, struct err *err) {
@@ -325,7 +316,7 @@ static int parse(int argc, char **argv, struct plan *p, const char **preset, int
 }
 
 int tool_plan(int argc, char **argv) {
-    struct plan p = { .memory = available_bytes(), .shape = { .tp = 1, .dp = 1 } };
+    struct plan p = { .memory = device_host_bytes(), .shape = { .tp = 1, .dp = 1 } };
     struct err err = { 0 };
     const char *preset = NULL;
     int json = 0, rc = parse(argc, argv, &p, &preset, &json);
