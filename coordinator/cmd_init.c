@@ -283,8 +283,10 @@ static int name_checkpoint(const struct settings *s, const struct corpus_facts *
     return result;
 }
 
+/* Of a plain folder, which stands nowhere in any data, it was said. */
 static void tell_data(const struct settings_genesis *g) {
     uint64_t spent = 0;
+    if (!g->genesis.init_spent && !g->other_data) return;
     for (uint32_t i = 0; i < g->genesis.init_spent_count; i++) spent += g->spent[i].count;
     if (g->other_data) fprintf(stderr, "the data begins anew, not where the checkpoint stood: %s\n",
                                g->other_data);

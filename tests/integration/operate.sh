@@ -68,6 +68,7 @@ stop_coordinator; kill_now dave
 R3=$W/third
 "$COORDINATOR" init "$R3" --corpus "$W/corpus/corpus.json" "${settings[@]}" --from "$W/plain" >"$W/init3.log" 2>&1 || fail "init --from a plain folder: $(tail -n 1 "$W/init3.log")"
 check "what a plain folder lacks is said" grep -q "plain Hugging Face folder.*fp32" "$W/init3.log"
+check "and nothing of where its data stood" test "$(grep -c "where the checkpoint stood" "$W/init3.log")" = 0
 start_coordinator "$R3" "$P"
 start_node erin "$R3"
 check "a run that begins with plain weights commits" wait_for 60 "$R3" 'round >= 4'
