@@ -260,8 +260,7 @@ static void only_the_runs_store_is_asked(void **state) {
     struct test t;
     uint8_t bytes[64] = {0};
     begin(&t, *state, false, 1);
-    memcpy(store.object, bytes, sizeof bytes);
-    store.bytes = sizeof bytes;
+    store_set(bytes, sizeof bytes, 0);
     for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++) {
         ask_at(&t, elsewhere[i], files[0], true, bytes, sizeof bytes);
         assert_false(t.done);
