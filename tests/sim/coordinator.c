@@ -216,7 +216,7 @@ static void send(struct sim_world *w, const struct sim_core *core, struct sim_co
 static void sign_checkpoint(struct sim_world *w, const struct sim_core *core, struct sim_conn *c,
                             const struct core_action *a) {
     const struct msg_checkpoint_sign *s = a->msg;
-    sim_share_signed(w, s->index);
+    sim_share_signed(w, core->term, s->index);
     struct msg_checkpoint_signed answer = {.index = s->index};
     proto_sign(&w->online, "manifest", &w->run, core->term, s->manifest.data, s->manifest.length,
                &answer.signature);

@@ -38,7 +38,9 @@ static void go_on(struct sim_world *w, struct sim_member *m) {
 
 void sim_share_begin(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_write *msg) {
     struct sim_share *h = &w->share;
-    *h = (struct sim_share){.index = msg->index, .parts = msg->shared ? 1 + msg->index % SIM_PARTS_MAX : 0};
+    struct sync_view v;
+    sync_look(m->sync, &v);
+    *h = (struct sim_share){.index = msg->index, .term = v.term, .parts = msg->shared ? 1 + msg->index % SIM_PARTS_MAX : 0};
     sim_schedule(w, 50 + sim_random(w, 300), SIM_PART, m->slot)->value = UINT64_MAX; /* it has read them */
 }
 
@@ -107,8 +109,10 @@ void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim
     }
 }
 
-void sim_share_signed(struct sim_world *w, uint64_t index) {
+/* A coordinator that was stopped may sign what it was asked for before its successor had it written again. */
+void sim_share_signed(struct sim_world *w, uint64_t term, uint64_t index) {
     const struct sim_share *h = &w->share;
+    if (term < h->term) return;
     for (uint32_t i = 0; index == h->index && i < h->parts; i++) {
         if (!h->sent_by[i] || !h->seen_by[i])
             sim_violation(w, "checkpoint %llu is signed, and part %u was %s", (unsigned long long)index, i,

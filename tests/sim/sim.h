@@ -231,7 +231,7 @@ struct sim_state { /* a chunk version as the first member that reached it has it
 /* A checkpoint whose parts members send and look at: what the writer waits for, and who did what. */
 #define SIM_PARTS_MAX 6
 struct sim_share {
-    uint64_t index; /* 0: none is written */
+    uint64_t index, term; /* 0: none is written; of the coordinator that asked for it */
     uint32_t parts, open; /* open: offered and not answered */
     bool alone;
     /* Bits by id, as a machine may become another member; 1: the writer. */
@@ -435,7 +435,7 @@ void sim_share_alone(struct sim_world *w, struct sim_member *m);
 void sim_share_asked(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part *msg);
 void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim_event *e);
 /* The coordinator signs a manifest: what members sent, others have looked at. */
-void sim_share_signed(struct sim_world *w, uint64_t index);
+void sim_share_signed(struct sim_world *w, uint64_t term, uint64_t index);
 void sim_checkpoint_keep(struct sim_world *w, const struct sim_member *m, uint64_t index);
 int sim_checkpoint_load(const struct sim_world *w, const struct sim_member *m,
                         const struct msg_checkpoint *from, uint64_t first, size_t n, float *anchor,
