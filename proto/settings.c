@@ -261,6 +261,12 @@ void settings_mark_given(struct settings *s, const void *field) {
     s->given[index_of_field(s, field)] = true;
 }
 
+void settings_mark_all_given(struct settings *s, const void *first, size_t bytes) {
+    size_t from = (size_t)((const char *)first - (const char *)s);
+    for (int i = 0; i < SETTINGS; i++)
+        if (table[i].offset >= from && table[i].offset < from + bytes) s->given[i] = true;
+}
+
 /* ---- one value ----------------------------------------------------------------------------- */
 
 /* Where a value came from, for messages: "run.yaml line 12", "--set". */

@@ -61,6 +61,8 @@ void settings_init(struct settings *s);
 bool settings_given(const struct settings *s, const void *field);
 /* As if a person had written what stands there: settings_save() writes it as a line. */
 void settings_mark_given(struct settings *s, const void *field);
+/* The same of all settings that are kept in these bytes of s. */
+void settings_mark_all_given(struct settings *s, const void *first, size_t bytes);
 
 /* Take in a file, or text (path is only for messages). ERR_CONFIG: "run.yaml line 12: ..." with the
  * key and what is allowed; ERR_NOT_FOUND, ERR_IO. */

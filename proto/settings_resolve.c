@@ -126,53 +126,40 @@ int settings_locate_corpus(struct settings *s, const char *dir, char *path, size
         if (!settings_given(s, s->field)) snprintf(s->field, sizeof s->field, __VA_ARGS__);        \
     } while (0)
 
+static void default_network(struct settings *s, const struct msg_model *m) {
+    DEFAULT(model.layers, m->layers);
+    DEFAULT(model.width, m->width);
+    DEFAULT(model.heads, m->heads);
+    DEFAULT(model.kv_heads, m->kv_heads);
+    DEFAULT(model.ffn, m->ffn);
+    DEFAULT(model.vocabulary, m->vocabulary);
+    DEFAULT(model.sequence, m->sequence);
+    DEFAULT(model.rope_theta, m->rope_theta);
+    DEFAULT(model.rope_type, m->rope_type);
+    DEFAULT(model.rope_factor, m->rope_factor);
+    DEFAULT(model.rope_low_factor, m->rope_low_factor);
+    DEFAULT(model.rope_high_factor, m->rope_high_factor);
+    DEFAULT(model.rope_original, m->rope_original);
+    DEFAULT(model.norm_eps, m->norm_eps);
+    DEFAULT(model.tied, m->tied);
+}
+
 static int default_model(struct settings *s, struct err *err) {
     struct msg_model m;
     if (proto_model_preset(s->preset, &m, err)) {
         err_prefix(err, "model.preset");
         return -1;
     }
-    DEFAULT(model.layers, m.layers);
-    DEFAULT(model.width, m.width);
-    DEFAULT(model.heads, m.heads);
-    DEFAULT(model.kv_heads, m.kv_heads);
-    DEFAULT(model.ffn, m.ffn);
-    DEFAULT(model.vocabulary, m.vocabulary);
-    DEFAULT(model.sequence, m.sequence);
-    DEFAULT(model.rope_theta, m.rope_theta);
-    DEFAULT(model.rope_type, m.rope_type);
-    DEFAULT(model.rope_factor, m.rope_factor);
-    DEFAULT(model.rope_low_factor, m.rope_low_factor);
-    DEFAULT(model.rope_high_factor, m.rope_high_factor);
-    DEFAULT(model.rope_original, m.rope_original);
-    DEFAULT(model.norm_eps, m.norm_eps);
-    DEFAULT(model.tied, m.tied);
+    default_network(s, &m);
     DEFAULT(init_seed, 1);
     return 0;
 }
 
-#define TAKE(field, value)                                                                         \
-    do {                                                                                           \
-        DEFAULT(model.field, value);                                                               \
-        settings_mark_given(s, &s->model.field);                                                   \
-    } while (0)
-
 void settings_take_model(struct settings *s, const struct msg_model *m, const struct corpus_facts *corpus) {
-    TAKE(layers, m->layers);
-    TAKE(width, m->width);
-    TAKE(heads, m->heads);
-    TAKE(kv_heads, m->kv_heads);
-    TAKE(ffn, m->ffn);
-    TAKE(vocabulary, m->vocabulary);
-    TAKE(sequence, corpus && corpus->sequence < m->sequence ? corpus->sequence : m->sequence);
-    TAKE(rope_theta, m->rope_theta);
-    TAKE(rope_type, m->rope_type);
-    TAKE(rope_factor, m->rope_factor);
-    TAKE(rope_low_factor, m->rope_low_factor);
-    TAKE(rope_high_factor, m->rope_high_factor);
-    TAKE(rope_original, m->rope_original);
-    TAKE(norm_eps, m->norm_eps);
-    TAKE(tied, m->tied);
+    struct msg_model taken = *m;
+    if (corpus && corpus->sequence < m->sequence) taken.sequence = corpus->sequence;
+    default_network(s, &taken);
+    settings_mark_all_given(s, &s->model, sizeof s->model);
 }
 
 static int default_inner(struct settings *s, const struct corpus_facts *corpus, struct err *err) {
