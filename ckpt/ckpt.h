@@ -29,6 +29,7 @@
 #define CKPT_MANIFEST_BYTES_MAX PROTO_BLOB_BYTES_MAX
 #define CKPT_LEDGER_BYTES_MAX (1u << 30)
 #define CKPT_PREFIX_BYTES_MAX 63
+#define CKPT_TOKENIZER_JSON_BYTES_MAX (32u << 20)
 
 /* "step-000000000042": the folder of the checkpoint at a ledger index, below the store's URL. */
 void ckpt_prefix(uint64_t index, char out[CKPT_PREFIX_BYTES_MAX + 1]);
@@ -389,5 +390,8 @@ int ckpt_folder_write(const struct ckpt_folder *f, const char *dir, struct err *
  * folder `dir`: no momentum, cursor, ledger or signature. Digests are checked on the way.
  * ERR_REFUSED: dir has something in it. A failed export leaves an empty folder. */
 int ckpt_export(const struct ckpt *c, const char *dir, struct err *err);
+
+/* Is there no such folder, or nothing in it? ERR_REFUSED names what is. */
+int ckpt_check_empty(const char *dir, struct err *err);
 
 #endif

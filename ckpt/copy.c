@@ -259,7 +259,7 @@ static int export_all(const struct ckpt *c, struct ckpt_store *to, struct err *e
     return 0;
 }
 
-static int check_empty(const char *dir, struct err *err) {
+int ckpt_check_empty(const char *dir, struct err *err) {
     DIR *d = opendir(dir);
     if (!d) return errno == ENOENT ? 0 : err_set_errno(err, "%s", dir);
     int r = 0;
@@ -272,7 +272,7 @@ static int check_empty(const char *dir, struct err *err) {
 }
 
 int ckpt_export(const struct ckpt *c, const char *dir, struct err *err) {
-    if (check_empty(dir, err)) return -1;
+    if (ckpt_check_empty(dir, err)) return -1;
     struct ckpt_store *to = ckpt_store_open(dir, true, err);
     if (!to) return -1;
     int r = export_all(c, to, err);

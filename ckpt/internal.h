@@ -14,7 +14,6 @@
 #define CKPT_BLOCK_BYTES (1u << 20)      /* read and hashed at a time, from a folder */
 
 #define CKPT_TOKENIZER_BYTES "bytes"
-#define CKPT_TOKENIZER_JSON_BYTES_MAX (32u << 20)
 
 /* Bytes that are the caller's, from malloc. */
 struct ckpt_blob {

@@ -39,7 +39,6 @@ static const char help[] =
     "             --set outer.inner_steps=50 --set outer.quorum=3\n";
 
 #define SETS_MAX 64
-#define TOKENIZER_BYTES_MAX (32u << 20)
 
 struct init_options {
     const char *command, *corpus, *preset, *from;
@@ -458,7 +457,7 @@ static int copy_tokenizer(const struct init *in, const char *home, struct err *e
     uint8_t *bytes;
     size_t n;
     if (!strcmp(in->corpus.tokenizer, "bytes")) return 0;
-    if (corpus_file_read(&in->settings, AGGREGATOR_TOKENIZER, TOKENIZER_BYTES_MAX, &bytes, &n, err)) return -1;
+    if (corpus_file_read(&in->settings, AGGREGATOR_TOKENIZER, CKPT_TOKENIZER_JSON_BYTES_MAX, &bytes, &n, err)) return -1;
     struct ckpt_store *to = ckpt_store_open(home, false, err);
     int result = to ? to->ops->put(to, AGGREGATOR_TOKENIZER, bytes, n, NULL, err) : -1;
     if (to) to->ops->close(to);

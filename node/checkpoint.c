@@ -15,7 +15,6 @@
 #include "node/timer.h"
 
 #define BACKLOG_WAIT_MS 5
-#define TOKENIZER_JSON_BYTES_MAX (32 << 20)
 
 struct checkpoint {
     struct event_base *base;
@@ -185,7 +184,7 @@ static uint8_t *read_tokenizer(const struct checkpoint *c, size_t *n) {
     uint8_t *bytes = NULL;
     int fd = *c->tokenizer ? open(c->tokenizer, O_RDONLY | O_CLOEXEC) : -1;
     if (fd < 0) return NULL;
-    if (!fstat(fd, &st) && st.st_size > 0 && st.st_size <= TOKENIZER_JSON_BYTES_MAX)
+    if (!fstat(fd, &st) && st.st_size > 0 && st.st_size <= (off_t)CKPT_TOKENIZER_JSON_BYTES_MAX)
         bytes = malloc(*n = (size_t)st.st_size);
     if (bytes && file_read(fd, bytes, *n, c->tokenizer, NULL)) {
         free(bytes);

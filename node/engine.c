@@ -1,6 +1,7 @@
 /* engine.c - one device's inner steps: gradient, clipping, AdamW, saved state; see engine.h. */
 #include "node/engine.h"
 
+#include "kernels/bf16.h"
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "node/fault.h"
@@ -631,12 +632,6 @@ static int say_difference(const struct msg_model *m, size_t i, float is, float s
                    i % n - (size_t)t.offset, (double)is, path, (double)should_be);
 }
 
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
 static int compare_values(const struct msg_model *m, const int fd[2], const char *const path[2],
                           float *block[2], struct err *err) {
     size_t all = 3 * (size_t)proto_model_elements(m);
@@ -645,7 +640,7 @@ static int compare_values(const struct msg_model *m, const int fd[2], const char
         for (int i = 0; i < 2; i++)
             if (file_read(fd[i], block[i], n * sizeof **block, path[i], err)) return -1;
         for (size_t i = 0; i < n; i++)
-            if (bits_of(block[0][i]) != bits_of(block[1][i]))
+            if (bf16_bits(block[0][i]) != bf16_bits(block[1][i]))
                 return say_difference(m, at + i, block[0][i], block[1][i], path[1], err);
     }
     return 0;

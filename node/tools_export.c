@@ -1,9 +1,6 @@
 /* tools_export.c - export and import: a model as a plain Hugging Face folder; see tools_ckpt.h. */
 #include "node/tools_ckpt.h"
 
-#include <assert.h>
-#include <dirent.h>
-#include <errno.h>
 #include <getopt.h>
 #include <math.h>
 #include <stdbool.h>
@@ -75,20 +72,6 @@ static int parse(int argc, char **argv, const char *help, struct export_wish *w)
 
 /* ---- a folder of a vector ---------------------------------------------------------------------- */
 
-/* ckpt_folder_write() would exchange what is there. */
-static int check_empty(const char *dir, struct err *err) {
-    assert(dir);
-    DIR *d = opendir(dir);
-    if (!d) return errno == ENOENT ? 0 : err_set_errno(err, "%.150s", dir);
-    int rc = 0;
-    for (struct dirent *e; rc == 0 && (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, ".."))
-            rc = err_set(err, ERR_REFUSED, "%.100s: has \"%.64s\" in it; give a new or empty folder", dir,
-                         e->d_name);
-    closedir(d);
-    return rc;
-}
-
 struct source {
     const struct ckpt *c;
     enum ckpt_which which;
@@ -128,7 +111,8 @@ static int rewrite(const struct export_wish *w, const struct ckpt *c, struct err
                              .shard_bytes = (uint64_t)(w->file_gb * 1e9) };
     char *json = NULL;
     size_t n = 0;
-    if (check_empty(w->to, err) || ckpt_verify_vector(c, s.which, err)) return -1;
+    /* ckpt_folder_write() would exchange what is there. */
+    if (ckpt_check_empty(w->to, err) || ckpt_verify_vector(c, s.which, err)) return -1;
     if (ckpt_tokenizer_json(c, &json, &n, err) && err->code != ERR_NOT_FOUND) return -1;
     struct tokenizer *t = name_tokenizer(w, c, json, n, &f.tokenizer);
     if (json) f.tokenizer_json = (struct proto_bytes){ (const uint8_t *)json, (uint32_t)n };
