@@ -93,6 +93,7 @@ enum core_action_type {
     CORE_ACT_SEND_LEDGER,  /* entries [from, head] to conn, as MSG_LEDGER batches */
     CORE_ACT_SIGN,         /* sign msg (a msg_checkpoint_sign), answer conn with MSG_CHECKPOINT_SIGNED */
     CORE_ACT_KNOWN,        /* conn is a member now: lift the limits for strangers */
+    CORE_ACT_LISTEN,       /* conn, a stranger, was asked for its ledger: take frames of a member's size from it */
     CORE_ACT_CLOSE,        /* send BYE with code, final, text; then close conn */
     CORE_ACT_RESTART,      /* entries of a newer ledger were persisted: raise the store's term above `term`, make a
                             * new core from the store, start it with hold_ms; nothing of this list comes after */

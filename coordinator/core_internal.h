@@ -431,10 +431,16 @@ void core_put_right(struct core *c, struct core_actions *out);
 /* Has the member of this HELLO seen more of the run than the store remembers? Then it was answered. */
 bool core_is_shown_more(struct core *c, struct conn *k, const struct msg_hello *msg,
                         uint64_t now_ms, struct core_actions *out);
+/* The same of a key that is not enrolled here, but perhaps in what it has: is it asked for its entries? The
+ * run does not wait for them before one has proved good. */
+bool core_is_shown_by_stranger(struct core *c, struct conn *k, const struct msg_hello *msg,
+                               uint64_t now_ms, struct core_actions *out);
 void core_on_ledger(struct core *c, struct conn *k, const struct msg_ledger *msg,
                     struct core_actions *out);
-/* Who shows nothing in time is let go: the run waits for it. */
+/* Who shows nothing in time is let go: the run may wait for it. */
 void core_check_takeover(struct core *c, uint64_t now_ms, struct core_actions *out);
+/* Is somebody about to show entries? Nothing is appended before them. */
+bool core_awaits_entries(const struct core *c);
 /* May members still show entries that this store lacks? One that we wrote now would be another history. */
 bool core_is_behind(const struct core *c);
 /* The connection that shows entries is gone; 0: whichever it is. */

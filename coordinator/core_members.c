@@ -189,7 +189,8 @@ static bool is_copy(const struct core *c, const struct member *m, const struct m
 /* Refusals come before anything changes. */
 static bool refuse_hello(struct core *c, struct conn *k, const struct msg_hello *msg,
                          uint64_t now_ms, struct core_actions *out) {
-    if (!k->member) { /* in a newer ledger than ours its key may be, which others come to show */
+    if (!k->member) { /* in a newer ledger than ours its key may be, which it or others show */
+        if (core_is_shown_by_stranger(c, k, msg, now_ms, out)) return true;
         bool final = msg->head_index < c->entry_count && msg->term_max <= c->term &&
                      now_ms - c->start_ms >= 2ull * c->outer->silence_ms_max;
         core_complain(c, out, CORE_WARNING,

@@ -161,7 +161,7 @@ void core_check_resum(struct core *c, uint64_t now_ms, struct core_actions *out)
         core_forget_plan(p);
     }
     /* After a start of ours members need their time to come back. */
-    if (now_ms - c->start_ms < c->outer->silence_ms_max || c->takeover) return;
+    if (now_ms - c->start_ms < c->outer->silence_ms_max || core_awaits_entries(c)) return;
     forsake_holders(c, now_ms, out);
     struct state *s = core_live_count(c) ? find_lost(c) : NULL;
     if (!s) {

@@ -297,7 +297,7 @@ void core_check_round(struct core *c, struct round *r, uint64_t now_ms, struct c
     if (r->phase == ROUND_COLLECT || replace_lost(c, r, now_ms, out)) return;
     drop_cut(c, r, out);
     core_check_audits(c, r, now_ms, out);
-    if (c->takeover) return; /* our ledger may be behind: nothing is appended to it now */
+    if (core_awaits_entries(c)) return; /* our ledger may be behind: nothing is appended to it now */
     if (r->phase == ROUND_AUDIT) {
         if (!core_audits_open(r)) core_commit(c, r, now_ms, out);
     } else if (r->phase == ROUND_REDUCE && core_held_twice(&r->plan)) {

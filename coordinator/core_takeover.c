@@ -1,7 +1,9 @@
 /* core_takeover.c - a member has seen more of the run than our store: an older copy of it was put
  * back. What the run's keys signed is taken over, entry by entry as any reader would, and the core
  * starts again from the store under a term above all it saw. Nobody's bare word is enough for more
- * than that: a term without entries needs a second witness, or time. */
+ * than that: a term without entries needs a second witness, or time. A key that we don't know may be
+ * enrolled in what we lack, so it may show entries too; but the run waits for a stranger only once
+ * one of them has proved good, and a member may take its place until then. */
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,9 +13,11 @@
 #define LLU(x) ((unsigned long long)(x))
 #define PATIENCE 8u /* silences that one member must stand by its word for a newer term before it is taken, and
                      * between two times that a member may show entries */
+#define COME_AGAIN "the coordinator's store is older than the run; come again"
 
 struct takeover {
-    uint64_t conn, head_index, term, bytes;
+    uint64_t conn, head_index, term, bytes, until_ms;
+    bool holds; /* nothing is planned, granted or written: what comes might contradict it */
     struct ledger_chain chain;
     struct batch batch;
 };
@@ -37,8 +41,10 @@ static void restart(struct core *c, uint64_t term, struct core_actions *out) {
     c->over = true;
 }
 
+bool core_awaits_entries(const struct core *c) { return c->takeover && c->takeover->holds; }
+
 bool core_is_behind(const struct core *c) {
-    return c->takeover || c->tick_ms < c->hold_until_ms;
+    return core_awaits_entries(c) || c->tick_ms < c->hold_until_ms;
 }
 
 /* ---- a newer term --------------------------------------------------------------------------- */
@@ -61,12 +67,16 @@ static void on_newer_term(struct core *c, struct conn *k, uint64_t term, uint64_
         if (m->term_shown <= c->term) m->term_shown_ms = now_ms;
         m->term_shown = term;
     }
-    core_close(c, out, k->id, ERR_STALE, false,
-               "the coordinator's store is older than the run; come again");
+    core_close(c, out, k->id, ERR_STALE, false, COME_AGAIN);
     if (m->term_shown == term && is_witnessed(c, m, now_ms)) restart(c, term, out);
 }
 
 /* ---- newer entries -------------------------------------------------------------------------- */
+
+static void hold(struct core *c) {
+    c->takeover->holds = true;
+    c->hold_until_ms = c->takeover->until_ms;
+}
 
 static void begin(struct core *c, struct conn *k, const struct msg_hello *msg, uint64_t now_ms,
                   struct core_actions *out) {
@@ -76,19 +86,13 @@ static void begin(struct core *c, struct conn *k, const struct msg_hello *msg, u
     t->conn = k->id;
     t->head_index = msg->head_index;
     t->term = msg->term_max;
+    t->until_ms = now_ms + c->outer->silence_ms_max;
     t->chain = c->keys;
     t->chain.next_index = c->entry_count;
     t->chain.head = c->entries[c->entry_count - 1];
     t->chain.term = c->entry_term;
     c->takeover = t;
     k->showing = true;
-    k->member->showed_ms = now_ms;
-    /* What we planned or granted meanwhile might contradict what comes. */
-    c->hold_until_ms = now_ms + c->outer->silence_ms_max;
-    core_log(out, CORE_WARNING,
-             WHO " has ledger entry %llu, this store ends at %llu: it is an older copy, and asks for "
-                 "the rest",
-             WHO_OF(k->member), LLU(msg->head_index), LLU(c->entry_count - 1));
     core_send_conn(out, k->id, 0, MSG_LEDGER_GET, 0, &get);
 }
 
@@ -96,11 +100,33 @@ static void on_newer_head(struct core *c, struct conn *k, const struct msg_hello
                           uint64_t now_ms, struct core_actions *out) {
     struct member *m = k->member;
     bool again = m->showed_ms && now_ms - m->showed_ms < patience_ms(c);
-    if (c->takeover || again)
-        core_close(c, out, k->id, ERR_STALE, false,
-                   "the coordinator's store is older than the run; come again");
-    else
-        begin(c, k, msg, now_ms, out);
+    if (core_awaits_entries(c) || again) {
+        core_close(c, out, k->id, ERR_STALE, false, COME_AGAIN);
+        return;
+    }
+    uint64_t conn = k->id;
+    if (c->takeover) core_close(c, out, c->takeover->conn, ERR_STALE, false, COME_AGAIN);
+    k = core_conn(c, conn); /* closing the other one moved the list */
+    begin(c, k, msg, now_ms, out);
+    m->showed_ms = now_ms;
+    hold(c);
+    core_log(out, CORE_WARNING,
+             WHO " has ledger entry %llu, this store ends at %llu: it is an older copy, and asks for "
+                 "the rest",
+             WHO_OF(m), LLU(msg->head_index), LLU(c->entry_count - 1));
+}
+
+bool core_is_shown_by_stranger(struct core *c, struct conn *k, const struct msg_hello *msg,
+                               uint64_t now_ms, struct core_actions *out) {
+    if (digest_is_zero(&msg->head_digest) || msg->head_index < c->entry_count || c->takeover)
+        return false;
+    begin(c, k, msg, now_ms, out);
+    core_emit(out, CORE_ACT_LISTEN)->conn = k->id;
+    core_complain(c, out, CORE_WARNING,
+                  "HELLO from %s with a key that is not enrolled and ledger entry %llu, this store ends "
+                  "at %llu: it may show the rest",
+                  k->host, LLU(msg->head_index), LLU(c->entry_count - 1));
+    return true;
 }
 
 /* A fork is for a person to settle: of two entries with one index the higher term holds. */
@@ -177,7 +203,7 @@ static void finish(struct core *c, struct core_actions *out) {
 }
 
 void core_check_takeover(struct core *c, uint64_t now_ms, struct core_actions *out) {
-    if (c->takeover && now_ms >= c->hold_until_ms)
+    if (c->takeover && now_ms >= c->takeover->until_ms)
         core_close(c, out, c->takeover->conn, ERR_TIMEOUT, false,
                    "the entries that HELLO spoke of did not come");
 }
@@ -194,7 +220,11 @@ void core_on_ledger(struct core *c, struct conn *k, const struct msg_ledger *msg
     }
     if (is_fork(c, msg, &term)) {
         struct digest theirs = t->chain.head;
-        on_fork(c, k, c->entry_count - 1, &theirs, term, out);
+        if (!k->member) /* no signature was looked at: a stranger's word is not the operator's affair */
+            core_close(c, out, k->id, ERR_STALE, false, "LEDGER: entry %llu hangs on another head",
+                       LLU(c->entry_count));
+        else
+            on_fork(c, k, c->entry_count - 1, &theirs, term, out);
         return;
     }
     for (uint32_t i = 0; i < msg->entries_count; i++)
@@ -202,6 +232,7 @@ void core_on_ledger(struct core *c, struct conn *k, const struct msg_ledger *msg
             core_close(c, out, k->id, ERR_PROTOCOL, false, "LEDGER: %s", err.msg);
             return;
         }
+    if (t->batch.count) hold(c);
     bool whole = t->chain.next_index > t->head_index || t->bytes > CORE_TAKEOVER_BYTES_MAX;
     if (whole && t->batch.count) finish(c, out);
 }

@@ -111,6 +111,7 @@ static int carry_out(struct server *s, struct core_action *a, struct err *err) {
     case CORE_ACT_SEND: if (c) send_message(s, c, a); return 0;
     case CORE_ACT_SIGN: if (c) sign_checkpoint(s, c, a); return 0;
     case CORE_ACT_KNOWN: if (c) server_connection_known(c); return 0;
+    case CORE_ACT_LISTEN: if (c) channel_set_frame_bytes_max(c->channel, PROTO_CONTROL_BYTES_MAX); return 0;
     case CORE_ACT_CLOSE: if (c) say_bye(s, c, a); return 0;
     }
     assert(!"an action the server does not know");

@@ -272,6 +272,68 @@ static void a_key_that_a_newer_ledger_may_know_is_not_turned_away_for_ever(void 
     assert_false(action(r, CORE_ACT_CLOSE)->final);
 }
 
+/* A member enrolled after the copy was made, and everybody else has gone: what it shows is taken all the
+ * same. The run does not stop for its word, and a member's goes first. */
+static struct copy *one_enrolled_later(struct rig *r, struct keys *keys, uint64_t *head) {
+    start_signed(r, keys, 2);
+    struct copy *older = copy_store(r);
+    dial(r, &r->fake[5]), enrol(r, &r->fake[5]);
+    dial(r, &r->fake[6]), enrol(r, &r->fake[6]);
+    *head = look(r).head_index;
+    struct copy *newer = put_back(r, older);
+    load(r);
+    return newer;
+}
+
+static void a_key_of_the_lost_entries_shows_them(void **state) {
+    struct rig *r = *state;
+    struct keys keys;
+    uint64_t head;
+    struct copy *newer = one_enrolled_later(r, &keys, &head);
+    struct fake *f = &r->fake[5];
+    hello_with_head(r, f, newer, head, r->term);
+    assert_non_null(sent(r, f, MSG_LEDGER_GET));
+    assert_non_null(action(r, CORE_ACT_LISTEN));
+    assert_false(look(r).behind);
+    hello_with_head(r, &r->fake[6], newer, head, r->term); /* one at a time */
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_REFUSED);
+    assert_false(action(r, CORE_ACT_CLOSE)->final);
+    show(r, f, newer, &keys.online, head - 1, head - 1);
+    assert_true(look(r).behind); /* it has proved that there is more */
+    hello_with_head(r, &r->fake[2], newer, head, r->term);
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_STALE);
+    show(r, f, newer, &keys.online, head, head);
+    assert_true(r->restart);
+    load(r);
+    dial(r, f), hello(r, f);
+    assert_non_null(sent(r, f, MSG_HELLO_ACK));
+    release(newer);
+}
+
+static void a_strangers_boast_stops_nobody(void **state) {
+    struct rig *r = *state;
+    struct keys keys;
+    uint64_t head;
+    struct copy *newer = one_enrolled_later(r, &keys, &head);
+    struct fake *f = &r->fake[5];
+    hello_with_head(r, f, newer, head, r->term);
+    show(r, f, newer, &f->identity, head - 1, head - 1); /* not signed by the run */
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_PROTOCOL);
+    assert_false(look(r).behind);
+    hello_with_head(r, f, newer, head, r->term);
+    assert_non_null(sent(r, f, MSG_LEDGER_GET));
+    pass(r, r->outer.silence_ms_max + 200); /* it shows nothing and is let go */
+    assert_false(look(r).behind);
+    hello_with_head(r, f, newer, head, r->term);
+    assert_non_null(sent(r, f, MSG_LEDGER_GET));
+    hello_with_head(r, &r->fake[2], newer, head, r->term); /* a member takes its place */
+    assert_non_null(sent(r, &r->fake[2], MSG_LEDGER_GET));
+    assert_int_equal(action(r, CORE_ACT_CLOSE)->code, ERR_STALE);
+    show(r, &r->fake[2], newer, &keys.online, head - 1, head);
+    assert_true(r->restart);
+    release(newer);
+}
+
 static void a_forged_ledger_changes_nothing(void **state) {
     struct rig *r = *state;
     struct keys keys;
@@ -479,6 +541,8 @@ int main(void) {
         T(samples_of_lost_leases_are_free_again),
         T(claims_of_leases_that_were_lost_are_refused),
         T(a_key_that_a_newer_ledger_may_know_is_not_turned_away_for_ever),
+        T(a_key_of_the_lost_entries_shows_them),
+        T(a_strangers_boast_stops_nobody),
         T(a_forged_ledger_changes_nothing),
         T(a_newer_ledger_is_read_with_the_keys_that_it_names),
         T(a_member_that_shows_nothing_holds_the_run_up_for_a_moment_only),

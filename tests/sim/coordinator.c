@@ -279,6 +279,7 @@ static bool perform_one(struct sim_world *w, struct sim_core *core, struct core_
         if (c) sign_checkpoint(w, core, c, a);
         break;
     case CORE_ACT_KNOWN: break;
+    case CORE_ACT_LISTEN: break;
     case CORE_ACT_CLOSE:
         if (c) close_conn(w, core, c, a);
         break;

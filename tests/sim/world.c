@@ -357,7 +357,12 @@ static void deliver(struct sim_world *w, struct sim_event *e) {
     }
 }
 
-#define GRACE_MS 400000 /* the longest a run may take after the last fault */
+/* The longest a run may take after the last fault: each round's result has to reach every member over
+ * uplinks of a few bytes a millisecond, at worst through one of them. */
+static uint64_t grace_ms(const struct sim_world *w) {
+    uint64_t swarm_ms = 20000ull * w->members;
+    return swarm_ms > 400000 ? swarm_ms : 400000;
+}
 
 __attribute__((noinline)) static void trace_members(struct sim_world *w) {
     for (uint32_t i = 0; i <= w->copy_slot && w->trace; i++) {
@@ -384,9 +389,9 @@ _Noreturn static void never_ends(struct sim_world *w) {
     for (uint32_t f = 0; f < w->fragments; f++) rounds += w->next_round[f];
     trace_members(w);
     sim_violation(w,
-                  "the run does not end: %d s after the last fault it has %llu commits, phase %s, "
+                  "the run does not end: %llu s after the last fault it has %llu commits, phase %s, "
                   "%u live, %llu samples free, %llu spent of %llu",
-                  GRACE_MS / 1000, LLU(rounds), v.phase, v.members_live, LLU(v.samples_free),
+                  LLU(grace_ms(w) / 1000), LLU(rounds), v.phase, v.members_live, LLU(v.samples_free),
                   LLU(v.samples_spent), LLU(w->corpus.samples));
 }
 
@@ -408,7 +413,7 @@ static void loop(struct sim_world *w) {
             w->current_payload = NULL;
             free(e.payload);
         }
-        if (w->now > w->faults_until + GRACE_MS) never_ends(w);
+        if (w->now > w->faults_until + grace_ms(w)) never_ends(w);
     }
     if (!w->failed) oracle_end(w);
 }
