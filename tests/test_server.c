@@ -370,6 +370,28 @@ static void a_key_that_is_not_in_the_roster_is_refused(void **state) {
     somebody_joins();
 }
 
+/* Its enrolment may be in entries that our store lacks: it may send frames as large as theirs, but nothing
+ * that the run's keys did not sign. */
+static void a_stranger_with_a_newer_ledger_may_show_it(void **state) {
+    static uint8_t forged[PROTO_STRANGER_BYTES_MAX * 4];
+    struct msg_signed_entry entry = { .bytes = { forged, sizeof forged } };
+    struct msg_ledger ledger = { .entries = &entry, .entries_count = 1 };
+    struct msg_hello m = { .software = proto_str("test"), .head_index = 1000, .head_digest = { { 1 } } };
+    struct peer p;
+    (void)state;
+    peer_create(&p);
+    wait_for(&p, MSG_WELCOME);
+    say(&p, MSG_HELLO, 0, &m);
+    wait_for(&p, MSG_LEDGER_GET);
+    say(&p, MSG_LEDGER, 0, &ledger);
+    wait_for(&p, MSG_BYE);
+    assert_int_equal(p.bye.code, ERR_PROTOCOL);
+    assert_non_null(strstr(p.reason, "LEDGER: "));
+    wait_for(&p, 0);
+    peer_destroy(&p);
+    somebody_joins();
+}
+
 /* The first word after WELCOME is ENROL or HELLO; anything else shows that the peer is no node. */
 static void a_message_out_of_order_ends_the_connection(void **state) {
     struct msg_lease_ask ask = { .samples = 5 };
@@ -572,6 +594,7 @@ int main(void) {
         TEST(an_expired_invite_is_refused),
         TEST(a_forged_invite_is_refused),
         TEST(a_key_that_is_not_in_the_roster_is_refused),
+        TEST(a_stranger_with_a_newer_ledger_may_show_it),
         TEST(a_message_out_of_order_ends_the_connection),
         TEST(what_is_not_tls_is_named_in_the_log),
         TEST(strangers_of_one_address_are_few),
