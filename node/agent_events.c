@@ -74,7 +74,8 @@ static void round_applied(struct agent *a, struct console_figures f) {
 void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
     struct agent *a = arg;
-    feed_type(a, SYNC_EV_TICK);
+    agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TICK,
+                                        .beats = a->keeper ? segment_beats(keeper_segment(a->keeper)) : 0 });
     if (a->leaving) return;
     struct console_figures f = figures(a);
     if (f.view.chunks_missing == 0) origin_rest(a->origin);

@@ -177,6 +177,11 @@ void engine_limit_micro_batch(struct engine *e, uint32_t samples) {
     if (samples < e->micro_batch) e->micro_batch = samples;
 }
 
+void engine_set_watch(struct engine *e, void (*on_layer)(void *arg), void *arg) {
+    e->s.on_unit = on_layer;
+    e->s.on_unit_arg = arg;
+}
+
 void engine_set_document_end(struct engine *e, int32_t token) {
     struct model_objective objective = { .document_end = token, .z = (float)e->inner.z_loss,
                                          .max_z = (float)e->inner.max_z_loss };

@@ -86,6 +86,10 @@ void engine_share(const struct engine *e, uint32_t samples, uint32_t *first, uin
  * gradients of more micro-batches are added up. The same on all ranks. */
 void engine_limit_micro_batch(struct engine *e, uint32_t samples);
 
+/* Call on_layer whenever a pass over the network comes to another layer, forward or back: a step of many
+ * micro-batches is long, and whoever watches should see that it goes on. */
+void engine_set_watch(struct engine *e, void (*on_layer)(void *arg), void *arg);
+
 /* What a rank of a mesh will take, by part, before anything is taken. Of a mesh: that of the first rank,
  * which holds no less than another. */
 struct engine_shape {

@@ -35,7 +35,7 @@ struct keeper {
     bool device_failed;        /* this trainer's; `said` is why */
     struct event *wake, *child, *watch, *restart, *too_late;
     /* The watch: how long the trainer had something to do and moved nothing. */
-    uint64_t silence_ms, started_at_ms, watched_at_ms, still_ms, slowest_step_ms, taken;
+    uint64_t silence_ms, started_at_ms, watched_at_ms, still_ms, slowest_step_ms, taken, beats;
     bool moved;
 };
 
@@ -223,8 +223,9 @@ static void on_watch(evutil_socket_t fd, short what, void *arg) {
     struct keeper *k = arg;
     uint64_t now = timer_now_ms(), passed = now - k->watched_at_ms;
     drain(k);
-    if (segment_taken(k->segment) != k->taken) k->moved = true;
+    if (segment_taken(k->segment) != k->taken || segment_beats(k->segment) != k->beats) k->moved = true;
     k->taken = segment_taken(k->segment);
+    k->beats = segment_beats(k->segment);
     bool must_work = segment_busy(k->segment) || segment_untaken(k->segment) > 0;
     k->still_ms =
         k->moved || !must_work ? 0 : k->still_ms + (passed < 2 * WATCH_MS ? passed : WATCH_MS);

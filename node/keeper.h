@@ -37,8 +37,7 @@ struct keeper_ops {
 /* Make the segment and start the first trainer, as `PROGRAM trainer --fd N` (PROGRAM is the
  * running executable).
  *
- * silence_ms  a trainer that works and takes no step for max(30 s, 4 * silence_ms, 20 of its
- * slowest
+ * silence_ms  a trainer that works and computes no layer for max(30 s, 4 * silence_ms, 20 of its slowest
  *             steps) is killed as hung; before its first step it has ten times as long. Time in which
  *             the agent itself did not run does not count.
  * Returns NULL with ERR_MEMORY or ERR_IO. */

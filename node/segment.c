@@ -36,6 +36,7 @@ struct shared {
     struct segment_setup setup; /* its genesis.data means nothing here */
     int fd[SEGMENT_FDS]; /* memfd, commands' and results' eventfd, as the agent numbers them */
     _Alignas(64) _Atomic bool busy;
+    _Atomic uint64_t beats;
     struct ring commands, results;
 };
 
@@ -228,6 +229,13 @@ uint32_t segment_untaken(const struct segment *s) {
 
 void segment_set_busy(struct segment *s, bool busy) { atomic_store(&s->shared->busy, busy); }
 bool segment_busy(const struct segment *s) { return atomic_load(&s->shared->busy); }
+
+void segment_beat(struct segment *s) {
+    atomic_fetch_add_explicit(&s->shared->beats, 1, memory_order_relaxed);
+}
+uint64_t segment_beats(const struct segment *s) {
+    return atomic_load_explicit(&s->shared->beats, memory_order_relaxed);
+}
 
 float *segment_in(struct segment *s) { return (float *)(void *)((uint8_t *)s->shared + s->in_at); }
 uint8_t *segment_ops(struct segment *s) { return (uint8_t *)s->shared + s->ops_at; }

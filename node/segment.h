@@ -125,6 +125,11 @@ uint32_t segment_untaken(const struct segment *s);
 void segment_set_busy(struct segment *s, bool busy);
 bool segment_busy(const struct segment *s);
 
+/* The trainer counts what it computes in units smaller than a step (layers of a pass), so that a step may
+ * take as long as it likes. Grows over the life of the segment. */
+void segment_beat(struct segment *s);
+uint64_t segment_beats(const struct segment *s);
+
 float *segment_in(struct segment *s);                           /* [elements] */
 uint8_t *segment_ops(struct segment *s);                        /* [chunks], enum sync_op */
 float *segment_out(struct segment *s, enum segment_out which);  /* [elements] */

@@ -153,6 +153,7 @@ static const void *unit_weights(void *arg, uint32_t unit) {
     struct shard *s = arg;
     const struct comm *c = s->mesh.data;
     size_t first = layout_unit_at(&s->layout, unit);
+    if (s->on_unit) s->on_unit(s->on_unit_arg);
     if (!cuts(s, ENGINE_SHARD_FULL)) return weight(s, first);
     int slot = unit == 0 ? 0 : unit == LAYOUT_UNITS(&s->layout) - 1 ? 1 : 2 + (int)(unit & 1);
     if (s->weights_unit[slot] == unit) return s->weights[slot];

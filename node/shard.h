@@ -36,6 +36,8 @@ struct shard {
     uint32_t weights_unit[SHARD_WEIGHT_SLOTS]; /* which unit's it has, UINT32_MAX: none */
     float *unit_grads[SHARD_GRAD_SLOTS];
     bool adds;               /* the next pass adds to the gradient */
+    void (*on_unit)(void *arg); /* a pass comes to a unit; NULL: nobody asked */
+    void *on_unit_arg;
 };
 
 /* Take all memory. mesh: NULL where alone. -1 with ERR_MEMORY; release what there is. */

@@ -310,8 +310,10 @@ static void forgive_silence(struct sync *s) {
             s->plan[f].inbound[i].heard_ms = s->now;
 }
 
-static void on_tick(struct sync *s) {
+static void on_tick(struct sync *s, uint64_t beats) {
     uint64_t gap = s->now - s->tick_ms;
+    s->progress += beats != s->trainer.beats;
+    s->trainer.beats = beats;
     if (gap > s->outer->silence_ms_max / 2) forgive_silence(s);
     else trainer_spend(s, gap);
     s->tick_ms = s->now;
@@ -497,7 +499,7 @@ static int dispatch(struct sync *s, const struct sync_event *ev) {
     case SYNC_EV_PEER_CLOSED:
     case SYNC_EV_PEER_DRAINED: return peer_on_event(s, ev);
     case SYNC_EV_WORK: return do_work(s);
-    case SYNC_EV_TICK: on_tick(s); return 0;
+    case SYNC_EV_TICK: on_tick(s, ev->beats); return 0;
     case SYNC_EV_TRAINER_UP: return trainer_on_up(s, ev);
     case SYNC_EV_TRAINER_STEP: trainer_on_step(s, ev); return 0;
     case SYNC_EV_TRAINER_FROZEN: return trainer_on_frozen(s, ev);

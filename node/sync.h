@@ -64,7 +64,7 @@ enum sync_event_type {
     SYNC_EV_PEER_CLOSED,      /* link to `peer` is gone, or could not be made */
     SYNC_EV_PEER_DRAINED,     /* little is unsent to `peer`: more may be emitted */
     SYNC_EV_WORK,             /* go on with queued work; ask sync_has_work() whether there is some */
-    SYNC_EV_TICK,             /* about every SYNC_TICK_MS */
+    SYNC_EV_TICK,             /* about every SYNC_TICK_MS; beats */
     SYNC_EV_TRAINER_UP,       /* trainer processes run and wait for parameters; also after a restart. steps: as
                                * found in its saved inner state; 0 = it has no moments, so peers are asked */
     SYNC_EV_TRAINER_STEP,     /* one inner step done: samples, steps, loss, tokens_per_s */
@@ -91,6 +91,8 @@ struct sync_event {
     uint32_t fragment;
     const float *local;
     uint64_t samples;             /* consumed since the trainer's last RESET, in all */
+    uint64_t beats;               /* what the trainers have computed in all, in units smaller than a step: while
+                                   * it grows they are at work, however long a step takes */
     uint64_t steps;               /* inner steps it ever did, or went into its moments */
     double loss, tokens_per_s;
     /* SYNC_EV_CHECKPOINT: either manifest bytes to be signed (done = false) or the end (done = true, ok) */

@@ -197,7 +197,7 @@ struct trainer {
     uint64_t samples; /* consumed since the last RESET */
     uint64_t samples_said; /* likewise, of void work too */
     enum sync_loss lost_by; /* why it goes back to the anchor */
-    uint64_t steps, steps_total;
+    uint64_t steps, steps_total, beats; /* beats: see EV_TICK */
     double loss, loss_sum, tokens_per_s;
     uint64_t loss_count;
     struct turn turn[PROTO_FRAGMENTS_MAX];

@@ -147,6 +147,8 @@ static struct kernels *create_kernels(struct trainer *t, struct err *err) {
                          &t->why_no_gpu, err);
 }
 
+static void on_layer(void *segment) { segment_beat(segment); }
+
 static int set_up(struct trainer *t, struct err *err) {
     const struct segment_setup *setup = segment_setup(t->segment);
     if (proto_decode(setup->genesis.data, setup->genesis.length, RECORD_genesis, &t->genesis, err))
@@ -168,6 +170,7 @@ static int set_up(struct trainer *t, struct err *err) {
         return -1;
     }
     engine_set_document_end(t->engine, data_info(t->data)->document_end);
+    if (t->mesh.rank == 0) engine_set_watch(t->engine, on_layer, t->segment);
     const char *state = t->mesh.rank == 0 ? setup->inner_state : NULL;
     if (!(t->saver = saver_create(t->engine, state, t->mesh.state, err))) return -1;
     if (t->mesh.state) t->exchange = t->mesh.state + 3 * setup->elements;

@@ -496,6 +496,23 @@ static void a_partial_batch_trains_on_what_there_is(void **state) {
     engine_destroy(e);
 }
 
+/* Whoever watches sees every layer of every micro-batch, forward and back. */
+static void count_layer(void *count) { ++*(uint32_t *)count; }
+
+static void a_step_is_seen_layer_by_layer(void **state) {
+    (void)state;
+    struct engine *e = create(kernels_reference());
+    uint32_t whole = 0, pieces = 0, layers = engine_model(e)->layers;
+    engine_set_watch(e, count_layer, &whole);
+    step(e, 0);
+    assert_true(whole >= 2 * layers);
+    engine_set_watch(e, count_layer, &pieces);
+    engine_limit_micro_batch(e, 1);
+    step(e, 1);
+    assert_int_equal(pieces, BATCH * whole);
+    engine_destroy(e);
+}
+
 /* Evaluation of more samples than fit at once is the mean over all of them. */
 static void evaluation_runs_in_pieces(void **state) {
     (void)state;
@@ -722,6 +739,7 @@ int main(void) {
         cmocka_unit_test(a_step_that_is_not_finite_names_the_place),
         cmocka_unit_test(tokens_outside_the_vocabulary_are_refused),
         cmocka_unit_test(a_partial_batch_trains_on_what_there_is),
+        cmocka_unit_test(a_step_is_seen_layer_by_layer),
         cmocka_unit_test(evaluation_runs_in_pieces),
         cmocka_unit_test(a_joiner_takes_second_moments_in_pieces),
         cmocka_unit_test(second_moments_from_outside_are_checked),

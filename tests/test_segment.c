@@ -189,6 +189,23 @@ static void reset_forgets_what_a_dead_trainer_left(void **state) {
     segment_destroy(s);
 }
 
+static void beats_of_every_trainer_add_up(void **state) {
+    (void)state;
+    struct segment *s = make();
+    for (int life = 1; life <= 2; life++) {
+        int fds[SEGMENT_FDS];
+        segment_fds(s, fds);
+        int copy = dup(fds[0]);
+        struct segment *trainer = segment_open(copy, NULL);
+        segment_beat(trainer);
+        segment_beat(trainer);
+        assert_int_equal(segment_beats(s), 2 * life);
+        segment_destroy(trainer);
+        segment_reset(s);
+    }
+    segment_destroy(s);
+}
+
 /* `intellect-node trainer --fd 0` by hand must end in a message, not in a crash. */
 static void a_descriptor_that_is_no_segment_is_refused(void **state) {
     (void)state;
@@ -209,6 +226,7 @@ int main(void) {
         cmocka_unit_test(a_slot_is_whole_when_its_message_arrives),
         cmocka_unit_test(a_full_ring_refuses_and_stays_intact),
         cmocka_unit_test(reset_forgets_what_a_dead_trainer_left),
+        cmocka_unit_test(beats_of_every_trainer_add_up),
         cmocka_unit_test(a_descriptor_that_is_no_segment_is_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

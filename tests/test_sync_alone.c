@@ -106,6 +106,28 @@ static void round_ends_by_the_clock_too(void **state) {
     assert_int_equal(ready_of(r, 2)->samples, BATCH);
 }
 
+/* A step that outlasts the silence is no silence, while layers of it are being computed; one that stands
+ * still is. */
+static uint64_t progress_after(struct rig *r, uint64_t beats_a_tick) {
+    static uint64_t beats;
+    for (int i = 0; i < 40; i++) {
+        r->now += SYNC_TICK_MS;
+        step(r, 2, &(struct sync_event){.type = SYNC_EV_TICK, .beats = beats += beats_a_tick});
+        say(r, 2, MSG_HEARTBEAT_ACK, 0, &(struct msg_heartbeat_ack){0});
+    }
+    return ((const struct msg_heartbeat *)last_sent(r, 2, MSG_HEARTBEAT)->msg)->progress;
+}
+
+static void a_long_step_shows_that_it_goes_on(void **state) {
+    struct rig *r = *state;
+    node_with_work(r, 2);
+    uint64_t still = progress_after(r, 0);
+    assert_int_equal(progress_after(r, 0), still);
+    uint64_t moving = progress_after(r, 1);
+    assert_true(moving > still);
+    assert_true(progress_after(r, 1) > moving);
+}
+
 /* Data runs out: what is left over of a batch is used, and the round ends early. */
 static void end_of_data_ends_the_round(void **state) {
     struct rig *r = *state;
@@ -316,6 +338,7 @@ int main(int argc, char **argv) {
         T(a_fast_trainer_asks_for_what_it_works_off_in_some_silences),
         T(ready_claims_what_was_trained),
         T(round_ends_by_the_clock_too),
+        T(a_long_step_shows_that_it_goes_on),
         T(end_of_data_ends_the_round),
         T(lost_lease_resets_to_the_anchor),
         T(same_lease_of_another_generation_is_lost),
