@@ -332,13 +332,18 @@ static void checkpoint_say_done(struct sync *s, uint64_t index, bool written,
     sync_send(s, MSG_CHECKPOINT_DONE, 0, &done);
 }
 
+/* Asked again for what is being written, as the coordinator does after each lost connection, it says nothing:
+ * the end will be said when it is there. */
 static void on_checkpoint_write(struct sync *s, const struct msg_checkpoint_write *msg) {
+    char why[PROTO_TEXT_BYTES_MAX + 1] = "the state has moved on";
     bool here = s->state.whole && s->state.index == msg->index &&
                 digest_equal(&s->state.root, &msg->root);
+    if (s->checkpoint.open && s->checkpoint.index == msg->index) return;
+    if (s->checkpoint.open)
+        snprintf(why, sizeof why, "that of ledger %llu is still being written",
+                 (unsigned long long)s->checkpoint.index);
     if (s->checkpoint.open || !here) {
-        checkpoint_say_done(s, msg->index, false, (struct digest){{0}},
-                            here ? "another checkpoint is being written"
-                                 : "the state has moved on");
+        checkpoint_say_done(s, msg->index, false, (struct digest){{0}}, why);
         return;
     }
     act_message(s, SYNC_ACT_CHECKPOINT_BEGIN, MSG_CHECKPOINT_WRITE, 0, msg);
