@@ -132,6 +132,7 @@ test-s3: ## the object store against a real S3 server: installs Ceph, starts it 
 	@$(MAKE) --no-print-directory -j2 all $(BUILD)/s3_live
 	@BUILD=$(BUILD) tests/integration/s3.sh
 	@BUILD=$(BUILD) tests/s3/moto.sh $(BUILD)/moto-venv || [ $$? = 77 ]
+	@BUILD=$(BUILD) STORE=s3 tests/integration/resume.sh
 	@BUILD=$(BUILD) MINUTES=1 FAULTS="coordinator member flip skew mixed" tests/s3/faults.sh
 
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes

@@ -386,6 +386,9 @@ struct ckpt_folder {
 };
 int ckpt_folder_write(const struct ckpt_folder *f, const char *dir, struct err *err);
 
+/* Remove a folder and all files in it. Nothing there is fine; a folder within stays, and is an error. */
+int ckpt_folder_remove(const char *dir, struct err *err);
+
 /* Copy what makes a Hugging Face folder (tensors, index, config, tokenizer) into the new or empty
  * folder `dir`: no momentum, cursor, ledger or signature. Digests are checked on the way.
  * ERR_REFUSED: dir has something in it. A failed export leaves an empty folder. */

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE /* renameat2 */
 #include "ckpt/internal.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -102,19 +103,21 @@ static int put_tensors(struct folder *f, struct err *err) {
 
 /* ---- the folder -------------------------------------------------------------------------------------- */
 
-/* Remove a folder without subfolders; nothing there is fine. */
-static int remove_folder(const char *dir, struct err *err) {
-    struct ckpt_store *s;
-    if (access(dir, F_OK) && errno == ENOENT) return 0;
-    if (!(s = ckpt_store_open(dir, false, err))) return -1;
-    int r = object_remove_all(s, "", err);
-    s->ops->close(s);
-    return r || !rmdir(dir) ? r : err_set_errno(err, "remove %.200s", dir);
+int ckpt_folder_remove(const char *dir, struct err *err) {
+    char name[PATH_BYTES + 256];
+    DIR *d = opendir(dir);
+    if (!d) return errno == ENOENT ? 0 : err_set_errno(err, "remove %.200s", dir);
+    for (struct dirent *e; (e = readdir(d));) {
+        snprintf(name, sizeof name, "%s/%s", dir, e->d_name);
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(name);
+    }
+    closedir(d);
+    return rmdir(dir) ? err_set_errno(err, "remove %.200s", dir) : 0;
 }
 
 /* What was there gets the other's name, and goes. */
 static int exchange(const char *made, const char *dir, struct err *err) {
-    if (!renameat2(AT_FDCWD, made, AT_FDCWD, dir, RENAME_EXCHANGE)) return remove_folder(made, err);
+    if (!renameat2(AT_FDCWD, made, AT_FDCWD, dir, RENAME_EXCHANGE)) return ckpt_folder_remove(made, err);
     if (errno == ENOENT && !rename(made, dir)) return 0;
     return err_set_errno(err, "rename %.150s to %.80s", made, dir);
 }
@@ -134,8 +137,8 @@ int ckpt_folder_write(const struct ckpt_folder *what, const char *dir, struct er
     char made[PATH_BYTES];
     if ((size_t)snprintf(made, sizeof made, "%s.new", dir) >= sizeof made)
         return err_set(err, ERR_CONFIG, "path too long: %.100s...", dir);
-    int r = remove_folder(made, err) || write_all(&f, made, err) ? -1 : exchange(made, dir, err);
-    if (r) remove_folder(made, NULL);
+    int r = ckpt_folder_remove(made, err) || write_all(&f, made, err) ? -1 : exchange(made, dir, err);
+    if (r) ckpt_folder_remove(made, NULL);
     free(f.block);
     free(f.narrow);
     return r;

@@ -239,12 +239,6 @@ static int take_cursor(const struct ckpt *c, const struct settings *s, const str
     return 0;
 }
 
-static struct ckpt *open_from(const struct settings *s, struct err *err) {
-    struct ckpt *c = ckpt_open(s->from, NULL, err);
-    if (!c) err_prefix(err, "model.from");
-    return c;
-}
-
 /* Can the run begin with it? */
 static int check_from(const struct settings *s, const struct ckpt *c, struct err *err) {
     const struct msg_model *m = ckpt_model(c);
@@ -260,26 +254,18 @@ static int check_from(const struct settings *s, const struct ckpt *c, struct err
 
 /* The genesis names the checkpoint by its manifest, so that no other can take its place, and a plain folder by its
  * state. */
-static int name_checkpoint(const struct settings *s, const struct corpus_facts *corpus, struct settings_genesis *g,
-                           struct err *err) {
-    struct ckpt *c = open_from(s, err);
-    if (!c) return -1;
-    int result = check_from(s, c, err);
-    if (!result) result = root_of(c, s, &g->from.state_root, err);
-    if (!result) {
-        g->from.url = proto_str(s->from);
-        g->genesis.init_from = &g->from;
-        g->genesis.init_from_count = 1;
-    }
-    if (!result && !ckpt_is_plain(c)) {
-        const struct ckpt_facts *f = ckpt_facts(c);
-        g->from.at_index = f->index;
-        g->from.manifest = f->manifest;
-        g->from.tokens_committed = f->tokens_committed;
-        result = take_cursor(c, s, corpus, g, err);
-    }
-    ckpt_close(c);
-    return result;
+static int name_checkpoint(const struct ckpt *c, const struct settings *s, const struct corpus_facts *corpus,
+                           struct settings_genesis *g, struct err *err) {
+    if (root_of(c, s, &g->from.state_root, err)) return -1;
+    g->from.url = proto_str(s->from);
+    g->genesis.init_from = &g->from;
+    g->genesis.init_from_count = 1;
+    if (ckpt_is_plain(c)) return 0;
+    const struct ckpt_facts *f = ckpt_facts(c);
+    g->from.at_index = f->index;
+    g->from.manifest = f->manifest;
+    g->from.tokens_committed = f->tokens_committed;
+    return take_cursor(c, s, corpus, g, err);
 }
 
 /* Of a plain folder, which stands nowhere in any data, it was said. */
@@ -293,19 +279,27 @@ static void tell_data(const struct settings_genesis *g) {
                 spent, g->corpus.samples);
 }
 
-static int seal(struct store *store, const struct keys *k, struct settings *s,
-                const struct corpus_facts *corpus, struct digest *run, struct err *err) {
+struct init {
+    const char *given, *dir; /* as the person wrote it; absolute */
+    char path[RUN_PATH_BYTES]; /* of run.yaml */
+    struct settings settings;
+    struct corpus_facts corpus;
+    struct ckpt *from; /* what the run begins with, opened once; NULL: it begins from the seed */
+    bool has_corpus, has_file, changed;
+};
+
+static int seal(struct store *store, const struct keys *k, struct init *in, struct digest *run, struct err *err) {
     struct sealing w;
     struct settings_genesis g;
     struct timespec now;
     int result = -1;
     sealing_init(&w);
     clock_gettime(CLOCK_REALTIME, &now);
-    settings_to_genesis(s, corpus, &g);
+    settings_to_genesis(&in->settings, &in->corpus, &g);
     g.genesis.root_key = k->root.key;
     g.genesis.created_ms = (uint64_t)now.tv_sec * 1000;
-    if (*s->from && name_checkpoint(s, corpus, &g, err)) goto out;
-    if (*s->from) tell_data(&g);
+    if (in->from && name_checkpoint(in->from, &in->settings, &in->corpus, &g, err)) goto out;
+    if (in->from) tell_data(&g);
     if (proto_encode(&w.genesis, RECORD_genesis, &g.genesis, err)) goto out;
     w.run = digest_of(w.genesis.data, w.genesis.length);
     struct msg_delegation delegation = { .run = w.run, .key = k->online.key, .number = 1 };
@@ -378,17 +372,15 @@ static int decide(struct store *store, const char *dir, const struct settings *s
                    "new run in another folder", what);
 }
 
-static int make_keys_and_seal(struct store *store, const char *dir, struct settings *s,
-                              const struct corpus_facts *corpus, struct digest *run,
-                              struct err *err) {
+static int make_keys_and_seal(struct store *store, struct init *in, struct digest *run, struct err *err) {
     struct keys k;
     int result = -1;
     memset(&k, 0, sizeof k);
-    if (load_or_make_key(dir, RUN_ROOT_KEY, &k.root, err) ||
-        load_or_make_key(dir, RUN_ONLINE_KEY, &k.online, err))
+    if (load_or_make_key(in->dir, RUN_ROOT_KEY, &k.root, err) ||
+        load_or_make_key(in->dir, RUN_ONLINE_KEY, &k.online, err))
         goto out;
-    forget_joined_run(dir);
-    result = seal(store, &k, s, corpus, run, err);
+    forget_joined_run(in->dir);
+    result = seal(store, &k, in, run, err);
 out:
     identity_release(&k.root);
     identity_release(&k.online);
@@ -423,13 +415,16 @@ static void tell_sealed(const char *given, const struct settings *s, const struc
 
 /* ---- the command ------------------------------------------------------------------------------------------ */
 
-struct init {
-    const char *given, *dir; /* as the person wrote it; absolute */
-    char path[RUN_PATH_BYTES]; /* of run.yaml */
-    struct settings settings;
-    struct corpus_facts corpus;
-    bool has_corpus, has_file, changed;
-};
+static int open_from(struct init *in, struct err *err) {
+    struct settings *s = &in->settings;
+    if (!*s->from) return 0;
+    if (!(in->from = ckpt_open(s->from, NULL, err))) {
+        err_prefix(err, "model.from");
+        return -1;
+    }
+    settings_take_model(s, ckpt_model(in->from), in->has_corpus ? &in->corpus : NULL);
+    return 0;
+}
 
 static int read_all(struct init *in, const struct init_options *o, struct err *err) {
     struct settings *s = &in->settings;
@@ -439,17 +434,15 @@ static int read_all(struct init *in, const struct init_options *o, struct err *e
     in->changed = !in->has_file || o->corpus || o->preset || o->from || o->set_count;
     if (in->has_corpus && corpus_facts_open(s, in->dir, &in->corpus, err)) return -1;
     struct settings_genesis ignored;
-    struct ckpt *from = *s->from ? open_from(s, err) : NULL;
-    if (*s->from && !from) return -1;
-    if (from) settings_take_model(s, ckpt_model(from), in->has_corpus ? &in->corpus : NULL);
-    int result = settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err) ||
-                 run_check_store(s, err) ? -1 : 0;
-    if (!result && from) result = check_from(s, from, err); /* before anything is written */
-    if (!result && from && ckpt_is_plain(from)) warn_plain(from);
-    else if (!result && from && in->has_corpus) result = take_cursor(from, s, &in->corpus, &ignored, err);
-    if (!result && from) snprintf(s->from, sizeof s->from, "%s", ckpt_where(from)); /* not what is newest later */
-    ckpt_close(from);
-    return result;
+    if (open_from(in, err) || settings_resolve(s, in->dir, in->has_corpus ? &in->corpus : NULL, err) ||
+        run_check_store(s, err))
+        return -1;
+    if (!in->from) return 0;
+    if (check_from(s, in->from, err)) return -1; /* before anything is written */
+    if (ckpt_is_plain(in->from)) warn_plain(in->from);
+    else if (in->has_corpus && take_cursor(in->from, s, &in->corpus, &ignored, err)) return -1;
+    snprintf(s->from, sizeof s->from, "%s", ckpt_where(in->from)); /* not what is newest later */
+    return 0;
 }
 
 /* From beside the corpus to the home of the node that writes checkpoints, which has no corpus. */
@@ -489,7 +482,7 @@ static int init_sealed(struct init *in, struct err *err) {
     int result = decide(store, in->dir, &in->settings, &in->corpus, &outcome, &run, err);
     if (result == 0) result = write_files(in, err);
     if (result == 0 && outcome != UNCHANGED)
-        result = make_keys_and_seal(store, in->dir, &in->settings, &in->corpus, &run, err);
+        result = make_keys_and_seal(store, in, &run, err);
     store_close(store);
     if (result == 0) tell_sealed(in->given, &in->settings, &in->corpus, outcome, &run);
     return result;
@@ -513,6 +506,7 @@ int coordinator_init(int argc, char **argv) {
     if (!command_line_parse(&line, argc, argv, &in.given, &code)) return code;
     if (make_folder(in.given, dir, &err) || store_lock(dir, &lock, &err)) return coordinator_failed(&err);
     int failed = init_locked(&in, &o, &err);
+    ckpt_close(in.from);
     close(lock);
     return failed ? coordinator_failed(&err) : 0;
 }

@@ -2,7 +2,6 @@
  * checkpoints, and removes what was fetched: all that takes longer than an event loop may stand. */
 #include "node/origin.h"
 
-#include <dirent.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -68,19 +67,6 @@ static bool on_progress(void *arg, const struct ckpt_progress *now) {
     return !stop;
 }
 
-/* One folder, without folders in it; what is no file of ours stays, and the folder with it. */
-static void remove_folder(const char *path) {
-    char name[PATH_BYTES + 256];
-    DIR *d = opendir(path);
-    if (!d) return;
-    for (struct dirent *e; (e = readdir(d));) {
-        snprintf(name, sizeof name, "%s/%s", path, e->d_name);
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(name);
-    }
-    closedir(d);
-    rmdir(path);
-}
-
 /* Every byte. What is fetched of a checkpoint is checked on the way; of a plain folder it is not. */
 static int verify(struct origin *o, const struct ckpt *c, bool fetched, struct err *err) {
     struct digest root;
@@ -108,7 +94,7 @@ static bool stopped(struct origin *o) {
 static struct ckpt *fetch(struct origin *o, const struct ckpt *from, struct err *err) {
     int r = ckpt_fetch(from, o->folder, on_progress, o, err);
     if (r && err->code == ERR_REFUSED && !stopped(o)) {
-        remove_folder(o->folder);
+        ckpt_folder_remove(o->folder, NULL);
         r = ckpt_fetch(from, o->folder, on_progress, o, err);
     }
     if (r) return NULL;
@@ -130,7 +116,7 @@ static struct ckpt *read_checkpoint(struct origin *o, struct err *err) {
 static void *origin_main(void *arg) {
     struct origin *o = arg;
     if (o->store) o->result = read_checkpoint(o, &o->why);
-    else remove_folder(o->folder);
+    else ckpt_folder_remove(o->folder, NULL);
     pthread_mutex_lock(&o->mutex);
     o->ended = true;
     pthread_mutex_unlock(&o->mutex);

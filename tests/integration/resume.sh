@@ -2,8 +2,16 @@
 # A run whose machines are all gone goes on from its store alone, on other machines and another mesh: four nodes of one
 # process each, a checkpoint, then two nodes of two tensor-parallel ranks. Parameters are the same bits, the loss of the
 # loaded model is the same on both meshes, and of the samples each is spent once, in the one part or the other.
+#   STORE=s3             the store is a bucket of Ceph (make test-s3), not a folder; only who serves a run has its key
 cd "$(dirname "$0")/../.." || exit 1
 . tests/lib.sh
+store=file://$W/store
+if [ "${STORE:-}" = s3 ]; then
+    . tests/s3/lib.sh
+    start_ceph resume 2
+    store="s3://resume/run?endpoint=$S3_ENDPOINT"
+fi
+export WRAP="env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY"
 cd "$W" || exit 1
 check() { if "${@:2}"; then echo "ok      $1"; else echo "NOT OK  $1"; fail "$1"; fi; }
 
@@ -12,8 +20,8 @@ for i in $(seq 2500); do echo "line $((i * i % 7919)) of a text to train on, $((
 model=(--set model.layers=2 --set model.width=32 --set model.heads=4 --set model.kv_heads=2 --set model.ffn=64 --set model.sequence=32
     --set inner.batch=4 --set outer.inner_steps=10 --set outer.silence_seconds=4 --set outer.grace_seconds=1 --set outer.chunk_elements=4096)
 "$COORDINATOR" init first --corpus corpus "${model[@]}" --set outer.quorum=3 --set outer.checkpoint_rounds=3 --set outer.fragments=2 \
-    --set checkpoint.url="file://$W/store" >init.log 2>&1 || fail init
-start_coordinator first "$(free_port)"
+    --set checkpoint.url="$store" >init.log 2>&1 || fail init
+WRAP= start_coordinator first "$(free_port)"
 for n in one two three four; do start_node $n first; done
 published() { grep -c 'is published' coordinator.log; }
 for _ in $(seq 600); do [ "$(published)" -ge 2 ] && break; sleep 0.1; done
@@ -24,9 +32,10 @@ children=$(pgrep -P "${PID[coordinator]}")
 for n in one two three four coordinator; do kill_now $n; done
 kill -KILL $children 2>/dev/null
 "$COORDINATOR" ledger show first --json >first.ledger || fail "ledger show"
-at() { "$NODE" inspect store --json | python3 -c 'import json, sys; print(json.load(sys.stdin)'"$1"')'; }
+at() { "$NODE" inspect "$store" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)'"$1"')'; }
 index=$(at '["checkpoint"]["index"]') where=$(at '["where"]')
 rm -rf first one two three four
+case $where in */store/step-* | s3://resume/run/step-*) ;; *) fail "the checkpoint lies at $where" ;; esac
 
 # ---- the second part
 mv coordinator.log first.log
@@ -41,7 +50,7 @@ off = abs(loss[0] - loss[1]) / loss[0]
 print("loss %.9g at TP 1, %.9g at TP 2: relative difference %.1e" % (*loss, off))
 raise SystemExit(not (off < 1e-6 and loss[0] < 5.0)) # trained, not from the seed: ln 256 = 5.5
 END
-start_coordinator second "$(free_port)"
+WRAP= start_coordinator second "$(free_port)"
 for n in five six; do start_node $n second --tp 2; done
 check "two nodes of two ranks go on" wait_for 60 second 'round >= 1'
 check "as what they were asked to be" grep -q '2 ranks, tensor-parallel 2' five.log
