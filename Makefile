@@ -57,9 +57,10 @@ CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
 nvcc_archs := $(if $(NVCC),$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
 CUDA_ARCHS ?= $(foreach a,80 89 90 100,$(if $(filter compute_$(a),$(nvcc_archs)),$(a)))
 PLUGIN := $(if $(NVCC),$(BUILD)/libintellect-cuda.so)
-EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(filter-out %/matmul.cu,$(CUDA_SOURCES)) $(wildcard tests/cuda/*.cpp)) \
-    $(BUILD)/tests/cuda/staged.o $(BUILD)/cuda/sdpa.o
-EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16
+CUDA_C_O := $(patsubst kernels/cuda/%.c,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*.c))
+EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard tests/cuda/*.cpp)) \
+    $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
+EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products
 # The emulator as a plugin, and a management library of no GPU: for tests of what loads them.
 EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1
 
@@ -233,14 +234,14 @@ $(BUILD)/cuda/%.o: kernels/cuda/%.cu $(wildcard kernels/*.h kernels/cuda/*.h) pr
 	$(Q)$(NVCC) $(NVCC_FLAGS) $(GENCODE) -c -o $@ $<
 
 $(BUILD)/cuda/err.o: proto/err.c proto/err.h
-$(BUILD)/cuda/sdpa.o: kernels/cuda/sdpa.c kernels/cuda/sdpa.h proto/err.h
-$(BUILD)/cuda/err.o $(BUILD)/cuda/sdpa.o:
+$(CUDA_C_O): $(BUILD)/cuda/%.o: kernels/cuda/%.c $(wildcard kernels/cuda/*.h) proto/err.h
+$(BUILD)/cuda/err.o $(CUDA_C_O):
 	@mkdir -p $(@D)
 	$(call say,CC)
 	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -fvisibility=hidden -c -o $@ $<
 
 # Its libraries: beside it, or where kernels/plugin.c finds them.
-$(BUILD)/libintellect-cuda.so: $(CUDA_SOURCES:kernels/cuda/%.cu=$(BUILD)/cuda/%.o) $(BUILD)/cuda/err.o $(BUILD)/cuda/sdpa.o
+$(BUILD)/libintellect-cuda.so: $(CUDA_SOURCES:kernels/cuda/%.cu=$(BUILD)/cuda/%.o) $(BUILD)/cuda/err.o $(CUDA_C_O)
 	$(call say,LINK)
 	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -rpath,'$$ORIGIN'
 

@@ -5,6 +5,8 @@ set -u
 build=$1 which=$2
 passed=0 failed=0 skipped=0
 mkdir -p "$build/logs"
+rm -rf "$build/cache"
+export INTELLECT_CACHE; INTELLECT_CACHE=$(cd "$build" && pwd)/cache # nothing of a test goes into a home
 
 program() { # a cmocka program: counts its tests
     local name=$1 log="$build/logs/$1.log" start=$SECONDS

@@ -143,18 +143,19 @@ static int open_device(struct cuda *c, struct err *err) {
     cudaError_t result = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     if (result != cudaSuccess)
         return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
-    if (cuda_products_create(c, err)) return -1;
+    if (cuda_products_create(c, p.name, err)) return -1;
     cudaRuntimeGetVersion(&runtime);
     char sdpa[32] = "";
     find_sdpa(c);
     if (c->sdpa)
         snprintf(sdpa, sizeof sdpa, ", cuDNN %d.%d", sdpa_version(c->sdpa) / 10000,
                  sdpa_version(c->sdpa) / 100 % 100);
-    snprintf(c->description, sizeof c->description, "CUDA %d.%d%s, %.60s (%d.%d, %zu MB), %s", runtime / 1000,
+    snprintf(c->description, sizeof c->description, "CUDA %d.%d%s, %.60s (%d.%d, %zu MB), %s%s%s", runtime / 1000,
              runtime % 1000 / 10, sdpa, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
              c->table.weight_bytes == sizeof(float) ? "fp32"
              : c->table.rest_bytes                  ? "bf16 with fp32 master"
-                                                    : "bf16 rounded stochastically");
+                                                    : "bf16 rounded stochastically",
+             *c->ignored ? "; ignored: " : "", c->ignored);
     return 0;
 }
 

@@ -45,7 +45,8 @@ struct cuda {
     size_t scratch_bytes;
     struct cuda_products *products;
     struct sdpa *sdpa; /* NULL: attention.cu's own kernels for all */
-    char description[208];
+    char ignored[160]; /* why what was kept of products is ignored, or "" */
+    char description[400];
 };
 
 static inline struct cuda *cuda_of(const struct kernels *k) {
@@ -120,7 +121,7 @@ void cuda_fill_update(struct kernels *k);    /* update.cu: AdamW, sums, weights 
 void cuda_fill_states(struct kernels *k);    /* states.cu: moments in fewer bits, steps along a direction */
 void cuda_fill_products(struct kernels *k);  /* matmul.cu */
 /* matmul.cu. 0, or -1 with the reason. */
-int cuda_products_create(struct cuda *c, struct err *err);
+int cuda_products_create(struct cuda *c, const char *device_name, struct err *err);
 void cuda_products_destroy(struct cuda *c);
 
 #endif

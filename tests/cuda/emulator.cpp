@@ -195,6 +195,39 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     return launches > told("EMULATOR_LAUNCHES", INT_MAX) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
+struct emulator_event {
+    double ms;
+};
+static double clock_ms;
+
+void emulator_passes(double ms) { clock_ms += ms; }
+
+cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    *event = new emulator_event();
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    (void)stream;
+    event->ms = clock_ms;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    (void)event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
+    *ms = (float)(end->ms - begin->ms);
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError(void) {
     cudaError_t e = last;
     last = cudaSuccess;
