@@ -139,12 +139,16 @@ test-s3: ## the object store against a real S3 server: installs Ceph, starts it 
 churn: all ## 3 minutes of SIGKILL and SIGSTOP on four nodes
 	@BUILD=$(BUILD) tests/churn.sh
 
+.PHONY: wan
+wan: all $(BUILD)/wan ## five nodes on three continents (emulated links; root): how much of its time each trains, in every mode (12 minutes)
+	@BUILD=$(BUILD) tests/wan.sh
+
 sim: $(BUILD)/sim ## simulate SEEDS=1000 runs with faults, then find each deliberate fault
 	$(BUILD)/sim --seeds $(SEEDS) --jobs 2
 	$(BUILD)/sim --deliberate --seeds 1000 --jobs 2
 
 # What clang-tidy reads; the test programs are left to the compilers.
-SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/bench tests/bench_train tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
+SOURCES := $(foreach d,proto kernels ckpt coordinator node tests/hostile tests/wan tests/bench tests/bench_train tests/lab tests/fuzz,$(filter-out %/libfuzzer.c,$(wildcard $(d)/*.c)))
 
 lint: ## clang-tidy, cppcheck and a build with clang, warnings are errors
 	@$(MAKE) --no-print-directory -j2 CC=clang NVCC= BUILD=$(BUILD)-clang unit-build
@@ -310,6 +314,10 @@ $(BUILD)/sim: $(SIM_O) $(SIM_LIB_O)
 $(BUILD)/hostile: $(HOSTILE_O)
 	$(call say,LINK)
 	$(Q)$(CC) -o $@ $^ $(ALL_LIBS)
+
+$(BUILD)/wan: $(BUILD)/tests/wan/wan.o
+	$(call say,LINK)
+	$(Q)$(CC) -o $@ $^
 
 $(BUILD)/s3_live: $(LIVE_O)
 	$(call say,LINK)

@@ -191,7 +191,7 @@ static const struct setting table[] = {
       "How often a member reports its progress. Short: traffic; long: a death is noticed late." },
     { "outer", "silence_seconds", SECONDS, AT(outer.silence_ms_max), 0.2, 86400, SEALED, NULL,
       "A member without progress for so long is lost: its data goes to others. At least three\n"
-      "heartbeats, and longer than its slowest inner step, or healthy members are lost." },
+      "heartbeats; every layer that is computed is progress, so a step may take longer." },
     { "outer", "lease_samples", U32, AT(outer.lease_samples), 1, 1048576, SEALED, NULL,
       "Samples a member is handed at a time; it holds at most twice as many unspent. Small: it\n"
       "waits for data; large: much is handed out again when it dies." },

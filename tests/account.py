@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the tokens of a run went between two moments, from the logs of its nodes (--log-json).
 
-    account.py [--percent P] SEQUENCE FROM TO COMMITTED LOG...
+    account.py [--percent P] [--utilisation] SEQUENCE FROM TO COMMITTED LOG...
 
 SEQUENCE   tokens of a sample
 FROM, TO   the moments, as in the logs (2026-01-31T12:00:00.000Z)
@@ -12,9 +12,12 @@ Could have been trained: all that trainers did train, and for each millisecond t
 to work on, what it trains in one while it has (its own rate, over the whole time). A trainer that is down or starts,
 or whose agent is stopped, could not have trained; one that was stopped itself has its rate lowered by that. What a
 process did after its last line, before it was killed, is in no row: about a second, for a line comes with each commit.
-Prints the account; the exit status is 1 if less than P percent of that was committed.
+Prints the account; the exit status is 1 if less than P percent of that was committed. --utilisation prints instead,
+as JSON, the share of the time that its trainer was up in which each node trained, and the share of what could have been
+trained that was committed.
 """
 import json
+import os
 import sys
 
 IDLE = ("no_data_ms", "no_state_ms", "standing_ms")
@@ -37,9 +40,11 @@ def processes(path):
 
 
 def main(arguments):
-    percent = 0.0
+    percent, utilisation = 0.0, None
     if arguments[0] == "--percent":
         percent, arguments = float(arguments[1]), arguments[2:]
+    if arguments[0] == "--utilisation":
+        utilisation, arguments = {}, arguments[1:]
     sequence, begin, end, committed = int(arguments[0]), arguments[1], arguments[2], int(arguments[3])
     total, in_work, killed, could, working = {}, 0, 0, 0.0, 0
     for path in arguments[4:]:
@@ -62,12 +67,18 @@ def main(arguments):
         rate = node.get("trained", 0) / max(1, node.get("working_ms", 0))
         could += node.get("trained", 0)
         working += node.get("working_ms", 0)
+        up_ms = node.get("working_ms", 0) + sum(node.get(key, 0) for key in IDLE)
+        if utilisation is not None:
+            utilisation[os.path.splitext(os.path.basename(path))[0]] = node.get("working_ms", 0) / max(1, up_ms)
         for key in IDLE:
             node["idle_" + key] = node.get(key, 0) * rate
             could += node["idle_" + key]
         for key, value in node.items():
             total[key] = total.get(key, 0) + value
     could = max(could * sequence, 1)
+    if utilisation is not None:
+        print(json.dumps({"utilisation": utilisation, "committed": committed / could}))
+        return 0
 
     def say(samples, what):
         print("  %9d  %5.1f %%  %s" % (samples * sequence, 100 * samples * sequence / could, what))

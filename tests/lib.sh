@@ -79,3 +79,21 @@ wait_for() { # wait_for SECONDS RUN_DIR EXPRESSION: until it is true
 
 # Digest of a node's anchor on its disk.
 anchor_digest() { b2sum -l 256 "$1" | cut -c1-64; }
+
+# Pause the run, and wait until all members have come to one state on disk, aggregator included. Sets `digests`, of which
+# there is one if they are equal.
+settle() { # settle RUN_DIR NODE...
+    local run=$1 n; shift
+    wait_for 90 "$run" "members_live >= $# + 1 and len(set(m['state_index'] for m in members if m['live'])) == 1" ||
+        fail "the members do not come together again: $("$COORDINATOR" status "$run")"
+    "$COORDINATOR" pause "$run" >/dev/null
+    sleep 10 # what was leased is trained and committed, or stays where it is
+    for _ in $(seq 20); do # nobody can commit once the coordinator stands still
+        kill -STOP "${PID[coordinator]}"; sleep 2
+        digests=$(for n in "$@"; do anchor_digest "$W/$n/state/anchor"; done; anchor_digest "$run/aggregator/state/anchor")
+        digests=$(echo "$digests" | sort -u)
+        kill -CONT "${PID[coordinator]}"
+        [ "$(echo "$digests" | wc -l)" = 1 ] && break
+        sleep 1
+    done
+}
