@@ -208,7 +208,7 @@ struct kernels *kernels_cpu_bf16_create(int threads, int stochastic, struct err 
     k->weight_bytes = k->act_bytes = sizeof(uint16_t);
     k->rest_bytes = stochastic ? 0 : sizeof(uint16_t);
     k->weights_in = weights_in;
-    k->weights_out = weights_out;
+    k->weights_out = k->weights_widen = weights_out;
     k->matmul_forward = matmul_forward;
     k->matmul_logits = matmul_logits;
     k->matmul_backward_input = matmul_backward_input;

@@ -59,17 +59,17 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
 
 /* ---- RMSNorm ---- */
 
-WIDE static float rmsnorm_row(ACT *out, const float *x, const ACT *w, float eps, int C) {
+WIDE static float rmsnorm_row(ACT *out, const float *x, const float *w, float eps, int C) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int c = 0; c < C; c++) sum += x[c] * x[c];
     float rstd = 1.0f / sqrtf(sum / (float)C + eps);
 #pragma omp simd
-    for (int c = 0; c < C; c++) out[c] = PUT(x[c] * rstd * GET(w[c]));
+    for (int c = 0; c < C; c++) out[c] = PUT(x[c] * rstd * w[c]);
     return rstd;
 }
 
-static void rmsnorm_forward(const struct kernels *k, void *to, float *rstd, const float *x, const void *w,
+static void rmsnorm_forward(const struct kernels *k, void *to, float *rstd, const float *x, const float *w,
                             float eps, int rows, int C) {
     ACT *out = to;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
@@ -77,14 +77,14 @@ static void rmsnorm_forward(const struct kernels *k, void *to, float *rstd, cons
         rstd[r] = rmsnorm_row(out + (size_t)r * C, x + (size_t)r * C, w, eps, C);
 }
 
-WIDE static void rmsnorm_backward_row(float *dx, const ACT *dout, const float *x, const ACT *w, float rstd,
+WIDE static void rmsnorm_backward_row(float *dx, const ACT *dout, const float *x, const float *w, float rstd,
                                       int C) {
     float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
-    for (int c = 0; c < C; c++) dot += GET(w[c]) * GET(dout[c]) * x[c];
+    for (int c = 0; c < C; c++) dot += w[c] * GET(dout[c]) * x[c];
     float pull = dot * rstd * rstd / (float)C; /* times x: the part along the normalised row */
 #pragma omp simd
-    for (int c = 0; c < C; c++) dx[c] += rstd * (GET(w[c]) * GET(dout[c]) - x[c] * pull);
+    for (int c = 0; c < C; c++) dx[c] += rstd * (w[c] * GET(dout[c]) - x[c] * pull);
 }
 
 /* dw of `width` <= STRIP columns over all rows; C is the distance between rows. */
@@ -100,7 +100,7 @@ WIDE static void rmsnorm_backward_strip(float *dw, const ACT *dout, const float 
 }
 
 static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *from,
-                             const float *x, const void *w, const float *rstd, int rows, int C) {
+                             const float *x, const float *w, const float *rstd, int rows, int C) {
     const ACT *dout = from;
 #pragma omp parallel num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     {

@@ -104,7 +104,8 @@ struct kernels {
     /* How a weight is kept; gradients of weights and moments are fp32 always.
      * 4, 0: fp32. 2, 2: bf16, and in a plane apart, `rest`, the lower half of the fp32 value that it
      * stands for: 4 bytes in all, no bit is lost. 2, 0: bf16 alone, rounded stochastically when it
-     * is updated. Entries take weights as `const void *w`; they see bf16 where it is that. */
+     * is updated. Entries take weights as `const void *w`; they see bf16 where it is that;
+     * an entry that is handed a rest keeps it also where rest_bytes is 0. */
     size_t weight_bytes, rest_bytes;
 
     /* How an activation and its gradient are kept: 4: fp32, 2: bf16, of which entries compute in fp32
@@ -123,6 +124,8 @@ struct kernels {
     void (*weights_in)(const struct kernels *k, void *w, uint16_t *rest, const float *host, size_t n);
     void (*weights_out)(const struct kernels *k, float *host, const void *w, const uint16_t *rest,
                         size_t n);
+    /* The same to memory of the backend. rest may be NULL: what entries see of the weights. */
+    void (*weights_widen)(const struct kernels *k, float *out, const void *w, const uint16_t *rest, size_t n);
     /* Wait for everything asked for so far: 0, or -1 with the first failure since last time. */
     int (*check)(const struct kernels *k, struct err *err);
     /* Scratch that the backend will hold once these entries ran: the largest of the products, and
@@ -154,12 +157,14 @@ struct kernels {
     void (*embedding_backward)(const struct kernels *k, float *dw, const float *dout,
                                const int32_t *tokens, int rows, int C, int V);
 
-    /* RMSNorm, arXiv:1910.07467: out = x * rstd * w; rstd[rows] = 1/sqrt(mean(x^2) + eps), kept. */
+    /* RMSNorm, arXiv:1910.07467: out = x * rstd * w; rstd[rows] = 1/sqrt(mean(x^2) + eps), kept. w is fp32
+     * in every backend, from weights_widen(): bf16 near 1 moves in steps of 1/256 and 1/128, which are
+     * several updates each, and a network learns later for it (docs/results.md). */
     void (*rmsnorm_forward)(const struct kernels *k, void *out, float *rstd, const float *x,
-                            const void *w, float eps, int rows, int C);
+                            const float *w, float eps, int rows, int C);
     /* dx[rows,C] += (dx holds the residual stream's gradient), dw[C] +=. */
     void (*rmsnorm_backward)(const struct kernels *k, float *dx, float *dw, const void *dout,
-                             const float *x, const void *w, const float *rstd, int rows, int C);
+                             const float *x, const float *w, const float *rstd, int rows, int C);
 
     /* Rotary embedding, arXiv:2104.09864, Hugging Face convention: element d of a head is
      * paired with d + D/2. In place on the query and key heads of qkv[B,T,H+2KV,D]; value heads

@@ -27,10 +27,11 @@ typedef float ACT;
 /* The reference keeps no state, so no entry looks at its table. */
 #define SELF const struct kernels *k __attribute__((unused))
 
-/* A weight, both planes of it. */
+/* A weight, both planes of it where the second is there. */
 static float weight(const void *w, const uint16_t *rest, size_t i) {
 #ifdef REFERENCE_BF16
-    return bf16_join(((const uint16_t *)w)[i], rest[i]);
+    uint16_t upper = ((const uint16_t *)w)[i];
+    return rest ? bf16_join(upper, rest[i]) : bf16_widen(upper);
 #else
     assert(!rest);
     return ((const float *)w)[i];
@@ -154,29 +155,28 @@ static void embedding_backward(SELF, float *dw, const float *dout, const int32_t
     }
 }
 
-static void rmsnorm_forward(SELF, void *to, float *rstd, const float *x, const void *weights,
-                            float eps, int rows, int C) {
+static void rmsnorm_forward(SELF, void *to, float *rstd, const float *x, const float *w, float eps, int rows,
+                            int C) {
     ACT *out = to;
-    const ACT *w = weights;
     for (int r = 0; r < rows; r++, x += C, out += C) {
         double sum_sq = 0.0;
         for (int c = 0; c < C; c++) sum_sq += (double)x[c] * x[c];
         rstd[r] = (float)(1.0 / sqrt(sum_sq / C + eps));
-        for (int c = 0; c < C; c++) out[c] = PUT((double)x[c] * rstd[r] * GET(w[c]));
+        for (int c = 0; c < C; c++) out[c] = PUT((double)x[c] * rstd[r] * w[c]);
     }
 }
 
 /* With n = x * rstd: d loss / dx = rstd * (w*dout - n * mean(w*dout*n)). */
-static void rmsnorm_backward(SELF, float *dx, float *dw, const void *from, const float *x,
-                             const void *weights, const float *rstd, int rows, int C) {
-    const ACT *w = weights, *dout = from;
+static void rmsnorm_backward(SELF, float *dx, float *dw, const void *from, const float *x, const float *w,
+                             const float *rstd, int rows, int C) {
+    const ACT *dout = from;
     for (int r = 0; r < rows; r++, x += C, dx += C, dout += C) {
         double mean = 0.0;
-        for (int c = 0; c < C; c++) mean += GET(w[c]) * GET(dout[c]) * x[c] * rstd[r];
+        for (int c = 0; c < C; c++) mean += w[c] * GET(dout[c]) * x[c] * rstd[r];
         mean /= C;
         for (int c = 0; c < C; c++) {
             double n = (double)x[c] * rstd[r];
-            dx[c] = (float)(dx[c] + rstd[r] * (GET(w[c]) * GET(dout[c]) - n * mean));
+            dx[c] = (float)(dx[c] + rstd[r] * (w[c] * GET(dout[c]) - n * mean));
             dw[c] = (float)(dw[c] + GET(dout[c]) * n);
         }
     }
@@ -518,6 +518,7 @@ const struct kernels *REFERENCE(void) {
         .zero = host_zero,
         .weights_in = host_weights_in,
         .weights_out = host_weights_out,
+        .weights_widen = host_weights_out,
         .check = host_check,
         .scratch_bytes = no_scratch,
         .destroy = nothing_to_destroy,

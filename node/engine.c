@@ -226,10 +226,6 @@ static void *param_at(const struct engine *e, size_t at) {
     return (char *)e->s.params + at * e->s.k->weight_bytes;
 }
 
-static uint16_t *rest_at(const struct engine *e, size_t at) {
-    return e->s.rest ? e->s.rest + at : NULL;
-}
-
 /* A copy between a canonical range in host memory, whose first element is `first`, and what is here. */
 struct transfer {
     const struct engine *e;
@@ -243,18 +239,20 @@ static void read_params(void *arg, const struct layout_run *held) {
     const struct shard *s = &t->e->s;
     struct layout_run r = *held;
     if (!shard_answers_for(s, &r)) return;
-    size_t at = shard_param_at(s, &r);
-    s->k->weights_out(s->k, t->out + (r.canonical - t->first), param_at(t->e, at), rest_at(t->e, at),
-                      r.count);
+    s->k->weights_out(s->k, t->out + (r.canonical - t->first), param_at(t->e, shard_param_at(s, &r)),
+                      shard_rest(s, &r), r.count);
 }
 
 static void write_params(void *arg, const struct layout_run *held) {
     const struct transfer *t = arg;
     const struct shard *s = &t->e->s;
     struct layout_run r = *held;
+    if (r.shared)
+        s->k->copy_in(s->k, s->norms + layout_norm_at(&s->layout, &r), t->in + (r.canonical - t->first),
+                      r.count * sizeof *s->norms);
     if (!shard_has_params(s, &r)) return;
-    size_t at = shard_param_at(s, &r);
-    s->k->weights_in(s->k, param_at(t->e, at), rest_at(t->e, at), t->in + (r.canonical - t->first), r.count);
+    s->k->weights_in(s->k, param_at(t->e, shard_param_at(s, &r)), shard_rest(s, &r),
+                     t->in + (r.canonical - t->first), r.count);
 }
 
 void engine_params_read(const struct engine *e, size_t first, size_t n, float *out) {

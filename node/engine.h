@@ -4,7 +4,8 @@
  *
  * Parameters are one contiguous vector in canonical order (proto/model.h), in the backend's memory and
  * as it keeps weights (fp32, bf16 with the rest of an fp32 apart, bf16 alone); others read and write
- * element ranges of it between steps, as fp32. With bf16 alone what is written is rounded.
+ * element ranges of it between steps, as fp32. With bf16 alone what is
+ * written is rounded, but for norms' weights, which are fp32 in every precision.
  *
  * AdamW, or Muon for matrices, with moments in fp32, bf16 or 8 bits: optimizer.h. The
  * learning rate is schedule_lr(inner, position), position = the run's committed tokens, because

@@ -135,6 +135,16 @@ void layout_each(const struct layout *l, size_t first, size_t n,
     }
 }
 
+size_t layout_norms(const struct layout *l) { return (2 * (size_t)l->model.layers + 1) * l->model.width; }
+
+size_t layout_norm_at(const struct layout *l, const struct layout_run *run) {
+    struct proto_tensor t;
+    proto_model_tensor(&l->model, proto_model_tensor_at(&l->model, run->canonical), &t);
+    assert(!is_split(t.role));
+    size_t norm = 2 * ((size_t)run->unit - 1) + (t.role == MODEL_POST_NORM);
+    return norm * l->model.width + (run->canonical - (size_t)t.offset);
+}
+
 bool layout_own(const struct layout *l, struct layout_run *run) {
     size_t slice = layout_slice(l, run->unit);
     size_t first = layout_unit_at(l, run->unit) + (size_t)l->dp_rank * slice;

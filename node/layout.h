@@ -60,6 +60,11 @@ struct layout_run {
 void layout_each(const struct layout *l, size_t first, size_t n,
                  void (*fn)(void *arg, const struct layout_run *run), void *arg);
 
+/* The norms' weights as a vector of their own, of layout_norms() elements in canonical order, whole on every
+ * rank; and where in it a shared run begins. */
+size_t layout_norms(const struct layout *l);
+size_t layout_norm_at(const struct layout *l, const struct layout_run *run);
+
 /* Cut a run down to what lies in the caller's own slice; false where nothing does. */
 bool layout_own(const struct layout *l, struct layout_run *run);
 

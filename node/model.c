@@ -64,6 +64,7 @@ struct model {
     struct activations *layer; /* [layers]; all the same storage unless training */
     struct activations again;  /* storage of what is computed again, one layer at a time */
     float *cos, *sin;          /* [T,D/2] */
+    float *norms;              /* of whole vectors: as in struct model_units */
     int32_t *tokens, *targets; /* [rows] */
     int32_t *start;            /* [rows] where in its sequence the document of a token begins */
     float *out;                /* [own,C] residual stream after the last layer */
@@ -153,6 +154,7 @@ static size_t carve_all(struct model *m, struct activations *layer, void *base) 
     int is_alone = m->tp == 1;
     m->cos = carve_floats(&a, (size_t)m->T, half);
     m->sin = carve_floats(&a, (size_t)m->T, half);
+    m->norms = carve_floats(&a, layout_norms(&m->layout), 1);
     m->tokens = carve(&a, rows * sizeof(int32_t));
     m->targets = carve(&a, rows * sizeof(int32_t));
     m->start = carve(&a, rows * sizeof(int32_t));
@@ -320,6 +322,12 @@ static const void *weights_of(const struct model *m, uint32_t unit) {
 }
 
 static uint32_t last_unit(const struct model *m) { return m->config.layers + 1; }
+/* Weights of a norm: 2 i and 2 i + 1 are layer i's, the last one is final. */
+static const float *norm_at(const struct model *m, uint32_t norm) {
+    return m->units.norms + (size_t)norm * (size_t)m->C;
+}
+static uint32_t final_norm(const struct model *m) { return 2 * m->config.layers; }
+
 static uint32_t head_unit(const struct model *m) { return m->config.tied ? 0 : last_unit(m); }
 
 /* Whole vectors, for whoever has them. */
@@ -337,10 +345,22 @@ static void vector_done(void *arg, uint32_t unit) {
     (void)arg, (void)unit;
 }
 
+static void widen_norms(struct model *m) {
+    for (uint32_t i = 0; i < proto_model_tensor_count(&m->config); i++) {
+        struct layout_piece p;
+        layout_piece(&m->layout, i, &p);
+        if (!p.shared) continue;
+        struct layout_run r = { .canonical = p.canonical, .unit = p.unit };
+        m->k->weights_widen(m->k, m->norms + layout_norm_at(&m->layout, &r), at(m, m->params, p.at), NULL,
+                            p.rows * p.columns);
+    }
+}
+
 static struct model_units vectors(struct model *m, const void *params, float *grads) {
     m->params = params;
     m->grads = grads;
-    return (struct model_units){ .arg = m, .weights = vector_weights, .grads = vector_grads,
+    widen_norms(m);
+    return (struct model_units){ .arg = m, .norms = m->norms, .weights = vector_weights, .grads = vector_grads,
                                  .grads_done = vector_done };
 }
 
@@ -388,9 +408,11 @@ static void spread(const struct model *m, int rows) {
 
 /* A layer; or again, what of it the backward pass needs and was not kept: the same kernels on the same
  * inputs, so the same bits. */
-static void layer_forward(struct model *m, const void *w, const struct activations *l, float *out,
-                          const int32_t *start, int B, int T, int again) {
+static void layer_forward(struct model *m, uint32_t i, float *out, const int32_t *start, int B, int T,
+                          int again) {
     const struct kernels *k = m->k;
+    const struct activations *l = &m->layer[i];
+    const void *w = weights_of(m, 1 + i);
     int rows = B * T, own = own_rows(m, rows), C = m->C, F = m->F;
     int norms = !again || !keeps(m, MODEL_AGAIN_NORMS), whole = !again || !keeps(m, MODEL_AGAIN_LAYER);
     float eps = (float)m->config.norm_eps;
@@ -398,7 +420,7 @@ static void layer_forward(struct model *m, const void *w, const struct activatio
     void *branch = own_of(m, m->branch, rows);
     size_t stream = (size_t)own * (size_t)C;
     if (norms) {
-        k->rmsnorm_forward(k, norm_att, l->rstd_att, l->in, at(m, w, m->at.norm_att), eps, own, C);
+        k->rmsnorm_forward(k, norm_att, l->rstd_att, l->in, norm_at(m, 2 * i), eps, own, C);
         gather(m, l->norm_att, rows);
     }
     if (whole) {
@@ -410,7 +432,7 @@ static void layer_forward(struct model *m, const void *w, const struct activatio
         k->add(k, l->middle, l->in, branch, stream);
     }
     if (norms) {
-        k->rmsnorm_forward(k, norm_ffn, l->rstd_ffn, l->middle, at(m, w, m->at.norm_ffn), eps, own, C);
+        k->rmsnorm_forward(k, norm_ffn, l->rstd_ffn, l->middle, norm_at(m, 2 * i + 1), eps, own, C);
         gather(m, l->norm_ffn, rows);
     }
     if (!again || !keeps(m, MODEL_AGAIN_GATE_UP))
@@ -449,9 +471,8 @@ static void forward(struct model *m, const int32_t *start, int B, int T) {
     int rows = B * T;
     embed(m, rows);
     for (uint32_t i = 0; i < layers; i++)
-        layer_forward(m, weights_of(m, 1 + i), &m->layer[i], i + 1 < layers ? m->layer[i + 1].in : m->out,
-                      start, B, T, 0);
-    k->rmsnorm_forward(k, own_of(m, m->norm, rows), m->rstd, m->out, weights_of(m, last_unit(m)),
+        layer_forward(m, i, i + 1 < layers ? m->layer[i + 1].in : m->out, start, B, T, 0);
+    k->rmsnorm_forward(k, own_of(m, m->norm, rows), m->rstd, m->out, norm_at(m, final_norm(m)),
                        (float)m->config.norm_eps, own_rows(m, rows), m->C);
     gather(m, m->norm, rows);
 }
@@ -590,9 +611,12 @@ int model_loss(struct model *m, const void *params, const int32_t *tokens, int B
 
 /* m->dx, and m->dstream with it, comes in as the gradient of the layer's output and leaves as that of its
  * input. Products want all rows of it; norms have the own ones. */
-static void layer_backward(struct model *m, const void *w, float *g, const struct activations *l,
-                           const int32_t *start, int B, int T, enum kernels_write write) {
+static void layer_backward(struct model *m, uint32_t i, const int32_t *start, int B, int T,
+                           enum kernels_write write) {
     const struct kernels *k = m->k;
+    const struct activations *l = &m->layer[i];
+    const void *w = weights_of(m, 1 + i);
+    float *g = m->units.grads(m->units.arg, 1 + i);
     int rows = B * T, own = own_rows(m, rows), C = m->C, F = m->F;
     const void *dbranch = own_of(m, m->dbranch, rows);
     if (write == KERNELS_SET) { /* norms' kernels only add */
@@ -605,7 +629,7 @@ static void layer_backward(struct model *m, const void *w, float *g, const struc
     k->matmul_backward_weight(k, g + m->at.gate_up, l->gate_up, l->norm_ffn, rows, C, 2 * F, write);
     k->matmul_backward_input(k, m->dbranch, l->gate_up, at(m, w, m->at.gate_up), rows, C, 2 * F);
     add_up(m, m->dbranch, rows);
-    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, dbranch, l->middle, at(m, w, m->at.norm_ffn),
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_ffn, dbranch, l->middle, norm_at(m, 2 * i + 1),
                         l->rstd_ffn, own, C);
     spread(m, rows);
     k->matmul_backward_weight(k, g + m->at.o, m->dstream, l->att, rows, m->A, C, write);
@@ -615,9 +639,10 @@ static void layer_backward(struct model *m, const void *w, float *g, const struc
     k->matmul_backward_weight(k, g + m->at.qkv, m->dqkv, l->norm_att, rows, C, m->QKV, write);
     k->matmul_backward_input(k, m->dbranch, m->dqkv, at(m, w, m->at.qkv), rows, C, m->QKV);
     add_up(m, m->dbranch, rows);
-    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, dbranch, l->in, at(m, w, m->at.norm_att),
-                        l->rstd_att, own, C);
+    k->rmsnorm_backward(k, m->dx, g + m->at.norm_att, dbranch, l->in, norm_at(m, 2 * i), l->rstd_att, own,
+                        C);
     spread(m, rows);
+    m->units.grads_done(m->units.arg, 1 + i);
 }
 
 /* The head, and the final norm, whose weights are the first of its unit: m->dx, m->dstream become the
@@ -631,8 +656,8 @@ static void head_backward(struct model *m, int rows, float grad_scale, enum kern
     head(m, u->grads(u->arg, head_unit(m)), rows, grad_scale, write);
     add_up(m, m->dbranch, rows);
     k->zero(k, m->dx, (size_t)own * (size_t)C * sizeof *m->dx);
-    k->rmsnorm_backward(k, m->dx, g, own_of(m, m->dbranch, rows), m->out, weights_of(m, last_unit(m)),
-                        m->rstd, own, C);
+    k->rmsnorm_backward(k, m->dx, g, own_of(m, m->dbranch, rows), m->out, norm_at(m, final_norm(m)), m->rstd,
+                        own, C);
     u->grads_done(u->arg, last_unit(m));
     spread(m, rows);
 }
@@ -647,10 +672,8 @@ int model_backward_units(struct model *m, const struct model_units *units, const
     forward(m, start, B, T);
     head_backward(m, rows, grad_scale, write);
     for (uint32_t i = m->config.layers; i-- > 0;) {
-        const void *w = weights_of(m, 1 + i);
-        layer_forward(m, w, &m->layer[i], NULL, start, B, T, 1);
-        layer_backward(m, w, units->grads(units->arg, 1 + i), &m->layer[i], start, B, T, write);
-        units->grads_done(units->arg, 1 + i);
+        layer_forward(m, i, NULL, start, B, T, 1);
+        layer_backward(m, i, start, B, T, write);
     }
     embed_backward(m, rows, write);
     return loss_sum(m, rows, loss, err);

@@ -58,12 +58,14 @@ size_t model_scratch_bytes(const struct layout *layout, const struct kernels *ke
  * not hold them all, and where their gradient goes. A pass asks for units in order of the layers and, going
  * back, in reverse; a tied head asks for unit 0 again.
  *
+ * norms       weights of all norms in fp32 (layout_norms()), in the backend's memory; whole on every rank.
  * weights     the unit's; at least the last two layers asked for, and units 0 and layers + 1, stay valid
  *             until the pass ends.
  * grads       room for the unit's gradient; asked for when the first part of it comes, and again.
  * grads_done  nothing more comes for this unit in this pass. */
 struct model_units {
     void *arg;
+    const float *norms;
     const void *(*weights)(void *arg, uint32_t unit);
     float *(*grads)(void *arg, uint32_t unit);
     void (*grads_done)(void *arg, uint32_t unit);
@@ -94,7 +96,8 @@ struct model_loss {
 size_t model_targets(const struct model *model, const int32_t *tokens, int B, int T);
 
 /* Logits of the token after tokens[position]: out [vocabulary], host memory.
- * params  canonical vector in the backend's memory, as the backend keeps weights.
+ * params  canonical vector in the backend's memory, as the backend keeps weights. The norms' are read in
+ *         fp32 through units (model_units) alone; from a vector of bf16 they are what it has.
  * tokens  [T] host memory, each in [0, vocabulary): the caller checked. Nothing looks ahead, so
  *         those after `position` may be anything: callers that keep to a few values of T spare the
  *         backend from preparing itself for many.

@@ -116,14 +116,14 @@ static void *state_at(const struct optimizer_state *m, size_t element) {
 }
 
 static struct layout_run run_at(const struct layout_piece *p, size_t local) {
-    return (struct layout_run){ .local = local, .unit = p->unit };
+    struct layout_run r = { .local = local, .unit = p->unit, .shared = p->shared };
+    side_by_side(p, local, 1, &r.canonical);
+    return r;
 }
 
 static void *param_at(const struct shard *s, size_t at) {
     return (char *)s->params + at * s->k->weight_bytes;
 }
-
-static uint16_t *rest_at(const struct shard *s, size_t at) { return s->rest ? s->rest + at : NULL; }
 
 static const float *grads_at(const struct shard *s, const struct layout_piece *p, size_t local) {
     struct layout_run r = run_at(p, local);
@@ -148,8 +148,8 @@ static void adamw_some(const struct optimizer *o, const struct layout_piece *p, 
     for (size_t i = 0, some; i < n; i += some) {
         some = at_once(s, p, local + i, n - i, &a->first);
         struct layout_run r = run_at(p, local + i);
-        size_t at = shard_param_at(s, &r);
-        s->k->adamw(s->k, param_at(s, at), rest_at(s, at), grads_at(s, p, local + i), m + i, v + i, some, a);
+        s->k->adamw(s->k, param_at(s, shard_param_at(s, &r)), shard_rest(s, &r), grads_at(s, p, local + i),
+                    m + i, v + i, some, a);
     }
 }
 
@@ -207,8 +207,7 @@ static void descend(const struct optimizer *o, const struct layout_piece *p, con
     for (size_t i = 0, some; i < t->count; i += some) {
         some = at_once(s, p, t->local + i, t->count - i, &d->first);
         struct layout_run r = run_at(p, t->local + i);
-        size_t at = shard_param_at(s, &r);
-        s->k->descend(s->k, param_at(s, at), rest_at(s, at), direction + i, some, d);
+        s->k->descend(s->k, param_at(s, shard_param_at(s, &r)), shard_rest(s, &r), direction + i, some, d);
     }
 }
 

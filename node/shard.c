@@ -41,11 +41,16 @@ static int take_slots(struct shard *s, struct err *err) {
     return 0;
 }
 
+static size_t norms_rest_bytes(const struct kernels *k) {
+    return k->weight_bytes == sizeof(uint16_t) && !k->rest_bytes ? sizeof(uint16_t) : 0;
+}
+
 void shard_bytes(const struct layout *l, enum engine_shard shard, const struct kernels *k, size_t *params,
                  size_t *grads) {
     size_t own = l->n / (size_t)l->dp, weight_slots[SHARD_WEIGHT_SLOTS], grad_slots[SHARD_GRAD_SLOTS];
     slots(l, weight_slots, grad_slots);
     *params = (shard >= ENGINE_SHARD_FULL ? own : l->n) * (k->weight_bytes + k->rest_bytes);
+    *params += layout_norms(l) * (sizeof(float) + norms_rest_bytes(k));
     *grads = (shard >= ENGINE_SHARD_GRADIENTS ? own : l->n) * sizeof(float);
     for (int i = 0; i < SHARD_WEIGHT_SLOTS && shard >= ENGINE_SHARD_FULL; i++)
         *params += weight_slots[i] * k->weight_bytes;
@@ -57,10 +62,12 @@ static int take_memory(struct shard *s, struct err *err) {
     const struct room room[] = {
         { &s->params, s->params_n, s->k->weight_bytes }, { (void **)&s->rest, s->params_n, s->k->rest_bytes },
         { (void **)&s->grads, s->grads_n, sizeof(float) },
+        { (void **)&s->norms, layout_norms(&s->layout), sizeof(float) },
+        { (void **)&s->norms_rest, layout_norms(&s->layout), norms_rest_bytes(s->k) },
     };
     size_t all = 0;
-    for (size_t i = 0; i < 3; i++) all += room[i].n * room[i].bytes;
-    for (size_t i = 0; i < 3; i++)
+    for (size_t i = 0; i < sizeof room / sizeof *room; i++) all += room[i].n * room[i].bytes;
+    for (size_t i = 0; i < sizeof room / sizeof *room; i++)
         if (room[i].bytes && !(*room[i].to = s->k->alloc(s->k, room[i].n * room[i].bytes, err))) goto failed;
     if (take_slots(s, err) == 0) return 0;
 failed:
@@ -85,8 +92,8 @@ int shard_init(struct shard *s, const struct msg_model *m, const struct kernels 
 }
 
 void shard_release(struct shard *s) {
-    void *all[] = { s->params, s->rest, s->grads };
-    for (size_t i = 0; i < 3; i++) s->k->free(s->k, all[i]);
+    void *all[] = { s->params, s->rest, s->grads, s->norms, s->norms_rest };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) s->k->free(s->k, all[i]);
     for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->k->free(s->k, s->weights[i]);
     for (int i = 0; i < SHARD_GRAD_SLOTS; i++) s->k->free(s->k, s->unit_grads[i]);
 }
@@ -126,6 +133,11 @@ size_t shard_param_at(const struct shard *s, const struct layout_run *run) {
 }
 size_t shard_grad_at(const struct shard *s, const struct layout_run *run) {
     return place(s, ENGINE_SHARD_GRADIENTS, run);
+}
+
+uint16_t *shard_rest(const struct shard *s, const struct layout_run *run) {
+    if (s->rest) return s->rest + shard_param_at(s, run);
+    return s->norms_rest && run->shared ? s->norms_rest + layout_norm_at(&s->layout, run) : NULL;
 }
 
 bool shard_answers_for(const struct shard *s, struct layout_run *run) {
@@ -183,7 +195,7 @@ static void unit_done(void *arg, uint32_t unit) {
 
 struct model_units shard_units(struct shard *s, bool adds) {
     s->adds = adds;
-    return (struct model_units){ .arg = s, .weights = unit_weights, .grads = unit_grads,
+    return (struct model_units){ .arg = s, .norms = s->norms, .weights = unit_weights, .grads = unit_grads,
                                  .grads_done = unit_done };
 }
 
@@ -216,10 +228,27 @@ void shard_reduce(struct shard *s) {
     }
 }
 
+/* Slices cut through norms, so each rank puts in what it has: what the others have is 0 there. */
+static void gather_norms(struct shard *s) {
+    const struct comm *c = s->mesh.data;
+    const struct kernels *k = s->k;
+    bool in_parts = cuts(s, ENGINE_SHARD_OPTIMIZER);
+    size_t n = layout_norms(&s->layout);
+    if (in_parts) k->zero(k, s->norms, n * sizeof *s->norms);
+    for (uint32_t i = 0; i < proto_model_tensor_count(&s->layout.model); i++) {
+        struct layout_run r = shard_piece(s, i);
+        if (!r.shared || !shard_has_state(s, &r)) continue;
+        float *to = s->norms + layout_norm_at(&s->layout, &r);
+        k->weights_widen(k, to, weight(s, shard_param_at(s, &r)), shard_rest(s, &r), r.count);
+    }
+    if (in_parts) c->all_reduce(c, s->norms, n, COMM_FP32);
+}
+
 void shard_gather(struct shard *s) {
     const struct comm *c = s->mesh.data;
     const struct layout *l = &s->layout;
     shard_forget_gathered(s);
+    gather_norms(s);
     if (!cuts(s, ENGINE_SHARD_OPTIMIZER) || cuts(s, ENGINE_SHARD_FULL)) return;
     for (uint32_t u = 0; u < LAYOUT_UNITS(l); u++) {
         size_t slice = layout_slice(l, u), first = layout_unit_at(l, u);

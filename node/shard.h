@@ -30,6 +30,8 @@ struct shard {
     size_t params_n, grads_n;
     void *params;            /* [params_n] as the backend keeps weights ... */
     uint16_t *rest;          /* ... and what it keeps apart of them, or NULL */
+    float *norms;            /* the norms' weights in fp32, all of them on every rank (layout_norms()) */
+    uint16_t *norms_rest;    /* their rests where the backend keeps no other, or NULL */
     float *grads;            /* [grads_n] */
     /* Room for units on their way. */
     void *weights[SHARD_WEIGHT_SLOTS];
@@ -57,6 +59,10 @@ bool shard_has_state(const struct shard *s, struct layout_run *run);
 size_t shard_param_at(const struct shard *s, const struct layout_run *run);
 size_t shard_grad_at(const struct shard *s, const struct layout_run *run);
 
+/* What is kept apart of a run's weights (struct kernels), or NULL. Norms have a rest with bf16 alone too: near
+ * 1 a bf16's steps are far larger than their updates, and there are few of them. */
+uint16_t *shard_rest(const struct shard *s, const struct layout_run *run);
+
 /* Cut a run down to what this rank alone answers for, of all ranks of the mesh. */
 bool shard_answers_for(const struct shard *s, struct layout_run *run);
 
@@ -70,7 +76,7 @@ struct model_units shard_units(struct shard *s, bool adds);
 /* After the last pass: add up what ranks still have apart. */
 void shard_reduce(struct shard *s);
 
-/* After an update: the slices of all to all who keep them whole. */
+/* After an update: the slices of all to all who keep them whole, and the norms'. */
 void shard_gather(struct shard *s);
 
 /* Parameters were written: what was gathered of them is old. */

@@ -360,8 +360,8 @@ static void compare_by_row(struct kernels *k) {
         memcpy(dx[i], other, sizeof dx[i]);
         memcpy(turned[i], dout, sizeof turned[i]);
         b->embedding_forward(b, embedded[i], tokens, w, ROWS, C, V);
-        b->rmsnorm_forward(b, norm[i], rstd[i], x, w, 1e-5f, ROWS, C);
-        b->rmsnorm_backward(b, dx[i], dw[i], dout, x, w, rstd[i], ROWS, C);
+        b->rmsnorm_forward(b, norm[i], rstd[i], x, table, 1e-5f, ROWS, C);
+        b->rmsnorm_backward(b, dx[i], dw[i], dout, x, table, rstd[i], ROWS, C);
         b->swiglu_forward(b, glu[i], gate_up, ROWS, C);
         b->swiglu_backward(b, dglu[i], dout, gate_up, ROWS, C);
         b->rope_forward(b, turned[i], cosine, sine, NULL, 1, ROWS, 3, 2, 10);
@@ -441,6 +441,10 @@ static void compare_steps(struct kernels *k, struct kernels *plain, size_t N) {
     }
     k->weights_out(k, back, upper, rest, N);
     assert_memory_equal(back, w, N * sizeof *w);
+    k->weights_widen(k, back, upper, rest, N);
+    assert_memory_equal(back, w, N * sizeof *w);
+    k->weights_widen(k, back, upper, NULL, N);
+    for (size_t i = 0; i < N; i++) assert_true(back[i] == bf16_widen(upper[i]));
     assert_memory_equal(v[0], v[1], N * sizeof(float));
     for (int i = 0; i < 2; i++) free(m[i]), free(v[i]);
     free(w), free(back), free(upper), free(rest);
@@ -529,6 +533,51 @@ static double train(struct engine *e, uint32_t from, uint32_t to) {
         if (engine_step(e, tokens, BATCH, 1000, &r, &err)) fail_msg("%s", err.msg);
     }
     return r.loss;
+}
+
+static double loss_of(struct engine *e) {
+    int32_t tokens[SEQUENCE + 1];
+    double loss;
+    struct err err;
+    for (int t = 0; t <= SEQUENCE; t++) tokens[t] = t * 3 % 20;
+    if (engine_eval_loss(e, tokens, 1, &loss, &err)) fail_msg("%s", err.msg);
+    return loss;
+}
+
+/* Set all weights of norms. Returns how many were no bf16 before. */
+static int set_norms(struct engine *e, float to) {
+    const struct msg_model *m = engine_model(e);
+    int finer = 0;
+    for (uint32_t i = 0; i < proto_model_tensor_count(m); i++) {
+        struct proto_tensor t;
+        float w[64];
+        proto_model_tensor(m, i, &t);
+        if (t.dims != 1) continue;
+        engine_params_read(e, (size_t)t.offset, (size_t)t.count, w);
+        for (uint64_t c = 0; c < t.count; c++) {
+            finer += w[c] != bf16_widen(bf16_nearest(w[c]));
+            w[c] = to;
+        }
+        engine_params_write(e, (size_t)t.offset, (size_t)t.count, w);
+    }
+    return finer;
+}
+
+/* Norms' weights stand near 1, where a bf16 moves in steps of 2^-7: an update is a small part of one. It is
+ * kept, and the network sees it. */
+static void norms_are_fp32_in_every_precision(void **state) {
+    (void)state;
+    struct kernels *all[] = { create(2, 0, 0), create(2, 1, 0), on_device(PLANES), on_device(STOCHASTIC) };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        struct engine *e = engine_with(all[i]);
+        train(e, 0, 2);
+        assert_in_range(set_norms(e, 1), 150, 160); /* of 5 norms of 32 */
+        double before = loss_of(e);
+        set_norms(e, 1 + ldexpf(1, -9));
+        assert_true(loss_of(e) != before);
+        engine_destroy(e);
+        finish(all[i]);
+    }
 }
 
 /* As in fp32 to a few percent, and a run that was saved and loaded in the middle has the bits of one that was
@@ -620,6 +669,7 @@ int main(void) {
         cmocka_unit_test(without_the_rest_small_updates_add_up_and_cuts_change_nothing),
         cmocka_unit_test(an_engine_on_cuda_trains_like_one_on_the_cpu),
         cmocka_unit_test(the_plugin_loads_and_says_what_is_missing),
+        cmocka_unit_test(norms_are_fp32_in_every_precision),
         cmocka_unit_test(training_learns_and_goes_on_from_a_saved_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -47,8 +47,17 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
 
 /* ---- RMSNorm --------------------------------------------------------------------------------------- */
 
+template <class E> __global__ void widen(float *out, const E *w, const uint16_t *rest, size_t n) {
+    size_t i = grid_index();
+    if (i < n) out[i] = rest ? bf16_join((uint16_t)w[i], rest[i]) : wide(w[i]);
+}
+
+static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest, size_t n) {
+    WITH_TYPE(k, RUN(cuda_of(k), widen<E>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, (const E *)w, rest, n));
+}
+
 template <class E>
-__global__ void rmsnorm(E *out, float *rstd, const float *x, const E *w, float eps, int C) {
+__global__ void rmsnorm(E *out, float *rstd, const float *x, const float *w, float eps, int C) {
     __shared__ float parts[CUDA_WARP];
     size_t row = blockIdx.x;
     float sum = 0.0f;
@@ -56,29 +65,28 @@ __global__ void rmsnorm(E *out, float *rstd, const float *x, const E *w, float e
     out += row * C;
     for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += x[c] * x[c];
     float scale = 1.0f / sqrtf(block_sum(sum, parts) / C + eps);
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) put(&out[c], x[c] * scale * wide(w[c]));
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) put(&out[c], x[c] * scale * w[c]);
     if (threadIdx.x == 0) rstd[row] = scale;
 }
 
-static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, const float *x, const void *w,
+static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, const float *x, const float *w,
                             float eps, int rows, int C) {
-    WITH_TYPE(k, RUN(cuda_of(k), rmsnorm<E>, (unsigned)rows, CUDA_THREADS, 0, (E *)out, rstd, x, (const E *)w, eps,
-                     C));
+    WITH_TYPE(k, RUN(cuda_of(k), rmsnorm<E>, (unsigned)rows, CUDA_THREADS, 0, (E *)out, rstd, x, w, eps, C));
 }
 
 /* dx += rstd * (w*dout - n * mean(w*dout*n)), n = x*rstd */
 template <class E>
-__global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const E *w, const float *rstd, int C) {
+__global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const float *w, const float *rstd, int C) {
     __shared__ float parts[CUDA_WARP];
     size_t row = blockIdx.x;
     float scale = rstd[row], sum = 0.0f;
     dx += row * C;
     dout += row * C;
     x += row * C;
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += wide(w[c]) * wide(dout[c]) * x[c] * scale;
+    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += w[c] * wide(dout[c]) * x[c] * scale;
     float mean = block_sum(sum, parts) / C;
     for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS)
-        dx[c] += scale * (wide(w[c]) * wide(dout[c]) - x[c] * scale * mean);
+        dx[c] += scale * (w[c] * wide(dout[c]) - x[c] * scale * mean);
 }
 
 
@@ -101,14 +109,14 @@ __global__ void add_parts(float *dw, const float *part, int slices, int C) {
 }
 
 static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *dout, const float *x,
-                             const void *w, const float *rstd, int rows, int C) {
+                             const float *w, const float *rstd, int rows, int C) {
     struct cuda *c = cuda_of(k);
     int each = (rows + CUDA_NORM_SLICES - 1) / CUDA_NORM_SLICES, slices = (rows + each - 1) / each;
     float *part = (float *)cuda_scratch(c, (size_t)slices * C * sizeof *part);
     unsigned columns = cuda_blocks((size_t)C, CUDA_THREADS);
     if (!part) return;
-    WITH_TYPE(k, RUN(c, rmsnorm_gradient<E>, (unsigned)rows, CUDA_THREADS, 0, dx, (const E *)dout, x, (const E *)w,
-                     rstd, C));
+    WITH_TYPE(k, RUN(c, rmsnorm_gradient<E>, (unsigned)rows, CUDA_THREADS, 0, dx, (const E *)dout, x, w, rstd,
+                     C));
     WITH_TYPE(k, RUN(c, norm_weight_parts<E>, dim3(columns, (unsigned)slices), CUDA_THREADS, 0, part,
                      (const E *)dout, x, rstd, rows, each, C));
     RUN(c, add_parts, columns, CUDA_THREADS, 0, dw, part, slices, C);
@@ -328,6 +336,7 @@ static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty
 void cuda_fill_rows(struct kernels *k) {
     k->embedding_forward = embedding_forward;
     k->embedding_backward = embedding_backward;
+    k->weights_widen = weights_widen;
     k->rmsnorm_forward = rmsnorm_forward;
     k->rmsnorm_backward = rmsnorm_backward;
     k->rope_forward = rope_forward;

@@ -49,10 +49,10 @@ TIMED(embedding_forward, (K, float *out, const int32_t *tokens, const void *w, i
 TIMED(embedding_backward, (K, float *dw, const float *dout, const int32_t *tokens, int rows, int C, int V),
       (k, dw, dout, tokens, rows, C, V))
 TIMED(rmsnorm_forward,
-      (K, void *out, float *rstd, const float *x, const void *w, float eps, int rows, int C),
+      (K, void *out, float *rstd, const float *x, const float *w, float eps, int rows, int C),
       (k, out, rstd, x, w, eps, rows, C))
 TIMED(rmsnorm_backward,
-      (K, float *dx, float *dw, const void *dout, const float *x, const void *w, const float *rstd, int rows,
+      (K, float *dx, float *dw, const void *dout, const float *x, const float *w, const float *rstd, int rows,
        int C),
       (k, dx, dw, dout, x, w, rstd, rows, C))
 TIMED(rope_forward,

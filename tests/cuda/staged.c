@@ -70,6 +70,14 @@ static void weights_out(const struct kernels *k, float *host, const void *w, con
     end(&c);
 }
 
+static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest, size_t n) {
+    struct call c = begin(k);
+    const void *d_w = reads(&c, w, n * k->weight_bytes);
+    float *d_out = writes_floats(&c, out, n);
+    c.k->weights_widen(c.k, d_out, d_w, reads(&c, rest, n * sizeof *rest), n);
+    end(&c);
+}
+
 static void matmul_forward(const struct kernels *k, void *out, const void *x, const void *w, int rows, int C,
                            int OC) {
     struct call c = begin(k);
@@ -124,25 +132,25 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
     end(&c);
 }
 
-static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, const float *x, const void *w,
+static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, const float *x, const float *w,
                             float eps, int rows, int C) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     void *d_out = writes_acts(&c, out, r * C);
     float *d_rstd = writes_floats(&c, rstd, r);
     const float *d_x = reads_floats(&c, x, r * C);
-    c.k->rmsnorm_forward(c.k, d_out, d_rstd, d_x, reads(&c, w, (size_t)C * k->weight_bytes), eps, rows, C);
+    c.k->rmsnorm_forward(c.k, d_out, d_rstd, d_x, reads_floats(&c, w, (size_t)C), eps, rows, C);
     end(&c);
 }
 
 static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *dout, const float *x,
-                             const void *w, const float *rstd, int rows, int C) {
+                             const float *w, const float *rstd, int rows, int C) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     float *d_dx = writes_floats(&c, dx, r * C), *d_dw = writes_floats(&c, dw, (size_t)C);
     const void *d_dout = reads_acts(&c, dout, r * C);
     const float *d_x = reads_floats(&c, x, r * C);
-    const void *d_w = reads(&c, w, (size_t)C * k->weight_bytes);
+    const float *d_w = reads_floats(&c, w, (size_t)C);
     c.k->rmsnorm_backward(c.k, d_dx, d_dw, d_dout, d_x, d_w, reads_floats(&c, rstd, r), rows, C);
     end(&c);
 }
@@ -338,6 +346,7 @@ struct kernels *staged_create(struct kernels *device) {
     k->act_bytes = device->act_bytes;
     k->weights_in = weights_in;
     k->weights_out = weights_out;
+    k->weights_widen = weights_widen;
     k->check = check;
     k->destroy = destroy;
     k->matmul_forward = matmul_forward;
