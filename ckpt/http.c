@@ -205,6 +205,7 @@ struct transfer {
     bool complete; /* the head of the answer: libcurl takes one that was cut off for a short one */
     bool enough;  /* all of `out` is there, and the server, which knows no ranges, goes on */
     bool too_much;
+    struct err unread; /* code ERR_NONE: the body could be read */
     char why[CURL_ERROR_SIZE];
 };
 
@@ -298,8 +299,10 @@ static size_t take_body(char *bytes, size_t size, size_t count, void *arg) {
 static size_t give_body(char *to, size_t size, size_t count, void *arg) {
     struct transfer *t = arg;
     size_t left = t->request->body_bytes - t->sent, n = size * count < left ? size * count : left;
-    keep_pace(t->client, t->request, &t->client->up, n);
-    if (n) memcpy(to, (const uint8_t *)t->request->body + t->sent, n);
+    const struct http_request *r = t->request;
+    keep_pace(t->client, r, &t->client->up, n);
+    if (n && !r->body_read) memcpy(to, (const uint8_t *)r->body + t->sent, n);
+    if (n && r->body_read && r->body_read(r->body_arg, t->sent, to, n, &t->unread)) return CURL_READFUNC_ABORT;
     t->sent += n;
     return n;
 }
@@ -427,6 +430,10 @@ static int failed(const struct transfer *t, CURLcode rc, uint32_t tries, struct 
     const char *why = t->why[0] ? t->why : curl_easy_strerror(rc);
     if (cancelled(t->client, t->request))
         return err_set(err, ERR_REFUSED, "given up: the store is being closed");
+    if (t->unread.code) {
+        if (err) *err = t->unread;
+        return -1;
+    }
     if (t->too_much)
         return err_set(err, ERR_CORRUPT,
                        "the server answers with other bytes than the range that was asked for");

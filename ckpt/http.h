@@ -18,8 +18,7 @@ struct http_limits {
     uint32_t stall_s;     /* INTELLECT_STORE_STALL_S: 1 to 3600, default 30: under HTTP_STALL_BYTES a
                              second for so long, and the request is tried again */
     uint32_t streams;     /* INTELLECT_STORE_STREAMS: 1 to 64 requests at a time, default 4 */
-    uint32_t part_mib;    /* INTELLECT_STORE_PART_MIB: 5 to 1024, default 8: the unit of transfer. Memory
-                             for streams times this is taken while something is sent */
+    uint32_t part_mib;    /* INTELLECT_STORE_PART_MIB: 5 to 1024, default 8: the unit of transfer */
     uint64_t up_bytes_s;  /* INTELLECT_STORE_UP_MBIT: 1 to 1000000 Mbit/s, default none (0) */
     uint64_t down_bytes_s; /* INTELLECT_STORE_DOWN_MBIT: likewise; both over all streams of a store */
 };
@@ -80,6 +79,10 @@ struct http_request {
     const struct http_auth *auth; /* NULL: unsigned */
     const void *body;             /* PUT, POST */
     size_t body_bytes;
+    /* PUT, instead of `body`: bytes [at, at + n) of it, each perhaps several times; -1 ends the request with
+     * that error. */
+    int (*body_read)(void *arg, uint64_t at, void *out, size_t n, struct err *err);
+    void *body_arg;
     void *out;                    /* GET: bytes [offset, offset + out_bytes) are asked for */
     size_t out_bytes;
     uint64_t offset;
@@ -103,7 +106,7 @@ bool http_client_cancelled(const struct http_client *c);
 /* Returns 0 with an answer, to be released: of any status, also of one that passes if it did not pass
  * in all tries. -1 without one: ERR_TIMEOUT (msg: the last reason, how often it was tried),
  * ERR_REFUSED (cancelled), ERR_CONFIG (a certificate that does not hold, no such URL), ERR_CORRUPT
- * (more bytes than asked for), ERR_MEMORY. Blocks; from any thread. */
+ * (more bytes than asked for), ERR_MEMORY, what body_read says. Blocks; from any thread. */
 int http_perform(struct http_client *c, const struct http_request *r, struct http_answer *a,
                  struct err *err);
 

@@ -119,7 +119,9 @@ struct s3_call {
     const char *header;     /* one more: "If-None-Match: *"; or NULL */
     const void *body;
     size_t body_bytes;
-    bool unhashed;          /* the body's digest is not signed; see s3_is_sheltered */
+    int (*body_read)(void *arg, uint64_t at, void *out, size_t n, struct err *err); /* as in http_request */
+    void *body_arg;
+    const uint8_t *sha256;  /* of a body that is read; NULL: it is not signed, see s3_is_sheltered */
     void *out;
     size_t out_bytes;
     uint64_t offset;

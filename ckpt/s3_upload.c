@@ -104,14 +104,46 @@ static int read_spool(const struct s3_upload *u, uint64_t at, uint8_t *out, size
     return 0;
 }
 
-static int send_part(struct s3_upload *u, uint32_t i, uint8_t *buffer, char etag[96], struct err *err) {
+/* Of part i, which nobody else is at. */
+static int digest_part(struct s3_upload *u, uint32_t i, struct err *err) {
+    if (u->part[i].digested) return 0;
+    uint8_t *block = malloc(CKPT_BLOCK_BYTES);
+    EVP_MD_CTX *sha = EVP_MD_CTX_new();
+    int r = block && sha && EVP_DigestInit_ex(sha, EVP_sha256(), NULL) == 1
+                ? 0 : err_set(err, ERR_MEMORY, "%.64s: no SHA-256", u->name);
+    for (uint64_t at = 0, bytes = bytes_of(u, i), n; !r && at < bytes; at += n) {
+        n = bytes - at < CKPT_BLOCK_BYTES ? bytes - at : CKPT_BLOCK_BYTES;
+        r = read_spool(u, i * u->part_bytes + at, block, (size_t)n, err);
+        if (!r && EVP_DigestUpdate(sha, block, (size_t)n) != 1) r = err_set(err, ERR_IO, "%.64s: SHA-256", u->name);
+    }
+    if (!r) u->part[i].digested = EVP_DigestFinal_ex(sha, u->part[i].sha256, NULL) == 1;
+    EVP_MD_CTX_free(sha);
+    free(block);
+    return r;
+}
+
+struct part_body {
+    const struct s3_upload *upload;
+    uint64_t first;
+};
+
+static int read_body(void *arg, uint64_t at, void *out, size_t n, struct err *err) {
+    const struct part_body *b = arg;
+    return read_spool(b->upload, b->first + at, out, n, err);
+}
+
+/* From the spool into libcurl's buffer and on: one copy, and no memory for a part. */
+static int send_part(struct s3_upload *u, uint32_t i, char etag[96], struct err *err) {
     char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
-    size_t n = (size_t)bytes_of(u, i);
-    struct s3_call c = {.method = HTTP_PUT, .name = u->name, .query = query, .body = buffer, .body_bytes = n,
-                        .unhashed = s3_is_sheltered(u->store), .cancel = &u->cancelled};
+    uint64_t n = bytes_of(u, i);
+    bool sheltered = s3_is_sheltered(u->store);
+    struct part_body body = {u, i * u->part_bytes};
+    struct s3_call c = {.method = HTTP_PUT, .name = u->name, .query = query, .body_bytes = (size_t)n,
+                        .body_read = read_body, .body_arg = &body,
+                        .sha256 = sheltered ? NULL : u->part[i].sha256, .cancel = &u->cancelled};
     struct http_answer a;
     snprintf(before, sizeof before, "partNumber=%u&", i + 1);
-    if (query_of(u, before, query, sizeof query, err) || read_spool(u, i * u->part_bytes, buffer, n, err) ||
+    if (query_of(u, before, query, sizeof query, err) || (!sheltered && digest_part(u, i, err)) ||
         s3_call_ok(u->store, &c, &a, err))
         return -1;
     snprintf(etag, 96, "%s", a.etag);
@@ -120,8 +152,7 @@ static int send_part(struct s3_upload *u, uint32_t i, uint8_t *buffer, char etag
                                i + 1);
     if (u->shared) return 0;
     /* The spool needs that space no more. Where it cannot be given back, the file just stays large. */
-    int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * u->part_bytes),
-                      (off_t)n);
+    int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)body.first, (off_t)n);
     (void)r;
     return 0;
 }
@@ -235,13 +266,13 @@ static int need_id(struct s3_sender *p, struct s3_upload *u, struct err *err) {
 }
 
 /* Likewise. */
-static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i, uint8_t *buffer) {
+static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i) {
     struct err e = {0};
     char etag[96] = "";
     u->part[i].state = PART_SENDING;
     int r = need_id(p, u, &e);
     pthread_mutex_unlock(&p->mutex);
-    if (!r) r = send_part(u, i, buffer, etag, &e);
+    if (!r) r = send_part(u, i, etag, &e);
     pthread_mutex_lock(&p->mutex);
     u->part[i].state = r ? PART_FULL : PART_SENT;
     memcpy(u->part[i].etag, etag, sizeof etag);
@@ -253,32 +284,15 @@ static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i, uint8_t
 
 static void *sender_main(void *arg) {
     struct s3_sender *p = arg;
-    uint8_t *buffer = NULL;
-    uint64_t size = 0;
     setpriority(PRIO_PROCESS, (id_t)gettid(), SENDER_NICE); /* on Linux: of this thread */
     pthread_mutex_lock(&p->mutex);
     while (!p->end) {
         uint32_t part;
         struct s3_upload *u = next_job(p, &part);
-        if (!u) {
-            pthread_cond_wait(&p->changed, &p->mutex);
-            continue;
-        }
-        if (u->part_bytes > size) {
-            uint8_t *grown = realloc(buffer, u->part_bytes);
-            if (!grown) {
-                struct err e = {.code = ERR_MEMORY, .msg = "out of memory for a part of an upload"};
-                give_up(u, &e);
-                pthread_cond_broadcast(&p->changed);
-                continue;
-            }
-            buffer = grown;
-            size = u->part_bytes;
-        }
-        do_job(p, u, part, buffer);
+        if (u) do_job(p, u, part);
+        else pthread_cond_wait(&p->changed, &p->mutex);
     }
     pthread_mutex_unlock(&p->mutex);
-    free(buffer);
     return NULL;
 }
 
@@ -456,20 +470,6 @@ int s3_upload_read(struct ckpt_upload *upload, uint64_t offset, void *out, size_
     struct s3_upload *u = (struct s3_upload *)upload;
     assert(u->shared && offset <= u->bytes && n <= u->bytes - offset);
     return read_spool(u, offset, out, n, err);
-}
-
-static int digest_part(struct s3_upload *u, uint32_t i, struct err *err) {
-    size_t n = (size_t)bytes_of(u, i);
-    unsigned length = 32;
-    if (u->part[i].digested) return 0;
-    uint8_t *bytes = malloc(n);
-    if (!bytes) return err_set(err, ERR_MEMORY, "%.64s: out of memory for a part", u->name);
-    int r = read_spool(u, i * u->part_bytes, bytes, n, err);
-    if (!r && EVP_Digest(bytes, n, u->part[i].sha256, &length, EVP_sha256(), NULL) != 1)
-        r = err_set(err, ERR_MEMORY, "%.64s: no SHA-256", u->name);
-    u->part[i].digested = !r;
-    free(bytes);
-    return r;
 }
 
 static int sign_part(struct s3_upload *u, uint32_t i, struct s3_presign *p, struct ckpt_part *out,

@@ -21,13 +21,15 @@ static int check_name(const struct s3_store *s, const char *name, struct err *er
     return err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", s->base.url, name);
 }
 
-static void sha256_header(const void *body, size_t n, char out[96]) {
+static void sha256_header(const struct s3_call *c, char out[96]) {
     uint8_t digest[32];
     unsigned length = sizeof digest;
-    int at = snprintf(out, 96, "x-amz-content-sha256: ");
-    int done = EVP_Digest(body ? body : "", n, digest, &length, EVP_sha256(), NULL);
-    assert(done == 1);
-    for (int i = 0; i < 32; i++) at += snprintf(out + at, 96 - (size_t)at, "%02x", digest[i]);
+    const uint8_t *of = c->body_read ? c->sha256 : digest;
+    int at = snprintf(out, 96, "x-amz-content-sha256: %s", of ? "" : "UNSIGNED-PAYLOAD");
+    int done = c->body_read ||
+               EVP_Digest(c->body ? c->body : "", c->body_bytes, digest, &length, EVP_sha256(), NULL) == 1;
+    assert(done);
+    for (int i = 0; of && i < 32; i++) at += snprintf(out + at, 96 - (size_t)at, "%02x", of[i]);
 }
 
 bool s3_is_sheltered(const struct s3_store *s) {
@@ -37,13 +39,13 @@ bool s3_is_sheltered(const struct s3_store *s) {
 int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, struct err *err) {
     char url[S3_URL_BYTES_MAX], sha256[96], token[2100], key[S3_KEY_BYTES_MAX + 1];
     struct http_request r = {.method = c->method, .url = url, .body = c->body, .body_bytes = c->body_bytes,
+                             .body_read = c->body_read, .body_arg = c->body_arg,
                              .out = c->out, .out_bytes = c->out_bytes, .offset = c->offset, .tries = c->tries,
                              .stall_s = c->stall_s, .cancel = c->cancel, .again = s3_passes};
     s3_url(&s->config, c->name, c->query, url);
     if (*s->config.key) {
         r.auth = &s->auth;
-        if (c->unhashed) strcpy(sha256, "x-amz-content-sha256: UNSIGNED-PAYLOAD");
-        else sha256_header(c->body, c->body_bytes, sha256);
+        sha256_header(c, sha256);
         r.header[r.header_count++] = sha256;
         snprintf(token, sizeof token, "x-amz-security-token: %s", s->config.token);
         if (*s->config.token) r.header[r.header_count++] = token;

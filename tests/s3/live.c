@@ -192,6 +192,52 @@ static void an_upload_in_pieces_is_the_object(void **state) {
     s->ops->close(s);
 }
 
+/* Where the way to the server is neither within this machine nor TLS, parts go with their digest: 0.0.0.0 is
+ * this machine, and does not look like it. */
+static void parts_are_digested_where_the_way_is_open(void **state) {
+    (void)state;
+    const size_t n = 2 * PART + 4321;
+    struct err err = {0};
+    const char *known = endpoint, *port = strrchr(endpoint, ':');
+    char open[128];
+    uint8_t *bytes = random_bytes(n), *got = calloc(1, n);
+    snprintf(open, sizeof open, "http://0.0.0.0%s", port);
+    endpoint = open;
+    struct ckpt_store *s = open_store("open");
+    endpoint = known;
+    assert_false(s3_is_sheltered((struct s3_store *)s));
+    must(s->ops->remove(s, "tensors", &err));
+    struct ckpt_upload *u = s->ops->upload_begin(s, "tensors", n, &err);
+    assert_int_equal(s->ops->upload_share(u), 0);
+    put_pieces(s, u, bytes, n, 100000);
+    must(s->ops->upload_complete(u, &err));
+    s->ops->upload_destroy(u);
+    must(object_get(s, "tensors", 0, got, n, &err));
+    assert_memory_equal(got, bytes, n);
+    free(bytes);
+    free(got);
+    s->ops->close(s);
+}
+
+static int read_half(void *arg, uint64_t at, void *out, size_t n, struct err *err) {
+    (void)arg;
+    memset(out, 0, n);
+    return at < PART / 2 ? 0 : err_set(err, ERR_IO, "the disk is gone");
+}
+
+/* Nothing of it is there then, and it is not tried again. */
+static void a_body_that_cannot_be_read_ends_the_request(void **state) {
+    (void)state;
+    struct err err = {0};
+    struct ckpt_object o;
+    struct http_answer a;
+    struct ckpt_store *s = open_store("unread");
+    struct s3_call c = {.method = HTTP_PUT, .name = "x", .body_bytes = PART, .body_read = read_half};
+    must_fail(s3_call((struct s3_store *)s, &c, &a, &err), ERR_IO, "the disk is gone");
+    must_fail(s->ops->stat(s, "x", &o, &err), ERR_NOT_FOUND, "not there");
+    s->ops->close(s);
+}
+
 /* A second writer of the same object finds out; the first one's bytes stay. */
 static void an_upload_never_replaces_an_object(void **state) {
     (void)state;
@@ -435,6 +481,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(conditions_hold),
         cmocka_unit_test(one_of_several_writers_wins),
         cmocka_unit_test(an_upload_in_pieces_is_the_object),
+        cmocka_unit_test(parts_are_digested_where_the_way_is_open),
+        cmocka_unit_test(a_body_that_cannot_be_read_ends_the_request),
         cmocka_unit_test(an_upload_never_replaces_an_object),
         cmocka_unit_test(what_is_given_up_is_gone),
         cmocka_unit_test(parts_that_others_sent_make_the_object),
