@@ -1,5 +1,5 @@
 /* stall.c - what a checkpoint takes from training: a real trainer and its agent's loop, while the agent
- * writes the state of the 10m model. */
+ * writes the state of the 10m model (BENCH_STALL=150m: of that one). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,10 +7,10 @@
 #include "tests/bench/bench.h"
 #include "tests/bench/fleet.h"
 
-#define CHECKPOINTS 5
+#define CHECKPOINTS_MAX 5
 #define WARM_STEPS 20
 #define REST_S 0.5
-#define PATIENCE_S 60.0
+#define PATIENCE_S 300.0
 #define ASKED_MS 20
 #define ASKED_SLOWER 2
 
@@ -89,12 +89,20 @@ static int with(struct fleet *f, struct window *w, struct err *err) {
     return wait_steps(f, m->inner_steps + 2, err);
 }
 
+static const char *preset(void) {
+    const char *given = getenv("BENCH_STALL");
+    return given && *given ? given : "10m";
+}
+
+static int checkpoints(void) { return strcmp(preset(), "10m") ? 3 : CHECKPOINTS_MAX; }
+
 static void add_rows(struct bench *b, const struct fleet *f, const struct window *quiet,
                      const struct window *writing) {
     const struct fleet_member *m = &f->member[0];
     struct series stall = {0}, calm = {0}, late = {0}, calm_late = {0}, took = {0}, share = {0};
     double median = median_gap(m);
-    for (int i = 0; i < CHECKPOINTS; i++) {
+    char what[80];
+    for (int i = 0; i < checkpoints(); i++) {
         double calm_speed = speed(m, &quiet[i]);
         if (calm_speed > 0) series_add(&share, 100 * (1 - speed(m, &writing[i]) / calm_speed));
         series_add(&stall, 1e3 * (longest_gap(m, writing[i].begin_s, writing[i].end_s) - median));
@@ -103,7 +111,8 @@ static void add_rows(struct bench *b, const struct fleet *f, const struct window
         series_add(&calm_late, 1e3 * quiet[i].late_s);
         series_add(&took, writing[i].end_s - writing[i].begin_s);
     }
-    row_value(b, "checkpoint of 10m: training held up, longest step", "ms", &stall, ASKED_MS);
+    snprintf(what, sizeof what, "checkpoint of %.8s: training held up, longest step", preset());
+    row_value(b, what, "ms", &stall, ASKED_MS);
     row_note(b, "more than the median step's %.1f ms; without a checkpoint best %.2f, median %.2f ms",
              1e3 * median, smallest(&calm), middle(&calm));
     row_value(b, "    the agent's loop held up, longest turn", "ms", &late, ASKED_MS);
@@ -117,13 +126,13 @@ static void add_rows(struct bench *b, const struct fleet *f, const struct window
 static int run(struct bench *b, struct fleet *f, const char *folder, const char *corpus,
                struct err *err) {
     char home[FLEET_PATH_BYTES + 16];
-    struct window quiet[CHECKPOINTS], writing[CHECKPOINTS];
+    struct window quiet[CHECKPOINTS_MAX], writing[CHECKPOINTS_MAX];
     struct fleet_member *m = &f->member[0];
     snprintf(home, sizeof home, "%s/member", folder);
     snprintf(m->corpus, sizeof m->corpus, "%s", corpus);
     m->threads = b->cores > 1 ? b->cores - 1 : 1; /* a core for the agent, where there are two */
     if (fleet_add(f, home, true, err) < 0 || wait_steps(f, WARM_STEPS, err)) return -1;
-    for (int i = 0; i < CHECKPOINTS; i++) {
+    for (int i = 0; i < checkpoints(); i++) {
         if (with(f, &writing[i], err)) return -1;
         if (without(f, writing[i].end_s - writing[i].begin_s, &quiet[i], err)) return -1;
     }
@@ -132,11 +141,13 @@ static int run(struct bench *b, struct fleet *f, const char *folder, const char 
 }
 
 int bench_stall(struct bench *b, int unused, struct err *err) {
-    static const char *const settings[] = {
-        "model.preset=10m", "model.sequence=64", "inner.batch=1", "outer.inner_steps=1000000",
+    char model[64];
+    const char *const settings[] = {
+        model, "model.sequence=64", "inner.batch=1", "outer.inner_steps=1000000",
         "outer.round_seconds=86400", "outer.lease_samples=100000", NULL};
     char folder[FLEET_PATH_BYTES], corpus[FLEET_PATH_BYTES];
     (void)unused;
+    snprintf(model, sizeof model, "model.preset=%.32s", preset());
     snprintf(folder, sizeof folder, "%.200s/stall", b->folder);
     if (fleet_make_corpus(folder, corpus, err)) return -1;
     struct fleet *f = fleet_create(&(struct fleet_config){folder, corpus, settings}, err);

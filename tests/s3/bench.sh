@@ -1,7 +1,8 @@
 #!/bin/bash
 # tests/s3/bench.sh [NAME]: measure against Ceph on loopback: `store` (upload and download beside curl with four transfers)
-# and `stall` (what a checkpoint into the bucket takes from training), or one of them. Needs what `make bench` builds, and
-# Ceph (docker/setup-debian.sh --s3). The server takes its processor time from the same cores; how much is said at the end.
+# and `stall` (what a checkpoint into the bucket takes from training; BENCH_STALL=150m: of that preset), or one of them. Needs what
+# `make bench` builds, and Ceph (docker/setup-debian.sh --s3). The server takes its processor time from the same cores; how much
+# is said at the end.
 cd "$(dirname "$0")/../.." || exit 1
 . tests/lib.sh
 . tests/s3/lib.sh
