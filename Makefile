@@ -60,7 +60,8 @@ PLUGIN := $(if $(NVCC),$(BUILD)/libintellect-cuda.so)
 CUDA_C_O := $(patsubst kernels/cuda/%.c,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*.c))
 EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard tests/cuda/*.cpp)) \
     $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
-EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products
+EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products \
+    $(BUILD)/tests/test_outer_cuda
 # The emulator as a plugin, and a management library of no GPU: for tests of what loads them.
 EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1
 
@@ -208,17 +209,18 @@ install: all ## install both programs under PREFIX (/usr/local), and the CUDA pl
 
 # The bundle: each program finds its libraries in ../lib. DT_RPATH, for it holds for libraries' libraries too.
 DIST_BIN := $(BUILD)/dist/bin/intellect-node $(BUILD)/dist/bin/intellect-coordinator
-DIST_LIBEXEC := $(patsubst %,$(BUILD)/dist/libexec/%,test_kernels test_bf16 bench-train)
+DIST_LIBEXEC := $(patsubst %,$(BUILD)/dist/libexec/%,test_kernels test_bf16 test_outer_cuda bench-train)
 DIST_LINK := -s -Wl,--as-needed,--disable-new-dtags,-rpath,'$$ORIGIN/../lib'
 $(BUILD)/dist/bin/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
 $(BUILD)/dist/bin/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) $(PROTO_O)
 $(BUILD)/dist/libexec/test_kernels: $(BUILD)/tests/test_kernels.o $(LIB_O) $(EMULATED_O)
 $(BUILD)/dist/libexec/test_bf16: $(BUILD)/tests/test_bf16.o $(LIB_O) $(EMULATED_O)
+$(BUILD)/dist/libexec/test_outer_cuda: $(BUILD)/tests/test_outer_cuda.o $(LIB_O) $(EMULATED_O)
 $(BUILD)/dist/libexec/bench-train: $(BENCH_TRAIN_O)
 $(DIST_BIN) $(DIST_LIBEXEC):
 	@mkdir -p $(@D)
 	$(call say,LINK)
-	$(Q)$(CC) $(DIST_LINK) -o $@ $^ $(ALL_LIBS) $(if $(filter %/test_kernels %/test_bf16,$@),-lcmocka -lstdc++)
+	$(Q)$(CC) $(DIST_LINK) -o $@ $^ $(ALL_LIBS) $(if $(filter %/bench-train,$@),,$(if $(filter $(DIST_LIBEXEC),$@),-lcmocka -lstdc++))
 
 .PHONY: dist
 dist: $(DIST_BIN) $(DIST_LIBEXEC) $(PLUGIN) ## a bundle for any x86-64 Linux: build/intellect-VERSION.tar.gz, checked in another folder
@@ -232,6 +234,7 @@ clean: ## remove what was built
 NVCC_FLAGS := -std=c++17 -O3 -I. -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings
 newest_arch := $(lastword $(CUDA_ARCHS))
 GENCODE := $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(newest_arch),code=compute_$(newest_arch)
+$(BUILD)/cuda/outer.o: NVCC_FLAGS += -fmad=false
 $(BUILD)/cuda/%.o: kernels/cuda/%.cu $(wildcard kernels/*.h kernels/cuda/*.h) proto/err.h
 	@mkdir -p $(@D)
 	$(call say,NVCC)
@@ -252,7 +255,7 @@ $(BUILD)/libintellect-cuda.so: $(CUDA_SOURCES:kernels/cuda/%.cu=$(BUILD)/cuda/%.
 $(BUILD)/emulator/%.o: % $(wildcard kernels/*.h kernels/cuda/*.h tests/cuda/*.h) proto/err.h
 	@mkdir -p $(@D)
 	$(call say,CXX)
-	$(Q)$(CXX) -std=c++17 -I. -Wall -Wextra -Werror $(CFLAGS) -fPIC -x c++ -c -o $@ $<
+	$(Q)$(CXX) -std=c++17 -I. -Wall -Wextra -Werror $(CFLAGS) -ffp-contract=off -fPIC -x c++ -c -o $@ $<
 
 $(BUILD)/emulator/libintellect-cuda.so: $(filter-out %/staged.o,$(EMULATED_O)) $(BUILD)/cuda/err.o
 	$(call say,LINK)

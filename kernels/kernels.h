@@ -241,6 +241,9 @@ struct kernels {
     /* Sum of x[i]^2 in double, in an order that does not depend on the number of threads. Waits. An
      * element that is not finite makes the result not finite, so it also finds a lost gradient. */
     double (*sum_squares)(const struct kernels *k, const float *x, size_t n);
+
+    /* NULL where alloc()'s memory is the host's: the outer_* functions below are for that. */
+    const struct kernels_outer *outer;
 };
 
 /* The specification: one thread, double accumulators, no tricks, slow. Never fails, never freed. In
@@ -372,5 +375,25 @@ float outer_absmax(const float *x, size_t n);
 /* Initial parameters: out[i] is element first_element + i of the stream `seed`, so chunks of any
  * size give the same values. About normal with mean 0: twelve 16-bit uniforms, so within 6 std. */
 void outer_init_normal(float *out, uint64_t seed, uint64_t first_element, size_t n, float std);
+
+/* The same on the memory of a backend that is not the host's, to the bit: arguments are those of the outer_* function of
+ * the name, pointers to arrays are memory from alloc(), `bytes` a multiple of 4. What is decoded was checked before, with
+ * outer_check(). encode waits; the failure of a device is check()'s, as with any entry.
+ *
+ * The agent owns the anchor and never opens a device (docs/architecture.md), so a round calls none of this yet: pseudo-
+ * gradients are taken, encoded, summed and applied on the host, by outer_*. */
+struct kernels_outer {
+    void (*pseudo_gradient)(const struct kernels *k, float *out, const float *anchor, const float *local,
+                            const float *residual, size_t n);
+    int (*encode)(const struct kernels *k, uint8_t *bytes, const float *x, size_t n, enum outer_codec codec,
+                  struct err *err);
+    void (*decode)(const struct kernels *k, float *x, const uint8_t *bytes, size_t n, enum outer_codec codec);
+    void (*residual)(const struct kernels *k, float *out, const float *x, const uint8_t *bytes, size_t n,
+                     enum outer_codec codec);
+    void (*nesterov)(const struct kernels *k, float *anchor, float *momentum, const float *mean, size_t n, float lr,
+                     float mu);
+    void (*mix)(const struct kernels *k, float *local, const float *anchor_new, size_t n, float alpha);
+    void (*add_delta)(const struct kernels *k, float *local, const float *anchor_new, const float *anchor_old, size_t n);
+};
 
 #endif

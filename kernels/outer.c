@@ -9,6 +9,7 @@
  *  - contributions are added as integers.
  * tests/bitexact/ builds this file with many compilers and flags and compares what they compute. */
 #include "kernels/kernels.h"
+#include "kernels/outer_elements.h"
 #include "kernels/wide.h"
 
 #include <assert.h>
@@ -72,18 +73,6 @@ void outer_fp_end(const struct outer_fp *fp) {
 
 /* ---- bits ---- */
 
-static inline uint32_t bits_of(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u;
-}
-
-static inline float float_of(uint32_t u) {
-    float x;
-    memcpy(&x, &u, sizeof x);
-    return x;
-}
-
 static inline double double_of_bits(uint64_t u) {
     double x;
     memcpy(&x, &u, sizeof x);
@@ -107,21 +96,9 @@ static inline void store_float(uint8_t *p, float x) {
     memcpy(p, &u, sizeof u);
 }
 
-#define SIGN_BIT 0x80000000u
-#define INFINITY_BITS 0x7f800000u /* as a magnitude: this or more is an infinity or a NaN */
-
-/* x86-64 makes negative NaNs and hands on the payloads of some, aarch64 makes positive ones. */
-#define NAN_BITS 0x7fc00000u
 #define NAN_BITS_DOUBLE 0x7ff8000000000000u
-static inline float with_one_nan(float x) {
-    int32_t magnitude = (int32_t)(bits_of(x) & ~SIGN_BIT);
-    return magnitude > (int32_t)INFINITY_BITS ? float_of(NAN_BITS) : x;
-}
 
-/* Adding 1.5 * 2^23 (2^52) leaves no bits for a fraction, so the sum is x rounded to the nearest
- * even integer, and the integer stands in its low bits. Exact for |x| < 2^22 (2^51), and unlike
- * rint() and a conversion to int64 every vector unit can do it. */
-#define ROUND_FLOAT 12582912.0f
+/* As ROUND_FLOAT, with 1.5 * 2^52: exact for |x| < 2^51, and unlike a conversion to int64 every vector unit can do it. */
 #define ROUND_DOUBLE 6755399441055744.0
 
 /* (double)x, rounded once to nearest even, from operations that every vector unit has (a conversion
@@ -132,10 +109,6 @@ static inline double double_of_int64(int64_t x) {
     double high = double_of_bits((u >> 32) ^ 0x4530000080000000u);
     double low = double_of_bits((u & 0xffffffffu) | 0x4330000000000000u);
     return (high - 0x1.00000801p84) + low;
-}
-
-static inline int32_t round_to_int32(float x) {
-    return (int32_t)(bits_of(x + ROUND_FLOAT) - bits_of(ROUND_FLOAT));
 }
 
 static inline int64_t round_to_int64(double x) {
@@ -173,20 +146,9 @@ WIDE static uint32_t largest_magnitude(const float *x, size_t n) {
     return (uint32_t)largest;
 }
 
-/* The clamp matters only where the scale is subnormal and so coarse that x / scale exceeds 127. */
 WIDE static void quantise_block(uint8_t *out, const float *x, float scale, size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) {
-        int32_t q = round_to_int32(x[i] / scale);
-        q = q > 127 ? 127 : q;
-        q = q < -127 ? -127 : q;
-        out[i] = (uint8_t)q;
-    }
-}
-
-/* A sign bit makes the bits larger than any infinity's, so -0 and negative scales fail too. */
-static int scale_is_valid(float scale) {
-    return bits_of(scale * 127.0f) < INFINITY_BITS;
+    for (size_t i = 0; i < n; i++) out[i] = (uint8_t)quantise(x[i], scale);
 }
 
 /* Encode block by block. Returns how many elements were done before one that cannot be encoded. */
@@ -194,7 +156,7 @@ __attribute__((noinline)) static size_t encode_int8(uint8_t *out, const float *x
     for (size_t i = 0; i < n; i += OUTER_BLOCK) {
         size_t len = smaller(n - i, OUTER_BLOCK);
         uint32_t magnitude = largest_magnitude(x + i, len);
-        float scale = float_of(magnitude) / 127.0f;
+        float scale = scale_for(magnitude);
         if (magnitude >= INFINITY_BITS || !scale_is_valid(scale)) return i;
         store_float(out, scale);
         if (scale == 0.0f) memset(out + 4, 0, len);
@@ -209,12 +171,9 @@ WIDE static void store_floats(uint8_t *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) store_float(out + 4 * i, x[i]);
 }
 
-/* The first element of x that is not finite, or the first too large for a scale of its own. */
-__attribute__((noinline)) static size_t first_not_encodable(const float *x, size_t n) {
+__attribute__((noinline)) static size_t first_not_encodable(const float *x, size_t n, int int8) {
     size_t i = 0;
-    while (i < n && (bits_of(x[i]) & ~SIGN_BIT) < INFINITY_BITS &&
-           scale_is_valid(float_of(bits_of(x[i]) & ~SIGN_BIT) / 127.0f))
-        i++;
+    while (i < n && is_encodable(bits_of(x[i]) & ~SIGN_BIT, int8)) i++;
     return i;
 }
 
@@ -227,7 +186,7 @@ int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec code
     if (codec == OUTER_INT8) done = encode_int8(bytes, x, n);
     else if (largest_magnitude(x, n) >= INFINITY_BITS) done = 0;
     else store_floats(bytes, x, n);
-    if (done < n) done += first_not_encodable(x + done, n - done);
+    if (done < n) done += first_not_encodable(x + done, n - done, codec == OUTER_INT8);
     if (done < n)
         err_set(err, ERR_CORRUPT, "element %zu of %zu is %g, which codec %d cannot carry", done, n,
                 (double)x[done], (int)codec);
@@ -366,7 +325,7 @@ WIDE static void decode_int8(float *out, const float *minus, const int8_t *q, fl
                              size_t n) {
     if (minus) {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++) out[i] = with_one_nan(minus[i] - scale * (float)q[i]);
+        for (size_t i = 0; i < n; i++) out[i] = lost_of(minus[i], scale * (float)q[i]);
     } else {
 #pragma omp simd
         for (size_t i = 0; i < n; i++) out[i] = scale * (float)q[i];
@@ -376,8 +335,7 @@ WIDE static void decode_int8(float *out, const float *minus, const int8_t *q, fl
 WIDE static void decode_fp32(float *out, const float *minus, const uint8_t *bytes, size_t n) {
     if (minus) {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++)
-            out[i] = with_one_nan(minus[i] - load_float(bytes + 4 * i));
+        for (size_t i = 0; i < n; i++) out[i] = lost_of(minus[i], load_float(bytes + 4 * i));
     } else {
 #pragma omp simd
         for (size_t i = 0; i < n; i++) out[i] = load_float(bytes + 4 * i);
@@ -526,11 +484,10 @@ WIDE static void pseudo_gradient(float *out, const float *anchor, const float *l
                                  const float *residual, size_t n) {
     if (residual) {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++)
-            out[i] = with_one_nan((anchor[i] - local[i]) + residual[i]);
+        for (size_t i = 0; i < n; i++) out[i] = gradient_with(anchor[i], local[i], residual[i]);
     } else {
 #pragma omp simd
-        for (size_t i = 0; i < n; i++) out[i] = with_one_nan(anchor[i] - local[i]);
+        for (size_t i = 0; i < n; i++) out[i] = gradient_of(anchor[i], local[i]);
     }
 }
 
@@ -546,8 +503,8 @@ WIDE static void nesterov(float *anchor, float *momentum, const float *mean, siz
                           float mu) {
 #pragma omp simd
     for (size_t i = 0; i < n; i++) {
-        momentum[i] = with_one_nan(mu * momentum[i] + mean[i]);
-        anchor[i] = with_one_nan(anchor[i] - lr * (mean[i] + mu * momentum[i]));
+        momentum[i] = momentum_of(momentum[i], mean[i], mu);
+        anchor[i] = anchor_of(anchor[i], momentum[i], mean[i], lr, mu);
     }
 }
 
@@ -562,8 +519,7 @@ void outer_nesterov(float *anchor, float *momentum, const float *mean, size_t n,
 WIDE static void mix(float *local, const float *anchor_new, size_t n, float alpha) {
     float rest = 1.0f - alpha;
 #pragma omp simd
-    for (size_t i = 0; i < n; i++)
-        local[i] = with_one_nan(alpha * local[i] + rest * anchor_new[i]);
+    for (size_t i = 0; i < n; i++) local[i] = mix_of(local[i], anchor_new[i], alpha, rest);
 }
 
 void outer_mix(float *local, const float *anchor_new, size_t n, float alpha) {
@@ -582,8 +538,7 @@ void outer_mix(float *local, const float *anchor_new, size_t n, float alpha) {
 WIDE static void add_delta(float *local, const float *anchor_new, const float *anchor_old,
                            size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++)
-        local[i] = with_one_nan(local[i] + (anchor_new[i] - anchor_old[i]));
+    for (size_t i = 0; i < n; i++) local[i] = moved_of(local[i], anchor_new[i], anchor_old[i]);
 }
 
 void outer_add_delta(float *local, const float *anchor_new, const float *anchor_old, size_t n) {

@@ -1,7 +1,7 @@
 #!/bin/bash
 # tests/gpu.sh - prove the CUDA backend on this machine's GPU: from a build (`make gpu`), or as libexec/gpu.sh of the
 # bundle on a machine that has a driver and cuBLASLt and nothing else of ours.
-#   PART=parity    every kernel against the CPU's, twice the same bits; a network's loss, steps of training against the CPU
+#   PART=parity    every kernel against the CPU's, the outer step's to the bit; twice the same bits; a network's loss, steps of training against the CPU
 #   PART=sanitize  the kernels under compute-sanitizer's memcheck and racecheck, where that is
 #   PART=run       a coordinator and two nodes on the one GPU: rounds are committed, all members agree
 #   PART=bench     training steps of 150m, 1b and as many layers of 8b and 10b as fit
@@ -75,7 +75,7 @@ farthest() {
 run_parity() {
     local t text cudnn
     # The second with cuDNN's attention, where it is, and without.
-    for t in test_kernels:1 test_bf16:1 test_bf16:0; do
+    for t in test_kernels:1 test_outer_cuda:1 test_bf16:1 test_bf16:0; do
         cudnn=${t#*:} t=${t%:*} text=
         [ "$cudnn" = 1 ] || text=", own attention"
         if (cd "$data" && INTELLECT_TEST_GPU=1 INTELLECT_CUDNN=$cudnn CMOCKA_MESSAGE_OUTPUT=STDOUT timeout 120 "$tests/$t" >"$work/$t.log" 2>&1); then

@@ -191,6 +191,7 @@ intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest
     cuda_fill_attention(k);
     cuda_fill_update(k);
     cuda_fill_states(k);
+    cuda_fill_outer(k);
     if (!open_device(c, err)) return k;
     destroy(k);
     return NULL;

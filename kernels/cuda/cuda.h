@@ -119,6 +119,7 @@ void cuda_fill_rows(struct kernels *k);      /* rows.cu: embedding, RMSNorm, RoP
 void cuda_fill_attention(struct kernels *k); /* attention.cu */
 void cuda_fill_update(struct kernels *k);    /* update.cu: AdamW, sums, weights in and out */
 void cuda_fill_states(struct kernels *k);    /* states.cu: moments in fewer bits, steps along a direction */
+void cuda_fill_outer(struct kernels *k);     /* outer.cu */
 void cuda_fill_products(struct kernels *k);  /* matmul.cu */
 /* matmul.cu. 0, or -1 with the reason. */
 int cuda_products_create(struct cuda *c, const char *device_name, struct err *err);

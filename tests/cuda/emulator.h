@@ -48,6 +48,11 @@ template <class T> static inline T __shfl_xor_sync(unsigned mask, T x, int lanes
     emulator_exchange(&x, sizeof x, (threadIdx.x % 32) ^ (unsigned)lanes);
     return x;
 }
+static inline unsigned long long atomicMin(unsigned long long *p, unsigned long long x) {
+    unsigned long long old = *p;
+    *p = x < old ? x : old;
+    return old;
+}
 
 /* ---- the runtime ------------------------------------------------------------------------------------ */
 
@@ -55,7 +60,7 @@ enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100, cudaErrorLaunchFailure = 719
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaStreamNonBlocking = 1 };
 typedef struct emulator_stream *cudaStream_t;
