@@ -1,5 +1,6 @@
 /* core_silence.c - heartbeats: who is alive and moves, how fast members send as their receivers see
  * it, and who is lost. Time is our own clock's; what lay unread while we stood still is no silence. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -7,7 +8,6 @@
 
 #define LLU(x) ((unsigned long long)(x))
 #define RATE_MAX    1e12 /* bytes a second that one receiver may claim to have had */
-#define RATE_WEIGHT 0.3  /* of the newest measurement in the smoothed uplink */
 
 static uint64_t since(uint64_t then, uint64_t now) { return now > then ? now - then : 0; }
 
@@ -49,7 +49,9 @@ static void take_rate(struct core *c, const struct member *receiver, const struc
         if (since(m->rates[i].at_ms, now_ms) < c->outer->silence_ms_max)
             values[n++] = m->rates[i].bytes_per_s;
     double now = median(values, n) * n;
-    m->uplink = m->uplink > 0 ? m->uplink + RATE_WEIGHT * (now - m->uplink) : now;
+    /* Between the old one and the new one by their ratio: a neighbour on the same machine, heard first, has
+     * had a thousand times what others will, and must not make it the fastest for long. */
+    m->uplink = m->uplink > 0 ? sqrt(m->uplink * now) : now;
 }
 
 double core_middle_uplink(const struct core *c) {

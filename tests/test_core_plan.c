@@ -389,6 +389,20 @@ static void an_uplink_is_what_its_receivers_had_together(void **state) {
     assert_true(uplink > 2.9e6 && uplink < 3.1e6);
 }
 
+/* A neighbour on the same machine is the first to be heard of; what others had soon puts that right. */
+static void a_neighbours_rate_is_soon_forgotten(void **state) {
+    struct rig *r = *state;
+    start_with(r, 4);
+    struct fake *m = &r->fake[2];
+    measured(&r->fake[3], m, 1000000000);
+    pass(r, 400);
+    assert_true(member(r, m).uplink > 9e8);
+    r->fake[3].rate_count = 0;
+    measured(&r->fake[4], m, 1000000);
+    pass(r, r->outer.silence_ms_max + 3000);
+    assert_true(member(r, m).uplink < 1.1e6);
+}
+
 static void second_holders_are_spread_over_other_hosts(void **state) {
     struct rig *r = *state;
     r->outer.shard_chunks = 1;
@@ -472,6 +486,7 @@ int main(void) {
         T(nobody_is_taken_for_more_than_eight_times_the_median),
         T(a_members_own_word_on_its_uplink_counts_for_nothing),
         T(an_uplink_is_what_its_receivers_had_together),
+        T(a_neighbours_rate_is_soon_forgotten),
         T(second_holders_are_spread_over_other_hosts),
         T(a_second_holder_is_of_another_operator_where_there_is_one),
         T(members_behind_nat_hold_and_never_sum),

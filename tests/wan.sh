@@ -39,8 +39,8 @@ begin_run() { # begin_run MODE: all nodes are there, and two rounds are over
     local overlap=() i
     case $1 in streaming | decoupled) overlap=(--set outer.overlap="$OVERLAP") ;; esac
     "$COORDINATOR" init "$R" --corpus "$W/corpus/corpus.json" --preset debug --set inner.batch=4 --set outer.mode="$1" --set outer.inner_steps=100000 \
-        --set outer.round_seconds="$ROUND" --set outer.grace_seconds=2 --set outer.chunk_elements=65536 --set outer.shard_chunks=2 \
-        --set outer.lease_samples=512 --set outer.heartbeat_seconds=2 --set outer.silence_seconds=20 --set outer.checkpoint_rounds=1000 \
+        --set outer.round_seconds="$ROUND" --set outer.grace_seconds=2 --set outer.chunk_elements=16384 --set outer.shard_chunks=2 \
+        --set outer.lease_samples=512 --set outer.heartbeat_seconds=0.5 --set outer.silence_seconds=10 --set outer.checkpoint_rounds=1000 \
         "${overlap[@]}" >"$W/init.log" 2>&1 || fail "init: $(tail -n 1 "$W/init.log")"
     WRAP="ip netns exec $NS-us-east" start_coordinator "$R" $PORT $HOST
     for i in "${SITES[@]}"; do WRAP="ip netns exec $NS-$i" start_node "$i" "$R" --log-json; done
@@ -58,7 +58,7 @@ end_run() { # what they did is on their disks; the next run begins with new home
     local i
     for i in coordinator "${SITES[@]}"; do kill -TERM "${PID[$i]}"; done
     for i in coordinator "${SITES[@]}"; do wait "${PID[$i]}" 2>/dev/null; unset "PID[$i]"; done
-    for i in coordinator "${SITES[@]}"; do rm -rf "${W:?}/$i" "$W/$i.log"; done
+    for i in coordinator "${SITES[@]}"; do rm -rf "${W:?}/$i"; mv "$W/$i.log" "$R/"; done
 }
 
 corpus "$W/corpus" --sequence 128 >"$W/data.log" 2>&1 || fail "data: $(tail -n 1 "$W/data.log")"
