@@ -152,6 +152,7 @@ int s3_upload_send(struct ckpt_upload *u, uint32_t part, struct err *err);
 bool s3_upload_sent(struct ckpt_upload *u, uint32_t part);
 int s3_upload_check(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
 int s3_upload_read(struct ckpt_upload *u, uint64_t offset, void *out, size_t n, struct err *err);
+int s3_upload_release(struct ckpt_upload *u, struct err *err);
 void s3_upload_destroy(struct ckpt_upload *u);
 void s3_sender_destroy(struct s3_sender *p); /* NULL is fine; no upload may be left */
 

@@ -43,7 +43,7 @@ struct s3_upload {
     /* Under the sender's mutex: */
     struct part *part;
     bool begun; /* parts may be sent: from the first sync on */
-    bool shared; /* others send them; the spool keeps all bytes to the end */
+    bool shared; /* others send them; the spool keeps all bytes until it is released */
     uint32_t busy, sent; /* parts queued or in a thread's hands; parts that are there */
     char id[S3_UPLOAD_ID_MAX + 1];
     bool starting; /* a thread asks for the id */
@@ -470,6 +470,15 @@ int s3_upload_read(struct ckpt_upload *upload, uint64_t offset, void *out, size_
     struct s3_upload *u = (struct s3_upload *)upload;
     assert(u->shared && offset <= u->bytes && n <= u->bytes - offset);
     return read_spool(u, offset, out, n, err);
+}
+
+/* Who looks at the parts in the store from now on knows them by their digests. */
+int s3_upload_release(struct ckpt_upload *upload, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    assert(u->shared && u->done);
+    for (uint32_t i = 0; i < u->part_count; i++)
+        if (digest_part(u, i, err)) return -1;
+    return ftruncate(u->spool, 0) ? err_set_errno(err, "%.64s: shorten the spool file", u->name) : 0;
 }
 
 static int sign_part(struct s3_upload *u, uint32_t i, struct s3_presign *p, struct ckpt_part *out,

@@ -85,8 +85,9 @@ struct ckpt_store_ops {
     bool (*upload_sent)(struct ckpt_upload *u, uint32_t part);
     /* One that gives them by GET, after upload_complete. */
     int (*upload_check)(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out, struct err *err);
-    /* What was put, from the own disk, until upload_destroy. */
+    /* What was put, from the own disk, until upload_release: after upload_complete, it gives that space back. */
     int (*upload_read)(struct ckpt_upload *u, uint64_t offset, void *out, size_t n, struct err *err);
+    int (*upload_release)(struct ckpt_upload *u, struct err *err);
 
     /* Call visit for every object whose name begins with prefix ("" = all), in no order, and for
      * every unfinished upload. visit returns -1, with err filled, to stop. */

@@ -426,6 +426,7 @@ static const struct ckpt_store_ops s3_ops = {
     .upload_sent = s3_upload_sent,
     .upload_check = s3_upload_check,
     .upload_read = s3_upload_read,
+    .upload_release = s3_upload_release,
     .list = s3_list,
     .remove = s3_remove,
     .cancel = s3_cancel,

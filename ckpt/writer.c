@@ -310,44 +310,37 @@ static int let_others(struct ckpt_writer *w, enum ckpt_note_kind kind, struct er
 }
 
 /* What the store has must be what we put. */
-static int look_at(struct ckpt_writer *w, uint32_t i, uint8_t *mine, uint8_t *theirs, struct err *err) {
+static int look_at(struct ckpt_writer *w, uint32_t i, struct err *err) {
     const struct file *f = w->part[i].file;
     struct ckpt_part p;
-    if (w->store->ops->upload_check(f->upload, w->part[i].number, &p, err)) return -1;
-    for (uint64_t done = 0; done < p.bytes;) {
-        size_t n = p.bytes - done < CKPT_BLOCK_BYTES ? (size_t)(p.bytes - done) : CKPT_BLOCK_BYTES;
-        if (aborted(w, err) || w->store->ops->upload_read(f->upload, p.offset + done, mine, n, err) ||
-            w->store->ops->get(w->store, f->name, p.offset + done, theirs, n, err))
-            return -1;
-        if (memcmp(mine, theirs, n) != 0)
-            return err_set(err, ERR_CORRUPT, "%.120s: the store gives back other bytes in part %u", f->name,
-                           w->part[i].number + 1);
-        done += n;
-    }
-    return 0;
+    if (aborted(w, err) || w->store->ops->upload_check(f->upload, w->part[i].number, &p, err)) return -1;
+    uint8_t *bytes = malloc((size_t)p.bytes);
+    if (!bytes) return err_set(err, ERR_MEMORY, "%s: out of memory for a part", w->prefix);
+    int r = object_get(w->store, f->name, p.offset, bytes, (size_t)p.bytes, err);
+    if (!r && (r = ckpt_part_matches(&p, bytes, err)))
+        err_prefix(err, "%.100s: the store gives back other bytes in part %u", f->name, w->part[i].number + 1);
+    free(bytes);
+    return r;
 }
 
 /* We look at what nobody else did, and at one part of each file, whoever did: drawn now, so nobody knew
  * which. */
 static int look_ourselves(struct ckpt_writer *w, struct err *err) {
-    uint8_t *room = malloc(2 * CKPT_BLOCK_BYTES);
     uint32_t draw = 0;
     ssize_t got = getrandom(&draw, sizeof draw, 0);
     (void)got; /* the first part of each then */
-    int r = room ? 0 : err_set(err, ERR_MEMORY, "%s: out of memory", w->prefix);
+    int r = 0;
     for (uint32_t i = 0; !r && i < w->parts; i++) {
         const struct file *f = w->part[i].file;
         bool drawn = i - f->first_part == draw % f->parts;
         if (w->part[i].turn == TURN_OVER && !drawn) continue;
         struct ckpt_note note;
-        r = look_at(w, i, room, room + CKPT_BLOCK_BYTES, err);
-        if (r) break;
+        if ((r = look_at(w, i, err))) break;
         make_note(w, i, CKPT_NOTE_LOOKED, &note, NULL);
         pthread_mutex_lock(&w->mutex);
         leave_note(w, &note);
         pthread_mutex_unlock(&w->mutex);
     }
-    free(room);
     return r;
 }
 
@@ -381,7 +374,7 @@ static int hash_own(struct hashing *h, uint64_t bytes, struct err *err) {
         at += n;
     }
     free(block);
-    return r;
+    return r ? r : h->writer->store->ops->upload_release(h->file->upload, err);
 }
 
 static int complete_file(struct ckpt_writer *w, struct file *f, struct manifest_object *o,

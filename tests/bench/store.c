@@ -15,7 +15,7 @@
 #define PARTS (OBJECT_BYTES / PART)
 #define OBJECT_BYTES ((size_t)256 << 20) /* a bucket gives the space of what was replaced back hours later */
 #define PIECE ((size_t)2 << 20)
-#define BUDGET_S 20.0
+#define BUDGET_S 12.0
 
 struct storing {
     struct ckpt_store *store; /* of a bucket */
