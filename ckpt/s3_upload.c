@@ -588,16 +588,20 @@ static int list_parts(struct s3_upload *u, struct err *err) {
     return 0;
 }
 
-/* What nobody has sent we send. */
+/* What nobody has sent we send. Where sending has failed before nobody would take what is queued. */
 static int send_the_rest(struct s3_upload *u, struct err *err) {
     struct s3_sender *p = u->store->sender;
     pthread_mutex_lock(&p->mutex);
     int r = need_id(p, u, err);
+    if (!r && u->failure.code) {
+        if (err) *err = u->failure;
+        r = -1;
+    }
     pthread_mutex_unlock(&p->mutex);
     if (r || list_parts(u, err)) return -1;
     pthread_mutex_lock(&p->mutex);
     for (uint32_t i = 0; i < u->part_count; i++)
-        if (u->part[i].state == PART_FULL) {
+        if (u->part[i].state == PART_FULL && !u->failure.code) {
             u->part[i].state = PART_QUEUED;
             u->busy++;
         }

@@ -409,6 +409,22 @@ static void a_url_takes_the_bytes_it_was_made_for_and_no_others(void **state) {
     s->ops->close(s);
 }
 
+/* A part that we could not send ends the upload with its reason; it is not waited for. */
+static void a_part_that_cannot_be_sent_ends_the_upload(void **state) {
+    (void)state;
+    struct err err = {0};
+    if (!full_bucket) skip();
+    struct ckpt_store *s = ckpt_store_open(url_of(full_bucket, "p"), true, &err);
+    uint8_t *bytes = random_bytes(SHARED_BYTES);
+    struct ckpt_upload *u = begin_shared(s, bytes);
+    must(s->ops->upload_send(u, 0, &err));
+    while (!s->ops->upload_sent(u, 0)) usleep(1000);
+    must_fail(s->ops->upload_complete(u, &err), ERR_FULL, "used up");
+    s->ops->upload_destroy(u);
+    free(bytes);
+    s->ops->close(s);
+}
+
 /* A list has pages of a thousand. */
 static void a_long_list_is_whole(void **state) {
     (void)state;
@@ -487,6 +503,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(what_is_given_up_is_gone),
         cmocka_unit_test(parts_that_others_sent_make_the_object),
         cmocka_unit_test(a_url_takes_the_bytes_it_was_made_for_and_no_others),
+        cmocka_unit_test(a_part_that_cannot_be_sent_ends_the_upload),
         cmocka_unit_test(a_long_list_is_whole),
         cmocka_unit_test(mistakes_are_told_apart),
         cmocka_unit_test(a_full_store_says_so),
