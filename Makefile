@@ -61,7 +61,7 @@ CUDA_C_O := $(patsubst kernels/cuda/%.c,$(BUILD)/cuda/%.o,$(wildcard kernels/cud
 EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard tests/cuda/*.cpp)) \
     $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products \
-    $(BUILD)/tests/test_outer_cuda
+    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_comm
 # The emulator as a plugin, and a management library of no GPU: for tests of what loads them.
 EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1
 

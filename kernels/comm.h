@@ -1,6 +1,6 @@
 /* comm.h - the communicator: what the rank processes of one node say to each other about tensors. As with
- * `struct kernels` it is one table of functions a backend: shared memory between processes here, NCCL in
- * the CUDA backend. It knows no model, no segment and no network.
+ * `struct kernels` it is one table of functions: over shared memory between processes, and where kernels compute on
+ * a GPU over device memory that they open in each other (comm_area_use). It knows no model, no segment and no network.
  *
  * A node's ranks form a mesh of dp x tp: rank = dp_rank * tp + tp_rank. Each rank is in three groups: the
  * world, the tp ranks that hold one replica's pieces between them, and the dp ranks that hold the same
@@ -8,8 +8,7 @@
  * sizes; a call returns when its result may be used (on a GPU: by what is asked for after it).
  *
  * Sums add in the order of ranks, element by element, in fp32 for both types (bf16 is rounded once, at the
- * end): a result has the same bits on every rank and in every run. (NCCL keeps the second promise for one
- * algorithm and one topology.)
+ * end): a result has the same bits on every rank and in every run, on a GPU too.
  *
  * Entries return nothing: the first failure is kept, later calls do nothing and their outputs are not to be
  * used, and check() reports it, so a training step asks once at its end. A failure is final and the whole
@@ -23,6 +22,7 @@
 #ifndef INTELLECT_COMM_H
 #define INTELLECT_COMM_H
 
+#include "kernels/kernels.h"
 #include "proto/err.h"
 
 #include <stddef.h>
@@ -30,8 +30,8 @@
 
 enum comm_type { COMM_FP32 = 0, COMM_BF16 = 1, COMM_BYTES = 2 }; /* bytes are moved, never added */
 
-/* A group as one of its ranks has it. Buffers are memory that the rank's kernels compute on, n counts
- * elements of the type and may be 0. A group of one copies where out is not in, and else does nothing. */
+/* A group as one of its ranks has it. Buffers are memory that the rank's kernels compute on, of the world's broadcast
+ * (commands, and no tensors) the host's. n counts elements of the type and may be 0. A group of one copies where out is not in, and else does nothing. */
 struct comm {
     const char *name; /* "tensor-parallel", "data-parallel", "world": for messages */
     int rank, size;   /* the caller's place in the group, and how many there are */
@@ -65,6 +65,7 @@ struct comm_shape {
 };
 #define COMM_RANKS_MAX 64
 #define COMM_WINDOW_BYTES ((size_t)1 << 20)
+#define COMM_DEVICE_WINDOWS 2 /* on the device, of a rank in each group of more than one but the world */
 #define COMM_WINDOWS(size) (2 * ((size_t)(size) + 1)) /* of a group of that many ranks */
 #define COMM_LOOK_MS 50    /* how often a rank that waits looks whether the others live */
 #define COMM_JOIN_MS 60000 /* ranks that have not joined so long after the first will not */
@@ -94,6 +95,14 @@ void comm_area_expect(struct comm_area *a, int rank, int pid);
 
 /* After joining; lives as long as the area. */
 const struct comm *comm_area_group(const struct comm_area *a, enum comm_group group);
+
+/* Collective, after joining: this rank computes with `k`, and so do the others with such a backend. Where its memory is not
+ * the host's, the tensor- and data-parallel groups go through windows of window_bytes on the device from here on, two
+ * a rank and group. `k` is borrowed until comm_area_unuse(). -1 with ERR_UNSUPPORTED (the device's memory cannot be opened
+ * by other processes), ERR_MEMORY, or why another rank gave up. */
+int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err);
+/* Before `k` is destroyed. Waits until nobody reads the own windows, or the mesh has failed. */
+void comm_area_unuse(struct comm_area *a);
 
 /* Give up: every other rank's next or current call fails with "rank N: " and this message. */
 void comm_area_fail(struct comm_area *a, const struct err *why);

@@ -1,4 +1,4 @@
-/* comm_shm.c - the communicator over shared memory; see comm.h.
+/* comm_shm.c - the communicator over shared memory, the host's or a device's; see comm.h.
  *
  * Each member of a group has a slot in the area: a counter of the times it has arrived somewhere, and two
  * windows. A piece of a collective is: copy what is to be sent into the own window, arrive, wait until all
@@ -6,6 +6,10 @@
  * second meeting is needed before the next piece: whoever begins piece p knows that all have arrived at
  * piece p - 1, hence are done with p - 2. A large all_reduce meets once more, between everybody summing a
  * share and everybody copying all shares.
+ *
+ * On a device the windows are device memory that ranks have opened in each other, and each sums all of a piece itself.
+ * Copies and sums there are asked for, not done, when a call returns: before a rank arrives it waits for its device, so
+ * what stands above about arrivals holds for them too.
  *
  * What a member calls stands in its slot before it arrives; all compare before they read anything. */
 #define _GNU_SOURCE /* memfd_create */
@@ -21,6 +25,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -67,6 +72,7 @@ enum presence { ABSENT = 0, HERE, LEFT };
 struct member {
     _Alignas(LINE) _Atomic uint32_t presence;
     _Atomic int32_t pid;
+    uint8_t handle[COMM_GROUPS][KERNELS_HANDLE_BYTES]; /* of its windows on a device */
 };
 
 struct shared {
@@ -85,6 +91,8 @@ struct view {
     struct group *group;
     int first, stride;   /* member i is rank first + i * stride */
     char *windows;       /* [2][size + 1][window_bytes]; the last is for shares of an all_reduce */
+    const struct kernels *device; /* NULL: tensors are in host memory */
+    char *on_device[COMM_RANKS_MAX]; /* [2][window_bytes] of each member */
     uint64_t calls;
     uint32_t meetings;   /* how often the own counter has been raised */
     uint32_t piece;      /* whose lowest bit says which windows */
@@ -248,25 +256,45 @@ static int compare_calls(struct view *v) {
     return 0;
 }
 
-static char *window(const struct view *v, int member) {
+static char *host_window(const struct view *v, int member) {
     size_t index = (size_t)(v->piece & 1) * (size_t)(v->comm.size + 1) + (size_t)member;
     return v->windows + index * v->area->shared->shape.window_bytes;
 }
 
+static char *window(const struct view *v, int member) {
+    if (!v->device) return host_window(v, member);
+    return v->on_device[member] + (size_t)(v->piece & 1) * v->area->shared->shape.window_bytes;
+}
+
 /* Where a rank leaves its share of a large sum for all. */
-static char *shares(const struct view *v) { return window(v, v->comm.size); }
+static char *shares(const struct view *v) { return host_window(v, v->comm.size); }
+
+/* Of a tensor, to or from a window. */
+static void move(const struct view *v, void *to, const void *from, size_t bytes) {
+    if (!v->device) memcpy(to, from, bytes);
+    else if (bytes) v->device->shared->copy(v->device, to, from, bytes);
+}
 
 /* What was sent with the piece before has been read by all. 0xff is a NaN in both types. */
 static void poison_before(struct view *v) {
     if (!v->area->shared->shape.poison || v->piece == 0) return;
     v->piece--;
-    memset(window(v, v->comm.rank), 0xff, v->area->shared->shape.window_bytes);
+    memset(host_window(v, v->comm.rank), 0xff, v->area->shared->shape.window_bytes);
     if (v->comm.rank == 0) memset(shares(v), 0xff, v->area->shared->shape.window_bytes);
     v->piece++;
 }
 
+/* What the device was asked for is done: the own window is filled, the others' of the piece before are read. */
+static int settle(struct view *v) {
+    struct err err;
+    if (!v->device || !v->device->check(v->device, &err)) return 0;
+    comm_area_fail(v->area, &err);
+    return -1;
+}
+
 /* The own window is filled: show what is called, and meet. */
 static int meet_for(struct view *v, enum kind kind, size_t n, enum comm_type type, int root) {
+    if (settle(v)) return -1;
     v->group->slot[v->comm.rank].call[v->piece & 1] =
         (struct call){ .kind = kind, .type = type, .root = (uint32_t)root, .n = n, .number = v->calls };
     if (meet(v) || compare_calls(v)) return -1;
@@ -316,9 +344,16 @@ static void sum_bf16(const struct view *v, uint16_t *out, size_t first, size_t n
     }
 }
 
+static void sum_on_device(const struct view *v, void *out, size_t first, size_t n, enum comm_type type) {
+    const void *from[COMM_RANKS_MAX];
+    for (int m = 0; m < v->comm.size; m++) from[m] = window(v, m) + first * type_bytes[type];
+    v->device->shared->sum(v->device, out, from, v->comm.size, n, type == COMM_BF16);
+}
+
 static void sum_windows(const struct view *v, void *out, size_t first, size_t n, enum comm_type type) {
     assert(type == COMM_FP32 || type == COMM_BF16);
-    if (type == COMM_FP32) sum_fp32(v, out, first, n);
+    if (v->device) sum_on_device(v, out, first, n, type);
+    else if (type == COMM_FP32) sum_fp32(v, out, first, n);
     else sum_bf16(v, out, first, n);
 }
 
@@ -341,7 +376,7 @@ static size_t piece_elements(const struct view *v, enum comm_type type, size_t p
 /* Members sum a share each, leave it for all, and copy them all. */
 static int all_reduce_piece(struct view *v, char *x, size_t some, enum comm_type type) {
     size_t e = type_bytes[type], size = (size_t)v->comm.size, me = (size_t)v->comm.rank;
-    if (some * e <= SMALL_BYTES) {
+    if (some * e <= SMALL_BYTES || v->device) {
         sum_windows(v, x, 0, some, type);
         return 0;
     }
@@ -360,7 +395,7 @@ static void all_reduce(const struct comm *c, void *x, size_t n, enum comm_type t
         char *part = (char *)x + at * e;
         size_t some = smaller(n - at, most);
         if (has_failed(v->area)) return;
-        memcpy(window(v, c->rank), part, some * e);
+        move(v, window(v, c->rank), part, some * e);
         if (meet_for(v, ALL_REDUCE, n, type, 0) || all_reduce_piece(v, part, some, type)) return;
     }
 }
@@ -369,15 +404,15 @@ static void all_gather(const struct comm *c, void *out, const void *in, size_t n
     struct view *v = begin(c);
     size_t e = type_bytes[type], most = piece_elements(v, type, 1);
     char *own = (char *)out + (size_t)c->rank * n * e;
-    if (own != in) memcpy(own, in, n * e);
+    if (own != in) move(v, own, in, n * e);
     if (c->size == 1) return;
     for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
         size_t some = smaller(n - at, most);
         if (has_failed(v->area)) return;
-        memcpy(window(v, c->rank), own + at * e, some * e);
+        move(v, window(v, c->rank), own + at * e, some * e);
         if (meet_for(v, ALL_GATHER, n, type, 0)) return;
         for (int m = 0; m < c->size; m++)
-            if (m != c->rank) memcpy((char *)out + ((size_t)m * n + at) * e, window(v, m), some * e);
+            if (m != c->rank) move(v, (char *)out + ((size_t)m * n + at) * e, window(v, m), some * e);
     }
 }
 
@@ -385,13 +420,13 @@ static void all_gather(const struct comm *c, void *out, const void *in, size_t n
 static void reduce_scatter(const struct comm *c, void *out, const void *in, size_t n, enum comm_type type) {
     struct view *v = begin(c);
     size_t e = type_bytes[type], size = (size_t)c->size, most = piece_elements(v, type, size);
-    if (size == 1 && out != in) memcpy(out, in, n * e);
+    if (size == 1 && out != in) move(v, out, in, n * e);
     if (size == 1) return;
     for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
         size_t some = smaller(n - at, most);
         if (has_failed(v->area)) return;
         for (size_t m = 0; m < size; m++)
-            memcpy(window(v, c->rank) + m * some * e, (const char *)in + (m * n + at) * e, some * e);
+            move(v, window(v, c->rank) + m * some * e, (const char *)in + (m * n + at) * e, some * e);
         if (meet_for(v, REDUCE_SCATTER, n, type, 0)) return;
         sum_windows(v, (char *)out + at * e, (size_t)c->rank * some, some, type);
     }
@@ -406,9 +441,9 @@ static void broadcast(const struct comm *c, void *x, size_t n, enum comm_type ty
         char *part = (char *)x + at * e;
         size_t some = smaller(n - at, most);
         if (has_failed(v->area)) return;
-        if (root == c->rank) memcpy(window(v, root), part, some * e);
+        if (root == c->rank) move(v, window(v, root), part, some * e);
         if (meet_for(v, BROADCAST, n, type, root)) return;
-        if (root != c->rank) memcpy(part, window(v, root), some * e);
+        if (root != c->rank) move(v, part, window(v, root), some * e);
     }
 }
 
@@ -422,11 +457,11 @@ static void sum(const struct comm *c, double *x, size_t n) {
     struct view *v = begin(c);
     assert(n <= COMM_SUM_MAX);
     if (c->size == 1 || has_failed(v->area)) return;
-    memcpy(window(v, c->rank), x, n * sizeof *x);
+    memcpy(host_window(v, c->rank), x, n * sizeof *x);
     if (meet_for(v, SUM, n, COMM_BYTES, 0)) return;
-    memcpy(x, window(v, 0), n * sizeof *x);
+    memcpy(x, host_window(v, 0), n * sizeof *x);
     for (int m = 1; m < c->size; m++)
-        for (size_t i = 0; i < n; i++) x[i] += ((const double *)(const void *)window(v, m))[i];
+        for (size_t i = 0; i < n; i++) x[i] += ((const double *)(const void *)host_window(v, m))[i];
     v->piece++;
 }
 
@@ -567,6 +602,66 @@ int comm_area_join(struct comm_area *a, int rank, struct err *err) {
 const struct comm *comm_area_group(const struct comm_area *a, enum comm_group group) {
     assert(a->rank >= 0 && group < COMM_GROUPS);
     return &a->view[group].comm;
+}
+
+/* ---- a device's memory --------------------------------------------------------------------------- */
+
+static void release_windows(struct view *v) {
+    const struct kernels *k = v->device;
+    v->device = NULL;
+    for (int m = 0; k && m < v->comm.size; m++) {
+        if (v->on_device[m] && m == v->comm.rank) k->free(k, v->on_device[m]);
+        else if (v->on_device[m]) k->shared->close(k, v->on_device[m]);
+        v->on_device[m] = NULL;
+    }
+}
+
+static int share_window(struct view *v, enum comm_group group, const struct kernels *k, struct err *err) {
+    uint8_t *handle = v->area->shared->member[v->area->rank].handle[group];
+    size_t bytes = COMM_DEVICE_WINDOWS * v->area->shared->shape.window_bytes;
+    v->device = k;
+    if (v->comm.size == 1) return 0;
+    v->on_device[v->comm.rank] = k->shared->share(k, bytes, handle, err);
+    return v->on_device[v->comm.rank] ? 0 : -1;
+}
+
+static int open_windows(struct view *v, enum comm_group group, struct err *err) {
+    for (int m = 0; m < v->comm.size; m++) {
+        const struct member *other = &v->area->shared->member[rank_of(v, m)];
+        if (m == v->comm.rank) continue;
+        if (!(v->on_device[m] = v->device->shared->open(v->device, other->handle[group], err))) {
+            err_prefix(err, "memory of rank %d", rank_of(v, m));
+            return -1;
+        }
+    }
+    return 0;
+}
+
+int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err) {
+    const struct comm *world = &a->view[COMM_WORLD].comm;
+    int rc = 0;
+    if (!k->shared) return 0;
+    for (int g = COMM_TP; g <= COMM_DP && !rc; g++) rc = share_window(&a->view[g], (enum comm_group)g, k, err);
+    if (!rc) rc = k->check(k, err); /* they are zeroed */
+    if (rc) comm_area_fail(a, err);
+    barrier(world); /* all handles are there */
+    for (int g = COMM_TP; g <= COMM_DP && !has_failed(a); g++)
+        if (open_windows(&a->view[g], (enum comm_group)g, err)) comm_area_fail(a, err);
+    barrier(world);
+    if (!rc) rc = check(world, err);
+    if (rc) comm_area_unuse(a);
+    return rc;
+}
+
+/* Whoever is here reads no more; once all are, nobody does. */
+void comm_area_unuse(struct comm_area *a) {
+    bool any = false;
+    for (int g = COMM_TP; g <= COMM_DP; g++) {
+        any |= a->view[g].device != NULL;
+        settle(&a->view[g]);
+    }
+    if (any) barrier(&a->view[COMM_WORLD].comm);
+    for (int g = COMM_TP; g <= COMM_DP; g++) release_windows(&a->view[g]);
 }
 
 void comm_area_destroy(struct comm_area *a) {

@@ -244,7 +244,26 @@ struct kernels {
 
     /* NULL where alloc()'s memory is the host's: the outer_* functions below are for that. */
     const struct kernels_outer *outer;
+    /* NULL likewise: comm.h then moves and adds what ranks say to each other itself. */
+    const struct kernels_shared *shared;
 };
+
+/* Memory that the ranks of a node, each a process with a table of its own, have of one device or of devices that
+ * read each other's: what comm.h makes a communicator of. */
+#define KERNELS_HANDLE_BYTES 64
+struct kernels_shared {
+    /* Like alloc(), ended by free(); `handle` opens it in another process. ERR_UNSUPPORTED where the system does not
+     * allow that. */
+    void *(*share)(const struct kernels *k, size_t bytes, uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err);
+    /* Until close(), and no longer than its owner keeps it. NULL with ERR_UNSUPPORTED. */
+    void *(*open)(const struct kernels *k, const uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err);
+    void (*close)(const struct kernels *k, void *p);
+    void (*copy)(const struct kernels *k, void *to, const void *from, size_t bytes);
+    /* out[n] = from[0][n] + from[1][n] + ..., in this order, in fp32; bf16: of bf16, rounded once. count <=
+     * KERNELS_SUM_MAX. out may be one of them. */
+    void (*sum)(const struct kernels *k, void *out, const void *const *from, int count, size_t n, int bf16);
+};
+#define KERNELS_SUM_MAX 64
 
 /* The specification: one thread, double accumulators, no tricks, slow. Never fails, never freed. In
  * fp32, and with weights of two planes and activations in bf16. */

@@ -15,26 +15,27 @@ int device_parse(const char *text, struct device *out, struct err *err) {
     *out = (struct device){ DEVICE_AUTO, 0 };
     if (!strcmp(text, "auto")) return 0;
     out->kind = strncmp(text, "cuda", 4) ? DEVICE_CPU : DEVICE_CUDA;
-    if (!strcmp(text, "cpu") || !strcmp(text, "cuda")) return 0;
+    if (!strcmp(text, "cuda:each")) out->index = DEVICE_EACH;
+    if (!strcmp(text, "cpu") || !strcmp(text, "cuda") || out->index == DEVICE_EACH) return 0;
     if (!strncmp(text, "cuda:", 5) && text[5] >= '0' && text[5] <= '9') {
         char *end;
         unsigned long n = strtoul(text + 5, &end, 10);
         out->index = (int)n;
         if (!*end && n < DEVICES_MAX) return 0;
     }
-    return err_set(err, ERR_CONFIG, "--device %.40s: one of auto, cpu, cuda, cuda:N with N from 0 to %d", text,
+    return err_set(err, ERR_CONFIG, "--device %.40s: one of auto, cpu, cuda, cuda:N with N from 0 to %d, cuda:each", text,
                    DEVICES_MAX - 1);
 }
 
 void device_name(struct device d, char out[DEVICE_NAME_BYTES]) {
-    if (d.kind == DEVICE_CUDA) snprintf(out, DEVICE_NAME_BYTES, "cuda:%d", d.index);
+    if (d.kind == DEVICE_CUDA && d.index == DEVICE_EACH) snprintf(out, DEVICE_NAME_BYTES, "cuda:each");
+    else if (d.kind == DEVICE_CUDA) snprintf(out, DEVICE_NAME_BYTES, "cuda:%d", d.index);
     else snprintf(out, DEVICE_NAME_BYTES, "%s", d.kind == DEVICE_AUTO ? "a GPU, else cpu" : "cpu");
 }
 
-int device_check_ranks(struct device d, int ranks, struct err *err) {
-    if (d.kind != DEVICE_CUDA || ranks <= 1) return 0;
-    return err_set(err, ERR_UNSUPPORTED, "--device cuda trains as one process so far, and --tp and --dp ask for %d: "
-                   "leave them out, or take --device cpu", ranks);
+struct device device_of_rank(struct device d, int rank) {
+    if (d.kind == DEVICE_CUDA && d.index == DEVICE_EACH) d.index = rank;
+    return d;
 }
 
 void device_name_holders(const struct kernels *k, struct err *err) {
@@ -65,10 +66,9 @@ struct kernels *device_create(struct device d, int precision, int threads, int r
                               struct err *err) {
     struct err ignored = { 0 }, *why = why_no_gpu ? why_no_gpu : &ignored;
     *why = (struct err){ 0 };
-    if (device_check_ranks(d, ranks, err)) return NULL;
-    if (d.kind == DEVICE_CUDA) return create_cuda(d.index, precision, err);
+    if (d.kind == DEVICE_CUDA) return create_cuda(d.index == DEVICE_EACH ? 0 : d.index, precision, err);
     if (d.kind == DEVICE_AUTO && ranks > 1)
-        err_set(why, ERR_UNSUPPORTED, "a trainer of %d ranks runs on CPUs so far", ranks);
+        err_set(why, ERR_UNSUPPORTED, "a trainer of %d ranks takes one where --device cuda or cuda:each says so", ranks);
     if (d.kind == DEVICE_AUTO && ranks <= 1) {
         struct kernels *k = create_cuda(0, precision, why);
         if (k) return k;

@@ -63,7 +63,11 @@ static uint32_t largest_share(const struct layout *l, uint32_t batch) {
     return (batch + (uint32_t)l->dp - 1) / (uint32_t)l->dp;
 }
 
-static size_t windows(int ranks) { return ranks > 1 ? COMM_WINDOWS(ranks) * COMM_WINDOW_BYTES : 0; }
+/* Of a group. On a device the own ones; what ranks say on the host besides is little. */
+static size_t windows(const struct kernels *k, int ranks) {
+    if (ranks == 1) return 0;
+    return (k->shared ? COMM_DEVICE_WINDOWS : COMM_WINDOWS(ranks)) * COMM_WINDOW_BYTES;
+}
 
 static void add_up(const struct layout *l, const struct kernels *k, struct engine_memory *out) {
     out->scratch = model_scratch_bytes(l, k, (int)out->micro_batch, (int)l->model.sequence);
@@ -81,7 +85,7 @@ static struct layout plan_vectors(const struct msg_model *m, const struct msg_in
     struct layout l;
     layout_init(&l, m, shape->tp, 0, shape->dp, 0);
     *out = (struct engine_memory){ .optimizer = optimizer_bytes(&l, shard, inner, k),
-                                   .buffers = windows(shape->tp) + windows(shape->dp) };
+                                   .buffers = windows(k, shape->tp) + windows(k, shape->dp) };
     shard_bytes(&l, shard, k, &out->weights, &out->gradients);
     return l;
 }

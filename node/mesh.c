@@ -59,6 +59,14 @@ int mesh_start(struct mesh *m, int tp, int dp, size_t state_bytes, struct err *e
     return 0;
 }
 
+int mesh_use(struct mesh *m, const struct kernels *k, struct err *err) {
+    return comm_area_use(m->area, k, err);
+}
+
+void mesh_unuse(struct mesh *m) {
+    if (m->world) comm_area_unuse(m->area);
+}
+
 void mesh_fail(struct mesh *m, const struct err *why) {
     if (m->area) comm_area_fail(m->area, why);
 }

@@ -181,9 +181,9 @@ static int newest_before(const struct solo *s, uint64_t step, uint64_t *found, s
 /* ---- start ------------------------------------------------------------------------------------- */
 
 static int create_kernels(struct solo *s, struct err *err) {
-    s->kernels = device_create(s->options->device, s->options->precision,
+    s->kernels = device_create(device_of_rank(s->options->device, s->mesh.rank), s->options->precision,
                                mesh_threads(&s->mesh, s->options->threads), s->mesh.ranks, &s->why_no_gpu, err);
-    return s->kernels ? 0 : -1;
+    return s->kernels ? mesh_use(&s->mesh, s->kernels, err) : -1;
 }
 
 /* From a checkpoint where model.from names one, else from the seed; each rank what it holds. */
@@ -256,6 +256,7 @@ static void tear_down(struct solo *s) {
     curve_close(s->curve);
     saver_destroy(s->saver);
     engine_destroy(s->engine);
+    mesh_unuse(&s->mesh);
     if (s->kernels) s->kernels->destroy(s->kernels);
     data_close(s->data);
     free(s->tokens);
@@ -476,9 +477,7 @@ int solo_run(const struct solo_options *options, const struct settings *settings
     int rc = -1;
     *result = (struct solo_result){ .loss = NAN, .heldout = NAN };
     asked_to_stop = 0;
-    if (layout_check(&settings->model, options->tp, err) ||
-        device_check_ranks(options->device, options->tp * options->dp, err))
-        return -1;
+    if (layout_check(&settings->model, options->tp, err)) return -1;
     if (take_folder(&s, err) || check_genesis(&s, corpus, err)) goto out;
     if (!mesh_start(&s.mesh, options->tp, options->dp, shared, err)) {
         if (s.mesh.rank == 0) {

@@ -143,8 +143,8 @@ const char *trainer_precision_name(int precision) {
 
 static struct kernels *create_kernels(struct trainer *t, struct err *err) {
     const struct segment_setup *setup = segment_setup(t->segment);
-    return device_create(setup->device, setup->precision, mesh_threads(&t->mesh, setup->threads), t->mesh.ranks,
-                         &t->why_no_gpu, err);
+    return device_create(device_of_rank(setup->device, t->mesh.rank), setup->precision,
+                         mesh_threads(&t->mesh, setup->threads), t->mesh.ranks, &t->why_no_gpu, err);
 }
 
 static void on_layer(void *segment) { segment_beat(segment); }
@@ -162,7 +162,7 @@ static int set_up(struct trainer *t, struct err *err) {
         return -1;
     }
     if (check_corpus(t, err)) return -1;
-    if (!(t->kernels = create_kernels(t, err))) return -1;
+    if (!(t->kernels = create_kernels(t, err)) || mesh_use(&t->mesh, t->kernels, err)) return -1;
     const struct engine_mesh where = { .world = t->mesh.world, .tensor = t->mesh.tensor, .data = t->mesh.data,
                                        .shard = (enum engine_shard)setup->shard };
     if (!(t->engine = engine_create_rank(g->model, g->inner, t->kernels, &where, err))) {
@@ -186,6 +186,7 @@ static int set_up(struct trainer *t, struct err *err) {
 static void tear_down(struct trainer *t) {
     saver_destroy(t->saver);
     engine_destroy(t->engine);
+    mesh_unuse(&t->mesh);
     if (t->kernels) t->kernels->destroy(t->kernels);
     data_close(t->data);
     proto_decoded_release(RECORD_genesis, &t->genesis);

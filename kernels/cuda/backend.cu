@@ -1,6 +1,7 @@
 /* backend.cu - the CUDA backend's memory, errors and table. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels/cuda/cuda.h"
 #include "kernels/plugin.h"
@@ -61,6 +62,72 @@ void *cuda_scratch(struct cuda *c, size_t bytes) {
     c->scratch_bytes = bytes;
     return c->scratch;
 }
+
+/* ---- memory of several ranks ---------------------------------------------------------------------- */
+
+static_assert(sizeof(cudaIpcMemHandle_t) <= KERNELS_HANDLE_BYTES, "a handle has room");
+
+static int refuse(struct cuda *c, cudaError_t result, const char *what, struct err *err) {
+    cudaGetLastError();
+    return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s another process: %s", c->device, what,
+                   cudaGetErrorString(result));
+}
+
+static void *share(const struct kernels *k, size_t bytes, uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err) {
+    cudaIpcMemHandle_t h;
+    void *p = k->alloc(k, bytes, err);
+    if (!p) return NULL;
+    cudaError_t result = cudaIpcGetMemHandle(&h, p);
+    if (result == cudaSuccess) {
+        memcpy(handle, &h, sizeof h);
+        return p;
+    }
+    refuse(cuda_of(k), result, "memory cannot be shown to", err);
+    k->free(k, p);
+    return NULL;
+}
+
+static void *open_shared(const struct kernels *k, const uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err) {
+    cudaIpcMemHandle_t h;
+    void *p = NULL;
+    memcpy(&h, handle, sizeof h);
+    cudaError_t result = cudaIpcOpenMemHandle(&p, h, cudaIpcMemLazyEnablePeerAccess);
+    if (result == cudaSuccess) return p;
+    refuse(cuda_of(k), result, "cannot open memory of", err);
+    return NULL;
+}
+
+static void close_shared(const struct kernels *k, void *p) {
+    cuda_note(cuda_of(k), cudaIpcCloseMemHandle(p), "close another rank's memory");
+}
+
+static void copy(const struct kernels *k, void *to, const void *from, size_t bytes) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, c->stream), "copy");
+}
+
+struct sources {
+    const void *from[KERNELS_SUM_MAX];
+};
+
+template <class E> __global__ void sum_ranks(E *out, struct sources s, int count, size_t n) {
+    size_t i = grid_index();
+    if (i >= n) return;
+    float sum = wide(((const E *)s.from[0])[i]);
+    for (int r = 1; r < count; r++) sum += wide(((const E *)s.from[r])[i]);
+    put(&out[i], sum);
+}
+
+static void sum_shared(const struct kernels *k, void *out, const void *const *from, int count, size_t n, int bf16) {
+    struct cuda *c = cuda_of(k);
+    struct sources s = {};
+    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
+    for (int r = 0; r < count; r++) s.from[r] = from[r];
+    if (n && bf16) RUN(c, sum_ranks<uint16_t>, blocks, CUDA_THREADS, 0, (uint16_t *)out, s, count, n);
+    else if (n) RUN(c, sum_ranks<float>, blocks, CUDA_THREADS, 0, (float *)out, s, count, n);
+}
+
+static const struct kernels_shared shared = { share, open_shared, close_shared, copy, sum_shared };
 
 /* ---- the table ---------------------------------------------------------------------------------- */
 
@@ -186,6 +253,7 @@ intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest
     k->check = check;
     k->scratch_bytes = scratch_bytes;
     k->destroy = destroy;
+    k->shared = &shared;
     cuda_fill_products(k);
     cuda_fill_rows(k);
     cuda_fill_attention(k);

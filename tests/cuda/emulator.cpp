@@ -1,11 +1,16 @@
 /* emulator.cpp - a block's threads take turns on one CPU thread, each on a stack of its own once it waits at a barrier. */
 #include "tests/cuda/emulator.h"
 
+#include <fcntl.h>
 #include <limits.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
+
+#include <map>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -150,16 +155,83 @@ static int told(const char *name, int otherwise) {
     return value ? atoi(value) : otherwise;
 }
 
+/* What is large lies in a file of its own without a name, which another process can map, before a page that
+ * nobody may touch. */
+struct block {
+    int fd; /* -1: opened, another process's */
+    char *map;
+    size_t map_bytes, bytes;
+};
+static std::map<void *, struct block> blocks;
+
+static const size_t page = 4096;
+
+static void *map_block(struct block b) {
+    b.map_bytes = (b.bytes + page - 1) / page * page;
+    b.map = (char *)mmap(NULL, b.map_bytes + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (b.map == MAP_FAILED) return NULL;
+    if (mmap(b.map, b.map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, b.fd, 0) == MAP_FAILED) {
+        munmap(b.map, b.map_bytes + page);
+        return NULL;
+    }
+    void *p = b.map + (b.map_bytes - (b.bytes + 255) / 256 * 256);
+    blocks[p] = b;
+    return p;
+}
+
+static void *take_block(size_t bytes) {
+    struct block b = { memfd_create("emulator", MFD_CLOEXEC), NULL, 0, bytes };
+    void *p = NULL;
+    if (b.fd >= 0 && !ftruncate(b.fd, (off_t)((bytes + page - 1) / page * page))) p = map_block(b);
+    if (!p && b.fd >= 0) close(b.fd);
+    return p;
+}
+
+static bool free_block(void *p) {
+    auto found = blocks.find(p);
+    if (found == blocks.end()) return false;
+    munmap(found->second.map, found->second.map_bytes + page);
+    if (found->second.fd >= 0) close(found->second.fd);
+    blocks.erase(found);
+    return true;
+}
+
 cudaError_t cudaMalloc(void **p, size_t bytes) {
-    *p = bytes > ((size_t)1 << 36) ? NULL : aligned_alloc(256, (bytes + 255) / 256 * 256);
+    *p = bytes > ((size_t)1 << 36) ? NULL : bytes >= EMULATOR_SHARED_LEAST ? take_block(bytes)
+                                                                          : aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (*p) memset(*p, 0xff, bytes);
     return *p ? cudaSuccess : last = cudaErrorMemoryAllocation;
 }
 
 cudaError_t cudaFree(void *p) {
-    free(p);
+    if (!free_block(p)) free(p);
     return cudaSuccess;
 }
+
+/* The handle says where the owner has it. EMULATOR_IPC=0: as in a container that forbids it. */
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p) {
+    auto found = blocks.find(p);
+    if (found == blocks.end() || found->second.fd < 0 || !told("EMULATOR_IPC", 1)) return last = cudaErrorInvalidValue;
+    memset(handle, 0, sizeof *handle);
+    snprintf(handle->reserved, sizeof handle->reserved, "/proc/%d/fd/%d %zu", (int)getpid(), found->second.fd,
+             found->second.bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t handle, unsigned flags) {
+    char path[40];
+    struct block b = { -1, NULL, 0, 0 };
+    if (sscanf(handle.reserved, "%39s %zu", path, &b.bytes) != 2 || flags != cudaIpcMemLazyEnablePeerAccess)
+        return last = cudaErrorInvalidValue;
+    if ((b.fd = open(path, O_RDWR | O_CLOEXEC)) < 0) return last = cudaErrorInvalidValue;
+    *p = map_block(b);
+    close(b.fd);
+    if (!*p) return last = cudaErrorMemoryAllocation;
+    blocks[*p].fd = -1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaIpcCloseMemHandle(void *p) { return free_block(p) ? cudaSuccess : last = cudaErrorInvalidValue; }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     (void)kind, (void)stream;
@@ -239,11 +311,11 @@ const char *cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+    *count = told("EMULATOR_DEVICES", 1);
     return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorNoDevice; }
+cudaError_t cudaSetDevice(int device) { return device < told("EMULATOR_DEVICES", 1) ? cudaSuccess : cudaErrorNoDevice; }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     (void)device;

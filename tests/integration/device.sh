@@ -39,15 +39,35 @@ for precision in fp32 bf16; do
         FNR > 1 { d = $3 / loss[$1] - 1; if (d < 0) d = -d; if (!(d <= bound)) { print "step", $1, loss[$1], $3; wrong = 1 }; rows++ }
         END { exit wrong || rows != 5 }' $precision-cpu/loss.csv $precision-cuda/loss.csv
 done
+# Several ranks on the one device, which open each other's memory: the bits of a run are those of ranks on CPUs, but for
+# what the kernels round, and those of the same run once more.
+for mesh in "--tp 2" "--dp 2 --shard full" "--tp 2 --dp 2 --shard optimizer --precision bf16"; do
+    name=mesh${mesh//[^0-9a-z]/}
+    for device in cpu cuda; do
+        train --device $device $mesh --out $name-$device >$name-$device.log 2>&1 || bad "train $mesh: $(cat $name-$device.log)"
+    done
+    check "5 steps of $mesh: the same losses within rounding" \
+        awk -F, -v bound=$([[ $mesh = *bf16 ]] && echo 1e-2 || echo 1e-5) 'NR == FNR { loss[$1] = $3; next }
+        FNR > 1 { d = $3 / loss[$1] - 1; if (d < 0) d = -d; if (!(d <= bound)) { print "step", $1, loss[$1], $3; wrong = 1 }; rows++ }
+        END { exit wrong || rows != 5 }' $name-cpu/loss.csv $name-cuda/loss.csv
+    train --device cuda $mesh --out $name-again >$name-again.log 2>&1
+    check "$mesh twice: the same bits" cmp $name-again/state $name-cuda/state
+done
+expect 0 'a trainer of 2 ranks takes one where' train --dp 2 --out on-cpu
+if [ -z "${GPU:-}" ]; then
+    with EMULATOR_DEVICES=2 train --device cuda:each --tp 2 --out each >each.log 2>&1 || bad "cuda:each: $(cat each.log)"
+    check "a rank on each of two devices: the same bits" cmp each/state meshtp2-cuda/state
+    expect 2 'rank 1: there is no CUDA device 1; 1 are here' train --device cuda:each --tp 2 --out none
+    expect 1 'CUDA device 0: memory cannot be shown to another process' with EMULATOR_IPC=0 train --device cuda --tp 2 --out none2
+    expect 1 'CUDA device 0: .*launch failure' with EMULATOR_LAUNCHES=100 train --device cuda --tp 2 --out lost-ranks
+fi
 check "it says on what" grep -q 'CUDA 13.*fp32' fp32-cuda.log
 expect 0 'CUDA 13' train --device auto --out again
 check "twice the same bits" cmp again/state fp32-cuda/state
 expect 0 'ended after 5' train --device cpu --threads 1 --out fp32-cuda
 expect 0 'no GPU: .*/nowhere.so' with INTELLECT_CUDA_PLUGIN=/nowhere.so train --out without
 expect 1 '/nowhere.so' with INTELLECT_CUDA_PLUGIN=/nowhere.so train --device cuda --out none
-expect 1 'one process so far, and --tp and --dp ask for 2' train --device cuda --dp 2 --out none
-expect 2 'auto, cpu, cuda, cuda:N' train --device gpu --out none
-expect 1 'one process so far' "$NODE" join "intellect://127.0.0.1:1/$(printf '%064d' 1)#$(printf '%064d' 7)" --device cuda --tp 2
+expect 2 'auto, cpu, cuda, cuda:N.*cuda:each' train --device gpu --out none
 if [ -z "${GPU:-}" ]; then
     expect 2 'no CUDA device 3; 1 are here' train --device cuda:3 --out none
     expect 1 'driver is for CUDA 12.4, this plugin for CUDA 13.0: update' with EMULATOR_DRIVER=12040 train --device cuda --out none
