@@ -61,7 +61,7 @@ CUDA_C_O := $(patsubst kernels/cuda/%.c,$(BUILD)/cuda/%.o,$(wildcard kernels/cud
 EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard tests/cuda/*.cpp)) \
     $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products \
-    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_comm
+    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_comm $(BUILD)/tests/test_plan_cuda
 # The emulator as a plugin, and a management library of no GPU: for tests of what loads them.
 EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1
 
@@ -238,7 +238,7 @@ $(BUILD)/cuda/outer.o: NVCC_FLAGS += -fmad=false
 $(BUILD)/cuda/%.o: kernels/cuda/%.cu $(wildcard kernels/*.h kernels/cuda/*.h) proto/err.h
 	@mkdir -p $(@D)
 	$(call say,NVCC)
-	$(Q)$(NVCC) $(NVCC_FLAGS) $(GENCODE) -c -o $@ $<
+	$(Q)$(NVCC) $(NVCC_FLAGS) -Xptxas -v $(GENCODE) -c -o $@ $< 2>$@.log || { cat $@.log >&2; exit 1; }
 
 $(BUILD)/cuda/err.o: proto/err.c proto/err.h
 $(CUDA_C_O): $(BUILD)/cuda/%.o: kernels/cuda/%.c $(wildcard kernels/cuda/*.h) proto/err.h

@@ -31,7 +31,7 @@ extern "C" {
 
 /* What takes scratch, but for attention's delta of each row and head. */
 #define CUDA_WORKSPACE_BYTES ((size_t)32 << 20) /* cuBLASLt's */
-#define CUDA_SLICE ((size_t)16 << 20)           /* weights that are under way from or to fp32 at a time */
+#define CUDA_SLICE ((size_t)1 << 20)            /* weights that are under way from or to fp32 at a time */
 #define CUDA_NORM_SLICES 128                    /* partial sums of a norm's gradient, at most */
 
 struct cuda_products; /* of matmul.cu */

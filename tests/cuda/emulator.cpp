@@ -34,7 +34,7 @@ static const std::function<void(void)> *body;
 static unsigned char *shared; /* allocated for each launch, so that a sanitizer sees its end */
 static unsigned now;          /* the thread that runs */
 static int launches;
-static unsigned begun, ended, count; /* of the block's threads */
+static unsigned begun, ended, threads_count; /* of the block's threads */
 
 static void die(const char *why) {
     fprintf(stderr, "CUDA emulator: block %u,%u,%u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now, why);
@@ -44,7 +44,7 @@ static void die(const char *why) {
 /* On a stack of its own: one thread after the other, until one gives way; another stack then goes on with the
  * next. */
 static void run_threads(void) {
-    while (begun < count) {
+    while (begun < threads_count) {
         now = begun++;
         threadIdx = dim3(now);
         threads[now].wait = RUNS;
@@ -108,13 +108,13 @@ static void release(unsigned first, unsigned threads_there, enum wait wait) {
 
 static void run_block(void) {
     begun = ended = 0;
-    while (begun < count) begin_threads();
-    while (ended < count) {
-        for (unsigned i = 0; i < count; i += CUDA_LANES)
-            release(i, count - i < CUDA_LANES ? count - i : CUDA_LANES, AT_WARP);
-        release(0, count, AT_BLOCK);
+    while (begun < threads_count) begin_threads();
+    while (ended < threads_count) {
+        for (unsigned i = 0; i < threads_count; i += CUDA_LANES)
+            release(i, threads_count - i < CUDA_LANES ? threads_count - i : CUDA_LANES, AT_WARP);
+        release(0, threads_count, AT_BLOCK);
         bool moved = false;
-        for (unsigned i = 0; i < count; i++) {
+        for (unsigned i = 0; i < threads_count; i++) {
             if (threads[i].wait != RUNS) continue;
             moved = true;
             go_on(i);
@@ -133,7 +133,7 @@ void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::func
     launches++;
     gridDim = grid;
     blockDim = block;
-    count = block.x;
+    threads_count = block.x;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
@@ -153,6 +153,13 @@ static cudaError_t last;
 static int told(const char *name, int otherwise) {
     const char *value = getenv(name);
     return value ? atoi(value) : otherwise;
+}
+
+struct emulator_memory emulator_memory;
+
+static void count(size_t more, size_t less) {
+    emulator_memory.live += more - less;
+    if (emulator_memory.live > emulator_memory.most) emulator_memory.most = emulator_memory.live;
 }
 
 /* What is large lies in a file of its own without a name, which another process can map, before a page that
@@ -190,6 +197,7 @@ static void *take_block(size_t bytes) {
 static bool free_block(void *p) {
     auto found = blocks.find(p);
     if (found == blocks.end()) return false;
+    if (found->second.fd >= 0) count(0, found->second.bytes);
     munmap(found->second.map, found->second.map_bytes + page);
     if (found->second.fd >= 0) close(found->second.fd);
     blocks.erase(found);
@@ -200,6 +208,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     *p = bytes > ((size_t)1 << 36) ? NULL : bytes >= EMULATOR_SHARED_LEAST ? take_block(bytes)
                                                                           : aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (*p) memset(*p, 0xff, bytes);
+    if (*p && bytes >= EMULATOR_SHARED_LEAST) count(bytes, 0);
     return *p ? cudaSuccess : last = cudaErrorMemoryAllocation;
 }
 

@@ -79,6 +79,7 @@ struct cudaIpcMemHandle_t {
     char reserved[64];
 };
 enum { cudaIpcMemLazyEnablePeerAccess = 1 };
+#include "tests/cuda/memory.h"
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p);
 cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t handle, unsigned flags);
 cudaError_t cudaIpcCloseMemHandle(void *p);
