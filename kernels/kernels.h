@@ -312,8 +312,12 @@ void outer_fp_end(const struct outer_fp *fp);
  * OUTER_FP32: n little-endian fp32 values.
  * OUTER_INT8: blocks of OUTER_BLOCK elements, the last may be shorter. A block is its scale (fp32,
  *   little-endian, >= +0, largest |x| / 127) and then one int8 per element in [-127,127]; the value
- *   is scale * int8 in fp32. A scale of 0 is a block of zeroes. */
-enum outer_codec { OUTER_FP32 = 0, OUTER_INT8 = 1 };
+ *   is scale * int8 in fp32. A scale of 0 is a block of zeroes.
+ * OUTER_FP4: likewise, with largest |x| / 12, and half a byte per element, E2M1 as in OCP's MX formats (twice its
+ *   values, so that they are integers): codes 0 to 7 are 0, 1, 2, 3, 4, 6, 8, 12, bit 3 is the sign, 8 (-0) is no
+ *   code. Of a block of n elements byte i has element i in its low half and element (n + 1) / 2 + i, if there is
+ *   one, in its high half (else 0). */
+enum outer_codec { OUTER_FP32 = 0, OUTER_INT8 = 1, OUTER_FP4 = 2 };
 #define OUTER_BLOCK 256
 
 /* The bounds that keep an exact sum exact: one element on the grid is below 2^38 in magnitude and
@@ -336,13 +340,13 @@ void outer_pseudo_gradient(float *out, const float *anchor, const float *local,
 int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec codec, struct err *err);
 
 /* Check bytes from a stranger: known codec, length = outer_encoded_bytes(codec, n), every scale and
- * value finite, no negative scale (-0 is one), no -128. 0, or -1 with ERR_CORRUPT. */
+ * value finite, no negative scale (-0 is one), no code that stands for nothing (-128; 8). 0, or -1 with ERR_CORRUPT. */
 int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
                 struct err *err);
 
 /* Sum of squares and largest magnitude of the values that bytes decode to, without decoding them: what
- * a contribution is announced with, and held to. OUTER_INT8: the sum over blocks, in their order, of
- * (scale * scale) * (sum of int8^2) in double. Refuses what outer_check() refuses. */
+ * a contribution is announced with, and held to. Of blocks: the sum over them, in their order, of
+ * (scale * scale) * (sum of the integers' squares) in double. Refuses what outer_check() refuses. */
 int outer_measure(const uint8_t *bytes, size_t length, size_t n, enum outer_codec codec,
                   float *absmax, double *norm2, struct err *err);
 

@@ -132,8 +132,15 @@ size_t outer_encoded_bytes(enum outer_codec codec, size_t n) {
         return 4 * n;
     case OUTER_INT8:
         return n + 4 * ((n + OUTER_BLOCK - 1) / OUTER_BLOCK);
+    case OUTER_FP4:
+        return (n + 1) / 2 + 4 * ((n + OUTER_BLOCK - 1) / OUTER_BLOCK); /* only the last block may be odd */
     }
     return 0;
+}
+
+/* 0: not in blocks. */
+static float top_of(enum outer_codec codec) {
+    return codec == OUTER_INT8 ? INT8_TOP : codec == OUTER_FP4 ? FP4_TOP : 0.0f;
 }
 
 WIDE static uint32_t largest_magnitude(const float *x, size_t n) {
@@ -146,22 +153,33 @@ WIDE static uint32_t largest_magnitude(const float *x, size_t n) {
     return (uint32_t)largest;
 }
 
-WIDE static void quantise_block(uint8_t *out, const float *x, float scale, size_t n) {
+WIDE static void quantise_block_int8(uint8_t *out, const float *x, float scale, size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) out[i] = (uint8_t)quantise(x[i], scale);
+    for (size_t i = 0; i < n; i++) out[i] = (uint8_t)quantise_int8(x[i], scale);
+}
+
+WIDE static void quantise_block_fp4(uint8_t *out, const float *x, float scale, size_t n) {
+    size_t half = (n + 1) / 2, pairs = n / 2;
+#pragma omp simd
+    for (size_t i = 0; i < pairs; i++)
+        out[i] = (uint8_t)(quantise_fp4(x[i], scale) | quantise_fp4(x[half + i], scale) << 4);
+    if (pairs < half) out[pairs] = (uint8_t)quantise_fp4(x[pairs], scale);
 }
 
 /* Encode block by block. Returns how many elements were done before one that cannot be encoded. */
-__attribute__((noinline)) static size_t encode_int8(uint8_t *out, const float *x, size_t n) {
+__attribute__((noinline)) static size_t encode_blocks(uint8_t *out, const float *x, size_t n,
+                                                      enum outer_codec codec) {
+    float top = top_of(codec);
     for (size_t i = 0; i < n; i += OUTER_BLOCK) {
-        size_t len = smaller(n - i, OUTER_BLOCK);
+        size_t len = smaller(n - i, OUTER_BLOCK), bytes = outer_encoded_bytes(codec, len);
         uint32_t magnitude = largest_magnitude(x + i, len);
-        float scale = scale_for(magnitude);
-        if (magnitude >= INFINITY_BITS || !scale_is_valid(scale)) return i;
+        float scale = scale_for(magnitude, top);
+        if (magnitude >= INFINITY_BITS || !scale_is_valid(scale, top)) return i;
         store_float(out, scale);
-        if (scale == 0.0f) memset(out + 4, 0, len);
-        else quantise_block(out + 4, x + i, scale, len);
-        out += 4 + len;
+        if (scale == 0.0f) memset(out + 4, 0, bytes - 4);
+        else if (codec == OUTER_INT8) quantise_block_int8(out + 4, x + i, scale, len);
+        else quantise_block_fp4(out + 4, x + i, scale, len);
+        out += bytes;
     }
     return n;
 }
@@ -171,9 +189,9 @@ WIDE static void store_floats(uint8_t *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) store_float(out + 4 * i, x[i]);
 }
 
-__attribute__((noinline)) static size_t first_not_encodable(const float *x, size_t n, int int8) {
+__attribute__((noinline)) static size_t first_not_encodable(const float *x, size_t n, float top) {
     size_t i = 0;
-    while (i < n && is_encodable(bits_of(x[i]) & ~SIGN_BIT, int8)) i++;
+    while (i < n && is_encodable(bits_of(x[i]) & ~SIGN_BIT, top)) i++;
     return i;
 }
 
@@ -181,17 +199,36 @@ int outer_encode(uint8_t *bytes, const float *x, size_t n, enum outer_codec code
                  struct err *err) {
     struct outer_fp fp;
     size_t done = n;
-    assert(codec == OUTER_FP32 || codec == OUTER_INT8);
+    assert(codec == OUTER_FP32 || top_of(codec) > 0);
     outer_fp_begin(&fp);
-    if (codec == OUTER_INT8) done = encode_int8(bytes, x, n);
+    if (codec != OUTER_FP32) done = encode_blocks(bytes, x, n, codec);
     else if (largest_magnitude(x, n) >= INFINITY_BITS) done = 0;
     else store_floats(bytes, x, n);
-    if (done < n) done += first_not_encodable(x + done, n - done, codec == OUTER_INT8);
+    if (done < n) done += first_not_encodable(x + done, n - done, top_of(codec));
     if (done < n)
         err_set(err, ERR_CORRUPT, "element %zu of %zu is %g, which codec %d cannot carry", done, n,
                 (double)x[done], (int)codec);
     outer_fp_end(&fp);
     return done == n ? 0 : -1;
+}
+
+/* ---- blocks as integers ---- */
+
+WIDE static void widen_fp4(int8_t *q, const uint8_t *codes, size_t n) {
+    size_t half = (n + 1) / 2, pairs = n / 2;
+#pragma omp simd
+    for (size_t i = 0; i < half; i++) q[i] = (int8_t)integer_of_fp4(codes[i] & 15);
+#pragma omp simd
+    for (size_t i = 0; i < pairs; i++) q[half + i] = (int8_t)integer_of_fp4(codes[i] >> 4);
+    if (pairs < half && codes[pairs] >> 4) q[pairs] = NO_CODE; /* nobody's half must be 0 */
+}
+
+/* The integers of the block at `bytes`, there or in `room`. */
+static const int8_t *integers_of(const uint8_t *bytes, size_t len, enum outer_codec codec,
+                                 int8_t room[OUTER_BLOCK]) {
+    if (codec == OUTER_INT8) return (const int8_t *)bytes + 4;
+    widen_fp4(room, bytes + 4, len);
+    return room;
 }
 
 /* Smallest and largest int8 of a block, for its largest magnitude and to find a -128. */
@@ -249,24 +286,26 @@ WIDE static int32_t squares(const int8_t *q, size_t n) {
 
 /* Check every block and find the largest magnitude that it decodes to; norm2, unless NULL, receives the
  * sum of squares. */
-__attribute__((noinline)) static int inspect_int8(const uint8_t *bytes, size_t n, float *absmax,
-                                                  double *norm2, struct err *err) {
+__attribute__((noinline)) static int inspect_blocks(const uint8_t *bytes, size_t n, enum outer_codec codec,
+                                                    float *absmax, double *norm2, struct err *err) {
+    int8_t room[OUTER_BLOCK];
     for (size_t i = 0; i < n; i += OUTER_BLOCK) {
         size_t len = smaller(n - i, OUTER_BLOCK);
+        const int8_t *q = integers_of(bytes, len, codec, room);
         float scale = load_float(bytes);
         int min, max;
-        if (!scale_is_valid(scale))
+        if (!scale_is_valid(scale, top_of(codec)))
             return err_set(err, ERR_CORRUPT, "scale of block %zu is %g, must be finite and >= 0",
                            i / OUTER_BLOCK, (double)scale);
-        extremes((const int8_t *)bytes + 4, len, &min, &max);
-        if (min == -128)
-            return err_set(err, ERR_CORRUPT, "block %zu holds a -128", i / OUTER_BLOCK);
+        extremes(q, len, &min, &max);
+        if (min == NO_CODE)
+            return err_set(err, ERR_CORRUPT, "block %zu holds a %s", i / OUTER_BLOCK,
+                           codec == OUTER_INT8 ? "-128" : "code that stands for nothing");
         float largest = scale * (float)(max > -min ? max : -min);
         if (largest > *absmax) *absmax = largest;
         if (norm2)
-            *norm2 += (double)scale * (double)scale *
-                      (double)squares((const int8_t *)bytes + 4, len);
-        bytes += 4 + len;
+            *norm2 += (double)scale * (double)scale * (double)squares(q, len);
+        bytes += outer_encoded_bytes(codec, len);
     }
     return 0;
 }
@@ -287,12 +326,12 @@ static int inspect(const uint8_t *bytes, size_t length, size_t n, enum outer_cod
                    float *absmax, double *norm2, struct err *err) {
     *absmax = 0.0f;
     if (norm2) *norm2 = 0.0;
-    if (codec != OUTER_FP32 && codec != OUTER_INT8)
+    if (codec != OUTER_FP32 && top_of(codec) == 0)
         return err_set(err, ERR_CORRUPT, "codec %d does not exist", (int)codec);
     if (n > SIZE_MAX / 8 || length != outer_encoded_bytes(codec, n))
         return err_set(err, ERR_CORRUPT, "%zu bytes for %zu elements of codec %d, must be %zu",
                        length, n, (int)codec, outer_encoded_bytes(codec, n));
-    if (codec == OUTER_INT8) return inspect_int8(bytes, n, absmax, norm2, err);
+    if (codec != OUTER_FP32) return inspect_blocks(bytes, n, codec, absmax, norm2, err);
     uint32_t magnitude = largest_magnitude_encoded(bytes, n);
     if (magnitude >= INFINITY_BITS)
         return err_set(err, ERR_CORRUPT, "a value among %zu is not finite", n);
@@ -321,7 +360,7 @@ int outer_check(const uint8_t *bytes, size_t length, size_t n, enum outer_codec 
 }
 
 /* minus: NULL for out = value, else out = minus - value. */
-WIDE static void decode_int8(float *out, const float *minus, const int8_t *q, float scale,
+WIDE static void decode_block(float *out, const float *minus, const int8_t *q, float scale,
                              size_t n) {
     if (minus) {
 #pragma omp simd
@@ -350,11 +389,12 @@ static int decode(float *out, const float *minus, const uint8_t *bytes, size_t l
         decode_fp32(out, minus, bytes, n);
         return 0;
     }
+    int8_t room[OUTER_BLOCK];
     for (size_t i = 0; i < n; i += OUTER_BLOCK) {
         size_t len = smaller(n - i, OUTER_BLOCK);
-        decode_int8(out + i, minus ? minus + i : NULL, (const int8_t *)bytes + 4, load_float(bytes),
-                    len);
-        bytes += 4 + len;
+        decode_block(out + i, minus ? minus + i : NULL, integers_of(bytes, len, codec, room), load_float(bytes),
+                     len);
+        bytes += outer_encoded_bytes(codec, len);
     }
     return 0;
 }
@@ -381,8 +421,8 @@ int outer_residual(float *residual, const float *x, const uint8_t *bytes, size_t
 
 /* The product of value (24 bits), clip (24 bits) and a power of two is exact in double, so the only
  * rounding is the one to an integer, and every machine takes the same one. */
-WIDE static void add_int8(int64_t *sum, const int8_t *q, float scale, double factor, int64_t weight,
-                          size_t n) {
+WIDE static void add_block(int64_t *sum, const int8_t *q, float scale, double factor, int64_t weight,
+                           size_t n) {
 #pragma omp simd
     for (size_t i = 0; i < n; i++)
         sum[i] += round_to_int64((double)(scale * (float)q[i]) * factor) * weight;
@@ -421,10 +461,11 @@ __attribute__((noinline)) static int accumulate(int64_t *sum, const uint8_t *byt
         add_fp32(sum, bytes, factor, weight, n);
         return 0;
     }
+    int8_t room[OUTER_BLOCK];
     for (size_t i = 0; i < n; i += OUTER_BLOCK) {
         size_t len = smaller(n - i, OUTER_BLOCK);
-        add_int8(sum + i, (const int8_t *)bytes + 4, load_float(bytes), factor, weight, len);
-        bytes += 4 + len;
+        add_block(sum + i, integers_of(bytes, len, codec, room), load_float(bytes), factor, weight, len);
+        bytes += outer_encoded_bytes(codec, len);
     }
     return 0;
 }

@@ -42,28 +42,45 @@ OUTER_INLINE int32_t round_to_int32(float x) {
     return (int32_t)(bits_of(x + ROUND_FLOAT) - bits_of(ROUND_FLOAT));
 }
 
-/* ---- OUTER_INT8 ---- */
+/* ---- blocks: integers up to `top`, times a scale ---- */
+
+#define INT8_TOP 127.0f
+#define FP4_TOP 12.0f
 
 /* A sign bit makes the bits larger than any infinity's, so -0 and negative scales fail too. */
-OUTER_INLINE int scale_is_valid(float scale) {
-    return bits_of(scale * 127.0f) < INFINITY_BITS;
+OUTER_INLINE int scale_is_valid(float scale, float top) {
+    return bits_of(scale * top) < INFINITY_BITS;
 }
 
 /* Of a block whose largest magnitude has these bits. */
-OUTER_INLINE float scale_for(uint32_t magnitude) {
-    return float_of(magnitude) / 127.0f;
+OUTER_INLINE float scale_for(uint32_t magnitude, float top) {
+    return float_of(magnitude) / top;
 }
 
 /* scale > 0. The clamp matters only where it is subnormal and so coarse that x / scale exceeds 127. */
-OUTER_INLINE int32_t quantise(float x, float scale) {
+OUTER_INLINE int32_t quantise_int8(float x, float scale) {
     int32_t q = round_to_int32(x / scale);
     q = q > 127 ? 127 : q;
     return q < -127 ? -127 : q;
 }
 
-/* Can a value with this magnitude travel: finite, and with int8 also what it decodes to. */
-OUTER_INLINE int is_encodable(uint32_t magnitude, int int8) {
-    return magnitude < INFINITY_BITS && (!int8 || scale_is_valid(scale_for(magnitude)));
+/* The code of the nearest of 0, 1, 2, 3, 4, 6, 8, 12, of two the smaller one. Never -0. */
+OUTER_INLINE int32_t quantise_fp4(float x, float scale) {
+    float a = float_of(bits_of(x) & ~SIGN_BIT) / scale;
+    int32_t code = (a > 0.5f) + (a > 1.5f) + (a > 2.5f) + (a > 3.5f) + (a > 5.0f) + (a > 7.0f) + (a > 10.0f);
+    return code | (int32_t)(((bits_of(x) & SIGN_BIT) >> 28) & (code > 0 ? 8u : 0u));
+}
+
+#define NO_CODE (-128)
+OUTER_INLINE int32_t integer_of_fp4(int32_t code) {
+    int32_t c = code & 7, low = c > 2 * c - 4 ? c : 2 * c - 4, q = low > 4 * c - 16 ? low : 4 * c - 16;
+    q = code & 8 ? -q : q;
+    return code == 8 ? NO_CODE : q;
+}
+
+/* Can a value with this magnitude travel: finite, and in a block (top > 0) also what it decodes to. */
+OUTER_INLINE int is_encodable(uint32_t magnitude, float top) {
+    return magnitude < INFINITY_BITS && (top == 0.0f || scale_is_valid(scale_for(magnitude, top), top));
 }
 
 /* ---- steps ---- */

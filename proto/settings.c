@@ -157,10 +157,11 @@ static const struct setting table[] = {
     { "outer", "alpha", F32, AT(outer.alpha), 0, 1, SEALED, NULL,
       "A summed member goes on from alpha * its own + (1 - alpha) * the new parameters. 0: all take\n"
       "the new ones; 1: members never come together again." },
-    { "outer", "contribution_codec", U8_CODEC, AT(outer.contribution_codec), 0, 1, SEALED, NULL,
-      "What members send: int8 (a quarter of the bytes, blocks with a scale) or fp32 (exact)." },
-    { "outer", "result_codec", U8_CODEC, AT(outer.result_codec), 0, 1, SEALED, NULL,
-      "What they get back, likewise." },
+    { "outer", "contribution_codec", U8_CODEC, AT(outer.contribution_codec), 0, 2, SEALED, NULL,
+      "What members send: int8 (a quarter of the bytes, blocks with a scale), fp4 (an eighth; what it\n"
+      "loses comes with the next contribution) or fp32 (exact)." },
+    { "outer", "result_codec", U8_CODEC, AT(outer.result_codec), 0, 2, SEALED, NULL,
+      "What they get back, likewise; but what is lost here is lost: fp4 makes outer steps noisy." },
     { "outer", "chunk_elements", U32, AT(outer.chunk_elements), 4096, PROTO_CHUNK_ELEMENTS_MAX,
       SEALED, NULL,
       "Parameters of one chunk, a multiple of 4096: the unit of sending, hashing and resuming.\n"
@@ -232,7 +233,7 @@ static const struct choice {
     const char *name[3], *allowed;
 } choices[CHOICES] = {
     [U8_SWITCH] = { 2, { "false", "true" }, "true and false" },
-    [U8_CODEC] = { 2, { "fp32", "int8" }, "fp32 and int8" },
+    [U8_CODEC] = { 3, { "fp32", "int8", "fp4" }, "fp32, int8 and fp4" },
     [U8_RULE] = { 2, { "constant", "sqrt" }, "constant and sqrt" },
     [U8_ROPE] = { 3, { "default", "linear", "llama3" }, "default, linear and llama3" },
     [U8_WEIGHTS] = { 2, { "fp32", "bf16" }, "fp32 and bf16" },

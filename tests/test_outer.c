@@ -201,7 +201,7 @@ static void nesterov_rounds_after_every_operation(void **state) {
 
 /* ---- codec ---- */
 
-static const size_t odd_lengths[] = { 0, 1, 2, 255, 256, 257, 511, 512, 1000 };
+static const size_t odd_lengths[] = { 0, 1, 2, 3, 255, 256, 257, 511, 512, 1000 };
 
 static void int8_error_is_at_most_half_a_step(void **state) {
     (void)state;
@@ -251,6 +251,45 @@ static void int8_layout_is_scale_then_values(void **state) {
     assert_memory_equal(bytes + 4 + OUTER_BLOCK, second, sizeof second);
 }
 
+/* ---- fp4 ---- */
+
+static void fp4_takes_the_nearest_of_its_values(void **state) {
+    (void)state;
+    static const float level[] = { 0, 1, 2, 3, 4, 6, 8, 12 };
+    static float x[N], y[N];
+    static uint8_t bytes[ENCODED_MAX];
+    draw(x, 5);
+    for (size_t k = 0; k < sizeof odd_lengths / sizeof *odd_lengths; k++) {
+        size_t n = odd_lengths[k], length = outer_encoded_bytes(OUTER_FP4, n);
+        assert_int_equal(length, (n + 1) / 2 + (n + 255) / 256 * 4);
+        assert_ok(outer_encode(bytes, x, n, OUTER_FP4, &err));
+        assert_ok(outer_check(bytes, length, n, OUTER_FP4, &err));
+        assert_ok(outer_decode(y, bytes, length, n, OUTER_FP4, &err));
+        for (size_t i = 0; i < n; i++) {
+            size_t begin = i / OUTER_BLOCK * OUTER_BLOCK;
+            double scale = outer_absmax(x + begin, n - begin < OUTER_BLOCK ? n - begin : OUTER_BLOCK) / 12.0;
+            double nearest = INFINITY, off = fabs((double)x[i] - y[i]);
+            for (int l = 0; l < 8; l++) nearest = fmin(nearest, fabs(fabs((double)x[i]) - level[l] * scale));
+            assert_true(off <= nearest + 1e-6 * scale && (double)x[i] * y[i] >= 0);
+        }
+    }
+}
+
+/* The layout another implementation would write, by hand: two elements a byte, half a block apart. */
+static void fp4_layout_is_scale_then_halves(void **state) {
+    (void)state;
+    static float x[OUTER_BLOCK + 3] = { 12.0f, -12.0f, 0.5f, 0.51f, -1.5f, 9.99f, -0.1f };
+    x[OUTER_BLOCK / 2] = -1.0f, x[OUTER_BLOCK / 2 + 1] = 5.1f; /* the high halves of the first two bytes */
+    x[OUTER_BLOCK] = 3.0f, x[OUTER_BLOCK + 1] = 24.0f, x[OUTER_BLOCK + 2] = -13.0f; /* an odd block: scale 2 */
+    uint8_t bytes[OUTER_BLOCK / 2 + 2 + 8];
+    assert_int_equal(outer_encoded_bytes(OUTER_FP4, OUTER_BLOCK + 3), sizeof bytes);
+    assert_ok(outer_encode(bytes, x, OUTER_BLOCK + 3, OUTER_FP4, &err));
+    static const uint8_t first[] = { 0, 0, 0x80, 0x3f, 0x97, 0x5f, 0, 1, 9, 6, 0, 0 };
+    static const uint8_t second[] = { 0, 0, 0, 0x40, 0xd1, 0x07 };
+    assert_memory_equal(bytes, first, sizeof first);
+    assert_memory_equal(bytes + 4 + OUTER_BLOCK / 2, second, sizeof second);
+}
+
 static void fp32_carries_every_bit(void **state) {
     (void)state;
     static float x[N], y[N];
@@ -289,7 +328,7 @@ static void residual_is_what_the_encoding_lost(void **state) {
     static float x[N], decoded[N], residual[N];
     static uint8_t bytes[ENCODED_MAX];
     draw(x, 7);
-    for (int codec = OUTER_FP32; codec <= OUTER_INT8; codec++) {
+    for (int codec = OUTER_FP32; codec <= OUTER_FP4; codec++) {
         size_t length = outer_encoded_bytes(codec, N);
         assert_ok(outer_encode(bytes, x, N, codec, &err));
         assert_ok(outer_decode(decoded, bytes, length, N, codec, &err));
@@ -312,7 +351,7 @@ static void encoding_refuses_what_is_not_finite(void **state) {
     static const float bad[] = { NAN, -NAN, INFINITY, -INFINITY };
     static const int at[] = { 0, 255, 256, 700, N - 1 };
     draw(x, 8);
-    for (int codec = OUTER_FP32; codec <= OUTER_INT8; codec++)
+    for (int codec = OUTER_FP32; codec <= OUTER_FP4; codec++)
         for (int i = 0; i < 20; i++) {
             char name[32];
             float kept = x[at[i / 4]];
@@ -380,6 +419,31 @@ static void bad_int8_bytes_are_refused_and_leave_the_sum_alone(void **state) {
     bytes[length - 1] = kept;
     memset(bytes + last, 0xff, 4);
     assert_all_readers_refuse(bytes, length, OUTER_INT8, "scale of block 5");
+}
+
+/* -0 is no code, nor is there anything in the half byte that no element has. */
+static void bad_fp4_bytes_are_refused(void **state) {
+    (void)state;
+    static float x[N];
+    static uint8_t bytes[ENCODED_MAX];
+    size_t length = outer_encoded_bytes(OUTER_FP4, N);
+    assert_true(N % 2 == 1);
+    draw(x, 9);
+    assert_ok(outer_encode(bytes, x, N, OUTER_FP4, &err));
+    static const struct {
+        const char *why;
+        size_t from_end;
+        uint8_t set, clear;
+    } cases[] = { { "code that stands", 1, 0x08, 0x0f }, { "code that stands", 1, 0x10, 0 },
+                  { "code that stands", 2, 0x80, 0xf0 }, { "code that stands", 2, 0x08, 0x0f } };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint8_t *at = bytes + length - cases[i].from_end, kept = *at;
+        *at = (uint8_t)((*at & ~cases[i].clear) | cases[i].set);
+        assert_all_readers_refuse(bytes, length, OUTER_FP4, cases[i].why);
+        *at = kept;
+    }
+    memcpy(bytes + 132, (uint8_t[]){ 0, 0, 0x80, 0xbf }, 4); /* -1 */
+    assert_all_readers_refuse(bytes, length, OUTER_FP4, "scale of block 1");
 }
 
 static void bad_fp32_bytes_and_wrong_lengths_are_refused(void **state) {
@@ -455,7 +519,7 @@ enum { MEMBERS = 5 };
 static uint8_t contribution[MEMBERS][ENCODED_MAX];
 static const uint32_t weight_of[MEMBERS] = { 1, 4096, 777, 1000000, 33 };
 static const float clip_of[MEMBERS] = { 1.0f, 0.31f, 0.999f, 1.0f, 0.5f };
-static const enum outer_codec codec_of[MEMBERS] = { OUTER_INT8, OUTER_INT8, OUTER_FP32, OUTER_INT8,
+static const enum outer_codec codec_of[MEMBERS] = { OUTER_INT8, OUTER_INT8, OUTER_FP32, OUTER_FP4,
                                                     OUTER_FP32 };
 
 static void draw_contributions(void) {
@@ -608,7 +672,7 @@ static void encoded_bytes_measure_like_their_values(void **state) {
     static float x[N], decoded[N];
     static uint8_t bytes[4 * N + 4];
     static const size_t lengths[] = { 0, 1, 15, 16, 255, 256, 257, N };
-    for (int codec = OUTER_FP32; codec <= OUTER_INT8; codec++)
+    for (int codec = OUTER_FP32; codec <= OUTER_FP4; codec++)
         for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
             size_t n = lengths[l], length = outer_encoded_bytes((enum outer_codec)codec, n);
             float absmax = -1;
@@ -682,11 +746,14 @@ int main(void) {
         cmocka_unit_test(int8_error_is_at_most_half_a_step),
         cmocka_unit_test(int8_scale_is_a_division),
         cmocka_unit_test(int8_layout_is_scale_then_values),
+        cmocka_unit_test(fp4_takes_the_nearest_of_its_values),
+        cmocka_unit_test(fp4_layout_is_scale_then_halves),
         cmocka_unit_test(fp32_carries_every_bit),
         cmocka_unit_test(tiny_blocks_encode),
         cmocka_unit_test(residual_is_what_the_encoding_lost),
         cmocka_unit_test(encoding_refuses_what_is_not_finite),
         cmocka_unit_test(bad_int8_bytes_are_refused_and_leave_the_sum_alone),
+        cmocka_unit_test(bad_fp4_bytes_are_refused),
         cmocka_unit_test(bad_fp32_bytes_and_wrong_lengths_are_refused),
         cmocka_unit_test(accumulate_refuses_terms_out_of_range),
         cmocka_unit_test(grid_values_are_exact),

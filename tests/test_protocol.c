@@ -15,8 +15,8 @@
 #include "proto/proto.h"
 
 #define N 600
-static float x[N], y[N], dx[N], dy[N], mean[N], both[2 * N], residual[N];
-static uint8_t ex[2 * N], ey[2 * N], emean[2 * N];
+static float x[N], y[N], dx[N], dy[N], d4[N], mean[N], both[2 * N], residual[N];
+static uint8_t ex[2 * N], ey[2 * N], e4[2 * N], emean[2 * N];
 static char document[1 << 18];
 
 static void read_document(void) {
@@ -55,6 +55,10 @@ static void the_vectors_are_what_we_compute(void **state) {
     expect("INT8(x)", ex, length);
     assert_int_equal(outer_residual(residual, x, ex, length, N, OUTER_INT8, NULL), 0);
     expect("residual of x", residual, sizeof residual);
+    assert_int_equal(outer_encode(e4, x, N, OUTER_FP4, NULL), 0);
+    assert_int_equal(outer_decode(d4, e4, outer_encoded_bytes(OUTER_FP4, N), N, OUTER_FP4, NULL), 0);
+    expect("FP4(x)", e4, outer_encoded_bytes(OUTER_FP4, N));
+    expect("decoded FP4(x)", d4, sizeof d4);
     double norm2 = outer_norm2(dx, 300) + outer_norm2(dx + 300, 300);
     expect("sum of squares", &norm2, sizeof norm2);
     assert_int_equal(outer_accumulate(sum, ex, length, N, OUTER_INT8, 3, 1, 40, NULL), 0);

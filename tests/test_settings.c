@@ -60,7 +60,7 @@ static void a_wrong_type_is_named_with_its_line_and_what_is_allowed(void **state
     assert_string_equal(refusal("model:\n  tied: maybe\n"),
                         "run.yaml line 2: model.tied is 'maybe'; allowed are true and false");
     assert_string_equal(refusal("outer:\n  result_codec: int7\n"),
-                        "run.yaml line 2: outer.result_codec is 'int7'; allowed are fp32 and int8");
+                        "run.yaml line 2: outer.result_codec is 'int7'; allowed are fp32, int8 and fp4");
     assert_string_equal(refusal("checkpoint:\n  weights: fp16\n"),
                         "run.yaml line 2: checkpoint.weights is 'fp16'; allowed are fp32 and bf16");
     assert_string_equal(refusal("inner:\n  lr: fast\n"),

@@ -54,7 +54,9 @@ static void add_delta(const struct kernels *k, float *local, const float *anchor
 
 /* ---- codecs --------------------------------------------------------------------------------------------- */
 
-#define INT8_BLOCK_BYTES ((size_t)OUTER_BLOCK + sizeof(float)) /* a multiple of 4, so scales are aligned */
+/* Of a whole block, a multiple of 4, so that scales are aligned. */
+#define INT8_BLOCK_BYTES ((size_t)OUTER_BLOCK + sizeof(float))
+#define FP4_BLOCK_BYTES ((size_t)OUTER_BLOCK / 2 + sizeof(float))
 
 /* Of the whole block of threads, for all of it. */
 __device__ static uint32_t block_most(uint32_t x) {
@@ -70,23 +72,39 @@ __device__ static uint32_t block_most(uint32_t x) {
     return x;
 }
 
-/* A block of threads for a block of elements. bad: the first element that cannot travel; the order of threads does not
- * show in a least number. */
+/* A block of threads for a block of elements: its scale. bad: the first element that cannot travel; the order of threads
+ * does not show in a least number. */
+__device__ static float scale_in(uint8_t *block, float mine, size_t i, float top, unsigned long long *bad) {
+    uint32_t magnitude = bits_of(mine) & ~SIGN_BIT;
+    if (!is_encodable(magnitude, top)) atomicMin(bad, (unsigned long long)i);
+    float scale = scale_for(block_most(magnitude), top);
+    if (threadIdx.x == 0) *(float *)block = scale;
+    return scale;
+}
+
 __global__ void int8_in(uint8_t *bytes, const float *x, size_t n, unsigned long long *bad) {
     size_t i = grid_index();
     uint8_t *block = bytes + (size_t)blockIdx.x * INT8_BLOCK_BYTES;
-    float mine = i < n ? x[i] : 0.0f;
-    uint32_t magnitude = bits_of(mine) & ~SIGN_BIT;
-    if (!is_encodable(magnitude, 1)) atomicMin(bad, (unsigned long long)i);
-    float scale = scale_for(block_most(magnitude));
-    if (threadIdx.x == 0) *(float *)block = scale;
-    if (i < n) block[sizeof scale + threadIdx.x] = (uint8_t)(scale == 0.0f ? 0 : quantise(mine, scale));
+    float mine = i < n ? x[i] : 0.0f, scale = scale_in(block, mine, i, INT8_TOP, bad);
+    if (i < n) block[sizeof scale + threadIdx.x] = (uint8_t)(scale == 0.0f ? 0 : quantise_int8(mine, scale));
+}
+
+/* The first half of the threads writes: each its own element and the one half a block on. */
+__global__ void fp4_in(uint8_t *bytes, const float *x, size_t n, unsigned long long *bad) {
+    size_t i = grid_index(), first = (size_t)blockIdx.x * OUTER_BLOCK;
+    size_t length = n - first < OUTER_BLOCK ? n - first : OUTER_BLOCK, half = (length + 1) / 2;
+    uint8_t *block = bytes + (size_t)blockIdx.x * FP4_BLOCK_BYTES;
+    float mine = i < n ? x[i] : 0.0f, scale = scale_in(block, mine, i, FP4_TOP, bad);
+    if (threadIdx.x >= half) return;
+    int32_t code = scale == 0.0f ? 0 : quantise_fp4(mine, scale);
+    if (half + threadIdx.x < length && scale != 0.0f) code |= quantise_fp4(x[i + half], scale) << 4;
+    block[sizeof scale + threadIdx.x] = (uint8_t)code;
 }
 
 __global__ void fp32_in(float *out, const float *x, size_t n, unsigned long long *bad) {
     size_t i = grid_index();
     if (i >= n) return;
-    if (!is_encodable(bits_of(x[i]) & ~SIGN_BIT, 0)) atomicMin(bad, (unsigned long long)i);
+    if (!is_encodable(bits_of(x[i]) & ~SIGN_BIT, 0.0f)) atomicMin(bad, (unsigned long long)i);
     out[i] = x[i];
 }
 
@@ -100,6 +118,8 @@ static int encode(const struct kernels *k, uint8_t *bytes, const float *x, size_
     k->copy_in(k, bad, &none, sizeof none);
     if (codec == OUTER_INT8)
         RUN(c, int8_in, cuda_blocks(n, OUTER_BLOCK), OUTER_BLOCK, 0, bytes, x, n, bad);
+    else if (codec == OUTER_FP4)
+        RUN(c, fp4_in, cuda_blocks(n, OUTER_BLOCK), OUTER_BLOCK, 0, bytes, x, n, bad);
     else RUN(c, fp32_in, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, (float *)bytes, x, n, bad);
     k->copy_out(k, &first, bad, sizeof first);
     if (first == none) return 0;
@@ -108,25 +128,29 @@ static int encode(const struct kernels *k, uint8_t *bytes, const float *x, size_
                    (int)codec);
 }
 
-__device__ static float value_at(const uint8_t *bytes, size_t i, int int8) {
-    if (!int8) return ((const float *)bytes)[i];
-    const uint8_t *block = bytes + i / OUTER_BLOCK * INT8_BLOCK_BYTES;
-    return *(const float *)block * (float)(int8_t)block[sizeof(float) + i % OUTER_BLOCK];
+__device__ static float value_at(const uint8_t *bytes, size_t i, size_t n, enum outer_codec codec) {
+    if (codec == OUTER_FP32) return ((const float *)bytes)[i];
+    size_t first = i / OUTER_BLOCK * OUTER_BLOCK, j = i - first;
+    const uint8_t *block = bytes + first / OUTER_BLOCK * (codec == OUTER_INT8 ? INT8_BLOCK_BYTES : FP4_BLOCK_BYTES);
+    float scale = *(const float *)block;
+    if (codec == OUTER_INT8) return scale * (float)(int8_t)block[sizeof scale + j];
+    size_t half = ((n - first < OUTER_BLOCK ? n - first : OUTER_BLOCK) + 1) / 2;
+    int32_t both = block[sizeof scale + (j < half ? j : j - half)];
+    return scale * (float)integer_of_fp4(j < half ? both & 15 : both >> 4);
 }
 
 /* minus: NULL, or what the values are taken from. */
-__global__ void values_out(float *out, const float *minus, const uint8_t *bytes, size_t n, int int8) {
+__global__ void values_out(float *out, const float *minus, const uint8_t *bytes, size_t n, enum outer_codec codec) {
     size_t i = grid_index();
     if (i >= n) return;
-    float value = value_at(bytes, i, int8);
+    float value = value_at(bytes, i, n, codec);
     out[i] = minus ? lost_of(minus[i], value) : value;
 }
 
 static void residual(const struct kernels *k, float *out, const float *x, const uint8_t *bytes, size_t n,
                      enum outer_codec codec) {
     if (n)
-        RUN(cuda_of(k), values_out, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, x, bytes, n,
-            codec == OUTER_INT8);
+        RUN(cuda_of(k), values_out, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, x, bytes, n, codec);
 }
 
 static void decode(const struct kernels *k, float *x, const uint8_t *bytes, size_t n, enum outer_codec codec) {

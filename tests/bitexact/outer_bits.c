@@ -141,9 +141,14 @@ static void fill(float *x, size_t n, enum kind kind) {
     }
 }
 
+static uint32_t fp4_code(void) {
+    uint32_t code = below(15);
+    return code < 8 ? code : code + 1; /* 8 is none */
+}
+
 /* What a stranger may send: scales of any size, sometimes one that must be refused. */
 static void fill_bytes(uint8_t *bytes, size_t n, enum outer_codec codec, enum kind kind) {
-    if (codec != OUTER_INT8) {
+    if (codec == OUTER_FP32) {
         for (size_t i = 0; i < n; i++) {
             uint32_t bits = element(kind, i);
             memcpy(bytes + 4 * i, &bits, sizeof bits);
@@ -155,9 +160,12 @@ static void fill_bytes(uint8_t *bytes, size_t n, enum outer_codec codec, enum ki
         uint32_t scale = element(kind, i) & 0x7fffffffu;
         if (below(40) == 0) scale |= 0x80000000u;
         memcpy(bytes, &scale, sizeof scale);
-        for (size_t j = 0; j < length; j++) bytes[4 + j] = (uint8_t)(below(255) + 129);
-        if (below(40) == 0) bytes[4 + below((uint32_t)length)] = 0x80;
-        bytes += 4 + length;
+        size_t codes = outer_encoded_bytes(codec, length) - 4;
+        for (size_t j = 0; j < codes; j++)
+            bytes[4 + j] = codec == OUTER_INT8 ? (uint8_t)(below(255) + 129)
+                                               : (uint8_t)(fp4_code() | (j < length / 2 ? fp4_code() << 4 : 0));
+        if (below(40) == 0) bytes[4 + below((uint32_t)codes)] = codec == OUTER_INT8 ? 0x80 : 0x08;
+        bytes += 4 + codes;
     }
 }
 

@@ -47,7 +47,7 @@ static const char help[] =
     "  --optimizer adamw|muon --states fp32|bf16|8bit           inner (adamw, fp32)\n"
     "  --outer-lr X --momentum X --rule constant|sqrt|linear    outer\n"
     "  --fragments N --overlap N --alpha X                      streaming (1, 0, 0)\n"
-    "  --codec fp32|int8    of contributions and results (int8)\n"
+    "  --codec fp32|int8|fp4|fp4+int8   of contributions and results (int8)\n"
     "  --seed N             of initial parameters and the order of samples (1)\n"
     "  --preset NAME        (debug)\n"
     "  --width N --ffn N --heads N --kv-heads N                 of the model (the preset's)\n"
@@ -60,7 +60,7 @@ struct options {
     double lr, warmup, decay, weight_decay, beta2, outer_lr, momentum, alpha;
     uint32_t phases[PHASES_MAX], phase_count;
     enum rule rule;
-    enum outer_codec codec;
+    enum outer_codec codec, result_codec;
     uint8_t optimizer, states;
 };
 
@@ -203,8 +203,8 @@ static void sum_chunk(struct lab *l, const struct fragment *f, size_t c) {
             die(&err);
     }
     outer_mean(l->scratch, l->sum, n, weight, exponent);
-    if (outer_encode(result, l->scratch, n, l->o.codec, &err) ||
-        outer_decode(l->scratch, result, length, n, l->o.codec, &err))
+    if (outer_encode(result, l->scratch, n, l->o.result_codec, &err) ||
+        outer_decode(l->scratch, result, outer_encoded_bytes(l->o.result_codec, n), n, l->o.result_codec, &err))
         die(&err);
 }
 
@@ -409,7 +409,7 @@ static int choice_of(const char *flag, const char *text, const char *const *name
 }
 
 static int take_option(struct options *o, int option, const char *text) {
-    static const char *const codec_names[] = {"fp32", "int8"}, *const optimizer_names[] = {"adamw", "muon"},
+    static const char *const codec_names[] = {"fp32", "int8", "fp4", "fp4+int8"}, *const optimizer_names[] = {"adamw", "muon"},
                       *const states_names[] = {"fp32", "bf16", "8bit"};
     int choice = 0, rc;
     switch (option) {
@@ -439,8 +439,9 @@ static int take_option(struct options *o, int option, const char *text) {
         o->rule = (enum rule)choice;
         return rc;
     case CODEC:
-        rc = choice_of("--codec", text, codec_names, 2, &choice);
-        o->codec = choice ? OUTER_INT8 : OUTER_FP32;
+        rc = choice_of("--codec", text, codec_names, 4, &choice);
+        o->codec = choice < 3 ? (enum outer_codec)choice : OUTER_FP4;
+        o->result_codec = choice < 3 ? (enum outer_codec)choice : OUTER_INT8;
         return rc;
     case OPTIMIZER:
         rc = choice_of("--optimizer", text, optimizer_names, 2, &choice);
@@ -473,7 +474,7 @@ static int take_options(struct options *o, int argc, char **argv) {
 int main(int argc, char **argv) {
     static struct lab l = {.o = {.preset = "debug", .nodes = 4, .tokens = 2000000, .steps = 20,
                                  .fragments = 1, .seed = 1, .warmup = -1, .decay = -1, .weight_decay = -1, .outer_lr = 1,
-                                 .codec = OUTER_INT8}};
+                                 .codec = OUTER_INT8, .result_codec = OUTER_INT8}};
     if (take_options(&l.o, argc, argv)) return 2;
     set_up(&l);
     train(&l);

@@ -8,7 +8,7 @@ import numpy as np
 
 import outer
 from document import Document
-from outer import INT8
+from outer import FP4, INT8
 from wire import Codec, Record, Refused, digest, leaf, node, path_leads, tree_root
 
 PAGE = os.path.join(os.path.dirname(__file__), "../../docs/protocol.md")
@@ -32,6 +32,7 @@ def vectors():
             owner[c] = f
     return {
         "x": x.tobytes(), "INT8(x)": ex, "residual of x": (x - dx).tobytes(),
+        "FP4(x)": outer.encode(FP4, x), "decoded FP4(x)": outer.decode(FP4, outer.encode(FP4, x), 600).tobytes(),
         "sum of squares": outer.sum_of_squares([dx[:300], dx[300:]]).tobytes(), "sum": total.tobytes(),
         "INT8(mean)": emean, "applied": anchor.tobytes() + momentum.tobytes(),
         "permutation": b"".join(outer.permute(3, 1000, i).to_bytes(8, "little") for i in range(1000)),

@@ -5,7 +5,8 @@ import numpy as np
 from wire import Refused
 
 F, D, U = np.float32, np.float64, np.uint64
-FP32, INT8 = 0, 1
+FP32, INT8, FP4 = 0, 1, 2
+FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12])
 BLOCK = 256
 ONE_NAN = np.array([0x7fc00000], np.uint32).view(F)[0]
 
@@ -108,11 +109,31 @@ def initial_anchor(genesis):
 # ---- codecs -----------------------------------------------------------------------------------------
 
 def encoded_bytes(codec, n):
-    return 4 * n if codec == FP32 else n + 4 * -(-n // BLOCK)
+    if codec == FP32:
+        return 4 * n
+    return (n if codec == INT8 else -(-n // 2)) + 4 * -(-n // BLOCK)
+
+
+def unpack_fp4(data, n):
+    """The integers of a block."""
+    codes = np.frombuffer(data, np.uint8)
+    halves = np.concatenate([codes & 15, codes >> 4])
+    if (halves == 8).any() or halves[n:].any():
+        raise Refused("a half byte that stands for nothing")
+    return np.where(halves & 8, -1, 1)[:n] * FP4_VALUES[halves[:n] & 7]
+
+
+def pack_fp4(x, scale):
+    a = np.abs(x) / scale if scale else np.zeros(len(x), F)
+    codes = sum((a > F(t)).astype(np.uint8) for t in (0.5, 1.5, 2.5, 3.5, 5, 7, 10))
+    codes += np.where((codes > 0) & np.signbit(x), 8, 0).astype(np.uint8)
+    half = -(-len(x) // 2)
+    high = np.concatenate([codes[half:], np.zeros(2 * half - len(x), np.uint8)])
+    return (codes[:half] | high << 4).astype(np.uint8).tobytes()
 
 
 def decode(codec, data, n):
-    if codec not in (FP32, INT8) or len(data) != encoded_bytes(codec, n):
+    if codec not in (FP32, INT8, FP4) or len(data) != encoded_bytes(codec, n):
         raise Refused(f"{len(data)} bytes for {n} values of codec {codec}")
     if codec == FP32:
         x = np.frombuffer(data, "<f4").astype(F)
@@ -121,11 +142,12 @@ def decode(codec, data, n):
         return x
     out = np.empty(n, F)
     for at in range(0, n, BLOCK):
-        block = data[at // BLOCK * (BLOCK + 4):][:BLOCK + 4]
+        size = encoded_bytes(codec, BLOCK)
+        block = data[at // BLOCK * size:][:size]
         scale = np.frombuffer(block[:4], "<f4")[0]
-        q = np.frombuffer(block[4:], np.int8)
+        q = np.frombuffer(block[4:], np.int8) if codec == INT8 else unpack_fp4(block[4:], min(BLOCK, n - at))
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.signbit(scale) or not np.isfinite(scale * F(127)) or (q == -128).any():
+            if np.signbit(scale) or not np.isfinite(scale * F(127 if codec == INT8 else 12)) or (q == -128).any():
                 raise Refused("a block with an impossible scale or a -128")
         out[at:at + BLOCK] = scale * q.astype(F)
     return out
@@ -137,7 +159,10 @@ def encode(codec, x):
     out = []
     for at in range(0, len(x), BLOCK):
         block = x[at:at + BLOCK]
-        scale = np.abs(block).max() / F(127)
+        scale = np.abs(block).max() / F(127 if codec == INT8 else 12)
+        if codec == FP4:
+            out.append(scale.astype("<f4").tobytes() + pack_fp4(block, scale))
+            continue
         q = np.clip(np.rint(block / scale), -127, 127) if scale else np.zeros(len(block))
         out.append(scale.astype("<f4").tobytes() + q.astype(np.int8).tobytes())
     return b"".join(out)

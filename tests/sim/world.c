@@ -234,6 +234,8 @@ static void choose(struct sim_world *w) {
                                       .checkpoint_url = proto_str(w->seed % 2 ? "s3://bucket/checkpoints"
                                                                               : "file:///checkpoints"),
                                       .init_spent = w->init_spent};
+    if (w->outer.contribution_codec == OUTER_INT8 && w->seed % 3 == 0) w->outer.contribution_codec = OUTER_FP4;
+    if (w->outer.result_codec == OUTER_INT8 && w->seed % 5 == 0) w->outer.result_codec = OUTER_FP4;
     if (w->seed % 7 != 3 || w->inner.total_tokens < 1u << 30) return; /* it goes on with another run's data */
     w->init_spent[0] = (struct msg_range){w->seed % 3, 1 + w->seed % 5};
     w->init_spent[1] = (struct msg_range){10, 1 + w->seed % 9};
