@@ -76,18 +76,53 @@ INLINE TARGET void tile(float *c, size_t ldc, const uint32_t *a, size_t lda, con
         for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + (size_t)r * ldc + 16 * v, sum[r][v]);
 }
 
+INLINE TARGET void tiles(float *c, size_t ldc, const uint32_t *a, size_t lda, const uint32_t *b, size_t ldb,
+                         int columns, int words, int add) {
+    if (columns >= 64) tile(c, ldc, a, lda, b, ldb, words, 4, add);
+    else if (columns >= 48) tile(c, ldc, a, lda, b, ldb, words, 3, add);
+    else if (columns >= 32) tile(c, ldc, a, lda, b, ldb, words, 2, add);
+    else tile(c, ldc, a, lda, b, ldb, words, 1, add);
+}
+
 /* rows a multiple of 4, columns of 16. Strides of A and B count words. */
 TARGET static void product(float *c, size_t ldc, const uint32_t *a, size_t lda, const uint32_t *b,
                            size_t ldb, int rows, int columns, int words, int add) {
     for (int j = 0; j < columns; j += BLOCK)
-        for (int i = 0; i < rows; i += 4) {
-            float *to = c + (size_t)i * ldc + j;
-            const uint32_t *from = a + (size_t)i * lda, *with = b + j;
-            if (columns - j >= 64) tile(to, ldc, from, lda, with, ldb, words, 4, add);
-            else if (columns - j >= 48) tile(to, ldc, from, lda, with, ldb, words, 3, add);
-            else if (columns - j >= 32) tile(to, ldc, from, lda, with, ldb, words, 2, add);
-            else tile(to, ldc, from, lda, with, ldb, words, 1, add);
+        for (int i = 0; i < rows; i += 4)
+            tiles(c + (size_t)i * ldc + j, ldc, a + (size_t)i * lda, lda, b + j, ldb, columns - j, words, add);
+}
+
+/* The same three of a block on the diagonal, where no query sees a later key, so that about a third need not
+ * be computed. [key][query]: not what is before the vector of a key's own query. */
+TARGET static void product_scores(float *c, const uint32_t *a, size_t lda, const uint32_t *b, int words,
+                                  int diagonal) {
+    for (int i = 0; i < BLOCK; i += 4) {
+        int from = diagonal ? i / 16 * 16 : 0;
+        tiles(c + i * BLOCK + from, BLOCK, a + (size_t)i * lda, lda, b + from, BLOCK, BLOCK - from, words, 0);
+    }
+}
+
+/* [key][d] += [key] words of queries * ...: not the words before a key's own query. */
+TARGET static void product_keys(float *c, size_t ldc, const element *a, const uint32_t *b, int columns,
+                                int diagonal) {
+    for (int j = 0; j < columns; j += BLOCK)
+        for (int i = 0; i < BLOCK; i += 4) {
+            int from = diagonal ? i / WORD : 0;
+            tiles(c + (size_t)i * ldc + j, ldc, (const uint32_t *)(const void *)a + i * WORDS + from, WORDS,
+                  b + (size_t)from * ldc + j, ldc, columns - j, WORDS - from, 1);
         }
+}
+
+/* [d][query] = or += [d] words of keys * ...: of the first half of the queries only the first half of the
+ * keys. */
+TARGET static void product_turned(float *c, const uint32_t *a, size_t lda, const uint32_t *b, int rows, int add,
+                                  int diagonal) {
+    if (!diagonal) {
+        product(c, BLOCK, a, lda, b, BLOCK, rows, BLOCK, WORDS, add);
+        return;
+    }
+    product(c, BLOCK, a, lda, b, BLOCK, rows, BLOCK / 2, WORDS / 2, add);
+    product(c + BLOCK / 2, BLOCK, a, lda, b + BLOCK / 2, BLOCK, rows, BLOCK / 2, WORDS, add);
 }
 
 /* ---- numbers ----------------------------------------------------------------------------------- */
@@ -105,28 +140,62 @@ INLINE TARGET __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* 16 elements of WORD rows, rounded: one row behind the other. */
+INLINE TARGET __m512i round_rows(const __m512 row[WORD]) {
 #ifdef ATTENTION_BF16
-INLINE TARGET __m512i round_wide(__m512 x) { /* bf16 in the lower halves of 32 bits */
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-}
-#endif
-
-/* WORD rows as a row of words: the first in the lower halves. */
-INLINE TARGET void put_words(uint32_t *to, const __m512 row[WORD]) {
-#ifdef ATTENTION_BF16
-    _mm512_storeu_si512(to, _mm512_or_si512(round_wide(row[0]), _mm512_slli_epi32(round_wide(row[1]), 16)));
+    return (__m512i)_mm512_cvtne2ps_pbh(row[1], row[0]);
 #else
-    _mm512_storeu_ps(to, row[0]);
+    return _mm512_castps_si512(row[0]);
 #endif
 }
 
-/* 16 elements of a row. */
-INLINE TARGET void put_elements(element *to, __m512 x) {
+/* As a row of words: the first in the lower halves. */
+INLINE TARGET void put_words(uint32_t *to, __m512i rows) {
 #ifdef ATTENTION_BF16
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-    _mm512_storeu_ps(to, x);
+    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                              22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    rows = _mm512_permutexvar_epi16(by_turns, rows);
 #endif
+    _mm512_storeu_si512(to, rows);
+}
+
+/* As rows, BLOCK elements apart. */
+INLINE TARGET void put_rows(element *to, __m512i rows) {
+#ifdef ATTENTION_BF16
+    _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(rows));
+    _mm256_storeu_si256((__m256i *)(to + BLOCK), _mm512_extracti64x4_epi64(rows, 1));
+#else
+    _mm512_storeu_si512(to, rows);
+#endif
+}
+
+/* Rows of 16 words become columns. */
+INLINE TARGET void transpose(__m512i x[16]) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* lane l of x[4 r + i]: column 4 l + i of rows 4 r ... */
+        __m512i a = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88), b = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd),
+                c = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88),
+                d = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+        y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
+        y[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        y[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) x[i] = y[i];
 }
 
 /* ---- shapes, scratch --------------------------------------------------------------------------- */
@@ -235,26 +304,52 @@ TARGET static void turn_block(uint32_t *by_d, uint32_t *by_row, const element *f
                               int count, int D, int D16) {
     static const element nothing[CPU_ATTENTION_D_MAX];
     const element *row[BLOCK];
+    int words = D / WORD;
     for (int t = 0; t < BLOCK; t++) row[t] = t < count ? from + (size_t)t * stride : nothing;
     for (int t = 0; t < BLOCK; t += 16)
-        for (int i = 0; i < D / WORD; i++)
-            for (int j = 0; j < 16; j++) memcpy(by_d + i * BLOCK + t + j, row[t + j] + WORD * i, 4);
+        for (int i = 0; i < words; i += 16) {
+            __m512i x[16];
+            int n = words - i < 16 ? words - i : 16;
+            for (int j = 0; j < 16; j++)
+                x[j] = _mm512_maskz_loadu_epi32((__mmask16)(0xffff >> (16 - n)), row[t + j] + WORD * i);
+            transpose(x);
+            for (int j = 0; j < n; j++) _mm512_storeu_si512(by_d + (i + j) * BLOCK + t, x[j]);
+        }
     for (int t = 0; by_row && t < WORDS; t++) {
         words_of_rows(by_row + t * D16, row + WORD * t, D);
         memset(by_row + t * D16 + D, 0, (size_t)(D16 - D) * sizeof *by_row);
     }
 }
 
-/* D elements from every `stride`-th of x, times factor. */
-TARGET static void put_row(element *to, const float *x, size_t stride, float factor, int D) {
-    for (int d = 0; d < D; d++) {
+/* n <= 16 elements. */
+INLINE TARGET void put_elements(element *to, __m512 x, int n) {
+    __mmask16 these = (__mmask16)(0xffff >> (16 - n));
 #ifdef ATTENTION_BF16
-        __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(x[(size_t)d * stride] * factor));
-        memcpy(to + d, &rounded, sizeof *to);
+    _mm256_mask_storeu_epi16(to, these, (__m256i)_mm512_cvtneps_pbh(x));
 #else
-        to[d] = x[(size_t)d * stride] * factor;
+    _mm512_mask_storeu_ps(to, these, x);
 #endif
-    }
+}
+
+/* D elements of x, which has room for whole vectors, times factor. */
+TARGET static void put_row(element *to, const float *x, float factor, int D) {
+    for (int d = 0; d < D; d += 16)
+        put_elements(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), _mm512_set1_ps(factor)), D - d < 16 ? D - d : 16);
+}
+
+/* x[D][BLOCK] as `count` rows of D elements, row t times factor[t]. */
+TARGET static void put_turned(element *to, size_t stride, const float *x, const float *factor, int count, int D) {
+    for (int t = 0; t < count; t += 16)
+        for (int d = 0; d < D; d += 16) {
+            __m512i column[16];
+            int n = D - d < 16 ? D - d : 16;
+            for (int i = 0; i < 16; i++)
+                column[i] = i < n ? _mm512_loadu_si512(x + (d + i) * BLOCK + t) : _mm512_setzero_si512();
+            transpose(column);
+            for (int i = 0; i < 16 && t + i < count; i++)
+                put_elements(to + (size_t)(t + i) * stride + d,
+                             _mm512_mul_ps(_mm512_castsi512_ps(column[i]), _mm512_set1_ps(factor[t + i])), n);
+        }
 }
 
 /* ---- masks ------------------------------------------------------------------------------------- */
@@ -284,7 +379,7 @@ TARGET static void sight_of(struct sight *s, const struct shape *a, int t, int c
     }
 }
 
-INLINE TARGET __mmask16 sees(const struct sight *s, int v, int key, int cut) {
+INLINE TARGET __mmask16 sees(const struct sight *s, int v, int key, const int cut) {
     __m512i k = _mm512_set1_epi32(key);
     return cut ? _mm512_cmple_epi32_mask(k, s->to[v]) & _mm512_cmpge_epi32_mask(k, s->from[v])
                : (__mmask16)-1;
@@ -292,45 +387,69 @@ INLINE TARGET __mmask16 sees(const struct sight *s, int v, int key, int cut) {
 
 /* ---- forward ----------------------------------------------------------------------------------- */
 
-/* Scores to probabilities as words of keys, for one vector of queries; maximum and sum go on. Returns by
- * what all that was added up so far is to be multiplied. Scores count in powers of two: by `factor`. */
-INLINE TARGET __m512 soften(struct scratch *s, const struct sight *sight, int v, int u, int cut,
-                            float factor) {
+/* Scores of one vector of queries and the first `keys` keys to probabilities as words of keys; maximum and
+ * sum go on. Scores count in powers of two: by `factor`. What is taken for the maximum follows it only when it
+ * is passed by more than ROOM: *grown lanes, whose sums so far *again scales. */
+#define ROOM 8.0f
+INLINE TARGET __mmask16 soften(struct scratch *s, const struct sight *sight, int v, int keys, int u,
+                               const int cut, float factor, __m512 *again) {
     const float *score = s->score + 16 * v;
-    __m512 f = _mm512_set1_ps(factor), before = _mm512_loadu_ps(s->max + 16 * v), max = before;
-    for (int i = 0; i < BLOCK; i++)
-        max = _mm512_mask_max_ps(max, sees(sight, v, u + i, cut), max,
-                                 _mm512_mul_ps(f, _mm512_loadu_ps(score + i * BLOCK)));
-    __m512 again = exp2_of(_mm512_sub_ps(before, max)),
-           sum = _mm512_mul_ps(again, _mm512_loadu_ps(s->sum + 16 * v));
-    for (int i = 0; i < BLOCK; i += WORD) {
+    const __m512 f = _mm512_set1_ps(factor);
+    __m512 max = _mm512_loadu_ps(s->max + 16 * v), sum = _mm512_loadu_ps(s->sum + 16 * v), part[4];
+    for (int j = 0; j < 4; j++) part[j] = _mm512_set1_ps(NOTHING);
+    for (int i = 0; i < keys; i += 4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            part[j] = _mm512_mask_max_ps(part[j], sees(sight, v, u + i + j, cut), part[j],
+                                         _mm512_loadu_ps(score + (i + j) * BLOCK));
+    __m512 most = _mm512_max_ps(_mm512_max_ps(part[0], part[1]), _mm512_max_ps(part[2], part[3]));
+    most = _mm512_mul_ps(f, most);
+    __mmask16 grown = _mm512_cmp_ps_mask(_mm512_sub_ps(most, max), _mm512_set1_ps(ROOM), _CMP_GT_OQ);
+    if (grown) {
+        __m512 now = _mm512_mask_mov_ps(max, grown, most);
+        *again = exp2_of(_mm512_sub_ps(max, now));
+        sum = _mm512_mul_ps(*again, sum);
+        max = now;
+    }
+    for (int i = 0; i < keys; i += WORD) {
         __m512 p[WORD];
+#pragma GCC unroll 2
         for (int j = 0; j < WORD; j++) {
             __m512 x = _mm512_fmsub_ps(f, _mm512_loadu_ps(score + (i + j) * BLOCK), max);
             p[j] = _mm512_maskz_mov_ps(sees(sight, v, u + i + j, cut), exp2_of(x));
             sum = _mm512_add_ps(sum, p[j]);
         }
-        put_words(s->word + i / WORD * BLOCK + 16 * v, p);
+        put_words(s->word + i / WORD * BLOCK + 16 * v, round_rows(p));
     }
     _mm512_storeu_ps(s->max + 16 * v, max);
     _mm512_storeu_ps(s->sum + 16 * v, sum);
-    return again;
+    return grown;
+}
+
+/* Of a block on the diagonal, the keys that vector v of queries may see; the words of the others are zero. */
+TARGET static int keys_of(struct scratch *s, int v, int diagonal) {
+    int keys = diagonal ? 16 * (v + 1) : BLOCK;
+    for (int i = keys; i < BLOCK; i += WORD)
+        _mm512_storeu_si512(s->word + i / WORD * BLOCK + 16 * v, _mm512_setzero_si512());
+    return keys;
 }
 
 TARGET static void forward_keys(struct scratch *s, const struct shape *a, const struct sight *sight, int u,
-                                int cut, int first) {
+                                int cut, int first, int diagonal) {
     size_t width = (size_t)a->D / WORD, words = (size_t)a->keys / WORD;
-    product(s->score, BLOCK, s->key + (size_t)u * width, width, s->query_t, BLOCK, BLOCK, BLOCK,
-            a->D / WORD, 0);
+    float factor = a->scale * (float)M_LOG2E;
+    product_scores(s->score, s->key + (size_t)u * width, width, s->query_t, a->D / WORD, diagonal);
     for (int v = 0; v < 4; v++) {
-        __m512 again = soften(s, sight, v, u, cut, a->scale * (float)M_LOG2E);
-        if (first || _mm512_cmpeq_ps_mask(again, _mm512_set1_ps(1)) == (__mmask16)-1) continue;
-        for (int d = 0; d < a->D; d++) {
+        __m512 again = _mm512_set1_ps(1);
+        int keys = keys_of(s, v, diagonal);
+        __mmask16 grown = cut ? soften(s, sight, v, keys, u, 1, factor, &again)
+                              : soften(s, sight, v, keys, u, 0, factor, &again);
+        for (int d = 0; grown && !first && d < a->D; d++) {
             float *x = s->turned + d * BLOCK + 16 * v;
             _mm512_storeu_ps(x, _mm512_mul_ps(again, _mm512_loadu_ps(x)));
         }
     }
-    product(s->turned, BLOCK, s->value_t + u / WORD, words, s->word, BLOCK, a->D4, BLOCK, WORDS, !first);
+    product_turned(s->turned, s->value_t + u / WORD, words, s->word, a->D4, !first, diagonal);
 }
 
 /* Queries [t, t + count) of one head, whose rows of q and out begin at t. */
@@ -342,13 +461,12 @@ TARGET static void forward_block(struct scratch *s, const struct shape *a, eleme
     for (int i = 0; i < BLOCK; i++) s->max[i] = NOTHING, s->sum[i] = 0;
     int first = first_block(a, t);
     for (int u = first; u < t + count; u += BLOCK)
-        forward_keys(s, a, &sight, u, is_cut(a, t, count, u), u == first);
+        forward_keys(s, a, &sight, u, is_cut(a, t, count, u), u == first, u == t);
     for (int i = 0; i < count; i++) {
-        float inverse = 1.0f / s->sum[i];
         lse[i] = s->max[i] * (float)M_LN2 + logf(s->sum[i]); /* cppcheck-suppress invalidFunctionArg */
-        for (int d = 0; d < a->D; d++) s->turned[d * BLOCK + i] *= inverse;
+        s->sum[i] = 1.0f / s->sum[i];
     }
-    for (int i = 0; i < count; i++) put_row(out + (size_t)i * a->out_stride, s->turned + i, BLOCK, 1, a->D);
+    put_turned(out, a->out_stride, s->turned, s->sum, count, a->D);
 }
 
 static void forward_group(struct scratch *s, const struct shape *a, element *out, float *lse,
@@ -365,36 +483,41 @@ static void forward_group(struct scratch *s, const struct shape *a, element *out
 /* ---- backward ---------------------------------------------------------------------------------- */
 
 /* P and dS of one vector of queries, as rows and dS as words of keys. */
-INLINE TARGET void harden(struct scratch *s, const struct sight *sight, int v, int u, int cut,
+INLINE TARGET void harden(struct scratch *s, const struct sight *sight, int v, int keys, int u, const int cut,
                           float factor) {
     __m512 f = _mm512_set1_ps(factor), lse = _mm512_loadu_ps(s->lse + 16 * v),
            delta = _mm512_loadu_ps(s->delta + 16 * v);
-    for (int i = 0; i < BLOCK; i += WORD) {
-        __m512 ds[WORD];
+    for (int i = 0; i < keys; i += WORD) {
+        __m512 p[WORD], ds[WORD];
+        int at = i * BLOCK + 16 * v;
+#pragma GCC unroll 2
         for (int j = 0; j < WORD; j++) {
-            int at = (i + j) * BLOCK + 16 * v;
-            __m512 x = _mm512_fmsub_ps(f, _mm512_loadu_ps(s->score + at), lse);
-            __m512 p = _mm512_maskz_mov_ps(sees(sight, v, u + i + j, cut), exp2_of(x));
-            ds[j] = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(s->dp + at), delta));
-            put_elements(s->p + at, p);
-            put_elements(s->ds + at, ds[j]);
+            __m512 x = _mm512_fmsub_ps(f, _mm512_loadu_ps(s->score + at + j * BLOCK), lse);
+            p[j] = _mm512_maskz_mov_ps(sees(sight, v, u + i + j, cut), exp2_of(x));
+            ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(_mm512_loadu_ps(s->dp + at + j * BLOCK), delta));
         }
-        put_words(s->word + i / WORD * BLOCK + 16 * v, ds);
+        __m512i rounded = round_rows(ds);
+        put_rows(s->p + at, round_rows(p));
+        put_rows(s->ds + at, rounded);
+        put_words(s->word + i / WORD * BLOCK + 16 * v, rounded);
     }
 }
 
 TARGET static void backward_keys(struct scratch *s, const struct shape *a, const struct sight *sight, int u,
-                                 int cut, int first) {
+                                 int cut, int first, int diagonal) {
     size_t width = (size_t)a->D / WORD, words = (size_t)a->keys / WORD, wide = (size_t)a->D16,
-           at = (size_t)u * width;
-    product(s->score, BLOCK, s->key + at, width, s->query_t, BLOCK, BLOCK, BLOCK, a->D / WORD, 0);
-    product(s->dp, BLOCK, s->value + at, width, s->dout_t, BLOCK, BLOCK, BLOCK, a->D / WORD, 0);
-    for (int v = 0; v < 4; v++) harden(s, sight, v, u, cut, a->scale * (float)M_LOG2E);
-    product(s->dvalue + (size_t)u * wide, wide, (const void *)s->p, WORDS, s->dout_w, wide, BLOCK,
-            a->D16, WORDS, 1);
-    product(s->dkey + (size_t)u * wide, wide, (const void *)s->ds, WORDS, s->query_w, wide, BLOCK,
-            a->D16, WORDS, 1);
-    product(s->turned, BLOCK, s->key_t + u / WORD, words, s->word, BLOCK, a->D4, BLOCK, WORDS, !first);
+           at = (size_t)u * width, sums = (size_t)u * wide;
+    float factor = a->scale * (float)M_LOG2E;
+    product_scores(s->score, s->key + at, width, s->query_t, a->D / WORD, diagonal);
+    product_scores(s->dp, s->value + at, width, s->dout_t, a->D / WORD, diagonal);
+    for (int v = 0; v < 4; v++) {
+        int keys = keys_of(s, v, diagonal);
+        if (cut) harden(s, sight, v, keys, u, 1, factor);
+        else harden(s, sight, v, keys, u, 0, factor);
+    }
+    product_keys(s->dvalue + sums, wide, s->p, s->dout_w, a->D16, diagonal);
+    product_keys(s->dkey + sums, wide, s->ds, s->query_w, a->D16, diagonal);
+    product_turned(s->turned, s->key_t + u / WORD, words, s->word, a->D4, !first, diagonal);
 }
 
 static float value_of(element x) {
@@ -426,9 +549,9 @@ TARGET static void backward_block(struct scratch *s, const struct shape *a, elem
     }
     int first = first_block(a, t);
     for (int u = first; u < t + count; u += BLOCK)
-        backward_keys(s, a, &sight, u, is_cut(a, t, count, u), u == first);
-    for (int i = 0; i < count; i++)
-        put_row(dquery + (size_t)i * a->stride, s->turned + i, BLOCK, a->scale, a->D);
+        backward_keys(s, a, &sight, u, is_cut(a, t, count, u), u == first, u == t);
+    for (int i = 0; i < BLOCK; i++) s->sum[i] = a->scale;
+    put_turned(dquery, a->stride, s->turned, s->sum, count, a->D);
 }
 
 /* Pointers to the group's first query head, its key and value head, in the first row. */
@@ -460,8 +583,8 @@ static void backward_group(struct scratch *s, const struct shape *a, struct head
                            lse + at.lse + (size_t)h * a->T + t, t, a->T - t < BLOCK ? a->T - t : BLOCK);
         }
     for (size_t t = 0; t < (size_t)a->T; t++) {
-        put_row(dqkv + at.key + t * a->stride, s->dkey + t * (size_t)a->D16, 1, a->scale, a->D);
-        put_row(dqkv + at.value + t * a->stride, s->dvalue + t * (size_t)a->D16, 1, 1, a->D);
+        put_row(dqkv + at.key + t * a->stride, s->dkey + t * (size_t)a->D16, a->scale, a->D);
+        put_row(dqkv + at.value + t * a->stride, s->dvalue + t * (size_t)a->D16, 1, a->D);
     }
 }
 
