@@ -89,7 +89,8 @@ TARGET static void product(float *c, size_t ldc, const uint32_t *a, size_t lda, 
                            size_t ldb, int rows, int columns, int words, int add) {
     for (int j = 0; j < columns; j += BLOCK)
         for (int i = 0; i < rows; i += 4)
-            tiles(c + (size_t)i * ldc + j, ldc, a + (size_t)i * lda, lda, b + j, ldb, columns - j, words, add);
+            tiles(c + (size_t)i * ldc + j, ldc, a + (size_t)i * lda, lda, b + j, ldb, columns - j, words,
+                  add);
 }
 
 /* The same three of a block on the diagonal, where no query sees a later key, so that about a third need not
@@ -115,8 +116,8 @@ TARGET static void product_keys(float *c, size_t ldc, const element *a, const ui
 
 /* [d][query] = or += [d] words of keys * ...: of the first half of the queries only the first half of the
  * keys. */
-TARGET static void product_turned(float *c, const uint32_t *a, size_t lda, const uint32_t *b, int rows, int add,
-                                  int diagonal) {
+TARGET static void product_turned(float *c, const uint32_t *a, size_t lda, const uint32_t *b, int rows,
+                                  int add, int diagonal) {
     if (!diagonal) {
         product(c, BLOCK, a, lda, b, BLOCK, rows, BLOCK, WORDS, add);
         return;
@@ -152,8 +153,8 @@ INLINE TARGET __m512i round_rows(const __m512 row[WORD]) {
 /* As a row of words: the first in the lower halves. */
 INLINE TARGET void put_words(uint32_t *to, __m512i rows) {
 #ifdef ATTENTION_BF16
-    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                              22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     rows = _mm512_permutexvar_epi16(by_turns, rows);
 #endif
     _mm512_storeu_si512(to, rows);
@@ -186,7 +187,8 @@ INLINE TARGET void transpose(__m512i x[16]) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) { /* lane l of x[4 r + i]: column 4 l + i of rows 4 r ... */
-        __m512i a = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88), b = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd),
+        __m512i a = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88),
+                b = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd),
                 c = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88),
                 d = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
         y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
@@ -333,12 +335,14 @@ INLINE TARGET void put_elements(element *to, __m512 x, int n) {
 
 /* D elements of x, which has room for whole vectors, times factor. */
 TARGET static void put_row(element *to, const float *x, float factor, int D) {
+    __m512 f = _mm512_set1_ps(factor);
     for (int d = 0; d < D; d += 16)
-        put_elements(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), _mm512_set1_ps(factor)), D - d < 16 ? D - d : 16);
+        put_elements(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), f), D - d < 16 ? D - d : 16);
 }
 
 /* x[D][BLOCK] as `count` rows of D elements, row t times factor[t]. */
-TARGET static void put_turned(element *to, size_t stride, const float *x, const float *factor, int count, int D) {
+TARGET static void put_turned(element *to, size_t stride, const float *x, const float *factor, int count,
+                              int D) {
     for (int t = 0; t < count; t += 16)
         for (int d = 0; d < D; d += 16) {
             __m512i column[16];
@@ -388,8 +392,9 @@ INLINE TARGET __mmask16 sees(const struct sight *s, int v, int key, const int cu
 /* ---- forward ----------------------------------------------------------------------------------- */
 
 /* Scores of one vector of queries and the first `keys` keys to probabilities as words of keys; maximum and
- * sum go on. Scores count in powers of two: by `factor`. What is taken for the maximum follows it only when it
- * is passed by more than ROOM: *grown lanes, whose sums so far *again scales. */
+ * sum go on. Scores count in powers of two: by `factor`. What is taken for the maximum follows it only when
+ * it is passed by more than ROOM. Returns the lanes in which it was; what they added up so far is to be
+ * multiplied by *again. */
 #define ROOM 8.0f
 INLINE TARGET __mmask16 soften(struct scratch *s, const struct sight *sight, int v, int keys, int u,
                                const int cut, float factor, __m512 *again) {
@@ -483,8 +488,8 @@ static void forward_group(struct scratch *s, const struct shape *a, element *out
 /* ---- backward ---------------------------------------------------------------------------------- */
 
 /* P and dS of one vector of queries, as rows and dS as words of keys. */
-INLINE TARGET void harden(struct scratch *s, const struct sight *sight, int v, int keys, int u, const int cut,
-                          float factor) {
+INLINE TARGET void harden(struct scratch *s, const struct sight *sight, int v, int keys, int u,
+                          const int cut, float factor) {
     __m512 f = _mm512_set1_ps(factor), lse = _mm512_loadu_ps(s->lse + 16 * v),
            delta = _mm512_loadu_ps(s->delta + 16 * v);
     for (int i = 0; i < keys; i += WORD) {

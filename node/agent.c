@@ -77,6 +77,7 @@ static int set_up_trainer(struct agent *a, struct err *err) {
                                    .dp = a->options->dp, .shard = a->options->shard,
                                    .device = a->options->device,
                                    .precision = a->options->precision,
+                                   .activation_bytes = a->options->activation_bytes,
                                    .nice = a->options->nice };
     home_file(&a->home, "inner.state", state);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);

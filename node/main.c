@@ -51,6 +51,7 @@ static const char node_help[] =
     "                     gradients (ZeRO-2), full (ZeRO-3); each saves memory\n"
     "  --precision P      fp32 (default); bf16: weights and activations in bf16, about 1.7 times as fast where\n"
     "                     the processor has AVX512-BF16; bf16-stochastic: and half the memory for weights\n"
+    "  --activations GB   of a rank at most (default: 2.1), as in `train --help`; `plan` says what fits\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
     "  --corpus PATH      where this machine has the corpus, or an https:// or s3:// URL from where samples\n"
     "                     then come (default: where the run says); it must be the very same\n"
@@ -98,7 +99,8 @@ static int check_name(const char *name, struct err *err) {
 }
 
 enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_PRECISION, OPT_NICE, OPT_CORPUS,
-       OPT_TP, OPT_DP, OPT_SHARD, OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE, OPT_HELP };
+       OPT_TP, OPT_DP, OPT_SHARD, OPT_ACTIVATIONS, OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE,
+       OPT_HELP };
 static const struct option node_options[] = {
     { "home", required_argument, NULL, OPT_HOME }, { "name", required_argument, NULL, OPT_NAME },
     { "device", required_argument, NULL, OPT_DEVICE },
@@ -106,6 +108,7 @@ static const struct option node_options[] = {
     { "precision", required_argument, NULL, OPT_PRECISION },
     { "tp", required_argument, NULL, OPT_TP }, { "dp", required_argument, NULL, OPT_DP },
     { "shard", required_argument, NULL, OPT_SHARD },
+    { "activations", required_argument, NULL, OPT_ACTIVATIONS },
     { "nice", required_argument, NULL, OPT_NICE }, { "corpus", required_argument, NULL, OPT_CORPUS },
     { "listen", required_argument, NULL, OPT_LISTEN },
     { "no-listen", no_argument, NULL, OPT_NO_LISTEN }, { "log-json", no_argument, NULL, OPT_JSON },
@@ -113,6 +116,14 @@ static const struct option node_options[] = {
     { "help", no_argument, NULL, OPT_HELP },
     { "aggregate-only", no_argument, NULL, OPT_AGGREGATE }, { 0 }
 };
+
+static int take_gigabytes(const char *text, uint64_t *out) {
+    char *end;
+    double gb = strtod(text, &end);
+    if (end == text || *end || !(gb >= 1e-6 && gb <= 1e6)) return -1;
+    *out = (uint64_t)(gb * 1e9);
+    return 0;
+}
 
 /* Which of a list's names it is. */
 static int take_name(const char *text, const char *(*name)(int), int *out) {
@@ -146,6 +157,9 @@ static const char *take_option(int c, struct agent_options *o) {
     case OPT_SHARD:
         return take_name(optarg, engine_shard_name, &o->shard)
                    ? "--shard: none, optimizer, gradients or full" : NULL;
+    case OPT_ACTIVATIONS:
+        return take_gigabytes(optarg, &o->activation_bytes)
+                   ? "--activations: gigabytes, from 1e-6 to 1e6" : NULL;
     case OPT_NICE:
         return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
     case OPT_CORPUS: o->corpus = optarg; return NULL;

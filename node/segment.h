@@ -75,6 +75,7 @@ struct segment_setup {
     int tp, dp, shard;       /* the trainer's ranks, >= 1 each (0 = 1), and enum engine_shard */
     struct device device;    /* what it computes on */
     int precision;           /* enum trainer_precision, trainer.h */
+    uint64_t activation_bytes; /* of a rank at most; 0 = ENGINE_ACTIVATION_BYTES_MAX, engine.h */
     int nice;                /* added to the scheduling priority, 0..19 */
     pid_t agent;             /* filled in by segment_create */
 };

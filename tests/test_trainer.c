@@ -94,12 +94,14 @@ static int tear_down(void **state) {
 
 /* All tests are run once more for a mesh of ranks. */
 static int tp = 1, dp = 1, shard;
+static uint64_t activation_bytes;
 
 static struct segment *make_segment_for(int precision) {
     struct segment_setup setup = { .elements = elements, .chunk_elements = CHUNK,
                                    .tp = tp, .dp = dp, .shard = shard,
                                    .genesis = { genesis.data, (uint32_t)genesis.length },
-                                   .threads = 1, .precision = precision };
+                                   .threads = 1, .precision = precision,
+                                   .activation_bytes = activation_bytes };
     snprintf(setup.corpus, sizeof setup.corpus, "%s/corpus", folder);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s/inner.state", folder);
     struct segment *s = segment_create(&setup, NULL);
@@ -410,6 +412,26 @@ static void the_rest_of_the_data_is_trained_without_a_freeze(void **state) {
     segment_destroy(s);
 }
 
+/* Memory is the member's own affair, as precision is: the batch goes in parts, and says so. */
+static void a_batch_without_room_goes_in_parts(void **state) {
+    (void)state;
+    double loss[2];
+    for (int parts = 0; parts <= 1; parts++) {
+        activation_bytes = (uint64_t)parts;
+        struct segment *s = make_segment();
+        pid_t pid = start(s);
+        bool says = strstr(expect(s, SEGMENT_UP, NULL).text, " samples at once") != NULL;
+        assert_int_equal(says, parts && BATCH > (uint32_t)dp);
+        reset(s);
+        tell(s, (struct segment_message){ .type = SEGMENT_SAMPLES, .start = 0, .count = BATCH });
+        loss[parts] = expect(s, SEGMENT_STEP, NULL).loss;
+        stop(s, pid);
+        segment_destroy(s);
+    }
+    activation_bytes = 0;
+    assert_true(fabs(loss[0] - loss[1]) < 1e-5);
+}
+
 /* A text file changed under a running corpus, or a wrong --corpus: the person must read why. */
 static void a_corpus_that_is_not_the_runs_is_reported(void **state) {
     (void)state;
@@ -500,6 +522,7 @@ int main(void) {
         cmocka_unit_test(a_freeze_writes_its_fragment_and_nothing_else),
         cmocka_unit_test(a_commit_is_mixed_into_parameters_that_moved_on),
         cmocka_unit_test(samples_are_counted_from_the_last_reset),
+        cmocka_unit_test(a_batch_without_room_goes_in_parts),
         cmocka_unit_test(moments_travel_and_survive_a_restart),
         cmocka_unit_test(the_rest_of_the_data_is_trained_without_a_freeze),
         cmocka_unit_test(a_corpus_that_is_not_the_runs_is_reported),
