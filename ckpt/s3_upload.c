@@ -157,12 +157,9 @@ static int send_part(struct s3_upload *u, uint32_t i, char etag[96], struct err 
     return 0;
 }
 
-static int is_there(struct s3_upload *u, struct err *err) {
+static bool is_there(struct s3_upload *u) {
     struct ckpt_object o;
-    if (s3_stat(&u->store->base, u->name, &o, err)) return -1;
-    if (o.bytes == u->bytes) return 0;
-    return err_set(err, ERR_CORRUPT, "%.100s/%.60s: %" PRIu64 " bytes arrived, %" PRIu64 " were sent",
-                   u->store->base.url, u->name, o.bytes, u->bytes);
+    return !s3_stat(&u->store->base, u->name, &o, NULL) && o.bytes == u->bytes;
 }
 
 static char *complete_body(const struct s3_upload *u) {
@@ -209,10 +206,7 @@ static int complete_multipart(struct s3_upload *u, struct err *err) {
         s3_refusal(&u->store->config, &a, "POST", u->name, &refused);
     }
     http_answer_release(&a);
-    if (good || perhaps) {
-        if (!is_there(u, &e)) return 0;
-        if (good) refused = e;
-    }
+    if (good || (perhaps && is_there(u))) return 0;
     if (err) *err = refused;
     return -1;
 }
