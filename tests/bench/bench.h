@@ -142,7 +142,7 @@ void copy_free(struct copy *c);
 
 /* Each adds its rows; -1: a call failed. */
 int bench_memory(struct bench *b, int unused, struct err *err);
-enum { ENCODE, ACCUMULATE, MEAN, DECODE, NESTEROV };
+enum { ENCODE, ACCUMULATE, MEAN, DECODE, NESTEROV, OF_FP4 = 8 /* with one of these: not int8 */ };
 int bench_outer(struct bench *b, int what, struct err *err);
 /* Outer steps of that many members. */
 int bench_swarm(struct bench *b, int members, struct err *err);
@@ -160,8 +160,10 @@ int bench_storing(struct bench *b, int unused, struct err *err);
 const char *bench_store(void);
 /* The URL of a place below it; only where there is one. */
 void bench_store_below(const char *name, char *out, size_t size);
-/* members, + STEP_ON_DISK where their state is on the disk and not in memory. */
-#define STEP_ON_DISK 100
+/* members, with STEP_ON_DISK where their state is on the disk and not in memory, STEP_FP4 where contributions and
+ * results are fp4, not int8. */
+#define STEP_ON_DISK 0x100
+#define STEP_FP4 0x200
 int bench_step(struct bench *b, int members, struct err *err);
 /* outer.silence_seconds. */
 int bench_handover(struct bench *b, int silence_s, struct err *err);

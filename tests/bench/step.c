@@ -35,6 +35,8 @@ static const char *const settings[] = {
  * until everybody has the result in fp32. MB/s of fp32. */
 static double pccl_rate(int members) { return members == 2 ? 959 : 401; }
 
+static enum outer_codec codec; /* of contributions and results */
+
 /* ---- the floor ------------------------------------------------------------------------------- */
 
 /* What one core does by itself, as sync does it. */
@@ -61,16 +63,16 @@ static int part_encode(void *arg, struct err *err) {
     double norm2;
     size_t first = p->at++ % FAR_CHUNKS * CHUNK;
     for (size_t i = 0; i < CHUNK; i += PIECE) {
-        uint8_t *out = p->out + outer_encoded_bytes(OUTER_INT8, i);
+        uint8_t *out = p->out + outer_encoded_bytes(codec, i);
         float *far[4];
         for (int j = 0; j < 4; j++) far[j] = p->far[j] + first + i;
         outer_pseudo_gradient(p->x, far[0], far[1], far[2], PIECE);
-        if (outer_encode(out, p->x, PIECE, OUTER_INT8, err) ||
-            outer_residual(far[3], p->x, out, outer_encoded_bytes(OUTER_INT8, PIECE), PIECE, OUTER_INT8,
+        if (outer_encode(out, p->x, PIECE, codec, err) ||
+            outer_residual(far[3], p->x, out, outer_encoded_bytes(codec, PIECE), PIECE, codec,
                            err))
             return -1;
     }
-    return outer_measure(p->out, p->encoded, CHUNK, OUTER_INT8, &absmax, &norm2, err);
+    return outer_measure(p->out, p->encoded, CHUNK, codec, &absmax, &norm2, err);
 }
 
 #define RECORD_BYTES 16384 /* of TLS */
@@ -94,25 +96,25 @@ static int part_add(void *arg, struct err *err) {
     struct parts *p = arg;
     float absmax;
     double norm2;
-    if (outer_measure(p->bytes, p->encoded, CHUNK, OUTER_INT8, &absmax, &norm2, err)) return -1;
-    return outer_accumulate(p->sum, p->bytes, p->encoded, CHUNK, OUTER_INT8, 1, 1, 30, err);
+    if (outer_measure(p->bytes, p->encoded, CHUNK, codec, &absmax, &norm2, err)) return -1;
+    return outer_accumulate(p->sum, p->bytes, p->encoded, CHUNK, codec, 1, 1, 30, err);
 }
 
 static int part_mean(void *arg, struct err *err) {
     struct parts *p = arg;
     outer_mean(p->x, p->sum, CHUNK, 3, 30);
-    return outer_encode(p->out, p->x, CHUNK, OUTER_INT8, err);
+    return outer_encode(p->out, p->x, CHUNK, codec, err);
 }
 
 static int part_decode(void *arg, struct err *err) {
     struct parts *p = arg;
-    return outer_decode(p->far[p->at++ % 4], p->bytes, p->encoded, CHUNK, OUTER_INT8, err);
+    return outer_decode(p->far[p->at++ % 4], p->bytes, p->encoded, CHUNK, codec, err);
 }
 
 static int part_apply(void *arg, struct err *err) {
     struct parts *p = arg;
     size_t first = p->at++ % FAR_CHUNKS * CHUNK;
-    if (outer_decode(p->x, p->bytes, p->encoded, CHUNK, OUTER_INT8, err)) return -1;
+    if (outer_decode(p->x, p->bytes, p->encoded, CHUNK, codec, err)) return -1;
     outer_nesterov(p->far[0] + first, p->far[1] + first, p->x, CHUNK, 0.01f, 0.9f);
     return 0;
 }
@@ -125,7 +127,7 @@ struct floor_parts {
 
 #define PARTS 7
 static int measure_parts(double elements, struct floor_parts *f, struct err *err) {
-    size_t encoded = outer_encoded_bytes(OUTER_INT8, CHUNK);
+    size_t encoded = outer_encoded_bytes(codec, CHUNK);
     static struct parts p;
     p = (struct parts){.bytes = take_memory(encoded), .out = take_memory(encoded), .encoded = encoded,
                        .x = take_floats(CHUNK, 1, 1)};
@@ -134,7 +136,7 @@ static int measure_parts(double elements, struct floor_parts *f, struct err *err
                                {part_mean, &p, NULL}, {part_decode, &p, NULL}, {part_apply, &p, NULL},
                                {part_encode, &p, NULL}};
     struct series s[PARTS];
-    if (outer_encode(p.bytes, p.x, CHUNK, OUTER_INT8, err) || time_on_core(task, s, PARTS, 0.4, err))
+    if (outer_encode(p.bytes, p.x, CHUNK, codec, err) || time_on_core(task, s, PARTS, 0.4, err))
         return -1;
     double chunks = elements / CHUNK;
     *f = (struct floor_parts){.hash = chunks * smallest(&s[0]),
@@ -302,7 +304,7 @@ static void add_costs(struct bench *b, const struct fleet *f, const struct floor
 static int run_rounds(struct fleet *f, int members, const char *homes, struct err *err) {
     char home[FLEET_PATH_BYTES];
     for (int i = 0; i < members; i++) {
-        snprintf(home, sizeof home, "%.240s/member-%d", homes, i);
+        snprintf(home, sizeof home, "%.230s/member-%d", homes, i);
         if (fleet_add(f, home, true, err) < 0) return -1;
     }
     f->rounds = 1 + (elapsed_s() > HURRY_AFTER_S ? 1 : ROUNDS);
@@ -314,8 +316,8 @@ static int run_rounds(struct fleet *f, int members, const char *homes, struct er
 }
 
 int bench_step(struct bench *b, int what, struct err *err) {
-    int members = what % STEP_ON_DISK;
-    bool on_disk = what >= STEP_ON_DISK;
+    int members = what & ~(STEP_ON_DISK | STEP_FP4);
+    bool on_disk = what & STEP_ON_DISK;
     const char *list[SETTINGS_MAX_HERE] = {NULL};
     char quorum[32], folder[300], homes[FLEET_PATH_BYTES] = "/dev/shm/intellect-bench-XXXXXX",
          name[32];
@@ -324,7 +326,9 @@ int bench_step(struct bench *b, int what, struct err *err) {
     int n = 0;
     while (settings[n]) list[n] = settings[n], n++;
     snprintf(quorum, sizeof quorum, "outer.quorum=%d", members);
-    list[n] = quorum;
+    list[n++] = quorum;
+    codec = what & STEP_FP4 ? OUTER_FP4 : OUTER_INT8;
+    if (codec == OUTER_FP4) list[n++] = "outer.contribution_codec=fp4", list[n++] = "outer.result_codec=fp4";
     snprintf(folder, sizeof folder, "%s/step-%d", b->folder, what);
     if (on_disk) snprintf(homes, sizeof homes, "%.240s", folder);
     else if (!mkdtemp(homes)) return err_set_errno(err, "%s", homes);
@@ -332,7 +336,7 @@ int bench_step(struct bench *b, int what, struct err *err) {
     int rc = f ? run_rounds(f, members, homes, err) : -1;
     if (!rc) rc = measure_parts((double)f->member[0].elements, &parts, err);
     if (!rc) {
-        snprintf(name, sizeof name, "%d members%s", members, on_disk ? ", on disk" : "");
+        snprintf(name, sizeof name, "%d members%s%s", members, codec == OUTER_FP4 ? ", fp4" : "", on_disk ? ", on disk" : "");
         measure(f, parts.decode, &m);
         add_rates(b, f, name, &parts, &m);
         add_costs(b, f, &parts, &m);
