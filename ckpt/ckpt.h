@@ -113,8 +113,8 @@ struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ck
 
 /* Stop, wait for the thread (at most the fsync it is in) and free. What was not published is
  * removed from the store as far as possible without waiting for a network; ckpt_prune finds the
- * rest. Where the store is behind one and the writer was still at it, the store can only be closed
- * afterwards. NULL is fine. */
+ * rest. Where the store is behind one and the writer was still at it, or had failed because of it, the
+ * store can only be closed afterwards. NULL is fine. */
 void ckpt_writer_destroy(struct ckpt_writer *w);
 
 /* Is any of the elements [first, first + n) still to be put? False once the writer failed. */

@@ -231,8 +231,9 @@ void writer_remove_everything(struct ckpt_writer *w) {
     w->settled = true;
 }
 
-/* The end without a checkpoint. Behind a network the cleaning is done here, as it waits for that; not
- * where the network was what failed. The caller, who puts perhaps at this moment, is told then. */
+/* The end without a checkpoint. Behind a network the cleaning is done here, as it waits for that, and where the
+ * network was what failed without asking it any more: `prune` finds what lies there. The caller, who puts perhaps
+ * at this moment, is told then. */
 static void give_up(struct ckpt_writer *w, const struct err *why) {
     pthread_mutex_lock(&w->mutex);
     if (w->state != CKPT_FAILED) {
@@ -241,7 +242,9 @@ static void give_up(struct ckpt_writer *w, const struct err *why) {
     }
     while (w->putting) pthread_cond_wait(&w->changed, &w->mutex);
     pthread_mutex_unlock(&w->mutex);
-    if (w->store->remote && why->code != ERR_TIMEOUT) writer_remove_everything(w);
+    if (!w->store->remote) return;
+    if (why->code == ERR_TIMEOUT && w->store->ops->cancel) w->store->ops->cancel(w->store);
+    writer_remove_everything(w);
 }
 
 static void end_worker(struct ckpt_writer *w) {

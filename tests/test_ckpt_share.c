@@ -58,7 +58,9 @@ static void a_part_has_the_bytes_that_the_writer_writes(void **state) {
 /* A folder whose uploads can be shared, in parts of a page. What others have sent lies beside what was
  * put. */
 #define SHARED_PART 4096u
+struct shared_store;
 struct shared_upload {
+    struct shared_store *store;
     struct ckpt_store *inner;
     struct ckpt_upload *to;
     char name[CKPT_NAME_BYTES_MAX + 1];
@@ -73,8 +75,21 @@ struct shared_store {
     struct ckpt_store base;
     struct ckpt_store *inner;
     struct shared_upload *uploads;
+    _Atomic bool away, cancelled;
+    pthread_t caller;
+    _Atomic uint32_t waits; /* of the caller's thread, for a store that is away */
 };
 static pthread_mutex_t shared_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+/* Each call that asks the network goes through here. */
+static int ask(struct ckpt_store *s, struct err *err) {
+    struct shared_store *store = (struct shared_store *)s;
+    if (store->cancelled) return err_set(err, ERR_REFUSED, "given up");
+    if (!store->away) return 0;
+    if (pthread_equal(pthread_self(), store->caller)) store->waits++;
+    return err_set(err, ERR_TIMEOUT, "the store is away");
+}
+static void shared_cancel(struct ckpt_store *s) { ((struct shared_store *)s)->cancelled = true; }
 
 /* ---- parts that others send ---------------------------------------------------------------------- */
 
@@ -84,25 +99,30 @@ static size_t shared_bytes(const struct shared_upload *u, uint32_t i) {
 static int shared_get(struct ckpt_store *s, const char *name, uint64_t at, void *out, size_t n,
                       struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
+    if (ask(s, err)) return -1;
     return inner->ops->get(inner, name, at, out, n, err);
 }
 static int shared_stat(struct ckpt_store *s, const char *name, struct ckpt_object *out, struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
+    if (ask(s, err)) return -1;
     return inner->ops->stat(inner, name, out, err);
 }
 static int shared_put(struct ckpt_store *s, const char *name, const void *b, size_t n, const char *v,
                       struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
+    if (ask(s, err)) return -1;
     return inner->ops->put(inner, name, b, n, v, err);
 }
 static int shared_list(struct ckpt_store *s, const char *prefix,
                        int (*visit)(void *, const struct ckpt_object *, struct err *), void *arg,
                            struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
+    if (ask(s, err)) return -1;
     return inner->ops->list(inner, prefix, visit, arg, err);
 }
 static int shared_remove(struct ckpt_store *s, const char *name, struct err *err) {
     struct ckpt_store *inner = ((struct shared_store *)s)->inner;
+    if (ask(s, err)) return -1;
     return inner->ops->remove(inner, name, err);
 }
 static struct ckpt_upload *shared_begin(struct ckpt_store *s, const char *name, uint64_t bytes,
@@ -110,7 +130,7 @@ static struct ckpt_upload *shared_begin(struct ckpt_store *s, const char *name, 
     struct shared_store *store = (struct shared_store *)s;
     struct shared_upload *u = calloc(1, sizeof *u);
     assert_true(bytes <= 64 * SHARED_PART);
-    *u = (struct shared_upload){.inner = store->inner, .bytes = (size_t)bytes,
+    *u = (struct shared_upload){.store = store, .inner = store->inner, .bytes = (size_t)bytes,
                                 .mine = calloc(1, (size_t)bytes),
                                 .there = calloc(1, (size_t)bytes), .next = store->uploads};
     snprintf(u->name, sizeof u->name, "%s", name);
@@ -191,6 +211,7 @@ static int shared_complete(struct ckpt_upload *upload, struct err *err) {
 static void shared_destroy(struct ckpt_upload *upload) {
     struct shared_upload *u = (struct shared_upload *)upload;
     if (!u) return;
+    if (!u->to) ask(&u->store->base, NULL); /* to end it there, too */
     u->inner->ops->upload_destroy(u->to);
     u->to = NULL;
 }
@@ -202,7 +223,7 @@ static const struct ckpt_store_ops shared_ops = {
     .upload_whole = shared_whole,
     .upload_offer = shared_offer, .upload_check = shared_offer, .upload_send = shared_send,
     .upload_sent = shared_sent,
-    .upload_read = shared_read, .upload_release = shared_release};
+    .upload_read = shared_read, .upload_release = shared_release, .cancel = shared_cancel};
 
 /* What the others do. */
 enum others { WILLING, UNWILLING, SOME, VANISH, WRONG, OTHERS };
@@ -303,10 +324,37 @@ static void parts_are_sent_by_others_or_by_the_writer(void **state) {
     }
 }
 
+/* Who asked for the checkpoint has a loop to run: a store that was away when the writer failed, or is when it is
+ * given up, is not waited for once more by taking away what lies there. */
+static void a_store_that_is_away_does_not_hold_up_the_caller(void **state) {
+    (void)state;
+    for (int given_up = 0; given_up < 2; given_up++) {
+        struct err err = {0};
+        struct ckpt_store *inner = open_store(given_up ? "away-1" : "away-0");
+        struct shared_store store = {.base = {.ops = &shared_ops, .remote = true, .streams = 2},
+                                     .inner = inner, .caller = pthread_self()};
+        struct ckpt_meta meta = meta_at(&run, 5);
+        struct ckpt_writer *w = ckpt_writer_create(&store.base, &meta, SHARD_BYTES, &err);
+        if (!w || put(w, &run, 0, (size_t)run.elements, &err)) fail_msg("%s", err.msg);
+        store.away = true;
+        assert_int_equal(ckpt_writer_finish(w, &err), 0);
+        if (!given_up) assert_int_equal(wait_past(w, CKPT_FINISHING, &err), CKPT_FAILED);
+        if (!given_up) assert_int_equal(err.code, ERR_TIMEOUT);
+        ckpt_writer_destroy(w);
+        assert_int_equal(store.waits, 0);
+        for (struct shared_upload *u = store.uploads, *next; u; u = next) {
+            next = u->next;
+            free(u->mine), free(u->there), free(u);
+        }
+        inner->ops->close(inner);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_part_has_the_bytes_that_the_writer_writes),
         cmocka_unit_test(parts_are_sent_by_others_or_by_the_writer),
+        cmocka_unit_test(a_store_that_is_away_does_not_hold_up_the_caller),
     };
     return cmocka_run_group_tests(tests, before_all, after_all);
 }
