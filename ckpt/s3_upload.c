@@ -22,7 +22,7 @@
 #define PART_URL_S 3600 /* how long others may send a part; less where the upload is completed */
 #define COMPLETE_STALL_S 600 /* a server may think for minutes before it answers */
 
-enum part_state { PART_FILLING, PART_FULL, PART_QUEUED, PART_SENDING, PART_SENT };
+enum part_state { PART_FILLING, PART_FULL, PART_QUEUED, PART_SENDING, PART_SENT, PART_RELEASED };
 
 struct part {
     enum part_state state;
@@ -44,7 +44,7 @@ struct s3_upload {
     struct part *part;
     bool begun; /* parts may be sent: from the first sync on */
     bool shared; /* others send them; the spool keeps all bytes until it is released */
-    uint32_t busy, sent; /* parts queued or in a thread's hands; parts that are there */
+    uint32_t busy, unreleased; /* parts queued or in a thread's hands; sent, and still in the spool */
     char id[S3_UPLOAD_ID_MAX + 1];
     bool starting; /* a thread asks for the id */
     struct err failure; /* code ERR_NONE: none */
@@ -150,10 +150,6 @@ static int send_part(struct s3_upload *u, uint32_t i, char etag[96], struct err 
     http_answer_release(&a);
     if (!*etag) return err_set(err, ERR_IO, "%.120s/%.64s: part %u: no ETag", u->store->base.url, u->name,
                                i + 1);
-    if (u->shared) return 0;
-    /* The spool needs that space no more. Where it cannot be given back, the file just stays large. */
-    int r = fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)body.first, (off_t)n);
-    (void)r;
     return 0;
 }
 
@@ -270,7 +266,7 @@ static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i) {
     pthread_mutex_lock(&p->mutex);
     u->part[i].state = r ? PART_FULL : PART_SENT;
     memcpy(u->part[i].etag, etag, sizeof etag);
-    u->sent += !r;
+    u->unreleased += !r && !u->shared;
     u->busy--;
     if (r) give_up(u, &e);
     pthread_cond_broadcast(&p->changed);
@@ -404,10 +400,27 @@ static void queue(struct s3_upload *u, struct part *p) {
     u->busy++;
 }
 
+/* The spool needs the space of a part that is sent no more. One at a time, and in the thread that writes to the
+ * file: it would wait for the file's lock otherwise, while a thread of low priority frees the pages. Where the
+ * space cannot be given back the file just stays large. */
+static void release_one(struct s3_upload *u) {
+    struct s3_sender *p = u->store->sender;
+    uint32_t i = 0;
+    pthread_mutex_lock(&p->mutex);
+    bool any = u->unreleased > 0;
+    while (any && u->part[i].state != PART_SENT) i++;
+    if (any) u->part[i].state = PART_RELEASED, u->unreleased--;
+    pthread_mutex_unlock(&p->mutex);
+    int r = any ? fallocate(u->spool, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * u->part_bytes),
+                            (off_t)bytes_of(u, i)) : 0;
+    (void)r;
+}
+
 int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes, size_t n, struct err *err) {
     struct s3_upload *u = (struct s3_upload *)upload;
     struct s3_sender *p = u->store->sender;
     assert(offset <= u->bytes && n <= u->bytes - offset);
+    release_one(u);
     if (write_spool(u, offset, bytes, n, err)) return -1;
     pthread_mutex_lock(&p->mutex);
     for (uint64_t at = offset, end = offset + n; at < end;) {
