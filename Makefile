@@ -62,8 +62,8 @@ EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard test
     $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products \
     $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_comm $(BUILD)/tests/test_plan_cuda
-# The emulator as a plugin, and a management library of no GPU: for tests of what loads them.
-EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1
+# The emulator as a plugin, a management library of no GPU, and an NCCL of none: for tests of what loads them.
+EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1 $(BUILD)/emulator/libnccl.so.2
 
 # Parsers of outside bytes, each in tests/fuzz/fuzz_NAME.c: libFuzzer programs, and a replayer for any compiler.
 FUZZ_SECONDS ?= 60
@@ -241,7 +241,7 @@ $(BUILD)/cuda/%.o: kernels/cuda/%.cu $(wildcard kernels/*.h kernels/cuda/*.h) pr
 	$(Q)$(NVCC) $(NVCC_FLAGS) -Xptxas -v $(GENCODE) -c -o $@ $< 2>$@.log || { cat $@.log >&2; exit 1; }
 
 $(BUILD)/cuda/err.o: proto/err.c proto/err.h
-$(CUDA_C_O): $(BUILD)/cuda/%.o: kernels/cuda/%.c $(wildcard kernels/cuda/*.h) proto/err.h
+$(CUDA_C_O): $(BUILD)/cuda/%.o: kernels/cuda/%.c $(wildcard kernels/*.h kernels/cuda/*.h) proto/err.h
 $(BUILD)/cuda/err.o $(CUDA_C_O):
 	@mkdir -p $(@D)
 	$(call say,CC)
@@ -262,11 +262,14 @@ $(BUILD)/emulator/libintellect-cuda.so: $(filter-out %/staged.o,$(EMULATED_O)) $
 	$(Q)$(CXX) -shared $(LDFLAGS) -o $@ $^
 
 $(BUILD)/emulator/libnvidia-ml.so.1: tests/cuda/nvml.c
+$(BUILD)/emulator/libnccl.so.2: tests/cuda/nccl.c
+$(BUILD)/emulator/libnvidia-ml.so.1 $(BUILD)/emulator/libnccl.so.2:
 	@mkdir -p $(@D)
 	$(call say,LINK)
-	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -shared -o $@ $<
+	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -shared -Wl,-soname,$(@F) -o $@ $<
 
 $(EMULATED_TESTS): $(EMULATED_O)
+$(BUILD)/tests/test_comm: | $(BUILD)/emulator/libnccl.so.2
 $(BUILD)/tests/test_sdpa: $(BUILD)/cuda/sdpa.o
 $(EMULATED_TESTS): ALL_LIBS += -lstdc++
 

@@ -8,7 +8,7 @@
  * sizes; a call returns when its result may be used (on a GPU: by what is asked for after it).
  *
  * Sums add in the order of ranks, element by element, in fp32 for both types (bf16 is rounded once, at the
- * end): a result has the same bits on every rank and in every run, on a GPU too.
+ * end): a result has the same bits on every rank and in every run, on a GPU too, but for NCCL's, comm_area_use().
  *
  * Entries return nothing: the first failure is kept, later calls do nothing and their outputs are not to be
  * used, and check() reports it, so a training step asks once at its end. A failure is final and the whole
@@ -98,7 +98,9 @@ const struct comm *comm_area_group(const struct comm_area *a, enum comm_group gr
 
 /* Collective, after joining: this rank computes with `k`, and so do the others with such a backend. Where its memory is not
  * the host's, the tensor- and data-parallel groups go through windows of window_bytes on the device from here on, two
- * a rank and group. `k` is borrowed until comm_area_unuse(). -1 with ERR_UNSUPPORTED (the device's memory cannot be opened
+ * a rank and group; or, where each rank has a device of its own and all have NCCL, through that (struct kernels_library says
+ * what its sums are; calls that differ are not compared then, and hang until whoever watches ends the ranks).
+ * `k` is borrowed until comm_area_unuse(). -1 with ERR_UNSUPPORTED (the device's memory cannot be opened
  * by other processes), ERR_MEMORY, or why another rank gave up. */
 int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err);
 /* Before `k` is destroyed. Waits until nobody reads the own windows, or the mesh has failed. */

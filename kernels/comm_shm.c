@@ -8,6 +8,8 @@
  * share and everybody copying all shares.
  *
  * On a device the windows are device memory that ranks have opened in each other, and each sums all of a piece itself.
+ * (Where each rank has a device of its own and their library is there, tensors go through that, and only barriers and
+ * sums of doubles through here.)
  * Copies and sums there are asked for, not done, when a call returns: before a rank arrives it waits for its device, so
  * what stands above about arrivals holds for them too.
  *
@@ -72,7 +74,10 @@ enum presence { ABSENT = 0, HERE, LEFT };
 struct member {
     _Alignas(LINE) _Atomic uint32_t presence;
     _Atomic int32_t pid;
-    uint8_t handle[COMM_GROUPS][KERNELS_HANDLE_BYTES]; /* of its windows on a device */
+    /* What it has of a device: its windows there; which it is, 0 where there is no library for ranks; and of the first of
+     * a group what the library's group is named by. */
+    uint8_t handle[COMM_GROUPS][KERNELS_HANDLE_BYTES], unique[COMM_GROUPS][KERNELS_UNIQUE_BYTES];
+    uint64_t device;
 };
 
 struct shared {
@@ -93,6 +98,7 @@ struct view {
     char *windows;       /* [2][size + 1][window_bytes]; the last is for shares of an all_reduce */
     const struct kernels *device; /* NULL: tensors are in host memory */
     char *on_device[COMM_RANKS_MAX]; /* [2][window_bytes] of each member */
+    void *library;                   /* not NULL: its group, and no windows */
     uint64_t calls;
     uint32_t meetings;   /* how often the own counter has been raised */
     uint32_t piece;      /* whose lowest bit says which windows */
@@ -391,6 +397,10 @@ static void all_reduce(const struct comm *c, void *x, size_t n, enum comm_type t
     struct view *v = begin(c);
     size_t e = type_bytes[type], most = piece_elements(v, type, 1);
     if (c->size == 1) return;
+    if (v->library) {
+        v->device->library->all_reduce(v->device, v->library, x, n, type == COMM_BF16);
+        return;
+    }
     for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
         char *part = (char *)x + at * e;
         size_t some = smaller(n - at, most);
@@ -403,6 +413,10 @@ static void all_reduce(const struct comm *c, void *x, size_t n, enum comm_type t
 static void all_gather(const struct comm *c, void *out, const void *in, size_t n, enum comm_type type) {
     struct view *v = begin(c);
     size_t e = type_bytes[type], most = piece_elements(v, type, 1);
+    if (v->library) {
+        v->device->library->all_gather(v->device, v->library, out, in, n * e);
+        return;
+    }
     char *own = (char *)out + (size_t)c->rank * n * e;
     if (own != in) move(v, own, in, n * e);
     if (c->size == 1) return;
@@ -420,6 +434,10 @@ static void all_gather(const struct comm *c, void *out, const void *in, size_t n
 static void reduce_scatter(const struct comm *c, void *out, const void *in, size_t n, enum comm_type type) {
     struct view *v = begin(c);
     size_t e = type_bytes[type], size = (size_t)c->size, most = piece_elements(v, type, size);
+    if (v->library) {
+        v->device->library->reduce_scatter(v->device, v->library, out, in, n, type == COMM_BF16);
+        return;
+    }
     if (size == 1 && out != in) move(v, out, in, n * e);
     if (size == 1) return;
     for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
@@ -437,6 +455,10 @@ static void broadcast(const struct comm *c, void *x, size_t n, enum comm_type ty
     size_t e = type_bytes[type], most = piece_elements(v, type, 1);
     assert(root >= 0 && root < c->size);
     if (c->size == 1) return;
+    if (v->library) {
+        v->device->library->broadcast(v->device, v->library, x, n * e, root);
+        return;
+    }
     for (size_t at = 0; at < n || at == 0; at += most, v->piece++) {
         char *part = (char *)x + at * e;
         size_t some = smaller(n - at, most);
@@ -604,11 +626,12 @@ const struct comm *comm_area_group(const struct comm_area *a, enum comm_group gr
     return &a->view[group].comm;
 }
 
-/* ---- a device's memory --------------------------------------------------------------------------- */
+/* ---- devices ------------------------------------------------------------------------------------- */
 
-static void release_windows(struct view *v) {
+static void release_device(struct view *v) {
     const struct kernels *k = v->device;
-    v->device = NULL;
+    if (k && v->library) k->library->leave(k, v->library);
+    v->device = v->library = NULL;
     for (int m = 0; k && m < v->comm.size; m++) {
         if (v->on_device[m] && m == v->comm.rank) k->free(k, v->on_device[m]);
         else if (v->on_device[m]) k->shared->close(k, v->on_device[m]);
@@ -616,12 +639,18 @@ static void release_windows(struct view *v) {
     }
 }
 
-static int share_window(struct view *v, enum comm_group group, const struct kernels *k, struct err *err) {
+/* Until all are here; the first failure of any of them is everybody's. */
+static int agree(struct comm_area *a, int rc, struct err *err) {
+    const struct comm *world = &a->view[COMM_WORLD].comm;
+    if (rc) comm_area_fail(a, err);
+    barrier(world);
+    return check(world, err);
+}
+
+static int share_window(struct view *v, enum comm_group group, struct err *err) {
     uint8_t *handle = v->area->shared->member[v->area->rank].handle[group];
     size_t bytes = COMM_DEVICE_WINDOWS * v->area->shared->shape.window_bytes;
-    v->device = k;
-    if (v->comm.size == 1) return 0;
-    v->on_device[v->comm.rank] = k->shared->share(k, bytes, handle, err);
+    v->on_device[v->comm.rank] = v->device->shared->share(v->device, bytes, handle, err);
     return v->on_device[v->comm.rank] ? 0 : -1;
 }
 
@@ -637,18 +666,62 @@ static int open_windows(struct view *v, enum comm_group group, struct err *err) 
     return 0;
 }
 
-int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err) {
-    const struct comm *world = &a->view[COMM_WORLD].comm;
+static int use_windows(struct comm_area *a, const struct kernels *k, struct err *err) {
     int rc = 0;
-    if (!k->shared) return 0;
-    for (int g = COMM_TP; g <= COMM_DP && !rc; g++) rc = share_window(&a->view[g], (enum comm_group)g, k, err);
+    for (int g = COMM_TP; g <= COMM_DP && !rc; g++)
+        if (a->view[g].comm.size > 1) rc = share_window(&a->view[g], (enum comm_group)g, err);
     if (!rc) rc = k->check(k, err); /* they are zeroed */
-    if (rc) comm_area_fail(a, err);
-    barrier(world); /* all handles are there */
-    for (int g = COMM_TP; g <= COMM_DP && !has_failed(a); g++)
-        if (open_windows(&a->view[g], (enum comm_group)g, err)) comm_area_fail(a, err);
-    barrier(world);
-    if (!rc) rc = check(world, err);
+    rc = agree(a, rc, err);
+    for (int g = COMM_TP; g <= COMM_DP && !rc; g++)
+        if (a->view[g].comm.size > 1) rc = open_windows(&a->view[g], (enum comm_group)g, err);
+    return agree(a, rc, err);
+}
+
+static int is_lost(void *area) {
+    look_for_the_dead(area);
+    return has_failed(area);
+}
+
+static int use_library(struct comm_area *a, const struct kernels *k, struct err *err) {
+    int rc = 0;
+    for (int g = COMM_TP; g <= COMM_DP && !rc; g++)
+        if (a->view[g].comm.size > 1 && a->view[g].comm.rank == 0)
+            rc = k->library->unique(k, a->shared->member[a->rank].unique[g], err);
+    rc = agree(a, rc, err);
+    for (int g = COMM_TP; g <= COMM_DP && !rc; g++) {
+        struct view *v = &a->view[g];
+        if (v->comm.size == 1) continue;
+        v->library = k->library->join(k, a->shared->member[rank_of(v, 0)].unique[g], v->comm.rank, v->comm.size, is_lost, a,
+                                      err);
+        if (!v->library) rc = -1;
+    }
+    return agree(a, rc, err);
+}
+
+/* The same on all ranks: each has a device that no other has. */
+static bool are_apart(const struct comm_area *a) {
+    const struct member *m = a->shared->member;
+    int ranks = a->view[COMM_WORLD].comm.size;
+    bool all = ranks > 1;
+    for (int r = 0; r < ranks; r++) {
+        all &= m[r].device != 0;
+        for (int other = 0; other < r; other++) all &= m[other].device != m[r].device;
+    }
+    return all;
+}
+
+int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err) {
+    if (!k->shared) return 0;
+    uint64_t *device = &a->shared->member[a->rank].device;
+    for (int g = COMM_TP; g <= COMM_DP; g++) a->view[g].device = k;
+    *device = k->library ? k->library->device(k) : 0;
+    int rc = agree(a, 0, err);
+    if (!rc && k->library && are_apart(a)) { /* then only it is worth loading */
+        barrier(&a->view[COMM_WORLD].comm);
+        if (!k->library->found(k)) *device = 0;
+        rc = agree(a, 0, err);
+    }
+    if (!rc) rc = are_apart(a) ? use_library(a, k, err) : use_windows(a, k, err);
     if (rc) comm_area_unuse(a);
     return rc;
 }
@@ -661,7 +734,7 @@ void comm_area_unuse(struct comm_area *a) {
         settle(&a->view[g]);
     }
     if (any) barrier(&a->view[COMM_WORLD].comm);
-    for (int g = COMM_TP; g <= COMM_DP; g++) release_windows(&a->view[g]);
+    for (int g = COMM_TP; g <= COMM_DP; g++) release_device(&a->view[g]);
 }
 
 void comm_area_destroy(struct comm_area *a) {

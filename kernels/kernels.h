@@ -246,6 +246,7 @@ struct kernels {
     const struct kernels_outer *outer;
     /* NULL likewise: comm.h then moves and adds what ranks say to each other itself. */
     const struct kernels_shared *shared;
+    const struct kernels_library *library; /* NULL where there is none */
 };
 
 /* Memory that the ranks of a node, each a process with a table of its own, have of one device or of devices that
@@ -264,6 +265,29 @@ struct kernels_shared {
     void (*sum)(const struct kernels *k, void *out, const void *const *from, int count, size_t n, int bf16);
 };
 #define KERNELS_SUM_MAX 64
+
+/* The same by a library of the device's maker (NCCL), for ranks that have a device each. It asks the device for
+ * everything, in the stream's order, so nobody waits on the host; sums are its own: the same bits on every rank,
+ * and in every run of the same ranks on the same machine, but in an order that it chooses, and bf16 is rounded at each
+ * addition. What fails is check()'s. */
+#define KERNELS_UNIQUE_BYTES 128
+struct kernels_library {
+    int (*found)(const struct kernels *k);
+    /* Which device, by a number that all processes of the machine have for it. */
+    uint64_t (*device)(const struct kernels *k);
+    int (*unique)(const struct kernels *k, uint8_t id[KERNELS_UNIQUE_BYTES], struct err *err);
+    /* Member `rank` of a group of `size` that have this id; returns when all have joined. At most KERNELS_GROUPS_MAX.
+     * lost(arg) is asked then and while the backend waits for its device, whether the others are still there: once it is
+     * true, what hangs is ended, and check() fails. */
+    void *(*join)(const struct kernels *k, const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size,
+                  int (*lost)(void *arg), void *arg, struct err *err);
+    void (*leave)(const struct kernels *k, void *group);
+    void (*all_reduce)(const struct kernels *k, void *group, void *x, size_t n, int bf16);
+    void (*all_gather)(const struct kernels *k, void *group, void *out, const void *in, size_t bytes);
+    void (*reduce_scatter)(const struct kernels *k, void *group, void *out, const void *in, size_t n, int bf16);
+    void (*broadcast)(const struct kernels *k, void *group, void *x, size_t bytes, int root);
+};
+#define KERNELS_GROUPS_MAX 2
 
 /* The specification: one thread, double accumulators, no tricks, slow. Never fails, never freed. In
  * fp32, and with weights of two planes and activations in bf16. */

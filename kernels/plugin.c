@@ -2,7 +2,7 @@
  *
  * The plugin needs libraries of CUDA's, which are not ours to ship (cuBLASLt alone has 500 MB). They are taken from
  * where the loader looks (LD_LIBRARY_PATH, the plugin's own folder, ldconfig's), else from the first of `folders`
- * that has them. cuDNN is looked for as well. */
+ * that has them. cuDNN and NCCL are looked for as well. */
 #include "kernels/plugin.h"
 
 #include <dlfcn.h>
@@ -22,7 +22,7 @@ static const char *const folders[] = {
     "/opt/*/lib/python3*/site-packages/nvidia/*/lib",
 };
 #define LIBRARIES_MAX 8 /* that the plugin may lack */
-static const char *const welcome[] = { "libcudnn.so.9" }; /* it does without, more slowly */
+static const char *const welcome[] = { "libcudnn.so.9", "libnccl.so.2" }; /* it does without, more slowly */
 
 /* The pattern for `library` in a folder; false where the folder begins with a variable that is not set. */
 static int pattern_of(const char *folder, const char *library, char out[PATH_MAX]) {

@@ -1,7 +1,7 @@
 #!/bin/bash
 # tests/gpu.sh - prove the CUDA backend on this machine's GPU: from a build (`make gpu`), or as libexec/gpu.sh of the
 # bundle on a machine that has a driver and cuBLASLt and nothing else of ours.
-#   PART=parity    every kernel against the CPU's, the outer step's to the bit; twice the same bits; a network's loss, steps of training against the CPU
+#   PART=parity    every kernel against the CPU's, the outer step's to the bit; twice the same bits; a network's loss, steps of training against the CPU; ranks
 #   PART=sanitize  the kernels under compute-sanitizer's memcheck and racecheck, where that is
 #   PART=run       a coordinator and two nodes on the one GPU: rounds are committed, all members agree
 #   PART=bench     training steps of 150m, 1b and as many layers of 8b and 10b as fit
@@ -88,6 +88,19 @@ run_parity() {
             text=$(farthest "$work/cpu-$p/loss.csv" "$work/gpu-$p/loss.csv" 0.01)
             row parity "200 steps of training, $p" "$([ $? = 0 ] && echo ok || echo FAILED)" "$text"
         else row parity "200 steps of training, $p" FAILED "$(tail -n 1 "$work/cpu-$p.log" "$work/gpu-$p.log" | tr '\n' ' ')"; fi
+    done
+    # Ranks: two on this device, which open each other's memory; and where there are two, one on each, with and without NCCL.
+    local nccl
+    if train tp2 --device "$device" --precision bf16 --tp 2; then
+        text=$(farthest "$work/gpu-bf16/loss.csv" "$work/tp2/loss.csv" 0.01)
+        row parity "two ranks on one GPU" "$([ $? = 0 ] && echo ok || echo FAILED)" "$text"
+    else row parity "two ranks on one GPU" FAILED "$(tail -n 1 "$work/tp2.log")"; fi
+    for nccl in 0 1; do
+        if INTELLECT_NCCL=$nccl train each$nccl --device cuda:each --precision bf16 --tp 2; then
+            text=$(farthest "$work/gpu-bf16/loss.csv" "$work/each$nccl/loss.csv" 0.01)
+            row parity "two GPUs, NCCL $nccl" "$([ $? = 0 ] && echo ok || echo FAILED)" "$text"
+        elif grep -q 'no CUDA device 1' "$work/each$nccl.log"; then row parity "two GPUs, NCCL $nccl" skipped "there is one"
+        else row parity "two GPUs, NCCL $nccl" FAILED "$(tail -n 1 "$work/each$nccl.log")"; fi
     done
     train again --device "$device" --precision bf16
     if cmp -s "$work/again/state" "$work/gpu-bf16/state"; then row parity "twice, bf16" ok "the same bits"

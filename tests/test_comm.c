@@ -1,4 +1,5 @@
 /* The communicator over shared memory: ranks are real processes, as in training. */
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -38,10 +39,11 @@ typedef int rank_main(struct comm_area *a, int rank);
 
 /* Ranks compute on the emulator of a GPU, whose memory they open in each other. To the emulator x and y are the device's
  * memory too. */
-static int on_device;
+static int on_device; /* ON_EACH: a device each, and NCCL's stand-in, tests/cuda/nccl.c */
+#define ON_EACH 2
 
-static struct kernels *use_device(struct comm_area *a, struct err *err) {
-    struct kernels *k = intellect_cuda_create(KERNELS_PLUGIN_ABI, 0, sizeof(float), 0, err);
+static struct kernels *use_device(struct comm_area *a, int rank, struct err *err) {
+    struct kernels *k = intellect_cuda_create(KERNELS_PLUGIN_ABI, on_device == ON_EACH ? rank : 0, sizeof(float), 0, err);
     if (!k || !comm_area_use(a, k, err)) return k;
     k->destroy(k);
     return NULL;
@@ -52,7 +54,7 @@ static int child(int fd, int rank, rank_main *run) {
     alarm(WATCHDOG_S);
     struct comm_area *a = comm_area_open(dup(fd), &err);
     struct kernels *k = NULL;
-    if (!a || comm_area_join(a, rank, &err) || (on_device && !(k = use_device(a, &err)))) {
+    if (!a || comm_area_join(a, rank, &err) || (on_device && !(k = use_device(a, rank, &err)))) {
         snprintf(words->text[rank], sizeof words->text[rank], "%s", err.msg);
         words->code[rank] = err.code;
         return 98;
@@ -97,6 +99,12 @@ static void run_all(int tp, int dp, int poison, rank_main *run) {
 
 static int set_up(void **state) {
     (void)state;
+    char path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 64);
+    if (n < 0) return -1;
+    path[n] = '\0';
+    for (int i = 0; i < 2; i++) *strrchr(path, '/') = '\0'; /* BUILD of BUILD/tests/test_comm */
+    if (!dlopen(strcat(path, "/emulator/libnccl.so.2"), RTLD_NOW)) return -1; /* found by its name from now on */
     words = mmap(NULL, sizeof *words, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     return words == MAP_FAILED ? -1 : 0;
 }
@@ -325,7 +333,7 @@ static void a_killed_rank_ends_those_on_a_device_too(void **state) {
 static int learns_why_nothing_began(struct comm_area *a, int rank) {
     struct err err = { 0 };
     if (rank == 1) setenv("EMULATOR_IPC", "0", 1);
-    struct kernels *k = use_device(a, &err);
+    struct kernels *k = use_device(a, rank, &err);
     return !k && strstr(err.msg, "CUDA device 0: memory cannot be shown to another process") ? 0 : 1;
 }
 
@@ -339,6 +347,7 @@ static void memory_that_cannot_be_shared_ends_all(void **state) {
 
 static int meets_a_device_that_fails(struct comm_area *a, int rank) {
     const struct comm *c = comm_area_group(a, COMM_TP);
+    c->barrier(c); /* all have begun */
     if (rank == 1) setenv("EMULATOR_LAUNCHES", "20", 1);
     while (!c->check(c, NULL)) c->all_reduce(c, x, 100, COMM_FP32);
     return 0;
@@ -350,6 +359,132 @@ static void a_device_that_fails_ends_all(void **state) {
     run_all(2, 1, 0, meets_a_device_that_fails);
     on_device = 0;
     for (int r = 0; r < 2; r++) assert_non_null(strstr(words->text[r], "rank 1: CUDA device 0: training: unspecified launch failure"));
+}
+
+/* ---- NCCL ---------------------------------------------------------------------------------------- */
+
+static void with_nccl(int tp, int dp, rank_main *run) {
+    on_device = ON_EACH;
+    setenv("EMULATOR_DEVICES", "8", 1);
+    run_all(tp, dp, 0, run);
+    unsetenv("EMULATOR_DEVICES");
+    on_device = 0;
+}
+
+static void nccl_is_told_the_same(void **state) {
+    (void)state;
+    with_nccl(2, 1, all_groups_work);
+    with_nccl(1, 3, all_groups_work);
+    with_nccl(2, 2, all_groups_work);
+    with_nccl(2, 2, groups_are_who_they_should_be);
+}
+
+static int calls_each_once(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_DP);
+    (void)rank;
+    c->all_reduce(c, x, 5, COMM_FP32);
+    c->all_reduce(c, x, 0, COMM_FP32);
+    c->all_gather(c, x, y, 3, COMM_FP32);
+    c->all_gather(c, x, y, 3, COMM_BF16);
+    c->reduce_scatter(c, y, x, 7, COMM_BF16);
+    c->broadcast(c, x, 9, COMM_BYTES, 1);
+    c->barrier(c);
+    return c->check(c, NULL) != 0;
+}
+
+/* In the order of the calls, in elements or bytes (type 1), and nothing else: NCCL has no other check. */
+static void nccl_gets_each_call_in_order_with_its_size(void **state) {
+    (void)state;
+    char path[] = "/tmp/test_comm.XXXXXX", line[120], want[120];
+    static const char *const calls[] = { "begin 0 0", "all_reduce 5 7", "all_gather 12 1", "all_gather 6 1",
+                                         "reduce_scatter 7 9", "broadcast 9 1", "destroy 0 0" };
+    int fd = mkstemp(path), seen[2] = { 0 }, rank;
+    setenv("FAKE_NCCL_LOG", path, 1);
+    with_nccl(1, 2, calls_each_once);
+    unsetenv("FAKE_NCCL_LOG");
+    FILE *f = fdopen(fd, "r");
+    while (fgets(line, sizeof line, f)) {
+        assert_int_equal(sscanf(line, "%d/2", &rank), 1);
+        assert_in_range(rank, 0, 1);
+        assert_in_range(seen[rank], 0, 6);
+        snprintf(want, sizeof want, "%d/2 %s\n", rank, calls[seen[rank]++]);
+        assert_string_equal(line, want);
+    }
+    assert_int_equal(seen[0] + seen[1], 14);
+    fclose(f);
+    unlink(path);
+}
+
+static int steps_until_it_fails(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_TP);
+    double v = 1;
+    for (int i = 0; !c->check(c, NULL); i++) {
+        if (rank == 1 && i == 3) raise(SIGKILL);
+        c->all_reduce(c, x, 100, COMM_FP32);
+        c->all_reduce(c, x, 100, COMM_FP32);
+        c->sum(c, &v, 1);
+    }
+    return 0;
+}
+
+/* The call that it never makes keeps the others' devices busy for ever; they are ended all the same. */
+static void a_rank_that_dies_does_not_hold_the_others_in_nccl(void **state) {
+    (void)state;
+    pid_t pid[3];
+    on_device = ON_EACH;
+    setenv("EMULATOR_DEVICES", "8", 1);
+    struct comm_area *a = make(3, 1, 0);
+    start(a, 3, steps_until_it_fails, pid);
+    for (int r = 0; r < 3; r += 2) {
+        assert_int_equal(end_of(pid[r]), 0);
+        assert_non_null(strstr(words->text[r], "rank 1 of 3"));
+        assert_non_null(strstr(words->text[r], "died"));
+    }
+    assert_int_equal(end_of(pid[1]), 1000 + SIGKILL);
+    comm_area_destroy(a);
+    unsetenv("EMULATOR_DEVICES");
+    on_device = 0;
+}
+
+static int finds_that_one_was_refused(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_TP);
+    double v = 1;
+    c->barrier(c); /* all have begun */
+    if (rank == 1) setenv("FAKE_NCCL_FAILS", "all_reduce", 1);
+    c->all_reduce(c, x, 100, COMM_FP32);
+    c->sum(c, &v, 1);
+    return c->check(c, NULL) ? 0 : 1;
+}
+
+static int finds_that_one_did_not_begin(struct comm_area *a, int rank) {
+    struct err err = { 0 };
+    if (rank == 1) setenv("FAKE_NCCL_FAILS", "begin", 1);
+    on_device = ON_EACH;
+    struct kernels *k = use_device(a, rank, &err);
+    return !k && strstr(err.msg, "rank 1: NCCL begins a group: invalid argument") ? 0 : 1;
+}
+
+static void what_nccl_refuses_ends_all(void **state) {
+    (void)state;
+    with_nccl(3, 1, finds_that_one_was_refused);
+    for (int r = 0; r < 3; r++)
+        assert_non_null(strstr(words->text[r], "rank 1: NCCL all_reduce: invalid argument: the fake was told to"));
+    setenv("EMULATOR_DEVICES", "8", 1);
+    run_all(1, 3, 0, finds_that_one_did_not_begin);
+    unsetenv("EMULATOR_DEVICES");
+}
+
+/* One that is too old, or switched off on one rank: all take the windows. */
+static void where_one_has_no_nccl_none_takes_it(void **state) {
+    (void)state;
+    setenv("FAKE_NCCL_FAILS", "begin", 1);
+    setenv("FAKE_NCCL_VERSION", "21304", 1);
+    with_nccl(2, 2, all_groups_work);
+    unsetenv("FAKE_NCCL_VERSION");
+    setenv("INTELLECT_NCCL", "0", 1);
+    with_nccl(2, 1, all_groups_work);
+    unsetenv("INTELLECT_NCCL");
+    unsetenv("FAKE_NCCL_FAILS");
 }
 
 static int leaves_early(struct comm_area *a, int rank) {
@@ -481,6 +616,11 @@ int main(void) {
         cmocka_unit_test(a_killed_rank_ends_those_on_a_device_too),
         cmocka_unit_test(memory_that_cannot_be_shared_ends_all),
         cmocka_unit_test(a_device_that_fails_ends_all),
+        cmocka_unit_test(nccl_is_told_the_same),
+        cmocka_unit_test(nccl_gets_each_call_in_order_with_its_size),
+        cmocka_unit_test(a_rank_that_dies_does_not_hold_the_others_in_nccl),
+        cmocka_unit_test(what_nccl_refuses_ends_all),
+        cmocka_unit_test(where_one_has_no_nccl_none_takes_it),
         cmocka_unit_test(a_rank_that_left_is_not_waited_for),
         cmocka_unit_test(a_rank_that_gives_up_says_why_to_all),
         cmocka_unit_test(a_rank_that_dies_before_it_joins_is_not_waited_for),

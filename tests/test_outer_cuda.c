@@ -1,4 +1,4 @@
-/* test_outer_cuda.c - the outer step's kernels give the bits of outer.c: on a GPU where `make gpu` runs this, else on the
+/* test_outer_cuda.c - the outer step's kernels give the bits of outer.c, and what goes to the device comes back: on a GPU where `make gpu` runs this, else on the
  * emulator. */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -224,6 +224,34 @@ static void rounds_end_in_the_same_anchor(void **state) {
     rounds_with(OUTER_FP4);
 }
 
+/* Through staging and past it, in pieces of all lengths; the host's memory may change once copy_in returned, and what the
+ * device has then is still what it was given. */
+static void what_goes_in_comes_out(void **state) {
+    (void)state;
+    static const size_t lengths[] = { 0, 1, 262143, 262144, 4194303, 4194304, 4194305, 8388608, 13000001 };
+    struct err err;
+    for (int pinned = 1; pinned >= 0; pinned--) {
+        setenv("EMULATOR_PINNED", pinned ? "1" : "0", 1);
+        if (!pinned) k->destroy(k), start(state);
+        for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
+            size_t n = lengths[l];
+            uint8_t *host = malloc(n + 1), *back = malloc(n + 1), *p = k->alloc(k, n, &err);
+            if (!p) fail_msg("%s", err.msg);
+            for (size_t i = 0; i < n; i++) host[i] = (uint8_t)(i * 2654435761u >> 13);
+            back[n] = 0x55;
+            k->copy_in(k, p, host, n);
+            memset(host, 0, n);
+            k->copy_out(k, back, p, n);
+            for (size_t i = 0; i < n; i++)
+                if (back[i] != (uint8_t)(i * 2654435761u >> 13)) fail_msg("byte %zu of %zu", i, n);
+            assert_int_equal(back[n], 0x55);
+            k->free(k, p);
+            free(host), free(back);
+        }
+    }
+    unsetenv("EMULATOR_PINNED");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(pseudo_gradients, start, finish),
@@ -231,6 +259,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(mixing_and_moving, start, finish),
         cmocka_unit_test_setup_teardown(encoding_and_what_it_loses, start, finish),
         cmocka_unit_test_setup_teardown(what_cannot_travel_is_named, start, finish),
+        cmocka_unit_test_setup_teardown(what_goes_in_comes_out, start, finish),
         cmocka_unit_test_setup_teardown(rounds_end_in_the_same_anchor, start, finish),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -35,16 +35,82 @@ static void cuda_free(const struct kernels *k, void *p) {
     if (p) cuda_note(cuda_of(k), cudaFree(p), "free");
 }
 
+/* ---- to and from the host -------------------------------------------------------------------------------- */
+
+/* Two pieces of memory that the device reads and writes by itself: while it has one, the other is filled or emptied. For
+ * large copies alone; without them, when the system gives none, the driver does the same with one piece of its own. */
+static bool take_staging(struct cuda *c) {
+    for (int i = 0; i < 2; i++) {
+        if (!c->staging[i] && cudaMallocHost(&c->staging[i], CUDA_STAGING_BYTES) != cudaSuccess) {
+            cudaGetLastError();
+            c->staging[i] = NULL;
+            return false;
+        }
+        if (!c->staged[i] && cuda_note(c, cudaEventCreate(&c->staged[i]), "copy")) return false;
+    }
+    return true;
+}
+
+static void release_staging(struct cuda *c) {
+    for (int i = 0; i < 2; i++) {
+        if (c->staged[i]) cudaEventDestroy(c->staged[i]);
+        cudaFreeHost(c->staging[i]);
+    }
+}
+
+static size_t piece_at(size_t at, size_t bytes) {
+    return bytes - at < CUDA_STAGING_BYTES ? bytes - at : CUDA_STAGING_BYTES;
+}
+
+/* Between them `host` may change: what was asked for is in our own memory. */
+static void copy_in_pieces(struct cuda *c, char *to, const char *host, size_t bytes) {
+    int i = 0;
+    for (size_t at = 0, here; at < bytes; at += here, i ^= 1) {
+        here = piece_at(at, bytes);
+        cuda_wait_for(c, c->staged[i], "copy in");
+        memcpy(c->staging[i], host + at, here);
+        cuda_note(c, cudaMemcpyAsync(to + at, c->staging[i], here, cudaMemcpyHostToDevice, c->stream), "copy in");
+        cuda_note(c, cudaEventRecord(c->staged[i], c->stream), "copy in");
+    }
+}
+
+static void empty_piece(struct cuda *c, int i, char *host, size_t bytes) {
+    cuda_wait_for(c, c->staged[i], "copy out");
+    memcpy(host, c->staging[i], bytes);
+}
+
+static void copy_out_pieces(struct cuda *c, char *host, const char *from, size_t bytes) {
+    size_t at = 0, here = 0, before = 0;
+    int i = 0;
+    for (; at < bytes; at += here, i ^= 1) {
+        here = piece_at(at, bytes);
+        cuda_wait_for(c, c->staged[i], "copy out"); /* a copy in may still read it */
+        cuda_note(c, cudaMemcpyAsync(c->staging[i], from + at, here, cudaMemcpyDeviceToHost, c->stream), "copy out");
+        cuda_note(c, cudaEventRecord(c->staged[i], c->stream), "copy out");
+        if (at) empty_piece(c, i ^ 1, host + at - before, before);
+        before = here;
+    }
+    empty_piece(c, i ^ 1, host + at - before, before);
+}
+
 static void copy_in(const struct kernels *k, void *to, const void *host, size_t bytes) {
     struct cuda *c = cuda_of(k);
+    if (bytes >= CUDA_STAGED_LEAST && take_staging(c)) {
+        copy_in_pieces(c, (char *)to, (const char *)host, bytes);
+        return;
+    }
     cuda_note(c, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, c->stream), "copy in");
-    cuda_note(c, cudaStreamSynchronize(c->stream), "copy in"); /* host may change now */
+    cuda_wait(c, "copy in"); /* host may change now */
 }
 
 static void copy_out(const struct kernels *k, void *host, const void *from, size_t bytes) {
     struct cuda *c = cuda_of(k);
+    if (bytes >= CUDA_STAGED_LEAST && take_staging(c)) {
+        copy_out_pieces(c, (char *)host, (const char *)from, bytes);
+        return;
+    }
     cuda_note(c, cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, c->stream), "copy out");
-    cuda_note(c, cudaStreamSynchronize(c->stream), "copy out");
+    cuda_wait(c, "copy out");
 }
 
 static void zero(const struct kernels *k, void *p, size_t bytes) {
@@ -63,77 +129,11 @@ void *cuda_scratch(struct cuda *c, size_t bytes) {
     return c->scratch;
 }
 
-/* ---- memory of several ranks ---------------------------------------------------------------------- */
-
-static_assert(sizeof(cudaIpcMemHandle_t) <= KERNELS_HANDLE_BYTES, "a handle has room");
-
-static int refuse(struct cuda *c, cudaError_t result, const char *what, struct err *err) {
-    cudaGetLastError();
-    return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s another process: %s", c->device, what,
-                   cudaGetErrorString(result));
-}
-
-static void *share(const struct kernels *k, size_t bytes, uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err) {
-    cudaIpcMemHandle_t h;
-    void *p = k->alloc(k, bytes, err);
-    if (!p) return NULL;
-    cudaError_t result = cudaIpcGetMemHandle(&h, p);
-    if (result == cudaSuccess) {
-        memcpy(handle, &h, sizeof h);
-        return p;
-    }
-    refuse(cuda_of(k), result, "memory cannot be shown to", err);
-    k->free(k, p);
-    return NULL;
-}
-
-static void *open_shared(const struct kernels *k, const uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err) {
-    cudaIpcMemHandle_t h;
-    void *p = NULL;
-    memcpy(&h, handle, sizeof h);
-    cudaError_t result = cudaIpcOpenMemHandle(&p, h, cudaIpcMemLazyEnablePeerAccess);
-    if (result == cudaSuccess) return p;
-    refuse(cuda_of(k), result, "cannot open memory of", err);
-    return NULL;
-}
-
-static void close_shared(const struct kernels *k, void *p) {
-    cuda_note(cuda_of(k), cudaIpcCloseMemHandle(p), "close another rank's memory");
-}
-
-static void copy(const struct kernels *k, void *to, const void *from, size_t bytes) {
-    struct cuda *c = cuda_of(k);
-    cuda_note(c, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, c->stream), "copy");
-}
-
-struct sources {
-    const void *from[KERNELS_SUM_MAX];
-};
-
-template <class E> __global__ void sum_ranks(E *out, struct sources s, int count, size_t n) {
-    size_t i = grid_index();
-    if (i >= n) return;
-    float sum = wide(((const E *)s.from[0])[i]);
-    for (int r = 1; r < count; r++) sum += wide(((const E *)s.from[r])[i]);
-    put(&out[i], sum);
-}
-
-static void sum_shared(const struct kernels *k, void *out, const void *const *from, int count, size_t n, int bf16) {
-    struct cuda *c = cuda_of(k);
-    struct sources s = {};
-    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
-    for (int r = 0; r < count; r++) s.from[r] = from[r];
-    if (n && bf16) RUN(c, sum_ranks<uint16_t>, blocks, CUDA_THREADS, 0, (uint16_t *)out, s, count, n);
-    else if (n) RUN(c, sum_ranks<float>, blocks, CUDA_THREADS, 0, (float *)out, s, count, n);
-}
-
-static const struct kernels_shared shared = { share, open_shared, close_shared, copy, sum_shared };
-
 /* ---- the table ---------------------------------------------------------------------------------- */
 
 static int check(const struct kernels *k, struct err *err) {
     struct cuda *c = cuda_of(k);
-    cuda_note(c, cudaStreamSynchronize(c->stream), "training");
+    cuda_wait(c, "training");
     if (c->failure.code == ERR_NONE) return 0;
     if (err) *err = c->failure;
     c->failure.code = ERR_NONE;
@@ -162,6 +162,7 @@ static void destroy(struct kernels *k) {
     struct cuda *c = cuda_of(k);
     sdpa_destroy(c->sdpa);
     cuda_products_destroy(c);
+    release_staging(c);
     cudaFree(c->scratch);
     if (c->stream) cudaStreamDestroy(c->stream);
     free(c);
@@ -211,6 +212,8 @@ static int open_device(struct cuda *c, struct err *err) {
     if (result != cudaSuccess)
         return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
     if (cuda_products_create(c, p.name, err)) return -1;
+    c->place = (uint64_t)(uint32_t)p.pciDomainID << 32 | (uint64_t)(uint32_t)p.pciBusID << 8 | (uint32_t)p.pciDeviceID;
+    c->place++; /* 0 is none */
     cudaRuntimeGetVersion(&runtime);
     char sdpa[32] = "";
     find_sdpa(c);
@@ -253,13 +256,13 @@ intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest
     k->check = check;
     k->scratch_bytes = scratch_bytes;
     k->destroy = destroy;
-    k->shared = &shared;
     cuda_fill_products(k);
     cuda_fill_rows(k);
     cuda_fill_attention(k);
     cuda_fill_update(k);
     cuda_fill_states(k);
     cuda_fill_outer(k);
+    cuda_fill_ranks(k);
     if (!open_device(c, err)) return k;
     destroy(k);
     return NULL;

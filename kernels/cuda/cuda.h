@@ -34,7 +34,11 @@ extern "C" {
 #define CUDA_SLICE ((size_t)1 << 20)            /* weights that are under way from or to fp32 at a time */
 #define CUDA_NORM_SLICES 128                    /* partial sums of a norm's gradient, at most */
 
+#define CUDA_STAGING_BYTES ((size_t)4 << 20)
+#define CUDA_STAGED_LEAST ((size_t)256 << 10)
+
 struct cuda_products; /* of matmul.cu */
+struct nccl;          /* of nccl.c */
 
 struct cuda {
     struct kernels table; /* first, so that a table is its backend */
@@ -43,7 +47,13 @@ struct cuda {
     struct err failure; /* the first since the last check(); ERR_NONE if none */
     void *scratch;
     size_t scratch_bytes;
+    void *staging[2];    /* host memory of the device's own, CUDA_STAGING_BYTES each; taken at the first large copy */
+    cudaEvent_t staged[2]; /* the last copy from or to it is done */
     struct cuda_products *products;
+    struct nccl *group[KERNELS_GROUPS_MAX];
+    int (*lost)(void *arg); /* asked while there are groups */
+    void *lost_arg;
+    uint64_t place; /* of the device among the machine's */
     struct sdpa *sdpa; /* NULL: attention.cu's own kernels for all */
     char ignored[160]; /* why what was kept of products is ignored, or "" */
     char description[400];
@@ -55,6 +65,11 @@ static inline struct cuda *cuda_of(const struct kernels *k) {
 
 /* Keep `result` for check() where it is the first failure; `what` was being done. 0, or -1 if it is one. */
 int cuda_note(struct cuda *c, cudaError_t result, const char *what);
+
+/* Until the stream is done. */
+void cuda_wait(struct cuda *c, const char *what);
+/* Until what was before the event is. */
+void cuda_wait_for(struct cuda *c, cudaEvent_t event, const char *what);
 
 /* Device memory of at least `bytes`, until the next call; not zeroed. NULL with the failure kept. Work on
  * the stream that still uses it is before what comes. */
@@ -121,6 +136,7 @@ void cuda_fill_update(struct kernels *k);    /* update.cu: AdamW, sums, weights 
 void cuda_fill_states(struct kernels *k);    /* states.cu: moments in fewer bits, steps along a direction */
 void cuda_fill_outer(struct kernels *k);     /* outer.cu */
 void cuda_fill_products(struct kernels *k);  /* matmul.cu */
+void cuda_fill_ranks(struct kernels *k);     /* ranks.cu: what several ranks say to each other */
 /* matmul.cu. 0, or -1 with the reason. */
 int cuda_products_create(struct cuda *c, const char *device_name, struct err *err);
 void cuda_products_destroy(struct cuda *c);

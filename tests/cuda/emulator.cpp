@@ -217,6 +217,17 @@ cudaError_t cudaFree(void *p) {
     return cudaSuccess;
 }
 
+/* EMULATOR_PINNED=0: the system lets nobody pin memory. */
+cudaError_t cudaMallocHost(void **p, size_t bytes) {
+    *p = told("EMULATOR_PINNED", 1) ? malloc(bytes) : NULL;
+    return *p ? cudaSuccess : last = cudaErrorMemoryAllocation;
+}
+
+cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+
 /* The handle says where the owner has it. EMULATOR_IPC=0: as in a container that forbids it. */
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p) {
     auto found = blocks.find(p);
@@ -270,9 +281,16 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 
+/* EMULATOR_BUSY=1: something is not done, tests/cuda/nccl.c. */
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    (void)stream;
+    return told("EMULATOR_BUSY", 0) ? cudaErrorNotReady : cudaSuccess;
+}
+
 /* EMULATOR_LAUNCHES=N: the device is lost after so many, as after an Xid: nothing works from then on. */
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     (void)stream;
+    while (told("EMULATOR_BUSY", 0)) pause(); /* for ever, as a device does */
     return launches > told("EMULATOR_LAUNCHES", INT_MAX) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
@@ -327,8 +345,8 @@ cudaError_t cudaGetDeviceCount(int *count) {
 cudaError_t cudaSetDevice(int device) { return device < told("EMULATOR_DEVICES", 1) ? cudaSuccess : cudaErrorNoDevice; }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
-    (void)device;
     memset(p, 0, sizeof *p);
+    p->pciBusID = device + 1;
     const char *name = getenv("EMULATOR_NAME");
     snprintf(p->name, sizeof p->name, "%s", name ? name : "emulated on a CPU");
     p->totalGlobalMem = (size_t)1 << 36;

@@ -55,8 +55,14 @@ for mesh in "--tp 2" "--dp 2 --shard full" "--tp 2 --dp 2 --shard optimizer --pr
 done
 expect 0 'a trainer of 2 ranks takes one where' train --dp 2 --out on-cpu
 if [ -z "${GPU:-}" ]; then
-    with EMULATOR_DEVICES=2 train --device cuda:each --tp 2 --out each >each.log 2>&1 || bad "cuda:each: $(cat each.log)"
-    check "a rank on each of two devices: the same bits" cmp each/state meshtp2-cuda/state
+    for nccl in 0 1; do
+        EMULATOR_DEVICES=2 INTELLECT_NCCL=$nccl LD_LIBRARY_PATH=$BUILD/emulator FAKE_NCCL_LOG=$W/nccl$nccl \
+            train --device cuda:each --tp 2 --out each$nccl >each$nccl.log 2>&1 || bad "cuda:each: $(cat each$nccl.log)"
+        check "a rank on each of two devices, NCCL $nccl: the same bits" cmp each$nccl/state meshtp2-cuda/state
+    done
+    check "without NCCL it is not called" test ! -e nccl0
+    check "with it, by both ranks, as often" test "$(grep -c '^0/2 reduce_scatter' nccl1)" = "$(grep -c '^1/2 reduce_scatter' nccl1)" -a \
+        "$(grep -c 'reduce_scatter' nccl1)" -gt 10 -a "$(grep -c destroy nccl1)" = 2
     expect 2 'rank 1: there is no CUDA device 1; 1 are here' train --device cuda:each --tp 2 --out none
     expect 1 'CUDA device 0: memory cannot be shown to another process' with EMULATOR_IPC=0 train --device cuda --tp 2 --out none2
     expect 1 'CUDA device 0: .*launch failure' with EMULATOR_LAUNCHES=100 train --device cuda --tp 2 --out lost-ranks
