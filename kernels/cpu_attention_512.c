@@ -356,6 +356,17 @@ TARGET static void put_turned(element *to, size_t stride, const float *x, const 
         }
 }
 
+/* Rows lie far apart, so nobody else foresees them: they come to the second cache while the block before them
+ * is worked on. */
+INLINE TARGET void call_for(const element *rows, size_t stride, int first, int end, int D) {
+    for (int t = first; t < end; t++)
+        for (int d = 0; d < D; d += 64 / (int)sizeof *rows)
+            __builtin_prefetch(rows + (size_t)t * stride + d, 0, 2);
+}
+
+/* The rows at t are [0, BLOCK); the next block's end here. */
+static int next_end(const struct shape *a, int t) { return a->T - t < 2 * BLOCK ? a->T - t : 2 * BLOCK; }
+
 /* ---- masks ------------------------------------------------------------------------------------- */
 
 /* The first key that a block of queries sees, down to a whole block. */
@@ -463,6 +474,8 @@ TARGET static void forward_block(struct scratch *s, const struct shape *a, eleme
     struct sight sight;
     sight_of(&sight, a, t, count);
     turn_block(s->query_t, NULL, query, a->stride, count, a->D, a->D16);
+    call_for(query, a->stride, BLOCK, next_end(a, t), a->D);
+    call_for(out, a->out_stride, 0, count, a->D);
     for (int i = 0; i < BLOCK; i++) s->max[i] = NOTHING, s->sum[i] = 0;
     int first = first_block(a, t);
     for (int u = first; u < t + count; u += BLOCK)
@@ -547,6 +560,10 @@ TARGET static void backward_block(struct scratch *s, const struct shape *a, elem
     sight_of(&sight, a, t, count);
     turn_block(s->query_t, s->query_w, query, a->stride, count, a->D, a->D16);
     turn_block(s->dout_t, s->dout_w, dout, a->out_stride, count, a->D, a->D16);
+    call_for(query, a->stride, BLOCK, next_end(a, t), a->D);
+    call_for(dout, a->out_stride, BLOCK, next_end(a, t), a->D);
+    call_for(out, a->out_stride, BLOCK, next_end(a, t), a->D);
+    call_for(dquery, a->stride, 0, count, a->D);
     for (int i = 0; i < BLOCK; i++) {
         s->lse[i] = i < count ? lse[i] * (float)M_LOG2E : 0;
         s->delta[i] =
