@@ -281,13 +281,20 @@ static void judge_early(struct sync *s) {
         if (i < cu->ready_count && !cu->ready[i].verified) judge_chunk(s, i);
 }
 
+/* What came neither way is brought forward from what the own disk has, by the results of commits. */
 static void say_catching_up(struct sync *s, bool begins) {
-    if (begins)
-        sync_log(s, SYNC_INFO, "catching up to ledger index %llu: %u of %u chunks are missing",
-                 (unsigned long long)ledger_head_version(s), s->state.missing, s->chunk_count);
-    else
-        sync_log(s, SYNC_INFO, "caught up to ledger index %llu",
-                 (unsigned long long)ledger_head_version(s));
+    struct catchup *cu = &s->catchup;
+    unsigned long long index = ledger_head_version(s);
+    if (begins) {
+        cu->from_members = cu->from_origin = 0;
+        sync_log(s, SYNC_INFO, "catching up to ledger index %llu: %u of %u chunks are missing", index,
+                 s->state.missing, s->chunk_count);
+    } else {
+        sync_log(s, SYNC_INFO,
+                 "caught up to ledger index %llu: %u chunks from members, %u from %s, the others were here",
+                 index, cu->from_members, cu->from_origin,
+                 s->ledger.rewind.index || s->genesis.init_from_count ? "the checkpoint" : "the seed");
+    }
 }
 
 void catchup_pump(struct sync *s) {
@@ -437,6 +444,7 @@ static int store_ready(struct sync *s) {
     memmove(cu->ready, cu->ready + n, (cu->ready_count - n) * sizeof *cu->ready);
     cu->ready_count -= n;
     cu->verified_count -= n;
+    cu->from_members += n;
     return state_change_end(s, chunks, versions, n);
 }
 
@@ -481,6 +489,7 @@ static int initialise(struct sync *s) {
     int r = 0;
     while (loaded < n && !r)
         if (!(r = load_chunk(s, chunks[loaded]))) loaded++;
+    s->catchup.from_origin += loaded;
     if (r < 0 || (loaded && state_change_end(s, chunks, versions, loaded))) return -1;
     if (s->state.missing == 0 || loaded < n) s->catchup.initialising = false;
     return 0;

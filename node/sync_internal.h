@@ -350,6 +350,7 @@ struct catchup {
     uint32_t ready_count, ready_capacity, verified_count;
     size_t window;
     bool busy;         /* as last seen */
+    uint32_t from_members, from_origin; /* chunks stored since it began, to be told at its end */
     bool initialising; /* the first state, or the one of a rewind, is being read or derived here */
     bool no_origin;    /* that cannot be done here, as far as is known; it was said */
     uint64_t origin_ms; /* not before then */

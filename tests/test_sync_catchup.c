@@ -18,6 +18,21 @@ static void joins(struct rig *r, const uint32_t *donors, uint32_t count) {
     say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root});
 }
 
+/* Whoever waits for it reads where the state came from. */
+static void a_joiner_says_where_its_state_came_from(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    r->node[4] = (struct node){.exists = true, .id = 4};
+    node_start(r, 4);
+    dial_coordinator(r, 4);
+    welcome(r, 4, (uint32_t[]){1, 2}, 2);
+    say(r, 4, MSG_ROOT, 0, &(struct msg_root){r->base_index, root_of(r, 1)});
+    pass(r, 900);
+    assert_same_state(r, 1, 4);
+    assert_non_null(strstr(r->node[4].logged, "caught up to ledger index"));
+    assert_non_null(strstr(r->node[4].logged, ": 4 chunks from members, 0 from the seed"));
+}
+
 /* A joiner fetches the state while a commit lands: what it has is brought forward with the results,
  * the rest comes newer, and it ends with the same bits. Then it trains, with a member's moments. */
 static void joiner_catches_up_while_a_commit_lands(void **state) {
@@ -267,6 +282,7 @@ static void stuck_catch_up_asks_again(void **state) {
 int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
+        T(a_joiner_says_where_its_state_came_from),
         T(joiner_catches_up_while_a_commit_lands),
         T(moments_do_not_overwrite_a_commit),
         T(moments_that_come_after_a_step_are_not_taken),
