@@ -92,8 +92,7 @@ static void abort_groups(struct cuda *c) {
 
 /* A call of NCCL's that another rank never makes keeps the stream busy for ever. */
 void cuda_wait(struct cuda *c, const char *what) {
-    cudaError_t result;
-    for (int i = 0; in_groups(c) && (result = cudaStreamQuery(c->stream)) == cudaErrorNotReady; i++) {
+    for (unsigned i = 0; in_groups(c) && cudaStreamQuery(c->stream) == cudaErrorNotReady; i++) {
         if (i % ASK_EACH == ASK_EACH - 1 && c->lost(c->lost_arg)) {
             abort_groups(c);
             if (c->failure.code == ERR_NONE) err_set(&c->failure, ERR_IO, "%s: another rank is gone", what);
