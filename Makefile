@@ -250,7 +250,7 @@ $(BUILD)/cuda/err.o $(CUDA_C_O):
 # Its libraries: beside it, or where kernels/plugin.c finds them.
 $(BUILD)/libintellect-cuda.so: $(CUDA_SOURCES:kernels/cuda/%.cu=$(BUILD)/cuda/%.o) $(BUILD)/cuda/err.o $(CUDA_C_O)
 	$(call say,LINK)
-	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -rpath,'$$ORIGIN'
+	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -lz -Xlinker -rpath,'$$ORIGIN'
 
 $(BUILD)/emulator/%.o: % $(wildcard kernels/*.h kernels/cuda/*.h tests/cuda/*.h) proto/err.h
 	@mkdir -p $(@D)
@@ -259,7 +259,7 @@ $(BUILD)/emulator/%.o: % $(wildcard kernels/*.h kernels/cuda/*.h tests/cuda/*.h)
 
 $(BUILD)/emulator/libintellect-cuda.so: $(filter-out %/staged.o,$(EMULATED_O)) $(BUILD)/cuda/err.o
 	$(call say,LINK)
-	$(Q)$(CXX) -shared $(LDFLAGS) -o $@ $^
+	$(Q)$(CXX) -shared $(LDFLAGS) -o $@ $^ -lz
 
 $(BUILD)/emulator/libnvidia-ml.so.1: tests/cuda/nvml.c
 $(BUILD)/emulator/libnccl.so.2: tests/cuda/nccl.c

@@ -13,6 +13,7 @@
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #define PATH_BYTES 4096
 #define LINE_BYTES 320
@@ -68,15 +69,13 @@ static void name_file(struct choices *c, size_t version, const char *device) {
 
 /* ---- lines ---------------------------------------------------------------------------------------------- */
 
-/* FNV-1a. */
-static uint64_t add_to_digest(uint64_t digest, const char *line) {
-    for (; *line; line++) digest = (digest ^ (unsigned char)*line) * 0x100000001b3u;
-    return digest;
+static uint64_t add_to_crc(uint64_t crc, const char *line) {
+    return crc32((uLong)crc, (const Bytef *)line, (uInt)strlen(line));
 }
-#define DIGEST_START 0xcbf29ce484222325u
+#define CRC_START 0u /* as crc32() begins */
 
-static void write_digest(char line[LINE_BYTES], uint64_t digest) {
-    snprintf(line, LINE_BYTES, "digest %016" PRIx64 "\n", digest);
+static void write_crc(char line[LINE_BYTES], uint64_t crc) {
+    snprintf(line, LINE_BYTES, "crc32 %08" PRIx64 "\n", crc);
 }
 
 static void write_choice(char line[LINE_BYTES], const struct choice *c) {
@@ -110,13 +109,13 @@ static struct choice *find(const struct choices *c, const struct choice_key *key
 /* Into `found`, whose head says whose file it must be. 0 also where there is none; -1 with why it is ignored. */
 static int read_lines(struct choices *found, FILE *f, char why[160]) {
     char line[LINE_BYTES], last[LINE_BYTES];
-    uint64_t digest = DIGEST_START;
+    uint64_t crc = CRC_START;
     int whole = 0;
     for (size_t n = 0; fgets(line, sizeof line, f); n++) {
-        write_digest(last, digest);
+        write_crc(last, crc);
         whole = !strcmp(line, last);
         if (whole) break;
-        digest = add_to_digest(digest, line);
+        crc = add_to_crc(crc, line);
         if (n == 0 && !strncmp(line, HEAD, sizeof HEAD - 1) && strcmp(line, found->head) != 0) {
             snprintf(why, 160, "is of another library or device: %.100s", line + sizeof HEAD);
             return -1;
@@ -140,17 +139,17 @@ static int read_file(struct choices *found, char why[160]) {
 
 static void write_file(const struct choices *c) {
     char other[PATH_BYTES + 32], line[LINE_BYTES];
-    uint64_t digest = add_to_digest(DIGEST_START, c->head);
+    uint64_t crc = add_to_crc(CRC_START, c->head);
     snprintf(other, sizeof other, "%s.%d", c->path, (int)getpid());
     FILE *f = fopen(other, "we");
     if (!f) return;
     fputs(c->head, f);
     for (size_t i = 0; i < c->count; i++) {
         write_choice(line, &c->choice[i]);
-        digest = add_to_digest(digest, line);
+        crc = add_to_crc(crc, line);
         fputs(line, f);
     }
-    write_digest(line, digest);
+    write_crc(line, crc);
     fputs(line, f);
     int bad = ferror(f);
     if (fclose(f) || bad || rename(other, c->path)) unlink(other);

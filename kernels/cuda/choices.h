@@ -3,7 +3,7 @@
  *
  * One text file for each version of cuBLASLt and name of a device, in $INTELLECT_CACHE (else $XDG_CACHE_HOME/intellect,
  * ~/.cache/intellect; with none of these nothing is kept): `products-VERSION-DEVICE.txt`. Its first line names both,
- * then a line a shape, the last line is a digest of what is before. It is written to another name and renamed; of
+ * then a line a shape, the last line is the CRC-32 of what is before. It is written to another name and renamed; of
  * two processes that write at once both keep what they chose, and for a shape that both timed, the first. */
 #ifndef INTELLECT_KERNELS_CUDA_CHOICES_H
 #define INTELLECT_KERNELS_CUDA_CHOICES_H
