@@ -684,6 +684,7 @@ static int is_lost(void *area) {
 
 static int use_library(struct comm_area *a, const struct kernels *k, struct err *err) {
     int rc = 0;
+    assert(k->library);
     for (int g = COMM_TP; g <= COMM_DP && !rc; g++)
         if (a->view[g].comm.size > 1 && a->view[g].comm.rank == 0)
             rc = k->library->unique(k, a->shared->member[a->rank].unique[g], err);

@@ -126,7 +126,7 @@ static void add_rows(struct bench *b, const struct fleet *f, const struct window
 static int run(struct bench *b, struct fleet *f, const char *folder, const char *corpus,
                struct err *err) {
     char home[FLEET_PATH_BYTES + 16];
-    struct window quiet[CHECKPOINTS_MAX], writing[CHECKPOINTS_MAX];
+    struct window quiet[CHECKPOINTS_MAX] = {{0}}, writing[CHECKPOINTS_MAX] = {{0}};
     struct fleet_member *m = &f->member[0];
     snprintf(home, sizeof home, "%s/member", folder);
     snprintf(m->corpus, sizeof m->corpus, "%s", corpus);
