@@ -52,8 +52,8 @@ check "members go on from the checkpoint" wait_for 60 "$R" "round > $before + 4 
 check "the ledger holds over a rewind" ledger_holds
 
 # ---- a new run with the checkpoint of this one
-newest=$(ls -d "$R"/checkpoints/step-* | sort -V | tail -n 1)
 stop_coordinator; kill_now alice; kill_now carol
+newest=$(dirname "$(ls "$R"/checkpoints/step-*/manifest.json | sort -V | tail -n 1)") # one may have been begun and not finished
 R2=$W/second
 "$COORDINATOR" init "$R2" --corpus "$W/corpus/corpus.json" "${settings[@]}" --from "file://$R/checkpoints" >"$W/init2.log" 2>&1 || fail "init --from: $(tail -n 1 "$W/init2.log")"
 check "the checkpoint that was the newest is sealed, not the store" grep -q "from: .*$(basename "$newest")" "$R2/run.yaml"
