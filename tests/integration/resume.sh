@@ -5,17 +5,18 @@
 #   STORE=s3             the store is a bucket of Ceph (make test-s3), not a folder; only who serves a run has its key
 cd "$(dirname "$0")/../.." || exit 1
 . tests/lib.sh
-store=file://$W/store
+store=file://$W/store lines=2500
 if [ "${STORE:-}" = s3 ]; then
     . tests/s3/lib.sh
     start_ceph resume 2
+    lines=20000 # a checkpoint takes longer there, and training must outlast two of them
     store="s3://resume/run?endpoint=$S3_ENDPOINT"
 fi
 export WRAP="env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY"
 cd "$W" || exit 1
 check() { if "${@:2}"; then echo "ok      $1"; else echo "NOT OK  $1"; fail "$1"; fi; }
 
-for i in $(seq 2500); do echo "line $((i * i % 7919)) of a text to train on, $((i % 13)) or more"; done >text
+for i in $(seq $lines); do echo "line $((i * i % 7919)) of a text to train on, $((i % 13)) or more"; done >text
 "$NODE" data --out corpus --sequence 32 text >data.log || fail data
 model=(--set model.layers=2 --set model.width=32 --set model.heads=4 --set model.kv_heads=2 --set model.ffn=64 --set model.sequence=32
     --set inner.batch=4 --set outer.inner_steps=10 --set outer.silence_seconds=4 --set outer.grace_seconds=1 --set outer.chunk_elements=4096)
