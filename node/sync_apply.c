@@ -223,7 +223,7 @@ static uint32_t choose(struct sync *s, const struct commit *c, uint32_t shard, u
     struct fetch *f = &s->fetch;
     const struct msg_shard *m = &c->body.shards[shard];
     uint32_t n = 0;
-    for (uint32_t k = m->first; k < m->first + m->count && f->window < SYNC_WINDOW_BYTES; k++) {
+    for (uint32_t k = m->first; k < m->first + m->count && f->window < SYNC_RESULT_WINDOW_BYTES; k++) {
         if (!needs(s, c, k) || has_data(s, c, k) || proto_set_has(f->asked, k)) continue;
         proto_set_add(f->asked, k);
         proto_set_add(chunks, k);
@@ -278,7 +278,7 @@ static void ask_shard(struct sync *s, const struct commit *c, uint32_t shard) {
     if (fs->complete) return;
     if ((fs->asking || fs->dialling) && s->now - fs->asked_ms >= 2 * s->outer->heartbeat_ms)
         turn_away(s, c, shard);
-    if (fs->asking && (!fs->leaves_have || f->window > SYNC_WINDOW_BYTES / 2)) return;
+    if (fs->asking && (!fs->leaves_have || f->window > SYNC_RESULT_WINDOW_BYTES / 2)) return;
     if (rests(s, fs)) return;
     if (!fs->asking && !fs->dialling) fs->from = candidate(s, c, shard);
     uint32_t from = fs->from;
@@ -399,7 +399,7 @@ static bool result_is_right(struct sync *s, const struct commit *c, const struct
 /* Also one that took longer than we wait for an answer. */
 static bool is_welcome(struct sync *s, const struct commit *c, uint32_t k) {
     return proto_set_has(s->fetch.asked, k) ||
-           (needs(s, c, k) && !has_data(s, c, k) && s->fetch.window < SYNC_WINDOW_BYTES);
+           (needs(s, c, k) && !has_data(s, c, k) && s->fetch.window < SYNC_RESULT_WINDOW_BYTES);
 }
 
 void apply_on_result(struct sync *s, struct peer *p, const struct frame *frame,
@@ -444,7 +444,7 @@ static bool has_much(struct sync *s) {
     const struct commit *c = ledger_commit_at(s, f->index);
     enum outer_codec codec = c ? (enum outer_codec)c->body.codec : OUTER_INT8;
     size_t coming = f->outstanding * outer_encoded_bytes(codec, s->chunk_elements);
-    return f->window > coming && f->window - coming >= SYNC_WINDOW_BYTES / 2;
+    return f->window > coming && f->window - coming >= SYNC_RESULT_WINDOW_BYTES / 2;
 }
 
 /* Where results come fast, nobody is kept waiting for his by what another does with its own. */

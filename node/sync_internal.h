@@ -29,7 +29,9 @@
 #ifndef SIM_FAULTS
 #define SYNC_PEER_UNSENT_MAX \
     (8u << 20) /* assumed unsent bytes to one peer, above which bulk waits */
-#define SYNC_WINDOW_BYTES  (32u << 20) /* of results or state: asked for and not yet applied */
+#define SYNC_WINDOW_BYTES  (32u << 20) /* of state: asked for and not yet applied */
+#define SYNC_RESULT_WINDOW_BYTES \
+    (128u << 20) /* of results, which are served before they are applied where they come fast */
 #define SYNC_WORK_ELEMENTS (2u << 20)  /* arithmetic of one SYNC_EV_WORK */
 #define SYNC_BATCH_ELEMENTS \
     (4u << 20) /* of state changed under one journal, 32 MiB with momentum */
@@ -39,6 +41,7 @@
 #else /* so small that the models of the simulator reach them */
 #define SYNC_PEER_UNSENT_MAX 1500u
 #define SYNC_WINDOW_BYTES    4000u
+#define SYNC_RESULT_WINDOW_BYTES 4000u
 #define SYNC_WORK_ELEMENTS   200u
 #define SYNC_BATCH_ELEMENTS  200u
 #define SYNC_RESULTS_BYTES   700u
