@@ -417,10 +417,41 @@ static void encode(struct sim_world *w, struct sim_member *m, uint32_t fragment)
     z->root = digest_tree_root(leaves, w->fragment_chunks[fragment]);
 }
 
+/* As frozen: `as` is by value, for it may be one of those kept. */
+static void keep_contribution(struct sim_world *w, uint32_t fragment, uint64_t round, const struct digest *root,
+                              struct sim_contribution as) {
+    uint32_t chunks = w->fragment_chunks[fragment];
+    size_t offset, length = sim_encoded(w, fragment, chunks - 1, (uint8_t)w->outer.contribution_codec, &offset);
+    if (w->contribution_count == w->contribution_capacity) {
+        w->contribution_capacity = w->contribution_capacity ? 2 * w->contribution_capacity : 256;
+        w->contributions =
+            realloc(w->contributions, w->contribution_capacity * sizeof *w->contributions);
+    }
+    struct sim_contribution *x = &w->contributions[w->contribution_count++];
+    *x = as;
+    x->round = round;
+    x->root = *root;
+    x->bytes = malloc(offset + length);
+    memcpy(x->bytes, as.bytes, offset + length);
+    x->effect = malloc(chunks * sizeof *x->effect);
+    memcpy(x->effect, as.effect, chunks * sizeof *x->effect);
+}
+
+static struct sim_contribution newest_frozen(struct sim_member *m, uint32_t fragment) {
+    struct sim_freeze *z = &m->freeze[fragment];
+    struct sim_contribution as = {.member = m->id, .slot = m->slot, .fragment = fragment, .freeze = z->number,
+                                  .bytes = z->bytes, .effect = z->effect};
+    memcpy(as.all, z->all, sizeof as.all);
+    return as;
+}
+
 void oracle_frozen(struct sim_world *w, struct sim_member *m, uint32_t fragment) {
     struct sim_freeze *z = &m->freeze[fragment];
     struct sync_view v;
     sync_look(m->sync, &v);
+    if (z->valid && !z->announced) /* an older disk may yet announce it */
+        keep_contribution(w, fragment, SIM_UNANNOUNCED, &z->root, newest_frozen(m, fragment));
+    z->announced = false;
     z->valid = true;
     z->number = ++w->freezes;
     z->known_head = v.head_index;
@@ -569,42 +600,19 @@ static const struct sim_contribution *find_earlier(const struct sim_world *w, co
                                                    const struct msg_ready *r) {
     for (uint32_t i = w->contribution_count; (m->restored || m->copy) && i--;) {
         const struct sim_contribution *x = &w->contributions[i];
-        if (x->member == m->id && x->fragment == r->fragment && x->round < r->round &&
+        if (x->member == m->id && x->fragment == r->fragment &&
+            (x->round < r->round || x->round == SIM_UNANNOUNCED) &&
             digest_equal(&x->root, &r->root))
             return x;
     }
     return NULL;
 }
 
-/* As frozen: `as` is by value, for it may be one of those kept. */
-static void keep_contribution(struct sim_world *w, struct sim_member *m, const struct msg_ready *r,
-                              struct sim_contribution as) {
-    uint32_t chunks = w->fragment_chunks[r->fragment];
-    size_t offset, length = sim_encoded(w, r->fragment, chunks - 1, r->codec, &offset);
-    if (w->contribution_count == w->contribution_capacity) {
-        w->contribution_capacity = w->contribution_capacity ? 2 * w->contribution_capacity : 256;
-        w->contributions =
-            realloc(w->contributions, w->contribution_capacity * sizeof *w->contributions);
-    }
-    struct sim_contribution *x = &w->contributions[w->contribution_count++];
-    sim_trace(w, "    %u announces fragment %u round %llu: %u samples, %llu of them counted", m->slot, r->fragment, LLU(r->round),
-              samples_count(as.all), LLU(r->samples));
-    *x = as;
-    x->round = r->round;
-    x->root = r->root;
-    x->bytes = malloc(offset + length);
-    memcpy(x->bytes, as.bytes, offset + length);
-    x->effect = malloc(chunks * sizeof *x->effect);
-    memcpy(x->effect, as.effect, chunks * sizeof *x->effect);
-}
-
-static struct sim_contribution newest_frozen(struct sim_member *m, const struct msg_ready *r) {
-    struct sim_freeze *z = &m->freeze[r->fragment];
-    struct sim_contribution as = {.member = m->id, .slot = m->slot, .fragment = r->fragment, .freeze = z->number,
-                                  .lies = !digest_equal(&r->root, &z->root), .bytes = z->bytes,
-                                  .effect = z->effect};
-    memcpy(as.all, z->all, sizeof as.all);
-    return as;
+static void announce(struct sim_world *w, struct sim_member *m, const struct msg_ready *r,
+                     struct sim_contribution as) {
+    sim_trace(w, "    %u announces fragment %u round %llu: %u samples, %llu of them counted", m->slot,
+              r->fragment, LLU(r->round), samples_count(as.all), LLU(r->samples));
+    keep_contribution(w, r->fragment, r->round, &r->root, as);
 }
 
 void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_ready *r) {
@@ -618,7 +626,7 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
     if (old && (old->freeze == z->number || !digest_equal(&r->root, &z->root))) return;
     const struct sim_contribution *earlier = digest_equal(&r->root, &z->root) ? NULL : find_earlier(w, m, r);
     if (earlier) {
-        keep_contribution(w, m, r, *earlier);
+        announce(w, m, r, *earlier);
         return;
     }
     if (!z->valid || r->chunks != w->fragment_chunks[r->fragment])
@@ -636,7 +644,10 @@ void oracle_ready(struct sim_world *w, struct sim_member *m, const struct msg_re
             sim_violation(w, "slot %u announces a contribution to fragment %u that is not durable",
                           m->slot, r->fragment);
     }
-    keep_contribution(w, m, r, newest_frozen(m, r));
+    z->announced = true;
+    struct sim_contribution newest = newest_frozen(m, r->fragment);
+    newest.lies = !digest_equal(&r->root, &z->root);
+    announce(w, m, r, newest);
 }
 
 /* ---- what members tell the coordinator ------------------------------------------------------------- */

@@ -99,7 +99,7 @@ struct sim_trainer {
     uint64_t base[SIM_CHUNKS_MAX]; /* version of the state it has in each chunk, beside its own work */
 };
 struct sim_freeze { /* what the newest freeze of a fragment must lead to */
-    bool valid;
+    bool valid, announced;
     sim_samples effect[SIM_CHUNKS_MAX], all; /* by chunk of the fragment; by fragment */
     uint64_t base[SIM_CHUNKS_MAX];   /* versions: of what the trainer has, */
     uint64_t anchor[SIM_CHUNKS_MAX]; /* ... and of what that is subtracted from */
@@ -214,6 +214,7 @@ struct sim_core { /* a coordinator's process */
     uint32_t dies_after; /* actions until it dies between two of them; 0 = no */
     struct core_actions out;
 };
+#define SIM_UNANNOUNCED UINT64_MAX /* round of one that was frozen, and never announced */
 struct sim_contribution { /* as its member froze it */
     uint32_t member, slot, fragment;
     uint64_t round, freeze;
