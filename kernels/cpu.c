@@ -80,7 +80,8 @@ static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape 
                            ? cpu_attention_bf16_scratch(s->T, s->heads, s->kv_heads, D)
                        : cpu_attention_512_can(D) ? cpu_attention_512_scratch(s->T, s->heads, s->kv_heads, D)
                                                   : (size_t)(2 * 64) * (size_t)s->T * sizeof(float);
-    return packed + (size_t)cpu->threads * attention + (bf16 && !cpu->native_bf16 ? widened_bytes(s) : 0);
+    size_t wide = bf16 && !cpu->native_bf16 ? widened_bytes(s) : 0;
+    return packed + CPU_PARTS_BYTES(C) + (size_t)cpu->threads * attention + wide;
 }
 
 /* In huge pages where the system gives them on request: what is walked through once a step is then not mapped

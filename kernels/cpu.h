@@ -28,7 +28,11 @@ struct cpu_product {
     size_t packed_bytes;           /* ... which is so large */
 };
 #define CPU_PRODUCTS_MAX 64
-enum cpu_buffer { CPU_WIDE_A, CPU_WIDE_B, CPU_WIDE_C, CPU_PACKED, CPU_BUFFERS };
+enum cpu_buffer { CPU_WIDE_A, CPU_WIDE_B, CPU_WIDE_C, CPU_PACKED, CPU_NORM_PARTS, CPU_BUFFERS };
+
+/* Sums of the gradient of a norm's weights: so many parts of the rows, each [width]. */
+#define CPU_PARTS 64
+#define CPU_PARTS_BYTES(width) ((size_t)CPU_PARTS * (size_t)(width) * sizeof(float))
 
 struct cpu {
     struct kernels table; /* first, so that a table is its backend */
@@ -44,7 +48,7 @@ struct cpu {
     void *buffer[CPU_BUFFERS];     /* operands on their way; they grow */
     size_t buffer_bytes[CPU_BUFFERS];
     int native_bf16;               /* with bf16: the processor multiplies it itself */
-    int plain_attention;           /* for tests: as where there is no AVX-512 */
+    int plain;                     /* for tests: as where there is no AVX-512 */
 };
 
 static inline struct cpu *cpu_of(const struct kernels *k) {
@@ -149,6 +153,15 @@ void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, 
 void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                                  const void *out, const float *lse, const int32_t *start, int B, int T,
                                  int H, int KV, int D);
+/* SwiGLU likewise. */
+int cpu_swiglu_512_can(void);
+void cpu_swiglu_512_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F);
+void cpu_swiglu_512_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up,
+                             int rows, int F);
+int cpu_swiglu_bf16_can(void);
+void cpu_swiglu_bf16_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F);
+void cpu_swiglu_bf16_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up,
+                              int rows, int F);
 #else
 #define cpu_attention_512_can(D) 0
 #define cpu_attention_512_scratch(...) 0
@@ -158,6 +171,12 @@ void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void
 #define cpu_attention_bf16_scratch(...) 0
 #define cpu_attention_bf16_forward(...) ((void)0)
 #define cpu_attention_bf16_backward(...) ((void)0)
+#define cpu_swiglu_512_can() 0
+#define cpu_swiglu_512_forward(...) ((void)0)
+#define cpu_swiglu_512_backward(...) ((void)0)
+#define cpu_swiglu_bf16_can() 0
+#define cpu_swiglu_bf16_forward(...) ((void)0)
+#define cpu_swiglu_bf16_backward(...) ((void)0)
 #endif
 void cpu_states_entries(struct kernels *k);
 void cpu_rows_entries(struct kernels *k);

@@ -98,7 +98,7 @@ static void forward_block(struct cpu *cpu, float *out, float *lse, const float *
 void cpu_attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
                            const int32_t *start, int B, int T, int H, int KV, int D) {
     struct cpu *cpu = cpu_of(k);
-    if (!cpu->plain_attention && cpu_attention_512_can(D)) {
+    if (!cpu->plain && cpu_attention_512_can(D)) {
         cpu_attention_512_forward(k, out, lse, qkv, start, B, T, H, KV, D);
         return;
     }
@@ -178,7 +178,7 @@ void cpu_attention_backward(const struct kernels *k, void *dqkv, const void *dou
                             const void *out, const float *lse, const int32_t *start, int B, int T, int H,
                             int KV, int D) {
     struct cpu *cpu = cpu_of(k);
-    if (!cpu->plain_attention && cpu_attention_512_can(D)) {
+    if (!cpu->plain && cpu_attention_512_can(D)) {
         cpu_attention_512_backward(k, dqkv, dout, qkv, out, lse, start, B, T, H, KV, D);
         return;
     }

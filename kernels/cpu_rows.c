@@ -1,6 +1,6 @@
 /* cpu_rows.c - the CPU backend's kernels that work row by row: embedding, RMSNorm, rotary
  * embedding, SwiGLU, residual sums, cross-entropy. Rows are shared out over threads; sums over rows are
- * shared out by columns, each thread adding its columns in row order, so the thread count changes no bit
+ * taken in an order that depends on the number of rows alone, so the thread count changes no bit
  * of a result. cpu_rows_bf16.c compiles it once more, with activations and weights in bf16. */
 #include "kernels/bf16.h"
 #include "kernels/cpu.h"
@@ -12,10 +12,12 @@
 typedef uint16_t ACT; /* an activation, or a weight */
 #define GET(x) bf16_widen(x)
 #define PUT(x) bf16_nearest(x)
+#define SWIGLU_512(name) cpu_swiglu_bf16_##name
 #else
 typedef float ACT;
 #define GET(x) (x)
 #define PUT(x) (x)
+#define SWIGLU_512(name) cpu_swiglu_512_##name
 #endif
 
 #define STRIP 64 /* columns one thread takes at a time in sums over rows */
@@ -77,41 +79,43 @@ static void rmsnorm_forward(const struct kernels *k, void *to, float *rstd, cons
         rstd[r] = rmsnorm_row(out + (size_t)r * C, x + (size_t)r * C, w, eps, C);
 }
 
-WIDE static void rmsnorm_backward_row(float *dx, const ACT *dout, const float *x, const float *w, float rstd,
-                                      int C) {
+/* One row; what it adds to dw goes to `sum`. */
+WIDE static void rmsnorm_backward_row(float *dx, float *sum, const ACT *dout, const float *x, const float *w,
+                                      float rstd, int C) {
     float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
     for (int c = 0; c < C; c++) dot += w[c] * GET(dout[c]) * x[c];
     float pull = dot * rstd * rstd / (float)C; /* times x: the part along the normalised row */
 #pragma omp simd
-    for (int c = 0; c < C; c++) dx[c] += rstd * (w[c] * GET(dout[c]) - x[c] * pull);
-}
-
-/* dw of `width` <= STRIP columns over all rows; C is the distance between rows. */
-WIDE static void rmsnorm_backward_strip(float *dw, const ACT *dout, const float *x, const float *rstd,
-                                        int rows, int C, int width) {
-    float sum[STRIP] = { 0 };
-    for (int r = 0; r < rows; r++, dout += C, x += C) {
-        float s = rstd[r];
-#pragma omp simd
-        for (int c = 0; c < width; c++) sum[c] += GET(dout[c]) * x[c] * s;
+    for (int c = 0; c < C; c++) {
+        float d = GET(dout[c]);
+        dx[c] += rstd * (w[c] * d - x[c] * pull);
+        sum[c] += d * x[c] * rstd;
     }
-    for (int c = 0; c < width; c++) dw[c] += sum[c];
 }
 
+/* Rows go in up to CPU_PARTS parts, whatever the threads, each with its own sum of dw in [C] of `part`. */
 static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, const void *from,
                              const float *x, const float *w, const float *rstd, int rows, int C) {
     const ACT *dout = from;
+    float *part = cpu_buffer(cpu_of(k), CPU_NORM_PARTS, CPU_PARTS_BYTES(C));
+    int each = (rows + CPU_PARTS - 1) / CPU_PARTS, parts = (rows + each - 1) / each;
+    if (!part) return;
 #pragma omp parallel num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT((size_t)rows * C))
     {
-#pragma omp for nowait
-        for (int r = 0; r < rows; r++) {
-            size_t at = (size_t)r * C;
-            rmsnorm_backward_row(dx + at, dout + at, x + at, w, rstd[r], C);
+#pragma omp for
+        for (int p = 0; p < parts; p++) {
+            float *sum = part + (size_t)p * C;
+            memset(sum, 0, (size_t)C * sizeof *sum);
+            for (int r = p * each; r < rows && r < (p + 1) * each; r++) {
+                size_t at = (size_t)r * C;
+                rmsnorm_backward_row(dx + at, sum, dout + at, x + at, w, rstd[r], C);
+            }
         }
 #pragma omp for
         for (int c = 0; c < C; c += STRIP)
-            rmsnorm_backward_strip(dw + c, dout + c, x + c, rstd, rows, C, strip_at(c, C));
+            for (int p = 0; p < parts; p++)
+                for (int i = 0; i < strip_at(c, C); i++) dw[c + i] += part[(size_t)p * C + c + i];
     }
 }
 
@@ -180,6 +184,10 @@ static void swiglu_row(ACT *out, const ACT *gate, const ACT *up, int F) {
 }
 
 static void swiglu_forward(const struct kernels *k, void *to, const void *from, int rows, int F) {
+    if (!cpu_of(k)->plain && SWIGLU_512(can)()) {
+        SWIGLU_512(forward)(k, to, from, rows, F);
+        return;
+    }
     ACT *out = to;
     const ACT *gate_up = from;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * F))
@@ -212,6 +220,10 @@ static void swiglu_backward_row(ACT *dgate, ACT *dup, const ACT *dout, const ACT
 
 static void swiglu_backward(const struct kernels *k, void *to, const void *dfrom, const void *from,
                             int rows, int F) {
+    if (!cpu_of(k)->plain && SWIGLU_512(can)()) {
+        SWIGLU_512(backward)(k, to, dfrom, from, rows, F);
+        return;
+    }
     ACT *dgate_up = to;
     const ACT *dout = dfrom, *gate_up = from;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * F))

@@ -399,7 +399,11 @@ static void compare_by_row(struct kernels *k) {
 
 static void kernels_by_row_are_the_references(void **state) {
     (void)state;
-    compare_by_row(create(2, 0, 0));
+    for (int plain = 0; plain <= 1; plain++) { /* with AVX-512, where the processor has it, and without */
+        struct kernels *k = create(2, 0, 0);
+        cpu_of(k)->plain = plain;
+        compare_by_row(k);
+    }
     compare_by_row(cuda(PLANES));
 }
 
