@@ -174,13 +174,16 @@ static void slice_in(uint16_t *upper, uint16_t *rest, const float *wide, size_t 
 
 static uint16_t *rest_at(uint16_t *rest, size_t i) { return rest ? rest + i : NULL; }
 
+/* What is widened at a time stays, with both its halves, in the first cache. */
+#define WIDENED 1024
+
 static void adamw(const struct kernels *k, void *param, uint16_t *rest, const float *grad, float *m, float *v,
                   size_t n, const struct kernels_adamw *a) {
     uint16_t *upper = param;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
-    for (size_t i = 0; i < n; i += CPU_SLICE) {
-        float wide[CPU_SLICE];
-        size_t here = slice_at(i, n);
+    for (size_t i = 0; i < n; i += WIDENED) {
+        float wide[WIDENED];
+        size_t here = n - i < WIDENED ? n - i : WIDENED;
         slice_out(wide, upper + i, rest_at(rest, i), here);
         cpu_adamw_slice(wide, grad + i, m + i, v + i, here, a);
         slice_in(upper + i, rest_at(rest, i), wide, here, a->seed, a->first + i);
@@ -191,9 +194,9 @@ static void descend(const struct kernels *k, void *param, uint16_t *rest, const 
                     const struct kernels_descent *d) {
     uint16_t *upper = param;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT(n))
-    for (size_t i = 0; i < n; i += CPU_SLICE) {
-        float wide[CPU_SLICE];
-        size_t here = slice_at(i, n);
+    for (size_t i = 0; i < n; i += WIDENED) {
+        float wide[WIDENED];
+        size_t here = n - i < WIDENED ? n - i : WIDENED;
         slice_out(wide, upper + i, rest_at(rest, i), here);
         cpu_descend_slice(wide, direction + i, here, d);
         slice_in(upper + i, rest_at(rest, i), wide, here, d->seed, d->first + i);
