@@ -93,18 +93,18 @@ void core_on_checkpoint_sign(struct core *c, struct member *m,
 #define NEWER_ENTRIES "members may still show newer entries than this store has"
 #define WHY_SHOWN 150 /* of a reason that is longer, the end: it has the cause, the rest is a path */
 
+/* Of the run's last state it is tried again, some times; one that was begun before and failed says nothing of it. */
 static void checkpoint_failed(struct core *c, const struct msg_checkpoint_done *msg,
                               uint64_t now_ms, struct core_actions *out) {
     char why[PROTO_TEXT_BYTES_MAX + 1];
-    bool again = c->complete && ++c->checkpoint_tries < CORE_CHECKPOINT_TRIES_MAX;
+    bool last = c->complete && msg->index == core_state_now(c)->index;
+    bool again = last && ++c->checkpoint_tries < CORE_CHECKPOINT_TRIES_MAX;
     proto_str_copy(msg->written ? proto_str(NEWER_ENTRIES) : msg->text, why, sizeof why);
     size_t length = strlen(why), cut = length > WHY_SHOWN ? length - WHY_SHOWN : 0;
     core_log(out, CORE_ERROR, "checkpoint of ledger %llu failed: %s%s; %s",
              (unsigned long long)msg->index, cut ? "..." : "", why + cut,
-             again                       ? "tried again soon"
-             : c->complete ? "given up"
-                                         : "the next one is written as planned");
-    if (c->complete) c->checkpoint_due = again ? core_state_now(c)->index : 0;
+             again ? "tried again soon" : last ? "given up" : "the next one is written as planned");
+    if (last) c->checkpoint_due = again ? core_state_now(c)->index : 0;
     c->checkpoint_retry_ms = now_ms + c->outer->silence_ms_max;
 }
 

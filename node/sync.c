@@ -172,11 +172,17 @@ static int load_meta(struct sync *s) {
     return ok ? 0 : err_set(&s->failure, ERR_CORRUPT, "the file 'meta' is not what was written");
 }
 
+static void checkpoint_forget_next(struct sync *s) {
+    if (s->checkpoint.next_waits) proto_copy_release(RECORD_checkpoint_write, &s->checkpoint.next);
+    s->checkpoint.next_waits = false;
+}
+
 static void forget_connection(struct sync *s) {
     s->connected = s->welcomed = s->synced = false;
     s->session = 0;
     s->leases.known = s->leases.asked = false;
     s->state.told = false;
+    checkpoint_forget_next(s); /* it is asked for again, or a newer one */
     if (s->checkpoint.open) sync_act(s, SYNC_ACT_CHECKPOINT_ALONE);
     for (uint32_t f = 0; f < s->fragment_count; f++) s->contribution[f].announced = false;
 }
@@ -332,23 +338,33 @@ static void checkpoint_say_done(struct sync *s, uint64_t index, bool written,
     sync_send(s, MSG_CHECKPOINT_DONE, 0, &done);
 }
 
-/* Asked again for what is being written, as the coordinator does after each lost connection, it says nothing:
- * the end will be said when it is there. */
-static void on_checkpoint_write(struct sync *s, const struct msg_checkpoint_write *msg) {
-    char why[PROTO_TEXT_BYTES_MAX + 1] = "the state has moved on";
+static void checkpoint_begin(struct sync *s, const struct msg_checkpoint_write *msg) {
     bool here = s->state.whole && s->state.index == msg->index &&
                 digest_equal(&s->state.root, &msg->root);
-    if (s->checkpoint.open && s->checkpoint.index == msg->index) return;
-    if (s->checkpoint.open)
-        snprintf(why, sizeof why, "that of ledger %llu is still being written",
-                 (unsigned long long)s->checkpoint.index);
-    if (s->checkpoint.open || !here) {
-        checkpoint_say_done(s, msg->index, false, (struct digest){{0}}, why);
+    if (!here) {
+        checkpoint_say_done(s, msg->index, false, (struct digest){{0}}, "the state has moved on");
         return;
     }
     act_message(s, SYNC_ACT_CHECKPOINT_BEGIN, MSG_CHECKPOINT_WRITE, 0, msg);
     s->checkpoint.open = true;
     s->checkpoint.index = msg->index;
+}
+
+/* Asked again for what is being written, as the coordinator does after each lost connection, it says nothing:
+ * the end will be said when it is there. Another one waits for that end: a run's last one must not fail because
+ * the one before takes long. */
+static void on_checkpoint_write(struct sync *s, const struct msg_checkpoint_write *msg) {
+    checkpoint_forget_next(s);
+    if (!s->checkpoint.open)
+        checkpoint_begin(s, msg);
+    else if (s->checkpoint.index != msg->index)
+        s->checkpoint.next_waits = !proto_copy(RECORD_checkpoint_write, msg, &s->checkpoint.next, &s->failure);
+}
+
+static void checkpoint_begin_next(struct sync *s) {
+    if (!s->checkpoint.next_waits) return;
+    checkpoint_begin(s, &s->checkpoint.next);
+    checkpoint_forget_next(s);
 }
 
 static void checkpoint_ask_signature(struct sync *s) {
@@ -361,6 +377,13 @@ static void checkpoint_ask_signature(struct sync *s) {
 static void checkpoint_forget_manifest(struct sync *s) {
     free(s->checkpoint.manifest);
     s->checkpoint.manifest = NULL;
+}
+
+/* The agent's writer, should it be at it, ends with the next one that is begun. */
+void sync_checkpoint_undone(struct sync *s, uint64_t at_index) {
+    if (s->checkpoint.index <= at_index) return;
+    s->checkpoint.open = s->checkpoint.unsaid = false;
+    checkpoint_forget_manifest(s);
 }
 
 /* What the last connection may have lost is said again. */
@@ -389,6 +412,7 @@ static void on_checkpoint(struct sync *s, const struct sync_event *ev) {
     s->checkpoint.digest = ev->manifest_digest;
     snprintf(s->checkpoint.text, sizeof s->checkpoint.text, "%s", ev->text ? ev->text : "");
     if (s->synced) checkpoint_resume(s);
+    checkpoint_begin_next(s);
 }
 
 static void on_checkpoint_signed(struct sync *s, const struct msg_checkpoint_signed *msg) {
@@ -668,6 +692,7 @@ void sync_destroy(struct sync *s) {
     contribution_release(s);
     state_release(s);
     ledger_release(s);
+    checkpoint_forget_next(s);
     checkpoint_forget_manifest(s);
     for (uint32_t f = 0; s->fragment && f < s->fragment_count; f++) free(s->fragment[f].chunk);
     free(s->fragment);

@@ -446,6 +446,8 @@ struct sync {
         uint32_t manifest_length;
         struct digest digest;
         char text[PROTO_TEXT_BYTES_MAX + 1];
+        bool next_waits; /* for the end of this one */
+        struct msg_checkpoint_write next; /* owned */
         struct checkpoint_keep { /* of another's: waits until the state is that of its index */
             bool waits;
             struct msg_checkpoint_keep msg;
@@ -478,6 +480,8 @@ void sync_send_peer(struct sync *s, uint32_t peer, enum proto_type type, uint64_
                     uint64_t plan, const void *msg);
 void sync_act_roster(struct sync *s, const struct msg_roster_body *roster);
 void sync_disconnect(struct sync *s, const char *why);
+/* The run went back to the state at at_index: nobody will sign a checkpoint of a later one. */
+void sync_checkpoint_undone(struct sync *s, uint64_t at_index);
 /* The highest term and what else must outlive us. */
 int sync_save_meta(struct sync *s);
 

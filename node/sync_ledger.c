@@ -308,6 +308,7 @@ static int after_rewind(struct sync *s) {
         contribution_drop(s, f);
     }
     s->leases.count = 0;
+    sync_checkpoint_undone(s, s->ledger.rewind.to.at_index);
     if (!SYNC_HAS_FAULT(REWIND_KEEPS_WORK))
         trainer_lose_work(s, SYNC_LOSS_STATE, "the run went back to a checkpoint");
     if (s->residual) memset(s->residual, 0, s->config.elements * sizeof *s->residual);

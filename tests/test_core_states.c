@@ -147,6 +147,40 @@ static void a_checkpoint_is_written_signed_and_entered_in_the_ledger(void **stat
     assert_int_equal(look(r).head_index, head + 1);
 }
 
+/* The own node lost its connection while it wrote one for long, and the run was complete meanwhile. What
+ * becomes of the older one is no try of the last, which is asked for once. */
+static void the_last_checkpoint_fails_by_its_own_tries_alone(void **state) {
+    struct rig *r = *state;
+    r->outer.checkpoint_rounds = 1;
+    r->inner.total_tokens = 32 * SEQUENCE;
+    start_reducing(r, 2);
+    commit_once(r);
+    for (int i = 1; i <= 3; i++) say_root(r, &r->fake[i]);
+    struct msg_checkpoint_done older = {.index = r->fake[1].state}, last = {0};
+    for (int i = 2; i <= 3; i++) be_ready(r, &r->fake[i], 8);
+    commit_once(r);
+    say_root(r, &r->fake[1]);
+    assert_string_equal(look(r).phase, "complete");
+    assert_null(sent(r, &r->fake[1], MSG_CHECKPOINT_WRITE));
+    dial(r, &r->fake[1]);
+    hello(r, &r->fake[1]);
+    const struct core_action *a = sent(r, &r->fake[1], MSG_CHECKPOINT_WRITE);
+    assert_non_null(a);
+    last.index = ((const struct msg_checkpoint_write *)a->msg)->index;
+    assert_int_equal(last.index, r->fake[1].state);
+    say(r, &r->fake[1], MSG_CHECKPOINT_DONE, 0, &older);
+    for (uint32_t tries = 1; tries <= 3; tries++) {
+        say(r, &r->fake[1], MSG_CHECKPOINT_DONE, 0, &last);
+        uint32_t asked = 0;
+        for (int i = 0; i < 60; i++) {
+            say(r, &r->fake[1], MSG_HEARTBEAT, 0, &(struct msg_heartbeat){0});
+            tick(r, 100);
+            asked += sent(r, &r->fake[1], MSG_CHECKPOINT_WRITE) != NULL;
+        }
+        assert_int_equal(asked, tries < 3);
+    }
+}
+
 static void paused_means_no_leases_and_no_plans_also_after_a_restart(void **state) {
     struct rig *r = *state;
     start_with(r, 2);
@@ -385,6 +419,7 @@ int main(void) {
         T(who_is_behind_nat_is_told_who_needs_its_state),
         T(holders_are_named_again_after_a_restart),
         T(a_checkpoint_is_written_signed_and_entered_in_the_ledger),
+        T(the_last_checkpoint_fails_by_its_own_tries_alone),
         T(paused_means_no_leases_and_no_plans_also_after_a_restart),
         T(every_damaged_row_is_refused_or_harmless),
         T(a_rewind_frees_samples_and_tokens_and_moves_every_base),

@@ -104,6 +104,26 @@ static void undone_commits_are_read_from_the_checkpoint(void **state) {
     for (uint32_t id = 1; id <= 3; id++) assert_state(r, id, &e);
 }
 
+/* The own node was writing what is undone now, and waits for a signature that nobody gives: the next checkpoint
+ * must not wait for its end (simulator, seed 64). */
+static void a_checkpoint_that_was_undone_holds_up_no_other(void **state) {
+    struct rig *r = *state;
+    uint64_t at = one_commit(r);
+    struct digest root = root_of(r, 1);
+    whole_round(r, &BOTH[1]);
+    announce_to_all(r, &BOTH[1]);
+    struct msg_checkpoint_write w = {.index = r->base_index, .root = root_of(r, 1), .url = proto_str("file:///x")};
+    say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
+    step(r, 1, &(struct sync_event){.type = SYNC_EV_CHECKPOINT, .manifest = {(const uint8_t *)"abc", 3}});
+    assert_int_equal(r->node[1].checkpoint_begins, 1);
+    r->checkpoint_here = true;
+    w.index = rewind_to(r, at, &root);
+    w.root = root;
+    come_again(r, 1, NULL, 0);
+    say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
+    assert_int_equal(r->node[1].checkpoint_begins, 2);
+}
+
 /* ... and fetched from members where it cannot: of the fragment that did not change nothing is fetched. */
 static void undone_commits_are_fetched_from_members(void **state) {
     struct rig *r = *state;
@@ -301,6 +321,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         T(member_at_the_checkpoint_relabels),
         T(undone_commits_are_read_from_the_checkpoint),
+        T(a_checkpoint_that_was_undone_holds_up_no_other),
         T(undone_commits_are_fetched_from_members),
         T(a_reset_that_was_being_prepared_begins_anew),
         T(crash_while_going_back),

@@ -34,6 +34,38 @@ static void round_gives_everybody_the_right_bits(void **state) {
     assert_int_equal(ready_of(r, 2)->ranges[0].start, 2000 + STEPS * BATCH);
 }
 
+/* The own node lost its connection while it wrote one for long, and the run was complete meanwhile: the last
+ * one must not be refused until the coordinator gives it up. What a lost connection asked for is forgotten. */
+static void a_checkpoint_begins_when_the_one_before_has_ended(void **state) {
+    struct rig *r = *state;
+    struct node *own = &r->node[1];
+    struct msg_checkpoint_write w = {.url = proto_str("file:///x")};
+    struct sync_event ends = {.type = SYNC_EV_CHECKPOINT, .done = true, .ok = true, .text = ""};
+    three_members(r);
+    w.root = root_of(r, 1);
+    say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
+    train_round(r, 2);
+    train_round(r, 3);
+    whole_round(r, &THREE);
+    announce(r, 1, &THREE, 0);
+    w.index = r->base_index;
+    w.root = root_of(r, 1);
+    say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
+    assert_int_equal(own->checkpoint_begins, 1);
+    assert_int_equal(count_sent(r, 1, MSG_CHECKPOINT_DONE), 0);
+    step(r, 1, &ends);
+    assert_int_equal(count_sent(r, 1, MSG_CHECKPOINT_DONE), 1);
+    assert_int_equal(((const struct msg_checkpoint_done *)last_sent(r, 1, MSG_CHECKPOINT_DONE)->msg)->index, 0);
+    assert_int_equal(own->checkpoint_begins, 2);
+    w.index++;
+    say(r, 1, MSG_CHECKPOINT_WRITE, 0, &w);
+    own->connected = false;
+    step(r, 1, &(struct sync_event){.type = SYNC_EV_DISCONNECTED});
+    step(r, 1, &ends);
+    assert_int_equal(own->checkpoint_begins, 2);
+    assert_int_equal(count_sent(r, 1, MSG_CHECKPOINT_DONE), 1);
+}
+
 /* It hears of a checkpoint before it has applied the commit: the state is kept when it is there, and only if
  * it is that one; of one that is past there is nothing to keep. */
 static void what_is_to_be_kept_is_kept_when_it_is_there(void **state) {
@@ -349,7 +381,7 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         T(round_gives_everybody_the_right_bits),
-        T(what_is_to_be_kept_is_kept_when_it_is_there),
+        T(a_checkpoint_begins_when_the_one_before_has_ended),
         T(what_is_to_be_kept_is_kept_when_it_is_there),
         T(contributor_aggregates),
         T(dropped_contributor_does_not_count_in_the_divisor),

@@ -106,7 +106,7 @@ static void perform_one(struct sim_world *w, struct sim_member *m, struct sync_a
     case SYNC_ACT_CHECKPOINT_ALONE: sim_share_alone(w, m); break;
     case SYNC_ACT_CHECKPOINT_KEEP: break;
     case SYNC_ACT_CHECKPOINT_PART: sim_share_asked(w, m, a->msg); break;
-    case SYNC_ACT_CHECKPOINT_SIGNED: sim_schedule(w, 10, SIM_CHECKPOINT, m->slot)->value = 1; break;
+    case SYNC_ACT_CHECKPOINT_SIGNED: sim_share_publish(w, m); break;
     case SYNC_ACT_BYE: on_bye(w, m, a); break;
     case SYNC_ACT_LOG: sim_trace(w, "slot %u: %s", m->slot, a->text); break;
     }
@@ -327,7 +327,9 @@ void sim_member_event(struct sim_world *w, struct sim_member *m, struct sim_even
     case SIM_TRAINER_UP:
     case SIM_TRAINER_STEP:
     case SIM_TRAINER_REPLY: sim_trainer_event(w, m, e); break;
-    case SIM_CHECKPOINT: on_checkpoint(w, m, e->value == 1); break;
+    case SIM_CHECKPOINT:
+        if (e->frame.plan == w->share.index) on_checkpoint(w, m, e->value == 1);
+        break;
     case SIM_PART: sim_share_event(w, m, e); break;
     default: peer_event(w, m, e);
     }

@@ -15,6 +15,14 @@ static void offer(struct sim_world *w, struct sim_member *m, uint32_t part, bool
     sim_member_step(w, m, &(struct sync_event){.type = SYNC_EV_CHECKPOINT_OFFER, .msg = &msg});
 }
 
+/* Of the checkpoint in progress: when another has begun by then, nobody waits for it. */
+static struct sim_event *later(struct sim_world *w, struct sim_member *m, enum sim_kind kind, uint64_t ms, uint64_t value) {
+    struct sim_event *e = sim_schedule(w, ms, kind, m->slot);
+    e->value = value;
+    e->frame.plan = w->share.index;
+    return e;
+}
+
 /* The writer looks itself, and says so. */
 static void look(struct sim_world *w, struct sim_member *m, uint32_t part) {
     struct msg_checkpoint_part_done msg = {.index = w->share.index, .part = part, .check = 1, .done = 1};
@@ -28,7 +36,7 @@ static void go_on(struct sim_world *w, struct sim_member *m) {
     bool sent = true, seen = true;
     if (h->open) return;
     for (uint32_t i = 0; i < h->parts; i++) sent = sent && h->sent_by[i], seen = seen && h->seen_by[i];
-    if (seen) sim_schedule(w, 10 + sim_random(w, 200), SIM_CHECKPOINT, m->slot)->value = 0;
+    if (seen) later(w, m, SIM_CHECKPOINT, 10 + sim_random(w, 200), 0);
     for (uint32_t i = 0; sent && !seen && i < h->parts; i++)
         if (h->alone || h->sent_by[i] == 1) look(w, m, i);
     for (uint32_t i = 0; sent && !seen && i < h->parts && h->index; i++)
@@ -41,7 +49,7 @@ void sim_share_begin(struct sim_world *w, struct sim_member *m, const struct msg
     struct sync_view v;
     sync_look(m->sync, &v);
     *h = (struct sim_share){.index = msg->index, .term = v.term, .parts = msg->shared ? 1 + msg->index % SIM_PARTS_MAX : 0};
-    sim_schedule(w, 50 + sim_random(w, 300), SIM_PART, m->slot)->value = UINT64_MAX; /* it has read them */
+    later(w, m, SIM_PART, 50 + sim_random(w, 300), UINT64_MAX); /* it has read them */
 }
 
 static void begin_offers(struct sim_world *w, struct sim_member *m) {
@@ -61,7 +69,7 @@ void sim_share_answer(struct sim_world *w, struct sim_member *m, const struct ms
 
 void sim_share_alone(struct sim_world *w, struct sim_member *m) {
     w->share.alone = true;
-    sim_schedule(w, 1, SIM_PART, m->slot)->value = 1ull << 41;
+    later(w, m, SIM_PART, 1, 1ull << 41);
 }
 
 void sim_share_asked(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part *msg) {
@@ -94,12 +102,13 @@ static void go_alone(struct sim_world *w, struct sim_member *m) {
 
 void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim_event *e) {
     struct sim_share *h = &w->share;
+    bool now = e->frame.plan == h->index;
     if (e->value == UINT64_MAX) {
-        begin_offers(w, m);
+        if (now) begin_offers(w, m);
     } else if (e->value & 1ull << 41) {
-        go_alone(w, m);
+        if (now) go_alone(w, m);
     } else if (e->value & 1ull << 40) {
-        if (e->frame.plan == h->index) answered(w, m, e->value);
+        if (now) answered(w, m, e->value);
     } else {
         struct msg_checkpoint_part_done msg = {.index = e->frame.plan, .part = (uint32_t)(e->value >> 2),
                                                .check = e->value >> 1 & 1, .done = e->value & 1};
@@ -108,6 +117,8 @@ void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim
         sim_member_step(w, m, &(struct sync_event){.type = SYNC_EV_CHECKPOINT_PART, .msg = &msg});
     }
 }
+
+void sim_share_publish(struct sim_world *w, struct sim_member *m) { later(w, m, SIM_CHECKPOINT, 10, 1); }
 
 /* A coordinator that was stopped may sign what it was asked for before its successor had it written again. */
 void sim_share_signed(struct sim_world *w, uint64_t term, uint64_t index) {

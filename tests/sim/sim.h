@@ -434,6 +434,8 @@ void sim_share_begin(struct sim_world *w, struct sim_member *m, const struct msg
 void sim_share_answer(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part_done *msg);
 void sim_share_alone(struct sim_world *w, struct sim_member *m);
 void sim_share_asked(struct sim_world *w, struct sim_member *m, const struct msg_checkpoint_part *msg);
+/* Its manifest has been signed. */
+void sim_share_publish(struct sim_world *w, struct sim_member *m);
 void sim_share_event(struct sim_world *w, struct sim_member *m, const struct sim_event *e);
 /* The coordinator signs a manifest: what members sent, others have looked at. */
 void sim_share_signed(struct sim_world *w, uint64_t term, uint64_t index);
