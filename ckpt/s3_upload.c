@@ -394,10 +394,12 @@ static int write_spool(struct s3_upload *u, uint64_t offset, const uint8_t *byte
     return 0;
 }
 
-static void queue(struct s3_upload *u, struct part *p) {
-    if (!u->begun || u->shared || is_small(u) || p->state != PART_FULL || u->failure.code) return;
+/* True where a thread has something to do now. */
+static bool queue(struct s3_upload *u, struct part *p) {
+    if (!u->begun || u->shared || is_small(u) || p->state != PART_FULL || u->failure.code) return false;
     p->state = PART_QUEUED;
     u->busy++;
+    return true;
 }
 
 /* The spool needs the space of a part that is sent no more. One at a time, and in the thread that writes to the
@@ -422,6 +424,7 @@ int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes
     assert(offset <= u->bytes && n <= u->bytes - offset);
     release_one(u);
     if (write_spool(u, offset, bytes, n, err)) return -1;
+    bool queued = false;
     pthread_mutex_lock(&p->mutex);
     for (uint64_t at = offset, end = offset + n; at < end;) {
         uint32_t i = (uint32_t)(at / u->part_bytes);
@@ -431,13 +434,18 @@ int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes
         at = stop;
         assert(part->filled <= bytes_of(u, i)); /* pieces overlap */
         if (part->filled == bytes_of(u, i)) part->state = PART_FULL;
-        queue(u, part);
+        queued = queue(u, part) || queued;
     }
     struct err e = u->failure;
-    pthread_cond_broadcast(&p->changed);
+    if (queued) pthread_cond_broadcast(&p->changed); /* else each piece would wake them all, to find nothing */
     pthread_mutex_unlock(&p->mutex);
     if (e.code && err) *err = e;
     return e.code ? -1 : 0;
+}
+
+/* By who waits for the network: to free a gigabyte's pages takes 80 ms, which whoever closes the file would wait. */
+static int empty_spool(struct s3_upload *u, struct err *err) {
+    return ftruncate(u->spool, 0) ? err_set_errno(err, "%.64s: shorten the spool file", u->name) : 0;
 }
 
 /* From now on whole parts are sent as they come; wait until none is on its way. */
@@ -485,7 +493,7 @@ int s3_upload_release(struct ckpt_upload *upload, struct err *err) {
     assert(u->shared && u->done);
     for (uint32_t i = 0; i < u->part_count; i++)
         if (digest_part(u, i, err)) return -1;
-    return ftruncate(u->spool, 0) ? err_set_errno(err, "%.64s: shorten the spool file", u->name) : 0;
+    return empty_spool(u, err);
 }
 
 static int sign_part(struct s3_upload *u, uint32_t i, struct s3_presign *p, struct ckpt_part *out,
@@ -628,7 +636,7 @@ int s3_upload_complete(struct ckpt_upload *upload, struct err *err) {
         (is_small(u) ? put_small(u, err) : complete_multipart(u, err)))
         return -1;
     u->done = true;
-    return 0;
+    return u->shared ? 0 : empty_spool(u, err);
 }
 
 void s3_upload_destroy(struct ckpt_upload *upload) {

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #define SYNC_BYTES (16u << 20) /* put into one file before it is worth a sync */
+#define LOOK_BYTES (2u << 20)  /* ... before it is worth a look which parts are whole now */
 
 /* ---- state ------------------------------------------------------------------------------------- */
 
@@ -313,8 +314,10 @@ static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint6
                                   (size_t)(end - from) * width, err))
         return -1;
     pthread_mutex_lock(&w->mutex);
-    if (!w->parts) f->dirty_bytes += (end - from) * width;
-    if (w->parts || writer_most_dirty(w)) pthread_cond_broadcast(&w->changed);
+    f->dirty_bytes += (end - from) * width;
+    bool worth = w->parts ? f->dirty_bytes >= LOOK_BYTES : writer_most_dirty(w) != NULL;
+    if (w->parts && worth) f->dirty_bytes = 0;
+    if (worth) pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->mutex);
     return 0;
 }

@@ -15,11 +15,12 @@
 #include "node/timer.h"
 
 #define BACKLOG_WAIT_MS 5
+#define PIECE_ELEMENTS (1u << 16) /* put in one turn: half a megabyte */
 
 struct checkpoint {
     struct event_base *base;
     uint64_t elements;
-    uint32_t chunk_elements, chunks;
+    uint32_t chunk_elements;
     char tokenizer[HOME_FILE_BYTES]; /* path of its file, or "" */
     const struct checkpoint_ops *ops;
     void *arg;
@@ -30,7 +31,7 @@ struct checkpoint {
     struct event *ready;        /* the writer's fd */
     const struct sync *sync;
     uint64_t index;
-    uint32_t next;              /* the chunk to look at next */
+    uint64_t next;              /* the element to look at next; those of its chunk before it were put */
     bool finishing;
     struct digest manifest;     /* of the manifest's bytes, from CKPT_UNSIGNED on */
     struct err failed;          /* code != ERR_NONE: to be told */
@@ -56,12 +57,16 @@ static void fail(struct checkpoint *c, const struct err *err) {
 
 /* ---- putting --------------------------------------------------------------------------------- */
 
-/* Hand over a chunk unless that was done. -1: the writer failed and was closed. */
-static int put(struct checkpoint *c, uint32_t chunk) {
+/* The end of the chunk that an element is in. */
+static uint64_t end_of_chunk(const struct checkpoint *c, uint64_t element) {
+    uint64_t end = (element / c->chunk_elements + 1) * c->chunk_elements;
+    return end < c->elements ? end : c->elements;
+}
+
+/* Hand over elements of one chunk unless that was done. -1: the writer failed and was closed. */
+static int put(struct checkpoint *c, uint64_t first, uint64_t end) {
     struct err err = {0};
-    uint64_t first = (uint64_t)chunk * c->chunk_elements;
-    size_t n = c->elements - first < c->chunk_elements ? (size_t)(c->elements - first)
-                                                       : c->chunk_elements;
+    size_t n = (size_t)(end - first);
     if (!ckpt_writer_wants(c->writer, first, n)) return 0;
     if (!ckpt_writer_put(c->writer, first, n, sync_anchor(c->sync) + first,
                          sync_momentum(c->sync) + first, &err))
@@ -72,7 +77,8 @@ static int put(struct checkpoint *c, uint32_t chunk) {
 
 void checkpoint_before_change(void *checkpoint, uint32_t chunk) {
     struct checkpoint *c = checkpoint;
-    if (c->writer && !c->finishing) put(c, chunk);
+    uint64_t first = (uint64_t)chunk * c->chunk_elements, end = end_of_chunk(c, first);
+    if (c->writer && !c->finishing) put(c, c->next > first && c->next < end ? c->next : first, end);
 }
 
 static void tell_failure(struct checkpoint *c) {
@@ -82,7 +88,8 @@ static void tell_failure(struct checkpoint *c) {
     c->ops->on_done(c->arg, false, &none, err.msg);
 }
 
-/* One chunk a turn: about a millisecond per MiB. */
+/* A piece of a chunk a turn, about half a millisecond: on a busy machine a turn that takes more than the scheduler
+ * gives at once waits for everybody else's turn in its middle. */
 static void on_work(evutil_socket_t fd, short what, void *arg) {
     (void)fd, (void)what;
     struct checkpoint *c = arg;
@@ -95,8 +102,10 @@ static void on_work(evutil_socket_t fd, short what, void *arg) {
         timer_set(c->work, BACKLOG_WAIT_MS);
         return;
     }
-    if (c->next < c->chunks) {
-        if (!put(c, c->next++)) timer_set(c->work, 0);
+    if (c->next < c->elements) {
+        uint64_t first = c->next, end = end_of_chunk(c, first);
+        c->next = end - first < PIECE_ELEMENTS ? end : first + PIECE_ELEMENTS;
+        if (!put(c, first, c->next)) timer_set(c->work, 0);
         return;
     }
     c->finishing = true;
@@ -261,7 +270,6 @@ struct checkpoint *checkpoint_create(struct event_base *base, uint64_t elements,
     c->base = base;
     c->elements = elements;
     c->chunk_elements = chunk_elements;
-    c->chunks = (uint32_t)((elements + chunk_elements - 1) / chunk_elements);
     c->ops = ops;
     c->arg = arg;
     if (tokenizer) snprintf(c->tokenizer, sizeof c->tokenizer, "%s", tokenizer);
