@@ -443,7 +443,7 @@ int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes
     return e.code ? -1 : 0;
 }
 
-/* By who waits for the network: to free a gigabyte's pages takes 80 ms, which whoever closes the file would wait. */
+/* By who waits for the network anyway: to free a gigabyte's pages takes 80 ms of whoever closes the file. */
 static int empty_spool(struct s3_upload *u, struct err *err) {
     return ftruncate(u->spool, 0) ? err_set_errno(err, "%.64s: shorten the spool file", u->name) : 0;
 }

@@ -9,6 +9,38 @@
 
 static void perform(struct agent *a, const struct sync_action *act);
 
+/* ---- what holds the loop up ------------------------------------------------------------------ */
+
+#define LONG_TURN_MS 20
+#define TOLD_MS 60000
+
+static void note_turn(struct agent *a, const char *what, const struct timer_turn *turn) {
+    if (turn->us <= a->longest.us) return;
+    a->longest = *turn;
+    a->longest_for = what;
+}
+
+static void tell_longest_turn(struct agent *a) {
+    uint64_t now = timer_now_ms();
+    if (a->longest.us < 1000 * LONG_TURN_MS || now - a->longest_told_ms < TOLD_MS) return;
+    console_say(a->console, SYNC_DEBUG, "loop", "held up for %llu ms by %s, which worked for %llu ms of it",
+                (unsigned long long)a->longest.us / 1000, a->longest_for,
+                (unsigned long long)a->longest.worked_us / 1000);
+    a->longest = (struct timer_turn){0};
+    a->longest_told_ms = now;
+}
+
+static const char *name_of(const struct sync_event *ev) {
+    switch (ev->type) {
+    case SYNC_EV_MESSAGE: case SYNC_EV_PEER_MESSAGE: return proto_type_name(ev->frame.type);
+    case SYNC_EV_WORK: return "work on a round";
+    case SYNC_EV_TICK: return "the tick";
+    case SYNC_EV_TRAINER_FROZEN: return "a contribution";
+    case SYNC_EV_TRAINER_APPLIED: return "an applied result";
+    default: return "another event";
+    }
+}
+
 /* ---- sync ------------------------------------------------------------------------------------ */
 
 /* One event in, its actions carried out. Nothing that is called from here calls back into here: the
@@ -17,11 +49,14 @@ void agent_feed(struct agent *a, const struct sync_event *ev) {
     struct err err = {0};
     if (!a->sync || (a->leaving && ev->type != SYNC_EV_LEAVE)) return;
     assert(!a->stepping);
+    struct timer_turn begun = timer_turn(), turn;
     a->stepping = true;
     sync_actions_clear(&a->actions);
     int rc = sync_step(a->sync, ev, timer_now_ms(), &a->actions, &err);
     for (uint32_t i = 0; !rc && i < a->actions.count; i++) perform(a, &a->actions.list[i]);
     a->stepping = false;
+    turn = timer_turn_end(&begun);
+    note_turn(a, name_of(ev), &turn);
     if (rc) {
         err_prefix(&err, "state");
         agent_fail(a, &err);
@@ -77,6 +112,7 @@ void agent_on_tick(evutil_socket_t fd, short what, void *arg) {
     agent_feed(a, &(struct sync_event){ .type = SYNC_EV_TICK,
                                         .beats = a->keeper ? segment_beats(keeper_segment(a->keeper)) : 0 });
     if (a->leaving) return;
+    tell_longest_turn(a);
     struct console_figures f = figures(a);
     if (f.view.chunks_missing == 0) origin_rest(a->origin);
     if (round_is_news(a, &f)) round_applied(a, f);
@@ -270,6 +306,10 @@ const struct peers_ops agent_peers_ops = { .on_open = on_peer_open,
                                            .on_drained = on_peer_drained,
                                            .on_complaint = on_peer_complaint };
 
+static void on_checkpoint_turn(void *arg, const struct timer_turn *turn) {
+    note_turn(arg, "a checkpoint", turn);
+}
+
 static void on_manifest(void *arg, const void *manifest, size_t length) {
     agent_feed(arg, &(struct sync_event){
                   .type = SYNC_EV_CHECKPOINT, .manifest = { manifest, (uint32_t)length },
@@ -307,4 +347,4 @@ void agent_before_change(void *agent, uint32_t chunk) {
 }
 
 const struct checkpoint_ops agent_checkpoint_ops = { .on_manifest = on_manifest, .on_note = on_note,
-                                                            .on_done = on_checkpoint_done };
+                                                     .on_turn = on_checkpoint_turn, .on_done = on_checkpoint_done };

@@ -17,6 +17,7 @@
 #include "node/origin.h"
 #include "node/peers.h"
 #include "node/sync.h"
+#include "node/timer.h"
 #include "node/uplink.h"
 
 #define AGENT_GOODBYE_MS 200 /* what is queued on connections is sent before the loop ends */
@@ -54,6 +55,10 @@ struct agent {
     double loss_sum;            /* over loss_count steps, since the last round's line */
     uint32_t loss_count;
     uint64_t index_shown, round_shown; /* of the state, when the last round's line was written */
+
+    struct timer_turn longest;  /* of the loop's turns since it was told */
+    const char *longest_for;
+    uint64_t longest_told_ms;
 
     struct event *tick, *work, *end, *signals[3];
     bool leaving, trainer_gone, said_goodbye;

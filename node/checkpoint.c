@@ -88,11 +88,9 @@ static void tell_failure(struct checkpoint *c) {
     c->ops->on_done(c->arg, false, &none, err.msg);
 }
 
-/* A piece of a chunk a turn, about half a millisecond: on a busy machine a turn that takes more than the scheduler
- * gives at once waits for everybody else's turn in its middle. */
-static void on_work(evutil_socket_t fd, short what, void *arg) {
-    (void)fd, (void)what;
-    struct checkpoint *c = arg;
+/* A piece of a chunk a turn, about half a millisecond: on a busy machine a turn that takes more than the
+ * scheduler gives at once waits for everybody else's turn in its middle. */
+static void work(struct checkpoint *c) {
     struct err err = {0};
     if (c->failed.code != ERR_NONE) {
         tell_failure(c);
@@ -112,6 +110,18 @@ static void on_work(evutil_socket_t fd, short what, void *arg) {
     if (ckpt_writer_finish(c->writer, &err)) fail(c, &err);
 }
 
+static void told_of(struct checkpoint *c, const struct timer_turn *begun) {
+    struct timer_turn turn = timer_turn_end(begun);
+    c->ops->on_turn(c->arg, &turn);
+}
+
+static void on_work(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct timer_turn begun = timer_turn();
+    work(arg);
+    told_of(arg, &begun);
+}
+
 /* ---- the writer's own progress --------------------------------------------------------------- */
 
 static void on_published(struct checkpoint *c) {
@@ -128,9 +138,7 @@ static void tell_notes(struct checkpoint *c) {
         c->ops->on_note(c->arg, c->index, &n, (uint32_t)(n.first / c->chunk_elements));
 }
 
-static void on_ready(evutil_socket_t fd, short what, void *arg) {
-    (void)fd, (void)what;
-    struct checkpoint *c = arg;
+static void follow(struct checkpoint *c) {
     struct err err = {0};
     size_t length;
     const void *manifest;
@@ -146,6 +154,13 @@ static void on_ready(evutil_socket_t fd, short what, void *arg) {
     case CKPT_FAILED: fail(c, &err); break;
     case CKPT_TAKING: case CKPT_FINISHING: case CKPT_PUBLISHING: break;
     }
+}
+
+static void on_ready(evutil_socket_t fd, short what, void *arg) {
+    (void)fd, (void)what;
+    struct timer_turn begun = timer_turn();
+    follow(arg);
+    told_of(arg, &begun);
 }
 
 void checkpoint_settle(struct checkpoint *c, const struct msg_checkpoint_part_done *msg) {
@@ -247,6 +262,7 @@ static int begin(struct checkpoint *c, struct proto_bytes genesis,
 void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_bytes genesis,
                       const struct msg_checkpoint_write *msg) {
     struct err err = {0};
+    struct timer_turn begun = timer_turn();
     close_writer(c);
     c->failed.code = ERR_NONE;
     c->sync = s;
@@ -256,6 +272,7 @@ void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_b
         fail(c, &err);
     else
         timer_set(c->work, 0);
+    told_of(c, &begun);
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */

@@ -9,6 +9,7 @@
 
 #include "ckpt/ckpt.h"
 #include "node/sync.h"
+#include "node/timer.h"
 #include "node/uplink.h"
 #include "proto/proto.h"
 
@@ -21,6 +22,8 @@ struct checkpoint_ops {
     /* A part that others may send or look at, whose first element is in `chunk`, or one that was looked at
      * here. The former is answered with checkpoint_settle(). */
     void (*on_note)(void *arg, uint64_t index, const struct ckpt_note *note, uint32_t chunk);
+    /* It held up the loop for so long, mostly much less than a millisecond. */
+    void (*on_turn)(void *arg, const struct timer_turn *turn);
     /* The end: ok, or why not (text, one line: "no space left ..."). manifest: digest of its bytes,
      * zero if not ok. */
     void (*on_done)(void *arg, bool ok, const struct digest *manifest, const char *text);

@@ -131,7 +131,12 @@ static void on_done(void *arg, bool ok, const struct digest *manifest, const cha
     m->me->checkpoints++;
 }
 
-static const struct checkpoint_ops checkpoint_ops = {.on_manifest = on_manifest,
+static void on_turn(void *arg, const struct timer_turn *turn) {
+    struct fleet_member *me = ((struct member *)arg)->me;
+    if (1e-6 * (double)turn->worked_us > me->worked_s) me->worked_s = 1e-6 * (double)turn->worked_us;
+}
+
+static const struct checkpoint_ops checkpoint_ops = {.on_manifest = on_manifest, .on_turn = on_turn,
                                                      .on_done = on_done};
 
 /* ---- the loop -------------------------------------------------------------------------------- */
@@ -142,7 +147,7 @@ static void on_watch(evutil_socket_t fd, short what, void *arg) {
     double now = now_s(), late = now - m->real.watched_s - WATCH_S;
     m->real.watched_s = now;
     if (m->me->forget_late) {
-        m->me->late_s = 0;
+        m->me->late_s = m->me->worked_s = 0;
         m->me->forget_late = false;
     } else if (late > m->me->late_s) {
         m->me->late_s = late;
