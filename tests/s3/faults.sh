@@ -107,4 +107,4 @@ over = [k for k in keys if k not in named]
 print(len(keys), "objects left, of", len(named), "named;", len(uploads), "uploads half done", *over[:5])
 sys.exit(1 if over or uploads or len(keys) < len(named) - 1 else 0)
 END
-say "SEED=$SEED: $count faults, $(logged 'is published') checkpoints published, $(logged 'checkpoint of ledger [0-9]* failed') failed, round $(grep -o 'round [0-9]* committed' "$W/coordinator.log" | tail -n 1)"
+say "SEED=$SEED: $count faults, $(logged 'is published') checkpoints published, $(logged 'checkpoint of ledger [0-9]* failed') failed, $(grep -o 'round [0-9]* committed' "$W/coordinator.log" | tail -n 1)"
