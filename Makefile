@@ -61,7 +61,7 @@ CUDA_C_O := $(patsubst kernels/cuda/%.c,$(BUILD)/cuda/%.o,$(wildcard kernels/cud
 EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard tests/cuda/*.cpp)) \
     $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products \
-    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_comm $(BUILD)/tests/test_plan_cuda
+    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_cuda $(BUILD)/tests/test_comm $(BUILD)/tests/test_plan_cuda
 # The emulator as a plugin, a management library of no GPU, and an NCCL of none: for tests of what loads them.
 EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1 $(BUILD)/emulator/libnccl.so.2
 
@@ -209,13 +209,13 @@ install: all ## install both programs under PREFIX (/usr/local), and the CUDA pl
 
 # The bundle: each program finds its libraries in ../lib. DT_RPATH, for it holds for libraries' libraries too.
 DIST_BIN := $(BUILD)/dist/bin/intellect-node $(BUILD)/dist/bin/intellect-coordinator
-DIST_LIBEXEC := $(patsubst %,$(BUILD)/dist/libexec/%,test_kernels test_bf16 test_outer_cuda bench-train)
+DIST_LIBEXEC := $(patsubst %,$(BUILD)/dist/libexec/%,test_kernels test_bf16 test_outer_cuda test_cuda bench-train)
 DIST_LINK := -s -Wl,--as-needed,--disable-new-dtags,-rpath,'$$ORIGIN/../lib'
 $(BUILD)/dist/bin/intellect-node: $(BUILD)/node/main.o $(filter-out $(CORE_O),$(LIB_O))
 $(BUILD)/dist/bin/intellect-coordinator: $(BUILD)/coordinator/main.o $(CORE_O) $(CKPT_O) $(PROTO_O)
 $(BUILD)/dist/libexec/test_kernels: $(BUILD)/tests/test_kernels.o $(LIB_O) $(EMULATED_O)
 $(BUILD)/dist/libexec/test_bf16: $(BUILD)/tests/test_bf16.o $(LIB_O) $(EMULATED_O)
-$(BUILD)/dist/libexec/test_outer_cuda: $(BUILD)/tests/test_outer_cuda.o $(LIB_O) $(EMULATED_O)
+$(BUILD)/dist/libexec/test_outer_cuda $(BUILD)/dist/libexec/test_cuda: $(BUILD)/dist/libexec/%: $(BUILD)/tests/%.o $(LIB_O) $(EMULATED_O)
 $(BUILD)/dist/libexec/bench-train: $(BENCH_TRAIN_O)
 $(DIST_BIN) $(DIST_LIBEXEC):
 	@mkdir -p $(@D)

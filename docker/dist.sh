@@ -24,7 +24,7 @@ take_libraries() { # take_libraries FILE: those that it loads, and their license
         [ -z "$package" ] || cp -L "/usr/share/doc/$package/copyright" "$out/licenses/$package" 2>/dev/null || true
     done < <(ldd "$1")
 }
-for f in "$out"/bin/* "$out"/libexec/{test_kernels,test_bf16,test_outer_cuda,bench-train}; do take_libraries "$f"; done
+for f in "$out"/bin/* "$out"/libexec/{test_kernels,test_bf16,test_outer_cuda,test_cuda,bench-train}; do take_libraries "$f"; done
 if [ -f "$build/libintellect-cuda.so" ]; then
     cp "$build/libintellect-cuda.so" "$out/lib/"
     strip --strip-unneeded "$out/lib/libintellect-cuda.so"

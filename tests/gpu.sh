@@ -75,7 +75,7 @@ farthest() {
 run_parity() {
     local t text cudnn
     # The second with cuDNN's attention, where it is, and without.
-    for t in test_kernels:1 test_outer_cuda:1 test_bf16:1 test_bf16:0; do
+    for t in test_kernels:1 test_outer_cuda:1 test_cuda:1 test_bf16:1 test_bf16:0; do
         cudnn=${t#*:} t=${t%:*} text=
         [ "$cudnn" = 1 ] || text=", own attention"
         if (cd "$data" && INTELLECT_TEST_GPU=1 INTELLECT_CUDNN=$cudnn CMOCKA_MESSAGE_OUTPUT=STDOUT timeout 120 "$tests/$t" >"$work/$t.log" 2>&1); then

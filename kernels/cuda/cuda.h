@@ -16,6 +16,7 @@
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 /* Before a loop whose array must stay in registers. */
 #define UNROLL _Pragma("unroll")
+#define CHECK_ALIGNED(p, bytes) ((void)0) /* by the device itself, which stops at what is not */
 #else
 #include "tests/cuda/emulator.h"
 #endif
@@ -126,6 +127,115 @@ template <class T> __device__ inline T block_sum(T x, T *parts) {
 /* Where the caller's thread is in a grid over n elements. */
 __device__ inline size_t grid_index(void) {
     return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+}
+
+/* ---- 16 bytes at once ------------------------------------------------------------------------------ */
+
+/* Elements of a type in 16 bytes, the widest access. What is made of several types goes by the narrowest. */
+#define GROUP(E) ((int)(16 / sizeof(E)))
+
+/* N elements that lie side by side, in accesses of 16 bytes or, where all are less, in one. x is aligned to it. */
+template <class E, int N> struct piece_of {
+    static const int each = N * sizeof(E) < 16 ? N : 16 / sizeof(E);
+    struct alignas(each * sizeof(E)) type {
+        E at[each];
+    };
+};
+
+template <class E, int N> __device__ inline void take(E (&to)[N], const E *x) {
+    typedef typename piece_of<E, N>::type piece;
+    CHECK_ALIGNED(x, sizeof(piece));
+    UNROLL
+    for (int i = 0; i < N; i += piece_of<E, N>::each) {
+        piece p = *(const piece *)(x + i);
+        UNROLL
+        for (int j = 0; j < piece_of<E, N>::each; j++) to[i + j] = p.at[j];
+    }
+}
+
+template <class E, int N> __device__ inline void give(E *to, const E (&x)[N]) {
+    typedef typename piece_of<E, N>::type piece;
+    CHECK_ALIGNED(to, sizeof(piece));
+    UNROLL
+    for (int i = 0; i < N; i += piece_of<E, N>::each) {
+        piece p;
+        UNROLL
+        for (int j = 0; j < piece_of<E, N>::each; j++) p.at[j] = x[i + j];
+        *(piece *)(to + i) = p;
+    }
+}
+
+/* As fp32, and rounded. */
+template <class E, int N> __device__ inline void take_wide(float (&to)[N], const E *x) {
+    E narrow[N];
+    take(narrow, x);
+    UNROLL
+    for (int i = 0; i < N; i++) to[i] = wide(narrow[i]);
+}
+
+template <class E, int N> __device__ inline void put_all(E *to, const float (&x)[N]) {
+    E narrow[N];
+    UNROLL
+    for (int i = 0; i < N; i++) put(&narrow[i], x[i]);
+    give(to, narrow);
+}
+
+/* May these be read 16 bytes at once? NULL may. */
+template <class... P> __device__ inline bool aligned(P... p) { return ((... | (uintptr_t)p) & 15) == 0; }
+
+/* How many elements one call is for. */
+template <int N> struct group {
+    static const int n = N;
+};
+
+/* The caller's N of n elements: f(first of them, group<N>()) where all are there and `together`, which says that
+ * the tensors are aligned for it; else f(i, group<1>()) for each. The order of a thread's elements is the same. */
+template <int N, class F> __device__ inline void by_groups_at(size_t i, size_t n, bool together, const F &f) {
+    size_t end = i + N < n ? i + N : n;
+    if (together && i + N <= n) f(i, group<N>());
+    else
+        for (; i < end; i++) f(i, group<1>());
+}
+
+template <int N, class F> __device__ inline void by_groups(size_t n, bool together, const F &f) {
+    by_groups_at<N>(grid_index() * N, n, together, f);
+}
+
+/* The same for a row of n that a block of CUDA_THREADS shares. */
+template <int N, class F> __device__ inline void row_by_groups(int n, bool together, const F &f) {
+    for (int i = (int)threadIdx.x * N; i < n; i += CUDA_THREADS * N) by_groups_at<N>((size_t)i, (size_t)n, together, f);
+}
+
+/* Blocks of CUDA_THREADS for n elements by groups of N. */
+static inline unsigned cuda_group_blocks(size_t n, int N) { return cuda_blocks(n, (size_t)CUDA_THREADS * (size_t)N); }
+
+/* A warp has a block of CUDA_CODED elements, which share a scale: a lane two groups of four, half a block apart. */
+#define CUDA_CODED 256
+static inline unsigned cuda_coded_blocks(size_t n) { return cuda_blocks(n, CUDA_CODED * (CUDA_THREADS / CUDA_WARP)); }
+
+/* Which of its block lane `lane` has, as group `half`. */
+__device__ inline int coded_at(int half) { return half * (CUDA_CODED / 2) + (int)threadIdx.x % CUDA_WARP * 4; }
+
+/* Those of the block from x on, of which there are `length`; zeroes after it. */
+__device__ inline void take_coded(float (&to)[2][4], const float *x, size_t length) {
+    bool together = aligned(x);
+    for (int half = 0; half < 2; half++) {
+        to[half][0] = to[half][1] = to[half][2] = to[half][3] = 0.0f;
+        size_t at = (size_t)coded_at(half);
+        if (together && at + 4 <= length) take(to[half], x + at);
+        else
+            for (size_t j = 0; j < 4 && at + j < length; j++) to[half][j] = x[at + j];
+    }
+}
+
+/* Their codes; `to` is aligned to 4. */
+__device__ inline void give_coded(uint8_t *to, const uint8_t (&code)[2][4], size_t length) {
+    for (int half = 0; half < 2; half++) {
+        size_t at = (size_t)coded_at(half);
+        if (at + 4 <= length) give(to + at, code[half]);
+        else
+            for (size_t j = 0; j < 4 && at + j < length; j++) to[at + j] = code[half][j];
+    }
 }
 
 /* ---- entries of the table, by file ------------------------------------------------------------- */

@@ -57,17 +57,25 @@ struct sources {
 };
 
 template <class E> __global__ void sum_ranks(E *out, struct sources s, int count, size_t n) {
-    size_t i = grid_index();
-    if (i >= n) return;
-    float sum = wide(((const E *)s.from[0])[i]);
-    for (int r = 1; r < count; r++) sum += wide(((const E *)s.from[r])[i]);
-    put(&out[i], sum);
+    bool together = aligned(out);
+    for (int r = 0; r < count; r++) together = together && aligned(s.from[r]);
+    by_groups<GROUP(E)>(n, together, [&](size_t i, auto group) {
+        const int N = decltype(group)::n;
+        float sum[N], more[N];
+        take_wide(sum, (const E *)s.from[0] + i);
+        for (int r = 1; r < count; r++) {
+            take_wide(more, (const E *)s.from[r] + i);
+            UNROLL
+            for (int j = 0; j < N; j++) sum[j] += more[j];
+        }
+        put_all(out + i, sum);
+    });
 }
 
 static void sum_shared(const struct kernels *k, void *out, const void *const *from, int count, size_t n, int bf16) {
     struct cuda *c = cuda_of(k);
     struct sources s = {};
-    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
+    unsigned blocks = cuda_group_blocks(n, bf16 ? GROUP(uint16_t) : GROUP(float));
     for (int r = 0; r < count; r++) s.from[r] = from[r];
     if (n && bf16) RUN(c, sum_ranks<uint16_t>, blocks, CUDA_THREADS, 0, (uint16_t *)out, s, count, n);
     else if (n) RUN(c, sum_ranks<float>, blocks, CUDA_THREADS, 0, (float *)out, s, count, n);

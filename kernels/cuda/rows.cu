@@ -5,18 +5,29 @@
 
 template <class E>
 __global__ void embed(float *out, const int32_t *tokens, const E *w, size_t n, int C) {
-    size_t i = grid_index();
-    if (i >= n) return;
-    int token = tokens[i / C];
-    out[i] = token == KERNELS_ELSEWHERE ? 0.0f : wide(w[(size_t)token * C + i % C]);
+    by_groups<GROUP(E)>(n, C % GROUP(E) == 0 && aligned(out, w), [&](size_t i, auto group) {
+        const int N = decltype(group)::n;
+        int token = tokens[i / C];
+        float to[N] = {};
+        if (token != KERNELS_ELSEWHERE) take_wide(to, w + (size_t)token * C + i % C);
+        give(out + i, to);
+    });
 }
 
 static void embedding_forward(const struct kernels *k, float *out, const int32_t *tokens, const void *w,
                               int rows, int C, int V) {
     size_t n = (size_t)rows * C;
-    unsigned blocks = cuda_blocks(n, CUDA_THREADS);
     (void)V;
-    WITH_TYPE(k, RUN(cuda_of(k), embed<E>, blocks, CUDA_THREADS, 0, out, tokens, (const E *)w, n, C));
+    WITH_TYPE(k, RUN(cuda_of(k), embed<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, tokens, (const E *)w, n,
+                     C));
+}
+
+template <int N> __device__ static void add_to(float *to, const float *from, group<N>) {
+    float sum[N], more[N];
+    take(sum, to), take(more, from);
+    UNROLL
+    for (int j = 0; j < N; j++) sum[j] += more[j];
+    give(to, sum);
 }
 
 /* A block for each row; that of a token's first row adds all of them, in order. Comparing every row with
@@ -32,8 +43,9 @@ __global__ void embed_gradient(float *dw, const float *dout, const int32_t *toke
         __syncthreads();
         for (int i = 0; i < CUDA_THREADS && window + i < rows; i++) {
             if (!found[i]) continue;
-            for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS)
-                dw[(size_t)token * C + c] += dout[(size_t)(window + i) * C + c];
+            float *to = dw + (size_t)token * C;
+            const float *from = dout + (size_t)(window + i) * C;
+            row_by_groups<4>(C, aligned(to, from), [&](size_t c, auto group) { add_to(to + c, from + c, group); });
         }
         __syncthreads();
     }
@@ -48,12 +60,21 @@ static void embedding_backward(const struct kernels *k, float *dw, const float *
 /* ---- RMSNorm --------------------------------------------------------------------------------------- */
 
 template <class E> __global__ void widen(float *out, const E *w, const uint16_t *rest, size_t n) {
-    size_t i = grid_index();
-    if (i < n) out[i] = rest ? bf16_join((uint16_t)w[i], rest[i]) : wide(w[i]);
+    by_groups<GROUP(E)>(n, aligned(out, w, rest), [&](size_t i, auto group) {
+        const int N = decltype(group)::n;
+        E upper[N];
+        uint16_t lower[N];
+        float to[N];
+        take(upper, w + i);
+        if (rest) take(lower, rest + i);
+        UNROLL
+        for (int j = 0; j < N; j++) to[j] = rest ? bf16_join((uint16_t)upper[j], lower[j]) : wide(upper[j]);
+        give(out + i, to);
+    });
 }
 
 static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest, size_t n) {
-    WITH_TYPE(k, RUN(cuda_of(k), widen<E>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, out, (const E *)w, rest, n));
+    WITH_TYPE(k, RUN(cuda_of(k), widen<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, (const E *)w, rest, n));
 }
 
 template <class E>
@@ -63,9 +84,22 @@ __global__ void rmsnorm(E *out, float *rstd, const float *x, const float *w, flo
     float sum = 0.0f;
     x += row * C;
     out += row * C;
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += x[c] * x[c];
+    row_by_groups<GROUP(E)>(C, aligned(x), [&](size_t c, auto group) {
+        const int N = decltype(group)::n;
+        float from[N];
+        take(from, x + c);
+        UNROLL
+        for (int j = 0; j < N; j++) sum += from[j] * from[j];
+    });
     float scale = 1.0f / sqrtf(block_sum(sum, parts) / C + eps);
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) put(&out[c], x[c] * scale * w[c]);
+    row_by_groups<GROUP(E)>(C, aligned(out, x, w), [&](size_t c, auto group) {
+        const int N = decltype(group)::n;
+        float from[N], by[N];
+        take(from, x + c), take(by, w + c);
+        UNROLL
+        for (int j = 0; j < N; j++) from[j] = from[j] * scale * by[j];
+        put_all(out + c, from);
+    });
     if (threadIdx.x == 0) rstd[row] = scale;
 }
 
@@ -83,21 +117,38 @@ __global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const
     dx += row * C;
     dout += row * C;
     x += row * C;
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS) sum += w[c] * wide(dout[c]) * x[c] * scale;
+    row_by_groups<GROUP(E)>(C, aligned(dout, x, w), [&](size_t c, auto group) {
+        const int N = decltype(group)::n;
+        float d[N], from[N], by[N];
+        take_wide(d, dout + c), take(from, x + c), take(by, w + c);
+        UNROLL
+        for (int j = 0; j < N; j++) sum += by[j] * d[j] * from[j] * scale;
+    });
     float mean = block_sum(sum, parts) / C;
-    for (int c = (int)threadIdx.x; c < C; c += CUDA_THREADS)
-        dx[c] += scale * (w[c] * wide(dout[c]) - x[c] * scale * mean);
+    row_by_groups<GROUP(E)>(C, aligned(dx, dout, x, w), [&](size_t c, auto group) {
+        const int N = decltype(group)::n;
+        float d[N], from[N], by[N], to[N];
+        take_wide(d, dout + c), take(from, x + c), take(by, w + c), take(to, dx + c);
+        UNROLL
+        for (int j = 0; j < N; j++) to[j] += scale * (by[j] * d[j] - from[j] * scale * mean);
+        give(dx + c, to);
+    });
 }
-
 
 template <class E>
 __global__ void norm_weight_parts(float *part, const E *dout, const float *x, const float *rstd, int rows, int each,
                                   int C) {
-    int c = (int)grid_index(), begin = (int)blockIdx.y * each, end = begin + each < rows ? begin + each : rows;
-    if (c >= C) return;
-    float sum = 0.0f;
-    for (int r = begin; r < end; r++) sum += wide(dout[(size_t)r * C + c]) * x[(size_t)r * C + c] * rstd[r];
-    part[(size_t)blockIdx.y * C + c] = sum;
+    int begin = (int)blockIdx.y * each, end = begin + each < rows ? begin + each : rows;
+    by_groups<GROUP(E)>((size_t)C, C % GROUP(E) == 0 && aligned(part, dout, x), [&](size_t c, auto group) {
+        const int N = decltype(group)::n;
+        float sum[N] = {}, d[N], from[N];
+        for (int r = begin; r < end; r++) {
+            take_wide(d, dout + (size_t)r * C + c), take(from, x + (size_t)r * C + c);
+            UNROLL
+            for (int j = 0; j < N; j++) sum[j] += d[j] * from[j] * rstd[r];
+        }
+        give(part + (size_t)blockIdx.y * C + c, sum);
+    });
 }
 
 __global__ void add_parts(float *dw, const float *part, int slices, int C) {
@@ -117,33 +168,40 @@ static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, cons
     if (!part) return;
     WITH_TYPE(k, RUN(c, rmsnorm_gradient<E>, (unsigned)rows, CUDA_THREADS, 0, dx, (const E *)dout, x, w, rstd,
                      C));
-    WITH_TYPE(k, RUN(c, norm_weight_parts<E>, dim3(columns, (unsigned)slices), CUDA_THREADS, 0, part,
-                     (const E *)dout, x, rstd, rows, each, C));
+    WITH_TYPE(k, RUN(c, norm_weight_parts<E>, dim3(cuda_group_blocks((size_t)C, GROUP(E)), (unsigned)slices), CUDA_THREADS,
+                     0, part, (const E *)dout, x, rstd, rows, each, C));
     RUN(c, add_parts, columns, CUDA_THREADS, 0, dw, part, slices, C);
 }
 
 /* ---- RoPE ------------------------------------------------------------------------------------------- */
 
-/* A thread for each pair of the query and key heads of each row. */
+/* Pairs of the query and key heads of each row. */
 template <class E>
 __global__ void rotate(E *qkv, const float *cosine, const float *sine, const int32_t *start, size_t pairs, int T,
                        int H, int KV, int D, float direction) {
-    size_t i = grid_index();
     int half = D / 2;
-    if (i >= pairs) return;
-    int d = (int)(i % half), head = (int)(i / half % (H + KV));
-    size_t row = i / half / (H + KV), position = row % T - (start ? start[row] : 0);
-    E *x = qkv + (row * (H + 2 * KV) + head) * D + d;
-    float c = cosine[position * half + d], s = direction * sine[position * half + d], a = wide(x[0]),
-          b = wide(x[half]);
-    put(&x[0], a * c - b * s);
-    put(&x[half], b * c + a * s);
+    by_groups<GROUP(E)>(pairs, half % GROUP(E) == 0 && aligned(qkv, cosine, sine), [&](size_t i, auto group) {
+        const int N = decltype(group)::n;
+        int d = (int)(i % half), head = (int)(i / half % (H + KV));
+        size_t row = i / half / (H + KV), position = row % T - (start ? start[row] : 0);
+        E *x = qkv + (row * (H + 2 * KV) + head) * D + d;
+        float c[N], s[N], a[N], b[N];
+        take(c, cosine + position * half + d), take(s, sine + position * half + d);
+        take_wide(a, x), take_wide(b, x + half);
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            float sin = direction * s[j], first = a[j];
+            a[j] = first * c[j] - b[j] * sin;
+            b[j] = b[j] * c[j] + first * sin;
+        }
+        put_all(x, a), put_all(x + half, b);
+    });
 }
 
 static void turn(const struct kernels *k, void *qkv, const float *cosine, const float *sine, const int32_t *start,
                  int B, int T, int H, int KV, int D, float direction) {
     size_t pairs = (size_t)B * T * (H + KV) * (D / 2);
-    WITH_TYPE(k, RUN(cuda_of(k), rotate<E>, cuda_blocks(pairs, CUDA_THREADS), CUDA_THREADS, 0, (E *)qkv, cosine,
+    WITH_TYPE(k, RUN(cuda_of(k), rotate<E>, cuda_group_blocks(pairs, GROUP(E)), CUDA_THREADS, 0, (E *)qkv, cosine,
                      sine, start, pairs, T, H, KV, D, direction));
 }
 
@@ -160,34 +218,44 @@ static void rope_backward(const struct kernels *k, void *dqkv, const float *cosi
 /* ---- SwiGLU ------------------------------------------------------------------------------------------ */
 
 template <class E> __global__ void swiglu(E *out, const E *gate_up, size_t n, int F) {
-    size_t i = grid_index();
-    if (i >= n) return;
-    size_t at = i / F * 2 * F + i % F;
-    float gate = wide(gate_up[at]), up = wide(gate_up[at + F]);
-    put(&out[i], gate / (1.0f + expf(-gate)) * up);
+    by_groups<GROUP(E)>(n, F % GROUP(E) == 0 && aligned(out, gate_up), [&](size_t i, auto group) {
+        const int N = decltype(group)::n;
+        size_t at = i / F * 2 * F + i % F;
+        float gate[N], up[N];
+        take_wide(gate, gate_up + at), take_wide(up, gate_up + at + F);
+        UNROLL
+        for (int j = 0; j < N; j++) up[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
+        put_all(out + i, up);
+    });
 }
 
 static void swiglu_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F) {
     size_t n = (size_t)rows * F;
-    WITH_TYPE(k, RUN(cuda_of(k), swiglu<E>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, (E *)out,
+    WITH_TYPE(k, RUN(cuda_of(k), swiglu<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, (E *)out,
                      (const E *)gate_up, n, F));
 }
 
 template <class E>
 __global__ void swiglu_gradient(E *dgate_up, const E *dout, const E *gate_up, size_t n, int F) {
-    size_t i = grid_index();
-    if (i >= n) return;
-    size_t at = i / F * 2 * F + i % F;
-    float gate = wide(gate_up[at]), up = wide(gate_up[at + F]), sigmoid = 1.0f / (1.0f + expf(-gate)),
-          d = wide(dout[i]);
-    put(&dgate_up[at], d * up * sigmoid * (1.0f + gate * (1.0f - sigmoid)));
-    put(&dgate_up[at + F], d * gate * sigmoid);
+    by_groups<GROUP(E)>(n, F % GROUP(E) == 0 && aligned(dgate_up, dout, gate_up), [&](size_t i, auto group) {
+        const int N = decltype(group)::n;
+        size_t at = i / F * 2 * F + i % F;
+        float gate[N], up[N], d[N];
+        take_wide(gate, gate_up + at), take_wide(up, gate_up + at + F), take_wide(d, dout + i);
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            float sigmoid = 1.0f / (1.0f + expf(-gate[j])), to_up = d[j] * gate[j] * sigmoid;
+            gate[j] = d[j] * up[j] * sigmoid * (1.0f + gate[j] * (1.0f - sigmoid));
+            up[j] = to_up;
+        }
+        put_all(dgate_up + at, gate), put_all(dgate_up + at + F, up);
+    });
 }
 
 static void swiglu_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up, int rows,
                             int F) {
     size_t n = (size_t)rows * F;
-    WITH_TYPE(k, RUN(cuda_of(k), swiglu_gradient<E>, cuda_blocks(n, CUDA_THREADS), CUDA_THREADS, 0, (E *)dgate_up,
+    WITH_TYPE(k, RUN(cuda_of(k), swiglu_gradient<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, (E *)dgate_up,
                      (const E *)dout, (const E *)gate_up, n, F));
 }
 
@@ -218,16 +286,20 @@ __device__ static struct peak shuffled(struct peak p, int step) {
 /* Of a NaN the sum is NaN: it is larger than nothing and exp() of it is NaN. */
 __device__ static struct peak peak_of(const float *logits, int V) {
     struct peak p = { -INFINITY, 0.0f, V };
-    for (int v = (int)threadIdx.x; v < V; v += CUDA_THREADS) {
-        float x = logits[v];
-        if (x > p.max) {
-            p.sum = p.sum * expf(p.max - x) + 1.0f;
-            p.max = x;
-            p.at = v;
-        } else {
-            p.sum += x == -INFINITY ? 0.0f : expf(x - p.max);
-        }
-    }
+    row_by_groups<4>(V, aligned(logits), [&](size_t v, auto group) {
+        const int N = decltype(group)::n;
+        float x[N];
+        take(x, logits + v);
+        UNROLL
+        for (int j = 0; j < N; j++)
+            if (x[j] > p.max) {
+                p.sum = p.sum * expf(p.max - x[j]) + 1.0f;
+                p.max = x[j];
+                p.at = (int)v + j;
+            } else {
+                p.sum += x[j] == -INFINITY ? 0.0f : expf(x[j] - p.max);
+            }
+    });
     return p;
 }
 
@@ -258,12 +330,20 @@ __device__ static void finish_row(float *loss, float *penalty, E *dlogits, const
         *penalty = how.z * lse * lse + how.max_z * p.max * p.max;
     }
     float unit = 1.0f / p.sum, pull = 1.0f + 2.0f * how.z * lse, peak = 2.0f * how.max_z * p.max;
-    for (int v = (int)threadIdx.x; dlogits && v < V; v += CUDA_THREADS) {
-        float d = expf(logits[v] - p.max) * unit * pull;
-        if (v == target) d -= 1.0f;
-        if (v == p.at) d += peak;
-        put(&dlogits[v], d * how.grad_scale);
-    }
+    if (!dlogits) return;
+    row_by_groups<GROUP(E)>(V, aligned(dlogits, logits), [&](size_t v, auto group) {
+        const int N = decltype(group)::n;
+        float d[N];
+        take(d, logits + v);
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            d[j] = expf(d[j] - p.max) * unit * pull;
+            if ((int)v + j == target) d[j] -= 1.0f;
+            if ((int)v + j == p.at) d[j] += peak;
+            d[j] *= how.grad_scale;
+        }
+        put_all(dlogits + v, d);
+    });
 }
 
 template <class E>

@@ -99,6 +99,10 @@ int emulator_any(int flag) {
     return any;
 }
 
+void emulator_aligned(const void *p, size_t bytes) {
+    if ((uintptr_t)p % bytes) die("a misaligned access");
+}
+
 /* Let go those that wait for each other. */
 static void release(unsigned first, unsigned threads_there, enum wait wait) {
     unsigned there = 0;

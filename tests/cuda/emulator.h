@@ -19,6 +19,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define UNROLL
+#define CHECK_ALIGNED(p, bytes) emulator_aligned(p, bytes)
 
 struct dim3 {
     unsigned x, y, z;
@@ -35,6 +36,8 @@ void emulator_sync_warp(void);
 /* Lane `from`'s bytes; all lanes of the warp call. */
 void emulator_exchange(void *mine, size_t bytes, unsigned from);
 int emulator_any(int flag);
+/* Aborts where it is not. */
+void emulator_aligned(const void *p, size_t bytes);
 
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
     ((void)(stream), emulator_launch(dim3(grid), dim3(block), shared, [=] { kernel(__VA_ARGS__); }))
