@@ -113,8 +113,14 @@ struct candidate {
     bool own;
 };
 
+/* Does it lack the state that the round builds on? Where the swarm's links are slow such members are busy, and leave
+ * to find donors: after a plan that came to nothing the shards go to others. */
+static bool lags(const struct shard_choice *choice, const struct member *m) {
+    return choice->attempts && (!m->has_root || m->root_index < choice->round->base_index);
+}
+
 static bool is_avoided(const struct shard_choice *choice, const struct member *m) {
-    return m->distrusted || core_part(choice->round, m)->avoid;
+    return m->distrusted || core_part(choice->round, m)->avoid || lags(choice, m);
 }
 
 static bool can_serve(const struct shard_choice *choice, const struct member *m) {

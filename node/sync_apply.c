@@ -481,13 +481,22 @@ static int step_chunk(struct sync *s, const struct commit *c, uint32_t k) {
     return 0;
 }
 
-/* The chunk went from scratch2 to what the anchor holds now: the trainer follows, error feedback too. */
+/* Was a contribution that we gave up summed all the same? A coordinator with an older store may have taken a lease
+ * from us whose samples were committed, as we hear when another member shows it the rest. */
+static bool sums_given_up(struct sync *s, uint32_t chunk) {
+    const struct contribution *own = &s->contribution[s->place[chunk].fragment];
+    if (digest_is_zero(&own->given_up) || own->given_up_base != s->state.version[chunk]) return false;
+    struct commit *c = ledger_commit_after(s, s->place[chunk].fragment, own->given_up_base);
+    return c && commit_summed(c, s->place[chunk].k, commit_contributor(c, s->config.member, &own->given_up));
+}
+
+/* The chunk goes from scratch2 to what the anchor holds now: the trainer follows, error feedback too. */
 void apply_follow(struct sync *s, uint32_t chunk, bool summed) {
     const struct contribution *own = &s->contribution[s->place[chunk].fragment];
     size_t first = chunk_first(s, chunk), n = chunk_elements(s, chunk);
     if (trainer_follows(s))
         trainer_change(s, chunk, s->scratch2, summed && trainer_holds(s, own));
-    if (summed && s->residual)
+    if (s->residual && (summed || sums_given_up(s, chunk)))
         memcpy(s->residual + first, s->residual_next + first, n * sizeof *s->residual);
 }
 

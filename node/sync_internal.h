@@ -233,6 +233,8 @@ struct contribution {
     uint32_t claims_count;
     struct msg_ready ready;         /* owned */
     struct msg_digest_item *leaves; /* [fragment.count] */
+    struct digest given_up;         /* root of the one that was dropped last: residual_next is still of it */
+    uint64_t given_up_base;         /* its base_index */
 };
 
 /* What one contributor of a plan has shown this aggregator. */

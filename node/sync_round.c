@@ -32,6 +32,7 @@ static void note_work(struct sync *s, uint32_t fragment) {
 int contribution_begin(struct sync *s, uint32_t fragment) {
     struct contribution *c = &s->contribution[fragment];
     contribution_drop(s, fragment); /* the mapped array is about to change */
+    c->given_up = (struct digest){0};
     note_work(s, fragment);
     c->encoding = true;
     c->base_index = s->ledger.last[fragment];
@@ -212,6 +213,8 @@ void contribution_drop(struct sync *s, uint32_t fragment) {
     char name[32];
     if (c->frozen) {
         ready_name(fragment, name);
+        c->given_up = c->ready.root;
+        c->given_up_base = c->ready.base_index;
         proto_copy_release(RECORD_ready, &c->ready);
         s->disk.remove(s->disk.arg, name);
     }

@@ -29,6 +29,28 @@ static void a_lost_aggregator_makes_a_new_plan_and_late_reports_are_void(void **
     assert_int_equal(look(r).commits, 1);
 }
 
+/* Who lacks the state that the round builds on is busy, and leaves if it finds no donor: it is tried once at most. */
+static void after_a_plan_that_failed_the_shards_go_to_who_has_the_state(void **state) {
+    struct rig *r = *state;
+    start_reducing(r, 3);
+    commit_once(r);
+    struct fake *own = &r->fake[1], *behind = &r->fake[2];
+    say_root(r, own);
+    for (int i = 3; i <= 4; i++) {
+        say_root(r, &r->fake[i]);
+        be_ready(r, &r->fake[i], 8);
+    }
+    pass(r, 2500);
+    assert_string_equal(look(r).phase, "reduce");
+    assert_int_equal(behind->shard.aggregator, own->id);
+    own->muted = true;
+    pass(r, 2500);
+    assert_int_equal(look(r).handovers, 1);
+    assert_int_not_equal(r->fake[3].shard.aggregator, own->id);
+    assert_int_not_equal(r->fake[3].shard.aggregator, behind->id);
+    assert_int_not_equal(r->fake[3].shard.holder, behind->id);
+}
+
 static void a_lost_contributor_is_dropped_and_the_round_goes_on(void **state) {
     struct rig *r = *state;
     start_reducing(r, 3);
@@ -394,6 +416,7 @@ static void fragments_have_rounds_of_their_own(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         T(a_lost_aggregator_makes_a_new_plan_and_late_reports_are_void),
+        T(after_a_plan_that_failed_the_shards_go_to_who_has_the_state),
         T(a_lost_contributor_is_dropped_and_the_round_goes_on),
         T(a_contributor_summed_nowhere_gets_its_samples_back_to_the_run),
         T(a_chunk_summed_from_nobody_makes_a_new_plan),

@@ -376,6 +376,24 @@ static void refused_contribution_resets(void **state) {
     assert_int_equal(ready_of(r, 2)->ranges[0].lease, 77);
 }
 
+/* A coordinator with an older store takes the lease away, and learns afterwards that its samples were committed: the
+ * work counts, so what its encoding lost goes into the next contribution. */
+static void residual_is_taken_over_of_a_contribution_that_was_given_up(void **state) {
+    struct rig *r = *state;
+    struct plan_spec two = {{2}, 1, 1, 2};
+    static const float zero[ELEMENTS];
+    struct msg_lease other = {77, 1, 9000, 40};
+    three_ready(r);
+    whole_round(r, &two);
+    say_leases(r, 2, &other, 1);
+    assert_null(file_find(&r->node[2].disk, "ready-0"));
+    assert_memory_equal(residual(r, 2), zero, sizeof zero);
+    announce(r, 2, &two, STEPS * BATCH);
+    assert_memory_not_equal(residual(r, 2), zero, sizeof zero);
+    assert_memory_equal(residual(r, 2), file_find(&r->node[2].disk, "residual-next")->live, sizeof zero);
+    assert_local_is_anchor(r, 2);
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
 int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[1]);
@@ -395,6 +413,7 @@ int main(int argc, char **argv) {
         T(commit_meets_a_freeze),
         T(busy_slot_holds_the_next_commit_back),
         T(residual_is_taken_over_only_when_summed),
+        T(residual_is_taken_over_of_a_contribution_that_was_given_up),
         T(partly_summed_is_mixed_where_it_is_in),
         T(refused_contribution_resets),
     };
