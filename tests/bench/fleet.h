@@ -83,6 +83,7 @@ struct fleet_member {
     _Atomic uint32_t checkpoints_wanted, checkpoints; /* wanted: by the measuring process; written */
     double checkpoint_begin_s, checkpoint_end_s;   /* of the newest */
     double late_s;                                 /* the longest the loop was held up, since ... */
+    double checkpoint_cpu_s;                       /* of the newest: the agent's threads, not the trainer's */
     double worked_s;                               /* processor time of a checkpoint in one turn, since ... */
     _Atomic bool forget_late;                      /* ... this was last true */
     struct fleet_profile profile_of[FLEET_PHASES];

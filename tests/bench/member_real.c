@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "coordinator/run.h"
@@ -84,6 +85,13 @@ static void store_path(const struct member *m, char out[FLEET_PATH_BYTES + 32]) 
     snprintf(out, FLEET_PATH_BYTES + 32, "%s-checkpoint", m->me->home);
 }
 
+static double process_cpu_s(void) {
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
+           1e-6 * (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec);
+}
+
 static void begin_checkpoint(struct member *m) {
     char path[FLEET_PATH_BYTES + 32], url[PROTO_URL_BYTES_MAX + 1], name[64];
     struct sync_view v;
@@ -96,6 +104,7 @@ static void begin_checkpoint(struct member *m) {
                                          .url = proto_str(url), .round = v.round};
     m->real.checkpoints_begun++;
     m->me->checkpoint_begin_s = now_s();
+    m->me->checkpoint_cpu_s = -process_cpu_s();
     checkpoint_begin(m->real.checkpoint, m->sync,
                      (struct proto_bytes){m->genesis_bytes, m->genesis_length}, &write);
 }
@@ -124,6 +133,7 @@ static void on_done(void *arg, bool ok, const struct digest *manifest, const cha
     char path[FLEET_PATH_BYTES + 32];
     (void)manifest;
     m->me->checkpoint_end_s = now_s();
+    m->me->checkpoint_cpu_s += process_cpu_s();
     err_set(&err, ERR_IO, "%s", text);
     if (!ok) member_die(m, "checkpoint", &err);
     store_path(m, path);

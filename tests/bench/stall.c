@@ -15,7 +15,7 @@
 #define ASKED_SLOWER 2
 
 struct window {
-    double begin_s, end_s, late_s, worked_s;
+    double begin_s, end_s, late_s, worked_s, cpu_s;
 };
 
 static int ascending(const void *a, const void *b) {
@@ -85,7 +85,8 @@ static int with(struct fleet *f, struct window *w, struct err *err) {
         if (now_s() - m->checkpoint_begin_s > PATIENCE_S && m->checkpoint_begin_s > 0)
             return err_set(err, ERR_TIMEOUT, "no checkpoint after %.0f s", PATIENCE_S);
     }
-    *w = (struct window){m->checkpoint_begin_s, m->checkpoint_end_s, m->late_s, m->worked_s};
+    *w = (struct window){m->checkpoint_begin_s, m->checkpoint_end_s, m->late_s, m->worked_s,
+                         m->checkpoint_cpu_s};
     return wait_steps(f, m->inner_steps + 2, err);
 }
 
@@ -99,7 +100,8 @@ static int checkpoints(void) { return strcmp(preset(), "10m") ? 3 : CHECKPOINTS_
 static void add_rows(struct bench *b, const struct fleet *f, const struct window *quiet,
                      const struct window *writing) {
     const struct fleet_member *m = &f->member[0];
-    struct series stall = {0}, calm = {0}, late = {0}, calm_late = {0}, worked = {0}, took = {0}, share = {0};
+    struct series stall = {0}, calm = {0}, late = {0}, calm_late = {0}, worked = {0}, took = {0};
+    struct series share = {0}, cpu = {0};
     double median = median_gap(m);
     char what[80];
     for (int i = 0; i < checkpoints(); i++) {
@@ -110,6 +112,7 @@ static void add_rows(struct bench *b, const struct fleet *f, const struct window
         series_add(&late, 1e3 * writing[i].late_s);
         series_add(&calm_late, 1e3 * quiet[i].late_s);
         series_add(&worked, 1e3 * writing[i].worked_s);
+        series_add(&cpu, writing[i].cpu_s);
         series_add(&took, writing[i].end_s - writing[i].begin_s);
     }
     snprintf(what, sizeof what, "checkpoint of %.8s: training held up, longest step", preset());
@@ -122,7 +125,8 @@ static void add_rows(struct bench *b, const struct fleet *f, const struct window
              smallest(&calm_late), middle(&calm_late), middle(&took), smallest(&worked), middle(&worked));
     if (!share.count) return; /* too short to hold two steps */
     row_value(b, "    training slower while one is written", "%", &share, ASKED_SLOWER);
-    row_note(b, "steps a second of as long without one; other processes on these cores count, a store's too");
+    row_note(b, "steps a second of as long without one; other processes on these cores count, a store's too; the "
+                "agent's own for a checkpoint: best %.2f, median %.2f s", smallest(&cpu), middle(&cpu));
 }
 
 static int run(struct bench *b, struct fleet *f, const char *folder, const char *corpus,
