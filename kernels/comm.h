@@ -1,6 +1,7 @@
 /* comm.h - the communicator: what the rank processes of one node say to each other about tensors. As with
- * `struct kernels` it is one table of functions: over shared memory between processes, and where kernels compute on
- * a GPU over device memory that they open in each other (comm_area_use). It knows no model, no segment and no network.
+ * `struct kernels` it is one table of functions: over shared memory between processes, and where kernels
+ * compute on a GPU over device memory that they open in each other (comm_area_use). It knows no model, no
+ * segment and no network.
  *
  * A node's ranks form a mesh of dp x tp: rank = dp_rank * tp + tp_rank. Each rank is in three groups: the
  * world, the tp ranks that hold one replica's pieces between them, and the dp ranks that hold the same
@@ -8,7 +9,8 @@
  * sizes; a call returns when its result may be used (on a GPU: by what is asked for after it).
  *
  * Sums add in the order of ranks, element by element, in fp32 for both types (bf16 is rounded once, at the
- * end): a result has the same bits on every rank and in every run, on a GPU too, but for NCCL's, comm_area_use().
+ * end): a result has the same bits on every rank and in every run, on a GPU too, but for NCCL's,
+ * comm_area_use().
  *
  * Entries return nothing: the first failure is kept, later calls do nothing and their outputs are not to be
  * used, and check() reports it, so a training step asks once at its end. A failure is final and the whole
@@ -30,8 +32,9 @@
 
 enum comm_type { COMM_FP32 = 0, COMM_BF16 = 1, COMM_BYTES = 2 }; /* bytes are moved, never added */
 
-/* A group as one of its ranks has it. Buffers are memory that the rank's kernels compute on, of the world's broadcast
- * (commands, and no tensors) the host's. n counts elements of the type and may be 0. A group of one copies where out is not in, and else does nothing. */
+/* A group as one of its ranks has it. Buffers are memory that the rank's kernels compute on, of the world's
+ * broadcast (commands, and no tensors) the host's. n counts elements of the type and may be 0. A group of one
+ * copies where out is not in, and else does nothing. */
 struct comm {
     const char *name; /* "tensor-parallel", "data-parallel", "world": for messages */
     int rank, size;   /* the caller's place in the group, and how many there are */
@@ -96,12 +99,13 @@ void comm_area_expect(struct comm_area *a, int rank, int pid);
 /* After joining; lives as long as the area. */
 const struct comm *comm_area_group(const struct comm_area *a, enum comm_group group);
 
-/* Collective, after joining: this rank computes with `k`, and so do the others with such a backend. Where its memory is not
- * the host's, the tensor- and data-parallel groups go through windows of window_bytes on the device from here on, two
- * a rank and group; or, where each rank has a device of its own and all have NCCL, through that (struct kernels_library says
- * what its sums are; calls that differ are not compared then, and hang until whoever watches ends the ranks).
- * `k` is borrowed until comm_area_unuse(). -1 with ERR_UNSUPPORTED (the device's memory cannot be opened
- * by other processes), ERR_MEMORY, or why another rank gave up. */
+/* Collective, after joining: this rank computes with `k`, and so do the others with such a backend. Where its
+ * memory is not the host's, the tensor- and data-parallel groups go through windows of window_bytes on the
+ * device from here on, two a rank and group; or, where each rank has a device of its own and all have NCCL,
+ * through that (struct kernels_library says what its sums are; calls that differ are not compared then, and
+ * hang until whoever watches ends the ranks). `k` is borrowed until comm_area_unuse(). -1 with
+ * ERR_UNSUPPORTED (the device's memory cannot be opened by other processes), ERR_MEMORY, or why another rank
+ * gave up. */
 int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err);
 /* Before `k` is destroyed. Waits until nobody reads the own windows, or the mesh has failed. */
 void comm_area_unuse(struct comm_area *a);

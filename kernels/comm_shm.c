@@ -7,11 +7,11 @@
  * piece p - 1, hence are done with p - 2. A large all_reduce meets once more, between everybody summing a
  * share and everybody copying all shares.
  *
- * On a device the windows are device memory that ranks have opened in each other, and each sums all of a piece itself.
- * (Where each rank has a device of its own and their library is there, tensors go through that, and only barriers and
- * sums of doubles through here.)
- * Copies and sums there are asked for, not done, when a call returns: before a rank arrives it waits for its device, so
- * what stands above about arrivals holds for them too.
+ * On a device the windows are device memory that ranks have opened in each other, and each sums all of a
+ * piece itself. (Where each rank has a device of its own and their library is there, tensors go through that,
+ * and only barriers and sums of doubles through here.) Copies and sums there are asked for, not done, when a
+ * call returns: before a rank arrives it waits for its device, so what stands above about arrivals holds for
+ * them too.
  *
  * What a member calls stands in its slot before it arrives; all compare before they read anything. */
 #define _GNU_SOURCE /* memfd_create */
@@ -74,8 +74,8 @@ enum presence { ABSENT = 0, HERE, LEFT };
 struct member {
     _Alignas(LINE) _Atomic uint32_t presence;
     _Atomic int32_t pid;
-    /* What it has of a device: its windows there; which it is, 0 where there is no library for ranks; and of the first of
-     * a group what the library's group is named by. */
+    /* What it has of a device: its windows there; which it is, 0 where there is no library for ranks; and of
+     * the first of a group what the library's group is named by. */
     uint8_t handle[COMM_GROUPS][KERNELS_HANDLE_BYTES], unique[COMM_GROUPS][KERNELS_UNIQUE_BYTES];
     uint64_t device;
 };
@@ -290,7 +290,7 @@ static void poison_before(struct view *v) {
     v->piece++;
 }
 
-/* What the device was asked for is done: the own window is filled, the others' of the piece before are read. */
+/* What the device was asked for is done: the own window is filled, the others' before it are read. */
 static int settle(struct view *v) {
     struct err err;
     if (!v->device || !v->device->check(v->device, &err)) return 0;
@@ -692,8 +692,8 @@ static int use_library(struct comm_area *a, const struct kernels *k, struct err 
     for (int g = COMM_TP; g <= COMM_DP && !rc; g++) {
         struct view *v = &a->view[g];
         if (v->comm.size == 1) continue;
-        v->library = k->library->join(k, a->shared->member[rank_of(v, 0)].unique[g], v->comm.rank, v->comm.size, is_lost, a,
-                                      err);
+        v->library = k->library->join(k, a->shared->member[rank_of(v, 0)].unique[g], v->comm.rank,
+                                      v->comm.size, is_lost, a, err);
         if (!v->library) rc = -1;
     }
     return agree(a, rc, err);

@@ -32,7 +32,8 @@ struct mesh {
  * come up. A child that fails so must go to mesh_end() too. */
 int mesh_start(struct mesh *m, int tp, int dp, size_t state_bytes, struct err *err);
 
-/* Collective: this rank computes with `k`, and tensors go between ranks as comm_area_use() says; its errors. mesh_unuse() before k->destroy(), also after a failure. */
+/* Collective: this rank computes with `k`, and tensors go between ranks as comm_area_use() says; its errors.
+ * mesh_unuse() before k->destroy(), also after a failure. */
 int mesh_use(struct mesh *m, const struct kernels *k, struct err *err);
 void mesh_unuse(struct mesh *m);
 

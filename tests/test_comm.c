@@ -37,13 +37,14 @@ static struct words *words;
 
 typedef int rank_main(struct comm_area *a, int rank);
 
-/* Ranks compute on the emulator of a GPU, whose memory they open in each other. To the emulator x and y are the device's
- * memory too. */
+/* Ranks compute on the emulator of a GPU, whose memory they open in each other. To the emulator x and y are
+ * the device's memory too. */
 static int on_device; /* ON_EACH: a device each, and NCCL's stand-in, tests/cuda/nccl.c */
 #define ON_EACH 2
 
 static struct kernels *use_device(struct comm_area *a, int rank, struct err *err) {
-    struct kernels *k = intellect_cuda_create(KERNELS_PLUGIN_ABI, on_device == ON_EACH ? rank : 0, sizeof(float), 0, err);
+    struct kernels *k =
+        intellect_cuda_create(KERNELS_PLUGIN_ABI, on_device == ON_EACH ? rank : 0, sizeof(float), 0, err);
     if (!k || !comm_area_use(a, k, err)) return k;
     k->destroy(k);
     return NULL;
@@ -104,7 +105,8 @@ static int set_up(void **state) {
     if (n < 0) return -1;
     path[n] = '\0';
     for (int i = 0; i < 2; i++) *strrchr(path, '/') = '\0'; /* BUILD of BUILD/tests/test_comm */
-    if (!dlopen(strcat(path, "/emulator/libnccl.so.2"), RTLD_NOW)) return -1; /* found by its name from now on */
+    if (!dlopen(strcat(path, "/emulator/libnccl.so.2"), RTLD_NOW))
+        return -1; /* found by its name from now on */
     words = mmap(NULL, sizeof *words, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     return words == MAP_FAILED ? -1 : 0;
 }
@@ -246,7 +248,8 @@ static void every_call_gives_what_it_says_on_every_rank(void **state) {
     }
 }
 
-/* The same sums in the same order, bit for bit, over memory of a device; a mesh is larger than a window there too. */
+/* The same sums in the same order, bit for bit, over memory of a device; a mesh is larger than a window there
+ * too. */
 static void a_devices_memory_gives_the_same(void **state) {
     (void)state;
     static const int mesh[][2] = { { 1, 1 }, { 2, 1 }, { 1, 3 }, { 2, 2 } };
@@ -358,7 +361,9 @@ static void a_device_that_fails_ends_all(void **state) {
     on_device = 1;
     run_all(2, 1, 0, meets_a_device_that_fails);
     on_device = 0;
-    for (int r = 0; r < 2; r++) assert_non_null(strstr(words->text[r], "rank 1: CUDA device 0: training: unspecified launch failure"));
+    for (int r = 0; r < 2; r++)
+        assert_non_null(
+            strstr(words->text[r], "rank 1: CUDA device 0: training: unspecified launch failure"));
 }
 
 /* ---- NCCL ---------------------------------------------------------------------------------------- */
@@ -468,7 +473,8 @@ static void what_nccl_refuses_ends_all(void **state) {
     (void)state;
     with_nccl(3, 1, finds_that_one_was_refused);
     for (int r = 0; r < 3; r++)
-        assert_non_null(strstr(words->text[r], "rank 1: NCCL all_reduce: invalid argument: the fake was told to"));
+        assert_non_null(
+            strstr(words->text[r], "rank 1: NCCL all_reduce: invalid argument: the fake was told to"));
     setenv("EMULATOR_DEVICES", "8", 1);
     run_all(1, 3, 0, finds_that_one_did_not_begin);
     unsetenv("EMULATOR_DEVICES");

@@ -35,10 +35,11 @@ static void cuda_free(const struct kernels *k, void *p) {
     if (p) cuda_note(cuda_of(k), cudaFree(p), "free");
 }
 
-/* ---- to and from the host -------------------------------------------------------------------------------- */
+/* ---- to and from the host ------------------------------------------------------------------------------ */
 
-/* Two pieces of memory that the device reads and writes by itself: while it has one, the other is filled or emptied. For
- * large copies alone; without them, when the system gives none, the driver does the same with one piece of its own. */
+/* Two pieces of memory that the device reads and writes by itself: while it has one, the other is filled or
+ * emptied. For large copies alone; without them, when the system gives none, the driver does the same with
+ * one piece of its own. */
 static bool take_staging(struct cuda *c) {
     for (int i = 0; i < 2; i++) {
         if (!c->staging[i] && cudaMallocHost(&c->staging[i], CUDA_STAGING_BYTES) != cudaSuccess) {
@@ -69,7 +70,8 @@ static void copy_in_pieces(struct cuda *c, char *to, const char *host, size_t by
         here = piece_at(at, bytes);
         cuda_wait_for(c, c->staged[i], "copy in");
         memcpy(c->staging[i], host + at, here);
-        cuda_note(c, cudaMemcpyAsync(to + at, c->staging[i], here, cudaMemcpyHostToDevice, c->stream), "copy in");
+        cuda_note(c, cudaMemcpyAsync(to + at, c->staging[i], here, cudaMemcpyHostToDevice, c->stream),
+                  "copy in");
         cuda_note(c, cudaEventRecord(c->staged[i], c->stream), "copy in");
     }
 }
@@ -85,7 +87,8 @@ static void copy_out_pieces(struct cuda *c, char *host, const char *from, size_t
     for (; at < bytes; at += here, i ^= 1) {
         here = piece_at(at, bytes);
         cuda_wait_for(c, c->staged[i], "copy out"); /* a copy in may still read it */
-        cuda_note(c, cudaMemcpyAsync(c->staging[i], from + at, here, cudaMemcpyDeviceToHost, c->stream), "copy out");
+        cuda_note(c, cudaMemcpyAsync(c->staging[i], from + at, here, cudaMemcpyDeviceToHost, c->stream),
+                  "copy out");
         cuda_note(c, cudaEventRecord(c->staged[i], c->stream), "copy out");
         if (at) empty_piece(c, i ^ 1, host + at - before, before);
         before = here;
@@ -151,8 +154,10 @@ static size_t sdpa_bytes(struct cuda *c, const struct kernels_shape *s) {
 }
 
 static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape *s) {
-    size_t wants[] = { (size_t)s->rows * s->heads * sizeof(float), (size_t)CUDA_NORM_SLICES * s->width * sizeof(float),
-                       k->weight_bytes == sizeof(float) ? 0 : CUDA_SLICE * sizeof(float), sdpa_bytes(cuda_of(k), s) };
+    size_t wants[] = { (size_t)s->rows * s->heads * sizeof(float),
+                       (size_t)CUDA_NORM_SLICES * s->width * sizeof(float),
+                       k->weight_bytes == sizeof(float) ? 0 : CUDA_SLICE * sizeof(float),
+                       sdpa_bytes(cuda_of(k), s) };
     size_t most = 0;
     for (size_t want : wants) most = want > most ? want : most;
     return CUDA_WORKSPACE_BYTES + most;
@@ -187,8 +192,9 @@ static int find_device(struct cuda *c, struct cudaDeviceProp *found, struct err 
         (result = cudaGetDeviceProperties(found, c->device)) != cudaSuccess)
         return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
     if (found->major < 8)
-        return err_set(err, ERR_UNSUPPORTED, "CUDA device %d, %s, has compute capability %d.%d, 8.0 is the least",
-                       c->device, found->name, found->major, found->minor);
+        return err_set(err, ERR_UNSUPPORTED,
+                       "CUDA device %d, %s, has compute capability %d.%d, 8.0 is the least", c->device,
+                       found->name, found->major, found->minor);
     return 0;
 }
 
@@ -212,7 +218,8 @@ static int open_device(struct cuda *c, struct err *err) {
     if (result != cudaSuccess)
         return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
     if (cuda_products_create(c, p.name, err)) return -1;
-    c->place = (uint64_t)(uint32_t)p.pciDomainID << 32 | (uint64_t)(uint32_t)p.pciBusID << 8 | (uint32_t)p.pciDeviceID;
+    c->place = (uint64_t)(uint32_t)p.pciDomainID << 32 | (uint64_t)(uint32_t)p.pciBusID << 8 |
+               (uint32_t)p.pciDeviceID;
     c->place++; /* 0 is none */
     cudaRuntimeGetVersion(&runtime);
     char sdpa[32] = "";
@@ -220,8 +227,8 @@ static int open_device(struct cuda *c, struct err *err) {
     if (c->sdpa)
         snprintf(sdpa, sizeof sdpa, ", cuDNN %d.%d", sdpa_version(c->sdpa) / 10000,
                  sdpa_version(c->sdpa) / 100 % 100);
-    snprintf(c->description, sizeof c->description, "CUDA %d.%d%s, %.60s (%d.%d, %zu MB), %s%s%s", runtime / 1000,
-             runtime % 1000 / 10, sdpa, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
+    snprintf(c->description, sizeof c->description, "CUDA %d.%d%s, %.60s (%d.%d, %zu MB), %s%s%s",
+             runtime / 1000, runtime % 1000 / 10, sdpa, p.name, p.major, p.minor, p.totalGlobalMem >> 20,
              c->table.weight_bytes == sizeof(float) ? "fp32"
              : c->table.rest_bytes                  ? "bf16 with fp32 master"
                                                     : "bf16 rounded stochastically",
@@ -232,8 +239,10 @@ static int open_device(struct cuda *c, struct err *err) {
 extern "C" __attribute__((visibility("default"))) struct kernels *
 intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest_bytes, struct err *err) {
     if (abi != KERNELS_PLUGIN_ABI) {
-        err_set(err, ERR_UNSUPPORTED, "the CUDA plugin is for interface %u, the program has %u: take both from "
-                "one release", KERNELS_PLUGIN_ABI, abi);
+        err_set(err, ERR_UNSUPPORTED,
+                "the CUDA plugin is for interface %u, the program has %u: take both from "
+                "one release",
+                KERNELS_PLUGIN_ABI, abi);
         return NULL;
     }
     struct cuda *c = (struct cuda *)calloc(1, sizeof *c);

@@ -1,5 +1,5 @@
-/* choices.c - see choices.h. The file is ours, and its folder any program's of this user: what is not as it was written
- * is ignored whole. */
+/* choices.c - see choices.h. The file is ours, and its folder any program's of this user: what is not as it
+ * was written is ignored whole. */
 #define _GNU_SOURCE
 #include "kernels/cuda/choices.h"
 
@@ -32,7 +32,7 @@ struct choices {
     struct choice choice[CHOICES_MAX];
 };
 
-/* ---- the file's name ------------------------------------------------------------------------------------ */
+/* ---- the file's name ----------------------------------------------------------------------------------- */
 
 static int folder_of(char out[PATH_BYTES]) {
     const char *own = getenv("INTELLECT_CACHE"), *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
@@ -67,7 +67,7 @@ static void name_file(struct choices *c, size_t version, const char *device) {
     snprintf(c->path + n, sizeof c->path - n, "/products-%zu-%s.txt", version, name);
 }
 
-/* ---- lines ---------------------------------------------------------------------------------------------- */
+/* ---- lines --------------------------------------------------------------------------------------------- */
 
 static uint64_t add_to_crc(uint64_t crc, const char *line) {
     return crc32((uLong)crc, (const Bytef *)line, (uInt)strlen(line));
@@ -80,8 +80,8 @@ static void write_crc(char line[LINE_BYTES], uint64_t crc) {
 
 static void write_choice(char line[LINE_BYTES], const struct choice *c) {
     const struct choice_key *k = &c->key;
-    int n = snprintf(line, LINE_BYTES, "%d %d %d %d %d %d %d %d", k->m, k->n, k->k, k->transposed_a, k->transposed_b,
-                     k->bf16, k->wide, k->alignment);
+    int n = snprintf(line, LINE_BYTES, "%d %d %d %d %d %d %d %d", k->m, k->n, k->k, k->transposed_a,
+                     k->transposed_b, k->bf16, k->wide, k->alignment);
     for (int i = 0; i < CHOICES_WORDS; i++)
         n += snprintf(line + n, LINE_BYTES - (size_t)n, " %016" PRIx64, c->algorithm[i]);
     snprintf(line + n, LINE_BYTES - (size_t)n, " %.1f\n", (double)c->us);
@@ -90,8 +90,8 @@ static void write_choice(char line[LINE_BYTES], const struct choice *c) {
 static int read_choice(const char *line, struct choice *c) {
     struct choice_key *k = &c->key;
     int at = 0, used = 0;
-    if (sscanf(line, "%d %d %d %d %d %d %d %d%n", &k->m, &k->n, &k->k, &k->transposed_a, &k->transposed_b, &k->bf16,
-               &k->wide, &k->alignment, &at) != 8)
+    if (sscanf(line, "%d %d %d %d %d %d %d %d%n", &k->m, &k->n, &k->k, &k->transposed_a, &k->transposed_b,
+               &k->bf16, &k->wide, &k->alignment, &at) != 8)
         return -1;
     for (int i = 0; i < CHOICES_WORDS; i++, at += used)
         if (sscanf(line + at, " %16" SCNx64 "%n", &c->algorithm[i], &used) != 1) return -1;
@@ -104,9 +104,9 @@ static struct choice *find(const struct choices *c, const struct choice_key *key
     return NULL;
 }
 
-/* ---- the file ------------------------------------------------------------------------------------------- */
+/* ---- the file ------------------------------------------------------------------------------------------ */
 
-/* Into `found`, whose head says whose file it must be. 0 also where there is none; -1 with why it is ignored. */
+/* Into `found`, whose head says whose file it must be. 0 also if there is none; -1 with why it is ignored. */
 static int read_lines(struct choices *found, FILE *f, char why[160]) {
     char line[LINE_BYTES], last[LINE_BYTES];
     uint64_t crc = CRC_START;
@@ -120,7 +120,8 @@ static int read_lines(struct choices *found, FILE *f, char why[160]) {
             snprintf(why, 160, "is of another library or device: %.100s", line + sizeof HEAD);
             return -1;
         }
-        if (n > 0 && (found->count == CHOICES_MAX || read_choice(line, &found->choice[found->count++]))) break;
+        if (n > 0 && (found->count == CHOICES_MAX || read_choice(line, &found->choice[found->count++])))
+            break;
     }
     if (whole && !fgets(line, sizeof line, f)) return 0;
     snprintf(why, 160, "is damaged");
@@ -180,7 +181,8 @@ int choices_find(const struct choices *c, const struct choice_key *key, uint64_t
 /* What others kept meanwhile comes first, then what is the own. */
 static void merge(struct choices *into, const struct choices *own) {
     for (size_t i = 0; i < own->count; i++)
-        if (into->count < CHOICES_MAX && !find(into, &own->choice[i].key)) into->choice[into->count++] = own->choice[i];
+        if (into->count < CHOICES_MAX && !find(into, &own->choice[i].key))
+            into->choice[into->count++] = own->choice[i];
 }
 
 static void put(struct choices *c, const struct choice *won, const uint64_t *refused) {

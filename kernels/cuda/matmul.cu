@@ -1,9 +1,9 @@
-/* matmul.cu - matrix products by cuBLASLt, accumulated in fp32. cuBLASLt is column-major: a row-major [rows,C]
- * is its C x rows, so out = x * w^T there is out^T = w * x^T.
+/* matmul.cu - matrix products by cuBLASLt, accumulated in fp32. cuBLASLt is column-major: a row-major
+ * [rows,C] is its C x rows, so out = x * w^T there is out^T = w * x^T.
  *
- * The first time that a shape comes, what cuBLASLt's heuristic names for it is timed on the operands at hand; the fastest
- * is used from then on, and kept on disk (choices.h). Splitting the sum over k across blocks that add with atomics
- * is not allowed, so that the same product by the same algorithm gives the same bits. */
+ * The first time that a shape comes, what cuBLASLt's heuristic names for it is timed on the operands at hand;
+ * the fastest is used from then on, and kept on disk (choices.h). Splitting the sum over k across blocks that
+ * add with atomics is not allowed, so that the same product by the same algorithm gives the same bits. */
 #ifdef __CUDACC__
 #include <cublasLt.h>
 #else
@@ -23,7 +23,8 @@ extern "C" {
 #define TIMES 3     /* that a candidate is timed, after once untimed; the best counts */
 #define ALIGNMENT 16 /* no load or store is wider */
 
-static_assert(sizeof(cublasLtMatmulAlgo_t) == CHOICES_WORDS * sizeof(uint64_t), "an algorithm is so many words");
+static_assert(sizeof(cublasLtMatmulAlgo_t) == CHOICES_WORDS * sizeof(uint64_t),
+              "an algorithm is so many words");
 
 struct product {
     struct choice_key key; /* m is 0 where there is none */
@@ -61,8 +62,8 @@ int cuda_products_create(struct cuda *c, const char *device_name, struct err *er
     if (result == cudaSuccess) result = cudaEventCreate(&p->begin);
     if (result == cudaSuccess) result = cudaEventCreate(&p->end);
     if (result == cudaSuccess) return 0;
-    return err_set(err, ERR_MEMORY, "CUDA device %d: %zu bytes for matrix products: %s", c->device, CUDA_WORKSPACE_BYTES,
-                   cudaGetErrorString(result));
+    return err_set(err, ERR_MEMORY, "CUDA device %d: %zu bytes for matrix products: %s", c->device,
+                   CUDA_WORKSPACE_BYTES, cudaGetErrorString(result));
 }
 
 void cuda_products_destroy(struct cuda *c) {
@@ -77,13 +78,14 @@ void cuda_products_destroy(struct cuda *c) {
     free(p);
 }
 
-/* ---- one shape ------------------------------------------------------------------------------------------ */
+/* ---- one shape ----------------------------------------------------------------------------------------- */
 
 /* cuBLASLt's m x n = op(a) * op(b), k between; everything column-major and dense. */
 static cublasStatus_t describe(struct product *p) {
     const struct choice_key *s = &p->key;
     cudaDataType_t type = s->bf16 ? CUDA_R_16BF : CUDA_R_32F;
-    cublasOperation_t a = s->transposed_a ? CUBLAS_OP_T : CUBLAS_OP_N, b = s->transposed_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t a = s->transposed_a ? CUBLAS_OP_T : CUBLAS_OP_N,
+                      b = s->transposed_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasStatus_t rc = cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     if (!rc) rc = cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a);
     if (!rc) rc = cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSB, &b, sizeof b);
@@ -91,7 +93,9 @@ static cublasStatus_t describe(struct product *p) {
     int b_rows = s->transposed_b ? s->n : s->k, b_columns = s->transposed_b ? s->k : s->n;
     if (!rc) rc = cublasLtMatrixLayoutCreate(&p->a, type, (uint64_t)a_rows, (uint64_t)a_columns, a_rows);
     if (!rc) rc = cublasLtMatrixLayoutCreate(&p->b, type, (uint64_t)b_rows, (uint64_t)b_columns, b_rows);
-    if (!rc) rc = cublasLtMatrixLayoutCreate(&p->c, s->wide ? CUDA_R_32F : type, (uint64_t)s->m, (uint64_t)s->n, s->m);
+    if (!rc)
+        rc = cublasLtMatrixLayoutCreate(&p->c, s->wide ? CUDA_R_32F : type, (uint64_t)s->m, (uint64_t)s->n,
+                                        s->m);
     return rc;
 }
 
@@ -111,28 +115,28 @@ static cublasStatus_t candidates(struct cuda_products *all, struct product *p,
         rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                                   sizeof workspace);
     if (!rc)
-        rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
-                                                  sizeof reductions);
+        rc = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                                  &reductions, sizeof reductions);
     for (size_t i = 0; !rc && i < sizeof alignments / sizeof *alignments; i++)
         rc = cublasLtMatmulPreferenceSetAttribute(wish, alignments[i], &alignment, sizeof alignment);
     if (!rc)
-        rc = cublasLtMatmulAlgoGetHeuristic(all->handle, p->how, p->a, p->b, p->c, p->c, wish, CANDIDATES, found,
-                                            count);
+        rc = cublasLtMatmulAlgoGetHeuristic(all->handle, p->how, p->a, p->b, p->c, p->c, wish, CANDIDATES,
+                                            found, count);
     if (!rc && !*count) rc = CUBLAS_STATUS_NOT_SUPPORTED;
     if (wish) cublasLtMatmulPreferenceDestroy(wish);
     return rc;
 }
 
-static cublasStatus_t run(struct cuda *c, const struct product *p, const cublasLtMatmulAlgo_t *algorithm, const void *a,
-                          const void *b, void *out, float beta) {
+static cublasStatus_t run(struct cuda *c, const struct product *p, const cublasLtMatmulAlgo_t *algorithm,
+                          const void *a, const void *b, void *out, float beta) {
     float one = 1.0f;
-    return cublasLtMatmul(c->products->handle, p->how, &one, a, p->a, b, p->b, &beta, out, p->c, out, p->c, algorithm,
-                          c->products->workspace, CUDA_WORKSPACE_BYTES, c->stream);
+    return cublasLtMatmul(c->products->handle, p->how, &one, a, p->a, b, p->b, &beta, out, p->c, out, p->c,
+                          algorithm, c->products->workspace, CUDA_WORKSPACE_BYTES, c->stream);
 }
 
 /* Milliseconds; INFINITY where it does not run. */
-static float time_of(struct cuda *c, const struct product *p, const cublasLtMatmulAlgo_t *algorithm, const void *a,
-                     const void *b, void *out) {
+static float time_of(struct cuda *c, const struct product *p, const cublasLtMatmulAlgo_t *algorithm,
+                     const void *a, const void *b, void *out) {
     struct cuda_products *all = c->products;
     float best = INFINITY;
     if (run(c, p, algorithm, a, b, out, 0.0f)) return INFINITY;
@@ -172,7 +176,8 @@ static cublasStatus_t choose(struct cuda *c, struct product *p, const void *a, c
 }
 
 /* Take the algorithm of an earlier start, if it runs still, or choose one. */
-static cublasStatus_t settle(struct cuda *c, struct product *p, const void *a, const void *b, void *out, int add) {
+static cublasStatus_t settle(struct cuda *c, struct product *p, const void *a, const void *b, void *out,
+                             int add) {
     cublasLtMatmulHeuristicResult_t checked;
     const uint64_t *refused = NULL;
     cublasLtMatmulAlgo_t kept;
@@ -180,7 +185,8 @@ static cublasStatus_t settle(struct cuda *c, struct product *p, const void *a, c
     if (rc) return rc;
     if (choices_find(c->products->choices, &p->key, kept.data)) {
         p->algorithm = kept;
-        if (!cublasLtMatmulAlgoCheck(c->products->handle, p->how, p->a, p->b, p->c, p->c, &p->algorithm, &checked) &&
+        if (!cublasLtMatmulAlgoCheck(c->products->handle, p->how, p->a, p->b, p->c, p->c, &p->algorithm,
+                                     &checked) &&
             checked.workspaceSize <= CUDA_WORKSPACE_BYTES)
             return rc;
         refused = kept.data;
@@ -202,8 +208,8 @@ static int alignment_of(const void *a, const void *b, const void *out) {
     return (int)(bits & -bits);
 }
 
-static struct product *product_for(struct cuda *c, const struct choice_key *key, const void *a, const void *b, void *out,
-                                   int add, cublasStatus_t *rc) {
+static struct product *product_for(struct cuda *c, const struct choice_key *key, const void *a, const void *b,
+                                   void *out, int add, cublasStatus_t *rc) {
     struct cuda_products *all = c->products;
     for (int i = 0; i < PRODUCTS_MAX; i++)
         if (!memcmp(&all->product[i].key, key, sizeof *key)) return &all->product[i];
@@ -216,18 +222,20 @@ static struct product *product_for(struct cuda *c, const struct choice_key *key,
     return NULL;
 }
 
-static void multiply(struct cuda *c, struct choice_key key, const void *a, const void *b, void *out, int add) {
+static void multiply(struct cuda *c, struct choice_key key, const void *a, const void *b, void *out,
+                     int add) {
     cublasStatus_t rc = CUBLAS_STATUS_SUCCESS;
     key.bf16 = c->table.act_bytes != sizeof(float);
     key.alignment = alignment_of(a, b, out);
     const struct product *p = product_for(c, &key, a, b, out, add, &rc);
     if (p) rc = run(c, p, &p->algorithm, a, b, out, (float)add);
     if (rc && c->failure.code == ERR_NONE)
-        err_set(&c->failure, ERR_UNSUPPORTED, "CUDA device %d: cuBLASLt's product of [%d,%d] and [%d,%d] failed: %s",
-                c->device, key.m, key.k, key.k, key.n, cublasLtGetStatusString(rc));
+        err_set(&c->failure, ERR_UNSUPPORTED,
+                "CUDA device %d: cuBLASLt's product of [%d,%d] and [%d,%d] failed: %s", c->device, key.m,
+                key.k, key.k, key.n, cublasLtGetStatusString(rc));
 }
 
-/* ---- entries ---------------------------------------------------------------------------------------------- */
+/* ---- entries ------------------------------------------------------------------------------------------- */
 
 static void matmul_forward(const struct kernels *k, void *out, const void *x, const void *w, int rows, int C,
                            int OC) {
@@ -235,19 +243,20 @@ static void matmul_forward(const struct kernels *k, void *out, const void *x, co
     multiply(cuda_of(k), key, w, x, out, 0);
 }
 
-static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C, int OC) {
+static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C,
+                          int OC) {
     struct choice_key key = { OC, rows, C, 1, 0, 0, 1, 0 };
     multiply(cuda_of(k), key, w, x, out, 0);
 }
 
-static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w, int rows, int C,
-                                  int OC) {
+static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w,
+                                  int rows, int C, int OC) {
     struct choice_key key = { C, rows, OC, 0, 0, 0, 0, 0 };
     multiply(cuda_of(k), key, w, dout, dx, 0);
 }
 
-static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x, int rows,
-                                   int C, int OC, enum kernels_write write) {
+static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x,
+                                   int rows, int C, int OC, enum kernels_write write) {
     struct choice_key key = { C, OC, rows, 0, 1, 0, 1, 0 };
     multiply(cuda_of(k), key, x, dout, dw, write == KERNELS_ADD);
 }

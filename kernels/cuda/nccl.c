@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ---- NCCL's interface ----------------------------------------------------------------------------------- */
+/* ---- NCCL's interface ---------------------------------------------------------------------------------- */
 
 enum { SUCCESS = 0, IN_PROGRESS = 7 };           /* ncclResult_t */
 enum { BYTES = 1, FLOAT = 7, BFLOAT16 = 9 };     /* ncclDataType_t */
@@ -68,7 +68,7 @@ int nccl_found(void) {
     return !(wish && *wish == '0') && !load();
 }
 
-/* ---- a group -------------------------------------------------------------------------------------------- */
+/* ---- a group ------------------------------------------------------------------------------------------- */
 
 struct nccl {
     void *comm, *stream;
@@ -106,8 +106,8 @@ int nccl_unique(uint8_t id[KERNELS_UNIQUE_BYTES], struct err *err) {
     return 0;
 }
 
-struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size, void *stream, int (*lost)(void *arg),
-                       void *arg, struct err *err) {
+struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size, void *stream,
+                       int (*lost)(void *arg), void *arg, struct err *err) {
     struct config config = { sizeof config, 0xcafebeef, VERSION_LEAST, 0 };
     struct unique u;
     struct nccl *g = calloc(1, sizeof *g);
@@ -131,7 +131,7 @@ void nccl_leave(struct nccl *g) {
     free(g);
 }
 
-/* ---- calls ---------------------------------------------------------------------------------------------- */
+/* ---- calls --------------------------------------------------------------------------------------------- */
 
 static int type_of(int bf16) { return bf16 ? BFLOAT16 : FLOAT; }
 
@@ -147,7 +147,8 @@ int nccl_all_gather(struct nccl *g, void *out, const void *in, size_t bytes, str
 
 int nccl_reduce_scatter(struct nccl *g, void *out, const void *in, size_t n, int bf16, struct err *err) {
     if (!g->comm || !n) return 0;
-    return settle(g, lib.reduce_scatter(in, out, n, type_of(bf16), SUM, g->comm, g->stream), "reduce_scatter", err);
+    return settle(g, lib.reduce_scatter(in, out, n, type_of(bf16), SUM, g->comm, g->stream), "reduce_scatter",
+                  err);
 }
 
 int nccl_broadcast(struct nccl *g, void *x, size_t bytes, int root, struct err *err) {

@@ -1,9 +1,9 @@
-/* nccl.h - private to kernels/cuda/: collectives by NCCL, which is loaded at run time, and none of whose headers is needed.
- * For ranks that each have a device of their own: NCCL takes no two on one. Calls are asked for on the stream, in the
- * order that all ranks have.
+/* nccl.h - private to kernels/cuda/: collectives by NCCL, which is loaded at run time, and none of whose
+ * headers is needed. For ranks that each have a device of their own: NCCL takes no two on one. Calls are
+ * asked for on the stream, in the order that all ranks have.
  *
- * Communicators are non-blocking: a rank that died does not hold the others in a call of NCCL's; whoever waits asks `lost`,
- * and aborts. */
+ * Communicators are non-blocking: a rank that died does not hold the others in a call of NCCL's; whoever
+ * waits asks `lost`, and aborts. */
 #ifndef INTELLECT_KERNELS_CUDA_NCCL_H
 #define INTELLECT_KERNELS_CUDA_NCCL_H
 
@@ -16,11 +16,11 @@ struct nccl;
 
 /* True where NCCL is, of a version that this knows; INTELLECT_NCCL=0: not. */
 int nccl_found(void);
-/* What all ranks of a group are to join with. -1 with ERR_UNSUPPORTED, as all below: with NCCL's own words. */
+/* What all ranks of a group are to join with. -1 with ERR_UNSUPPORTED, as all below: in NCCL's own words. */
 int nccl_unique(uint8_t id[KERNELS_UNIQUE_BYTES], struct err *err);
 /* Returns when all ranks have, or lost(arg) is true. stream: a cudaStream_t. */
-struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size, void *stream, int (*lost)(void *arg),
-                       void *arg, struct err *err);
+struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size, void *stream,
+                       int (*lost)(void *arg), void *arg, struct err *err);
 /* Once all that was asked for is done, or others are gone. */
 void nccl_leave(struct nccl *g);
 /* What hangs on the device ends; later calls do nothing. */

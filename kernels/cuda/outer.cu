@@ -1,26 +1,30 @@
-/* outer.cu - the outer step's arithmetic on device memory: the bits of the outer_* functions of the same names, from the
- * same lines (kernels/outer_elements.h). Compiled with -fmad=false. All of it is bound by memory. */
+/* outer.cu - the outer step's arithmetic on device memory: the bits of the outer_* functions of the same
+ * names, from the same lines (kernels/outer_elements.h). Compiled with -fmad=false. All of it is bound by
+ * memory. */
 #include "kernels/cuda/cuda.h"
 
 extern "C" {
 #include "kernels/outer_elements.h"
 }
 
-__global__ void gradients(float *out, const float *anchor, const float *local, const float *residual, size_t n) {
+__global__ void gradients(float *out, const float *anchor, const float *local, const float *residual,
+                          size_t n) {
     by_groups<4>(n, aligned(out, anchor, local, residual), [&](size_t i, auto group) {
         const int N = decltype(group)::n;
         float a[N], l[N], r[N];
         take(a, anchor + i), take(l, local + i);
         if (residual) take(r, residual + i);
         UNROLL
-        for (int j = 0; j < N; j++) a[j] = residual ? gradient_with(a[j], l[j], r[j]) : gradient_of(a[j], l[j]);
+        for (int j = 0; j < N; j++)
+            a[j] = residual ? gradient_with(a[j], l[j], r[j]) : gradient_of(a[j], l[j]);
         give(out + i, a);
     });
 }
 
 static void pseudo_gradient(const struct kernels *k, float *out, const float *anchor, const float *local,
                             const float *residual, size_t n) {
-    if (n) RUN(cuda_of(k), gradients, cuda_group_blocks(n, 4), CUDA_THREADS, 0, out, anchor, local, residual, n);
+    if (n)
+        RUN(cuda_of(k), gradients, cuda_group_blocks(n, 4), CUDA_THREADS, 0, out, anchor, local, residual, n);
 }
 
 __global__ void steps(float *anchor, float *momentum, const float *mean, size_t n, float lr, float mu) {
@@ -37,9 +41,10 @@ __global__ void steps(float *anchor, float *momentum, const float *mean, size_t 
     });
 }
 
-static void nesterov(const struct kernels *k, float *anchor, float *momentum, const float *mean, size_t n, float lr,
-                     float mu) {
-    if (n) RUN(cuda_of(k), steps, cuda_group_blocks(n, 4), CUDA_THREADS, 0, anchor, momentum, mean, n, lr, mu);
+static void nesterov(const struct kernels *k, float *anchor, float *momentum, const float *mean, size_t n,
+                     float lr, float mu) {
+    if (n)
+        RUN(cuda_of(k), steps, cuda_group_blocks(n, 4), CUDA_THREADS, 0, anchor, momentum, mean, n, lr, mu);
 }
 
 __global__ void mixtures(float *local, const float *anchor_new, size_t n, float alpha, float rest) {
@@ -56,7 +61,9 @@ __global__ void mixtures(float *local, const float *anchor_new, size_t n, float 
 static void mix(const struct kernels *k, float *local, const float *anchor_new, size_t n, float alpha) {
     struct cuda *c = cuda_of(k);
     if (n && (bits_of(alpha) & ~SIGN_BIT) == 0)
-        cuda_note(c, cudaMemcpyAsync(local, anchor_new, n * sizeof *local, cudaMemcpyDeviceToDevice, c->stream), "mix");
+        cuda_note(c,
+                  cudaMemcpyAsync(local, anchor_new, n * sizeof *local, cudaMemcpyDeviceToDevice, c->stream),
+                  "mix");
     else if (n)
         RUN(c, mixtures, cuda_group_blocks(n, 4), CUDA_THREADS, 0, local, anchor_new, n, alpha, 1.0f - alpha);
 }
@@ -72,21 +79,23 @@ __global__ void moves(float *local, const float *anchor_new, const float *anchor
     });
 }
 
-static void add_delta(const struct kernels *k, float *local, const float *anchor_new, const float *anchor_old, size_t n) {
+static void add_delta(const struct kernels *k, float *local, const float *anchor_new, const float *anchor_old,
+                      size_t n) {
     if (n) RUN(cuda_of(k), moves, cuda_group_blocks(n, 4), CUDA_THREADS, 0, local, anchor_new, anchor_old, n);
 }
 
-/* ---- codecs --------------------------------------------------------------------------------------------- */
+/* ---- codecs -------------------------------------------------------------------------------------------- */
 
 /* Of a whole block, a multiple of 4, so that scales are aligned. */
 #define INT8_BLOCK_BYTES ((size_t)OUTER_BLOCK + sizeof(float))
 #define FP4_BLOCK_BYTES ((size_t)OUTER_BLOCK / 2 + sizeof(float))
 
-static_assert(OUTER_BLOCK == CUDA_CODED && INT8_BLOCK_BYTES % sizeof(float) == 0 && FP4_BLOCK_BYTES % sizeof(float) == 0,
+static_assert(OUTER_BLOCK == CUDA_CODED && INT8_BLOCK_BYTES % sizeof(float) == 0 &&
+                  FP4_BLOCK_BYTES % sizeof(float) == 0,
               "a warp's");
 
-/* Of a warp's block: its scale. bad: the first element that cannot travel; the order of threads does not show in a least
- * number. */
+/* Of a warp's block: its scale. bad: the first element that cannot travel; the order of threads does not show
+ * in a least number. */
 __device__ static float scale_in(uint8_t *block, const float (&mine)[2][4], size_t first, float top,
                                  unsigned long long *bad) {
     uint32_t most = 0;
@@ -129,7 +138,9 @@ __global__ void fp4_in(uint8_t *bytes, const float *x, size_t n, unsigned long l
     float scale = scale_in(block, mine, first, FP4_TOP, bad);
     if (length == OUTER_BLOCK) {
         for (int i = 0; i < 4; i++)
-            code[i] = (uint8_t)(scale == 0.0f ? 0 : quantise_fp4(mine[0][i], scale) | quantise_fp4(mine[1][i], scale) << 4);
+            code[i] = (uint8_t)(scale == 0.0f
+                                    ? 0
+                                    : quantise_fp4(mine[0][i], scale) | quantise_fp4(mine[1][i], scale) << 4);
         give(to + coded_at(0), code);
         return;
     }
@@ -147,7 +158,8 @@ __global__ void fp32_in(float *out, const float *x, size_t n, unsigned long long
         take(from, x + i);
         UNROLL
         for (int j = 0; j < N; j++)
-            if (!is_encodable(bits_of(from[j]) & ~SIGN_BIT, 0.0f)) atomicMin(bad, (unsigned long long)(i + (size_t)j));
+            if (!is_encodable(bits_of(from[j]) & ~SIGN_BIT, 0.0f))
+                atomicMin(bad, (unsigned long long)(i + (size_t)j));
         give(out + i, from);
     });
 }
@@ -168,14 +180,15 @@ static int encode(const struct kernels *k, uint8_t *bytes, const float *x, size_
     k->copy_out(k, &first, bad, sizeof first);
     if (first == none) return 0;
     k->copy_out(k, &value, x + first, sizeof value);
-    return err_set(err, ERR_CORRUPT, "element %llu of %zu is %g, which codec %d cannot carry", first, n, (double)value,
-                   (int)codec);
+    return err_set(err, ERR_CORRUPT, "element %llu of %zu is %g, which codec %d cannot carry", first, n,
+                   (double)value, (int)codec);
 }
 
 __device__ static float value_at(const uint8_t *bytes, size_t i, size_t n, enum outer_codec codec) {
     if (codec == OUTER_FP32) return ((const float *)bytes)[i];
     size_t first = i / OUTER_BLOCK * OUTER_BLOCK, j = i - first;
-    const uint8_t *block = bytes + first / OUTER_BLOCK * (codec == OUTER_INT8 ? INT8_BLOCK_BYTES : FP4_BLOCK_BYTES);
+    const uint8_t *block =
+        bytes + first / OUTER_BLOCK * (codec == OUTER_INT8 ? INT8_BLOCK_BYTES : FP4_BLOCK_BYTES);
     float scale = *(const float *)block;
     if (codec == OUTER_INT8) return scale * (float)(int8_t)block[sizeof scale + j];
     size_t half = ((n - first < OUTER_BLOCK ? n - first : OUTER_BLOCK) + 1) / 2;
@@ -185,7 +198,8 @@ __device__ static float value_at(const uint8_t *bytes, size_t i, size_t n, enum 
 
 /* Of a whole block, four that lie side by side; or one of any. */
 template <int N>
-__device__ static void values_at(float (&to)[N], const uint8_t *bytes, size_t i, size_t n, enum outer_codec codec) {
+__device__ static void values_at(float (&to)[N], const uint8_t *bytes, size_t i, size_t n,
+                                 enum outer_codec codec) {
     size_t number = i / OUTER_BLOCK, j = i % OUTER_BLOCK;
     if (codec == OUTER_FP32) take(to, (const float *)bytes + i);
     else if (N == 1 || n - number * OUTER_BLOCK < OUTER_BLOCK)
@@ -198,12 +212,14 @@ __device__ static void values_at(float (&to)[N], const uint8_t *bytes, size_t i,
         take(code, block + sizeof scale + (int8 ? j : j % (OUTER_BLOCK / 2)));
         UNROLL
         for (int e = 0; e < N; e++)
-            to[e] = scale * (float)(int8 ? (int8_t)code[e] : integer_of_fp4(upper ? code[e] >> 4 : code[e] & 15));
+            to[e] =
+                scale * (float)(int8 ? (int8_t)code[e] : integer_of_fp4(upper ? code[e] >> 4 : code[e] & 15));
     }
 }
 
 /* minus: NULL, or what the values are taken from. */
-__global__ void values_out(float *out, const float *minus, const uint8_t *bytes, size_t n, enum outer_codec codec) {
+__global__ void values_out(float *out, const float *minus, const uint8_t *bytes, size_t n,
+                           enum outer_codec codec) {
     by_groups<4>(n, aligned(out, minus, codec == OUTER_FP32 ? bytes : NULL), [&](size_t i, auto group) {
         const int N = decltype(group)::n;
         float to[N], from[N];
@@ -223,10 +239,12 @@ static void residual(const struct kernels *k, float *out, const float *x, const 
         RUN(cuda_of(k), values_out, cuda_group_blocks(n, 4), CUDA_THREADS, 0, out, x, bytes, n, codec);
 }
 
-static void decode(const struct kernels *k, float *x, const uint8_t *bytes, size_t n, enum outer_codec codec) {
+static void decode(const struct kernels *k, float *x, const uint8_t *bytes, size_t n,
+                   enum outer_codec codec) {
     residual(k, x, NULL, bytes, n, codec);
 }
 
-static const struct kernels_outer outer = { pseudo_gradient, encode, decode, residual, nesterov, mix, add_delta };
+static const struct kernels_outer outer = { pseudo_gradient, encode, decode,   residual,
+                                            nesterov,        mix,    add_delta };
 
 void cuda_fill_outer(struct kernels *k) { k->outer = &outer; }

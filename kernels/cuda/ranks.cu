@@ -1,5 +1,5 @@
-/* ranks.cu - what the ranks of a node say to each other about tensors on devices: memory that one opens in another (CUDA
- * IPC), and groups of NCCL's. kernels/comm_shm.c decides which. */
+/* ranks.cu - what the ranks of a node say to each other about tensors on devices: memory that one opens in
+ * another (CUDA IPC), and groups of NCCL's. kernels/comm_shm.c decides which. */
 #include <string.h>
 #include <unistd.h>
 
@@ -9,7 +9,7 @@ extern "C" {
 #include "kernels/cuda/nccl.h"
 }
 
-/* ---- memory of several ranks ---------------------------------------------------------------------------- */
+/* ---- memory of several ranks --------------------------------------------------------------------------- */
 
 static_assert(sizeof(cudaIpcMemHandle_t) <= KERNELS_HANDLE_BYTES, "a handle has room");
 
@@ -19,7 +19,8 @@ static int refuse(struct cuda *c, cudaError_t result, const char *what, struct e
                    cudaGetErrorString(result));
 }
 
-static void *share(const struct kernels *k, size_t bytes, uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err) {
+static void *share(const struct kernels *k, size_t bytes, uint8_t handle[KERNELS_HANDLE_BYTES],
+                   struct err *err) {
     cudaIpcMemHandle_t h;
     void *p = k->alloc(k, bytes, err);
     if (!p) return NULL;
@@ -33,7 +34,8 @@ static void *share(const struct kernels *k, size_t bytes, uint8_t handle[KERNELS
     return NULL;
 }
 
-static void *open_shared(const struct kernels *k, const uint8_t handle[KERNELS_HANDLE_BYTES], struct err *err) {
+static void *open_shared(const struct kernels *k, const uint8_t handle[KERNELS_HANDLE_BYTES],
+                         struct err *err) {
     cudaIpcMemHandle_t h;
     void *p = NULL;
     memcpy(&h, handle, sizeof h);
@@ -72,7 +74,8 @@ template <class E> __global__ void sum_ranks(E *out, struct sources s, int count
     });
 }
 
-static void sum_shared(const struct kernels *k, void *out, const void *const *from, int count, size_t n, int bf16) {
+static void sum_shared(const struct kernels *k, void *out, const void *const *from, int count, size_t n,
+                       int bf16) {
     struct cuda *c = cuda_of(k);
     struct sources s = {};
     unsigned blocks = cuda_group_blocks(n, bf16 ? GROUP(uint16_t) : GROUP(float));
@@ -81,7 +84,7 @@ static void sum_shared(const struct kernels *k, void *out, const void *const *fr
     else if (n) RUN(c, sum_ranks<float>, blocks, CUDA_THREADS, 0, (float *)out, s, count, n);
 }
 
-/* ---- groups --------------------------------------------------------------------------------------------- */
+/* ---- groups -------------------------------------------------------------------------------------------- */
 
 #define LOOK_US 100 /* between two looks at a stream, once it took longer than SPINS of them */
 #define SPINS 1000
@@ -153,7 +156,8 @@ static void all_gather(const struct kernels *k, void *group, void *out, const vo
     keep(k, nccl_all_gather((struct nccl *)group, out, in, bytes, &err), &err);
 }
 
-static void reduce_scatter(const struct kernels *k, void *group, void *out, const void *in, size_t n, int bf16) {
+static void reduce_scatter(const struct kernels *k, void *group, void *out, const void *in, size_t n,
+                           int bf16) {
     struct err err;
     keep(k, nccl_reduce_scatter((struct nccl *)group, out, in, n, bf16, &err), &err);
 }

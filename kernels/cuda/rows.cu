@@ -18,8 +18,8 @@ static void embedding_forward(const struct kernels *k, float *out, const int32_t
                               int rows, int C, int V) {
     size_t n = (size_t)rows * C;
     (void)V;
-    WITH_TYPE(k, RUN(cuda_of(k), embed<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, tokens, (const E *)w, n,
-                     C));
+    WITH_TYPE(k, RUN(cuda_of(k), embed<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, tokens,
+                     (const E *)w, n, C));
 }
 
 template <int N> __device__ static void add_to(float *to, const float *from, group<N>) {
@@ -45,7 +45,8 @@ __global__ void embed_gradient(float *dw, const float *dout, const int32_t *toke
             if (!found[i]) continue;
             float *to = dw + (size_t)token * C;
             const float *from = dout + (size_t)(window + i) * C;
-            row_by_groups<4>(C, aligned(to, from), [&](size_t c, auto group) { add_to(to + c, from + c, group); });
+            row_by_groups<4>(C, aligned(to, from),
+                             [&](size_t c, auto group) { add_to(to + c, from + c, group); });
         }
         __syncthreads();
     }
@@ -73,8 +74,10 @@ template <class E> __global__ void widen(float *out, const E *w, const uint16_t 
     });
 }
 
-static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest, size_t n) {
-    WITH_TYPE(k, RUN(cuda_of(k), widen<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, (const E *)w, rest, n));
+static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest,
+                          size_t n) {
+    WITH_TYPE(k, RUN(cuda_of(k), widen<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, (const E *)w,
+                     rest, n));
 }
 
 template <class E>
@@ -110,7 +113,8 @@ static void rmsnorm_forward(const struct kernels *k, void *out, float *rstd, con
 
 /* dx += rstd * (w*dout - n * mean(w*dout*n)), n = x*rstd */
 template <class E>
-__global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const float *w, const float *rstd, int C) {
+__global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const float *w, const float *rstd,
+                                 int C) {
     __shared__ float parts[CUDA_WARP];
     size_t row = blockIdx.x;
     float scale = rstd[row], sum = 0.0f;
@@ -136,8 +140,8 @@ __global__ void rmsnorm_gradient(float *dx, const E *dout, const float *x, const
 }
 
 template <class E>
-__global__ void norm_weight_parts(float *part, const E *dout, const float *x, const float *rstd, int rows, int each,
-                                  int C) {
+__global__ void norm_weight_parts(float *part, const E *dout, const float *x, const float *rstd, int rows,
+                                  int each, int C) {
     int begin = (int)blockIdx.y * each, end = begin + each < rows ? begin + each : rows;
     by_groups<GROUP(E)>((size_t)C, C % GROUP(E) == 0 && aligned(part, dout, x), [&](size_t c, auto group) {
         const int N = decltype(group)::n;
@@ -168,8 +172,8 @@ static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, cons
     if (!part) return;
     WITH_TYPE(k, RUN(c, rmsnorm_gradient<E>, (unsigned)rows, CUDA_THREADS, 0, dx, (const E *)dout, x, w, rstd,
                      C));
-    WITH_TYPE(k, RUN(c, norm_weight_parts<E>, dim3(cuda_group_blocks((size_t)C, GROUP(E)), (unsigned)slices), CUDA_THREADS,
-                     0, part, (const E *)dout, x, rstd, rows, each, C));
+    WITH_TYPE(k, RUN(c, norm_weight_parts<E>, dim3(cuda_group_blocks((size_t)C, GROUP(E)), (unsigned)slices),
+                     CUDA_THREADS, 0, part, (const E *)dout, x, rstd, rows, each, C));
     RUN(c, add_parts, columns, CUDA_THREADS, 0, dw, part, slices, C);
 }
 
@@ -177,8 +181,8 @@ static void rmsnorm_backward(const struct kernels *k, float *dx, float *dw, cons
 
 /* Pairs of the query and key heads of each row. */
 template <class E>
-__global__ void rotate(E *qkv, const float *cosine, const float *sine, const int32_t *start, size_t pairs, int T,
-                       int H, int KV, int D, float direction) {
+__global__ void rotate(E *qkv, const float *cosine, const float *sine, const int32_t *start, size_t pairs,
+                       int T, int H, int KV, int D, float direction) {
     int half = D / 2;
     by_groups<GROUP(E)>(pairs, half % GROUP(E) == 0 && aligned(qkv, cosine, sine), [&](size_t i, auto group) {
         const int N = decltype(group)::n;
@@ -198,11 +202,11 @@ __global__ void rotate(E *qkv, const float *cosine, const float *sine, const int
     });
 }
 
-static void turn(const struct kernels *k, void *qkv, const float *cosine, const float *sine, const int32_t *start,
-                 int B, int T, int H, int KV, int D, float direction) {
+static void turn(const struct kernels *k, void *qkv, const float *cosine, const float *sine,
+                 const int32_t *start, int B, int T, int H, int KV, int D, float direction) {
     size_t pairs = (size_t)B * T * (H + KV) * (D / 2);
-    WITH_TYPE(k, RUN(cuda_of(k), rotate<E>, cuda_group_blocks(pairs, GROUP(E)), CUDA_THREADS, 0, (E *)qkv, cosine,
-                     sine, start, pairs, T, H, KV, D, direction));
+    WITH_TYPE(k, RUN(cuda_of(k), rotate<E>, cuda_group_blocks(pairs, GROUP(E)), CUDA_THREADS, 0, (E *)qkv,
+                     cosine, sine, start, pairs, T, H, KV, D, direction));
 }
 
 static void rope_forward(const struct kernels *k, void *qkv, const float *cosine, const float *sine,
@@ -252,16 +256,16 @@ __global__ void swiglu_gradient(E *dgate_up, const E *dout, const E *gate_up, si
     });
 }
 
-static void swiglu_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up, int rows,
-                            int F) {
+static void swiglu_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up,
+                            int rows, int F) {
     size_t n = (size_t)rows * F;
-    WITH_TYPE(k, RUN(cuda_of(k), swiglu_gradient<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, (E *)dgate_up,
-                     (const E *)dout, (const E *)gate_up, n, F));
+    WITH_TYPE(k, RUN(cuda_of(k), swiglu_gradient<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0,
+                     (E *)dgate_up, (const E *)dout, (const E *)gate_up, n, F));
 }
 
 /* ---- cross-entropy ------------------------------------------------------------------------------------ */
 
-/* What one pass over a row finds: the largest logit, where it comes first, the sum of exponentials below it. */
+/* What one pass over a row finds: the largest logit, where it comes first, the sum of exponentials below. */
 struct peak {
     float max, sum;
     int at;
@@ -365,8 +369,8 @@ __global__ void entropy(float *loss, float *penalty, E *dlogits, const float *lo
 
 static void cross_entropy(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
                           const int32_t *targets, const struct kernels_loss *how, int rows, int V) {
-    WITH_TYPE(k, RUN(cuda_of(k), entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, (E *)dlogits, logits,
-                     targets, *how, V));
+    WITH_TYPE(k, RUN(cuda_of(k), entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, (E *)dlogits,
+                     logits, targets, *how, V));
 }
 
 __global__ void part_of_row(struct kernels_part *part, const float *logits, const int32_t *targets, int V) {
@@ -384,8 +388,9 @@ static void vocabulary_part(const struct kernels *k, struct kernels_part *part, 
 }
 
 template <class E>
-__global__ void part_entropy(float *loss, float *penalty, E *dlogits, const float *logits, const int32_t *targets,
-                             const struct kernels_part *part, int own, int parts, struct kernels_loss how, int V) {
+__global__ void part_entropy(float *loss, float *penalty, E *dlogits, const float *logits,
+                             const int32_t *targets, const struct kernels_part *part, int own, int parts,
+                             struct kernels_loss how, int V) {
     size_t row = blockIdx.x, rows = gridDim.x;
     logits += row * V;
     if (dlogits) dlogits += row * V;
@@ -406,11 +411,11 @@ __global__ void part_entropy(float *loss, float *penalty, E *dlogits, const floa
     finish_row(&loss[row], &penalty[row], dlogits, logits, p, targets[row], at_target, how, V);
 }
 
-static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
-                            const int32_t *targets, const struct kernels_part *part, int own, int parts,
-                            const struct kernels_loss *how, int rows, int V) {
-    WITH_TYPE(k, RUN(cuda_of(k), part_entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty, (E *)dlogits,
-                     logits, targets, part, own, parts, *how, V));
+static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits,
+                            float *logits, const int32_t *targets, const struct kernels_part *part, int own,
+                            int parts, const struct kernels_loss *how, int rows, int V) {
+    WITH_TYPE(k, RUN(cuda_of(k), part_entropy<E>, (unsigned)rows, CUDA_THREADS, 0, loss, penalty,
+                     (E *)dlogits, logits, targets, part, own, parts, *how, V));
 }
 
 void cuda_fill_rows(struct kernels *k) {

@@ -1,7 +1,7 @@
-/* sdpa.c - attention as cuDNN's operation graphs; see sdpa.h. The engines know these graphs by their form: the order
- * of operations, which tensors are virtual, and their strides are those of NVIDIA's cudnn-frontend
- * (scaled_dot_product_flash_attention.h, its composite nodes). For cuDNN 9.19 they were compared, operation by
- * operation, in cuDNN's own log (CUDNN_LOGLEVEL_DBG=3): nothing differs. */
+/* sdpa.c - attention as cuDNN's operation graphs; see sdpa.h. The engines know these graphs by their form:
+ * the order of operations, which tensors are virtual, and their strides are those of NVIDIA's cudnn-frontend
+ * (scaled_dot_product_flash_attention.h, its composite nodes). For cuDNN 9.19 they were compared, operation
+ * by operation, in cuDNN's own log (CUDNN_LOGLEVEL_DBG=3): nothing differs. */
 #include "kernels/cuda/sdpa.h"
 
 #include <dlfcn.h>
@@ -16,25 +16,68 @@
 
 typedef void *descriptor;
 enum kind { /* cudnnBackendDescriptorType_t */
-    POINTWISE = 0, ENGINE = 2, ENGINE_CONFIG = 3, HEURISTIC = 4, PLAN = 5, OP_POINTWISE = 13, GRAPH = 15, PACK = 16,
-    TENSOR = 17, MATMUL = 18, OP_MATMUL = 19, REDUCTION = 21, OP_REDUCTION = 22, OP_RESHAPE = 31
+            POINTWISE = 0,
+            ENGINE = 2,
+            ENGINE_CONFIG = 3,
+            HEURISTIC = 4,
+            PLAN = 5,
+            OP_POINTWISE = 13,
+            GRAPH = 15,
+            PACK = 16,
+            TENSOR = 17,
+            MATMUL = 18,
+            OP_MATMUL = 19,
+            REDUCTION = 21,
+            OP_REDUCTION = 22,
+            OP_RESHAPE = 31
 };
 enum type { /* cudnnBackendAttributeType_t */
     T_HANDLE = 0, T_DATA_TYPE = 1, T_BOOLEAN = 2, T_INT64 = 3, T_POINTER = 6, T_HEURISTIC = 8, T_NOTE = 11,
     T_POINTWISE = 14, T_DESCRIPTOR = 15, T_REDUCTION = 18
 };
-enum data { FLOAT = 0, INT32 = 4, BFLOAT16 = 9, BOOLEAN = 11 };                           /* cudnnDataType_t */
+enum data { FLOAT = 0, INT32 = 4, BFLOAT16 = 9, BOOLEAN = 11 }; /* cudnnDataType_t */
 enum mode { ADD = 0, MUL = 1, DIV = 6, SUB = 9, EXP = 13, LOG = 15, GE = 303, INDEX = 501, SELECT = 601 };
 enum attribute { /* cudnnBackendAttributeName_t */
-    POINTWISE_MODE = 0, POINTWISE_PRECISION = 1, POINTWISE_AXIS = 9, HEURISTIC_MODE = 200, HEURISTIC_GRAPH = 201,
-    HEURISTIC_RESULTS = 202, CONFIG_ENGINE = 300, PLAN_HANDLE = 400, PLAN_CONFIG = 401, PLAN_WORKSPACE = 402,
-    OP_POINTWISE_HOW = 750, OP_POINTWISE_X = 751, OP_POINTWISE_B = 752, OP_POINTWISE_Y = 753, OP_POINTWISE_T = 758,
-    GRAPH_HANDLE = 800, GRAPH_OPS = 801, TENSOR_ALIGNMENT = 900, TENSOR_TYPE = 901, TENSOR_DIMENSIONS = 902,
-    TENSOR_STRIDES = 903, TENSOR_ID = 906, TENSOR_VIRTUAL = 907, TENSOR_BY_VALUE = 908, PACK_IDS = 1000,
-    PACK_POINTERS = 1001, PACK_WORKSPACE = 1003, ENGINE_NOTE = 1303, MATMUL_PRECISION = 1500, OP_MATMUL_A = 1520,
-    OP_MATMUL_B = 1521, OP_MATMUL_C = 1522, OP_MATMUL_HOW = 1523, REDUCTION_OPERATOR = 1600,
-    REDUCTION_PRECISION = 1601, OP_REDUCTION_X = 1610, OP_REDUCTION_Y = 1611, OP_REDUCTION_HOW = 1612,
-    OP_RESHAPE_X = 2200, OP_RESHAPE_Y = 2201
+                 POINTWISE_MODE = 0,
+                 POINTWISE_PRECISION = 1,
+                 POINTWISE_AXIS = 9,
+                 HEURISTIC_MODE = 200,
+                 HEURISTIC_GRAPH = 201,
+                 HEURISTIC_RESULTS = 202,
+                 CONFIG_ENGINE = 300,
+                 PLAN_HANDLE = 400,
+                 PLAN_CONFIG = 401,
+                 PLAN_WORKSPACE = 402,
+                 OP_POINTWISE_HOW = 750,
+                 OP_POINTWISE_X = 751,
+                 OP_POINTWISE_B = 752,
+                 OP_POINTWISE_Y = 753,
+                 OP_POINTWISE_T = 758,
+                 GRAPH_HANDLE = 800,
+                 GRAPH_OPS = 801,
+                 TENSOR_ALIGNMENT = 900,
+                 TENSOR_TYPE = 901,
+                 TENSOR_DIMENSIONS = 902,
+                 TENSOR_STRIDES = 903,
+                 TENSOR_ID = 906,
+                 TENSOR_VIRTUAL = 907,
+                 TENSOR_BY_VALUE = 908,
+                 PACK_IDS = 1000,
+                 PACK_POINTERS = 1001,
+                 PACK_WORKSPACE = 1003,
+                 ENGINE_NOTE = 1303,
+                 MATMUL_PRECISION = 1500,
+                 OP_MATMUL_A = 1520,
+                 OP_MATMUL_B = 1521,
+                 OP_MATMUL_C = 1522,
+                 OP_MATMUL_HOW = 1523,
+                 REDUCTION_OPERATOR = 1600,
+                 REDUCTION_PRECISION = 1601,
+                 OP_REDUCTION_X = 1610,
+                 OP_REDUCTION_Y = 1611,
+                 OP_REDUCTION_HOW = 1612,
+                 OP_RESHAPE_X = 2200,
+                 OP_RESHAPE_Y = 2201
 };
 enum { SUM = 0, MAX = 3 };          /* cudnnReduceTensorOp_t */
 enum { HEURISTIC_A = 3 };           /* cudnnBackendHeurMode_t */
@@ -149,7 +192,8 @@ struct shape4 {
 };
 
 static struct shape4 dense(int64_t B, int64_t heads, int64_t rows, int64_t columns) {
-    return (struct shape4){ { B, heads, rows, columns }, { heads * rows * columns, rows * columns, columns, 1 } };
+    return (struct shape4){ { B, heads, rows, columns },
+                            { heads * rows * columns, rows * columns, columns, 1 } };
 }
 
 /* Heads in rows of [B,T,...]: `row` elements from one token to the next. */
@@ -275,8 +319,8 @@ static void forward_graph(struct builder *b, const struct sdpa_shape *p, int64_t
 }
 
 /* One of dK, dV: transposed weights or gradients of scores times rows, and the sum over a group's heads. */
-static void keys_gradient(struct builder *b, const struct sdpa_shape *p, descriptor of_scores, descriptor rows,
-                          enum id id, struct shape4 keys) {
+static void keys_gradient(struct builder *b, const struct sdpa_shape *p, descriptor of_scores,
+                          descriptor rows, enum id id, struct shape4 keys) {
     struct shape4 across = transposed(dense(p->B, p->H, p->T, p->T));
     descriptor turned = reshape(b, of_scores, BFLOAT16, across), out = tensor(b, id, BFLOAT16, keys);
     if (p->H == p->KV) {
@@ -291,7 +335,8 @@ static void keys_gradient(struct builder *b, const struct sdpa_shape *p, descrip
 /* out_row: elements of a token of out and dout. */
 static void backward_graph(struct builder *b, const struct sdpa_shape *p, int64_t row, int64_t out_row) {
     struct shape4 score = dense(p->B, p->H, p->T, p->T), column = dense(p->B, p->H, p->T, 1);
-    struct shape4 queries = strided(p->B, p->H, p->T, p->D, row), keys = strided(p->B, p->KV, p->T, p->D, row),
+    struct shape4 queries = strided(p->B, p->H, p->T, p->D, row),
+                  keys = strided(p->B, p->KV, p->T, p->D, row),
                   outs = strided(p->B, p->H, p->T, p->D, out_row);
     struct shape4 both = { { p->B, p->H, p->T, p->D },
                            { (int64_t)p->H * p->T * p->D, (int64_t)p->T * p->D, (int64_t)p->H * p->D, 1 } };
@@ -341,7 +386,8 @@ static void release(struct plan *p) {
 
 static descriptor build_graph(struct plan *p, void *handle, struct err *err) {
     struct builder *b = &p->b;
-    int64_t row = (int64_t)(p->whole.H + 2 * p->whole.KV) * p->whole.D, out_row = (int64_t)p->whole.H * p->whole.D;
+    int64_t row = (int64_t)(p->whole.H + 2 * p->whole.KV) * p->whole.D,
+            out_row = (int64_t)p->whole.H * p->whole.D;
     b->next = VIRTUAL;
     b->err = err;
     if (p->backward) backward_graph(b, &p->part, row, out_row);
@@ -404,8 +450,8 @@ static int make_plan(struct plan *p, void *handle) {
     return 0;
 }
 
-/* All at once, else sample by sample, else one key/value head of a sample with its queries: statistics must lie
- * dense, which those of some heads of several samples do not. */
+/* All at once, else sample by sample, else one key/value head of a sample with its queries: statistics must
+ * lie dense, which those of some heads of several samples do not. */
 static int part_of(const struct sdpa_shape *whole, int cut, struct sdpa_shape *part) {
     *part = *whole;
     if (cut > 0) part->B = 1;
@@ -418,7 +464,8 @@ static int part_of(const struct sdpa_shape *whole, int cut, struct sdpa_shape *p
 
 static struct plan *plan_for(struct sdpa *s, const struct sdpa_shape *shape, int backward) {
     for (int i = 0; i < 2 * SDPA_SHAPES_MAX; i++)
-        if (s->plans[i].backward == backward && !memcmp(&s->plans[i].whole, shape, sizeof *shape)) return &s->plans[i];
+        if (s->plans[i].backward == backward && !memcmp(&s->plans[i].whole, shape, sizeof *shape))
+            return &s->plans[i];
     struct plan *p = &s->plans[s->next++ % (2 * SDPA_SHAPES_MAX)];
     struct sdpa_shape part;
     for (int cut = 0; part_of(shape, cut, &part); cut++) {
@@ -499,8 +546,8 @@ int sdpa_forward(struct sdpa *s, const struct sdpa_shape *shape, void *out, floa
     return 0;
 }
 
-int sdpa_backward(struct sdpa *s, const struct sdpa_shape *shape, void *dqkv, const void *dout, const void *qkv,
-                  const void *out, const float *lse, void *scratch, struct err *err) {
+int sdpa_backward(struct sdpa *s, const struct sdpa_shape *shape, void *dqkv, const void *dout,
+                  const void *qkv, const void *out, const float *lse, void *scratch, struct err *err) {
     const struct plan *p = plan_for(s, shape, 1);
     float scale = 1.0f / sqrtf((float)shape->D), below = minus_infinity(), one = 1.0f;
     int group = shape->H / shape->KV;
@@ -508,7 +555,8 @@ int sdpa_backward(struct sdpa *s, const struct sdpa_shape *shape, void *dqkv, co
         for (int kv = 0; kv < shape->KV; kv += p->part.KV) {
             struct operands o = { .n = 0 };
             size_t q = qkv_at(shape, b, kv * group), k = qkv_at(shape, b, shape->H + kv),
-                   v = qkv_at(shape, b, shape->H + shape->KV + kv), head = (size_t)b * shape->H + (size_t)kv * group,
+                   v = qkv_at(shape, b, shape->H + shape->KV + kv),
+                   head = (size_t)b * shape->H + (size_t)kv * group,
                    row = ((size_t)b * shape->T * shape->H + (size_t)kv * group) * shape->D;
             give(&o, Q, bf16_at(qkv, q));
             give(&o, K, bf16_at(qkv, k));

@@ -47,8 +47,10 @@ __global__ void descend_bf16(uint16_t *upper, uint16_t *lower, const float *dire
         if (lower) take(low, lower + i);
         UNROLL
         for (int j = 0; j < N; j++) {
-            float old = lower ? bf16_join(up[j], low[j]) : bf16_widen(up[j]), param = d.keep * old - d.step * to[j];
-            up[j] = lower ? bf16_upper(param) : bf16_stochastic(param, bf16_random(d.seed, d.first + i + (size_t)j));
+            float old = lower ? bf16_join(up[j], low[j]) : bf16_widen(up[j]),
+                  param = d.keep * old - d.step * to[j];
+            up[j] = lower ? bf16_upper(param)
+                          : bf16_stochastic(param, bf16_random(d.seed, d.first + i + (size_t)j));
             low[j] = bf16_lower(param);
         }
         give(upper + i, up);
@@ -60,8 +62,11 @@ static void descend(const struct kernels *k, void *param, uint16_t *rest, const 
                     const struct kernels_descent *d) {
     if (!n) return;
     if (k->weight_bytes == sizeof(float))
-        RUN(cuda_of(k), descend_fp32, cuda_group_blocks(n, 4), CUDA_THREADS, 0, (float *)param, direction, n, *d);
-    else RUN(cuda_of(k), descend_bf16, cuda_group_blocks(n, 8), CUDA_THREADS, 0, (uint16_t *)param, rest, direction, n, *d);
+        RUN(cuda_of(k), descend_fp32, cuda_group_blocks(n, 4), CUDA_THREADS, 0, (float *)param, direction, n,
+            *d);
+    else
+        RUN(cuda_of(k), descend_bf16, cuda_group_blocks(n, 8), CUDA_THREADS, 0, (uint16_t *)param, rest,
+            direction, n, *d);
 }
 
 /* ---- moments ------------------------------------------------------------------------------------ */
@@ -101,13 +106,16 @@ __global__ void codes_in(uint8_t *state, int root, const float *x, size_t n, uin
     uint8_t *block = state + number * STATE_BLOCK_BYTES, code[2][4];
     float mine[2][4], most = 0.0f;
     take_coded(mine, x + from, n - from);
-    for (int i = 0; i < 8; i++) most = fmaxf(most, root ? sqrtf(mine[i / 4][i % 4]) : fabsf(mine[i / 4][i % 4]));
-    float unit = state_unit(warp_max(most), root ? STATE_TOP_ROOT : STATE_TOP_SIGNED), per_unit = unit > 0 ? 1 / unit : 0;
+    for (int i = 0; i < 8; i++)
+        most = fmaxf(most, root ? sqrtf(mine[i / 4][i % 4]) : fabsf(mine[i / 4][i % 4]));
+    float unit = state_unit(warp_max(most), root ? STATE_TOP_ROOT : STATE_TOP_SIGNED),
+          per_unit = unit > 0 ? 1 / unit : 0;
     for (int i = 0; i < 8; i++) {
         float value = mine[i / 4][i % 4];
         uint64_t element = first + from + (size_t)coded_at(i / 4) + (size_t)i % 4;
         float random = seed ? state_random(seed, element) : 0.5f;
-        code[i / 4][i % 4] = (uint8_t)(root ? state_root(value, per_unit, random) : state_signed(value, per_unit, random));
+        code[i / 4][i % 4] =
+            (uint8_t)(root ? state_root(value, per_unit, random) : state_signed(value, per_unit, random));
     }
     if (threadIdx.x % CUDA_WARP == 0) *(float *)block = unit;
     give_coded(block + sizeof unit, code, n - from);
@@ -121,7 +129,8 @@ __global__ void codes_out(float *x, const uint8_t *state, int root, size_t n) {
         uint8_t code[N];
         take(code, block + sizeof unit + i % CUDA_CODED);
         UNROLL
-        for (int j = 0; j < N; j++) to[j] = root ? state_root_value(code[j], unit) : state_signed_value(code[j], unit);
+        for (int j = 0; j < N; j++)
+            to[j] = root ? state_root_value(code[j], unit) : state_signed_value(code[j], unit);
         give(x + i, to);
     });
 }
@@ -133,8 +142,8 @@ static void state_in(const struct kernels *k, void *state, enum kernels_state ho
     if (how == KERNELS_STATE_BF16)
         RUN(c, bf16_in, cuda_group_blocks(n, 8), CUDA_THREADS, 0, (uint16_t *)state, x, n, seed, first);
     else
-        RUN(c, codes_in, cuda_coded_blocks(n), CUDA_THREADS, 0, (uint8_t *)state, how == KERNELS_STATE_ROOT8, x, n,
-            seed, first);
+        RUN(c, codes_in, cuda_coded_blocks(n), CUDA_THREADS, 0, (uint8_t *)state, how == KERNELS_STATE_ROOT8,
+            x, n, seed, first);
 }
 
 static void state_out(const struct kernels *k, float *x, const void *state, enum kernels_state how,

@@ -83,7 +83,8 @@ __device__ static float adamw_of(float param, float grad, float *m, float *v, co
 
 /* p becomes what N parameters are afterwards. */
 template <int N>
-__device__ static void adamw_all(float (&p)[N], const float *grad, float *m, float *v, const struct adamw_terms &a) {
+__device__ static void adamw_all(float (&p)[N], const float *grad, float *m, float *v,
+                                 const struct adamw_terms &a) {
     float g[N], first[N], second[N];
     take(g, grad), take(first, m), take(second, v);
     UNROLL
@@ -91,7 +92,8 @@ __device__ static void adamw_all(float (&p)[N], const float *grad, float *m, flo
     give(m, first), give(v, second);
 }
 
-__global__ void adamw_fp32(float *param, const float *grad, float *m, float *v, size_t n, struct adamw_terms a) {
+__global__ void adamw_fp32(float *param, const float *grad, float *m, float *v, size_t n,
+                           struct adamw_terms a) {
     by_groups<4>(n, aligned(param, grad, m, v), [&](size_t i, auto group) {
         const int N = decltype(group)::n;
         float p[N];
@@ -101,8 +103,8 @@ __global__ void adamw_fp32(float *param, const float *grad, float *m, float *v, 
     });
 }
 
-__global__ void adamw_planes(uint16_t *upper, uint16_t *lower, const float *grad, float *m, float *v, size_t n,
-                             struct adamw_terms a) {
+__global__ void adamw_planes(uint16_t *upper, uint16_t *lower, const float *grad, float *m, float *v,
+                             size_t n, struct adamw_terms a) {
     by_groups<8>(n, aligned(upper, lower, grad, m, v), [&](size_t i, auto group) {
         const int N = decltype(group)::n;
         uint16_t up[N], low[N];
@@ -163,8 +165,8 @@ template <class E> __global__ void add_branch(float *out, const float *a, const 
 
 static void add(const struct kernels *k, float *out, const float *a, const void *b, size_t n) {
     if (!n) return;
-    WITH_TYPE(k, RUN(cuda_of(k), add_branch<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, a, (const E *)b,
-                     n));
+    WITH_TYPE(k, RUN(cuda_of(k), add_branch<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, out, a,
+                     (const E *)b, n));
 }
 
 static void accumulate(const struct kernels *k, float *x, const float *more, size_t n) {
@@ -181,7 +183,8 @@ template <class E> __global__ void round_tensor(E *out, const float *x, size_t n
 
 static void round(const struct kernels *k, void *out, const float *x, size_t n) {
     if (!n || out == (const void *)x) return;
-    WITH_TYPE(k, RUN(cuda_of(k), round_tensor<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, (E *)out, x, n));
+    WITH_TYPE(
+        k, RUN(cuda_of(k), round_tensor<E>, cuda_group_blocks(n, GROUP(E)), CUDA_THREADS, 0, (E *)out, x, n));
 }
 
 #define SUM_BLOCKS 512u

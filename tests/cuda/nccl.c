@@ -1,6 +1,7 @@
-/* nccl.c - in NCCL's place, for tests: as many of its functions as kernels/cuda/nccl.c calls, over a file in /dev/shm that the
- * group's ranks share. As NCCL's non-blocking communicators do, a call that cannot go on, because another rank is gone, returns
- * and leaves the device busy (EMULATOR_BUSY=1) until the group is aborted.
+/* nccl.c - in NCCL's place, for tests: as many of its functions as kernels/cuda/nccl.c calls, over a file in
+ * /dev/shm that the group's ranks share. As NCCL's non-blocking communicators do, a call that cannot go on,
+ * because another rank is gone, returns and leaves the device busy (EMULATOR_BUSY=1) until the group is
+ * aborted.
  *
  * FAKE_NCCL_LOG=FILE: a line a call. FAKE_NCCL_FAILS=CALL: that one is refused. FAKE_NCCL_VERSION. */
 #define _GNU_SOURCE
@@ -103,7 +104,8 @@ static int meet(struct comm *c) {
 
 int ncclCommInitRankConfig(struct comm **out, int size, struct unique id, int rank, const void *config) {
     struct comm *c = calloc(1, sizeof *c);
-    if (!c || size > RANKS || ((const unsigned *)config)[2] != 0xcafebeef || ((const int *)config)[4] != 0) return INVALID;
+    if (!c || size > RANKS || ((const unsigned *)config)[2] != 0xcafebeef || ((const int *)config)[4] != 0)
+        return INVALID;
     *c = (struct comm){ .rank = rank, .size = size };
     *out = c;
     snprintf(c->path, sizeof c->path, "%.60s", id.internal);
@@ -147,12 +149,13 @@ int ncclCommDestroy(struct comm *c) {
 const char *ncclGetErrorString(int result) { return result == INVALID ? "invalid argument" : "no error"; }
 const char *ncclGetLastError(struct comm *c) { return (void)c, "the fake was told to"; }
 
-/* ---- calls ---------------------------------------------------------------------------------------------- */
+/* ---- calls --------------------------------------------------------------------------------------------- */
 
 static size_t bytes_of(int type) { return type == 1 ? 1 : type == 9 ? 2 : 4; }
 
 /* Send, and meet; the parity of what was sent, or -1. */
-static int exchange(struct comm *c, const char *call, const void *in, size_t n, size_t parts, int type, int *result) {
+static int exchange(struct comm *c, const char *call, const void *in, size_t n, size_t parts, int type,
+                    int *result) {
     int at = (int)(c->calls & 1);
     *result = refused(call) || n * parts * bytes_of(type) > ROOM ? INVALID : SUCCESS;
     if (*result) return -1;
@@ -168,7 +171,8 @@ static void sum(const struct comm *c, int at, void *out, size_t first, size_t n,
         float total = 0;
         for (int r = 0; r < c->size; r++) {
             const char *sent = c->s->sent[at][r] + (first + i) * bytes_of(type);
-            total += type == 9 ? bf16_widen(*(const uint16_t *)(const void *)sent) : *(const float *)(const void *)sent;
+            total += type == 9 ? bf16_widen(*(const uint16_t *)(const void *)sent)
+                               : *(const float *)(const void *)sent;
         }
         if (type == 9) ((uint16_t *)out)[i] = bf16_nearest(total);
         else ((float *)out)[i] = total;

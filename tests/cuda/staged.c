@@ -70,7 +70,8 @@ static void weights_out(const struct kernels *k, float *host, const void *w, con
     end(&c);
 }
 
-static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest, size_t n) {
+static void weights_widen(const struct kernels *k, float *out, const void *w, const uint16_t *rest,
+                          size_t n) {
     struct call c = begin(k);
     const void *d_w = reads(&c, w, n * k->weight_bytes);
     float *d_out = writes_floats(&c, out, n);
@@ -87,7 +88,8 @@ static void matmul_forward(const struct kernels *k, void *out, const void *x, co
     end(&c);
 }
 
-static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C, int OC) {
+static void matmul_logits(const struct kernels *k, float *out, const void *x, const void *w, int rows, int C,
+                          int OC) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     float *d_out = writes_floats(&c, out, r * OC);
@@ -96,17 +98,18 @@ static void matmul_logits(const struct kernels *k, float *out, const void *x, co
     end(&c);
 }
 
-static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w, int rows, int C,
-                                  int OC) {
+static void matmul_backward_input(const struct kernels *k, void *dx, const void *dout, const void *w,
+                                  int rows, int C, int OC) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     void *d_dx = writes_acts(&c, dx, r * C), *d_dout = reads_acts(&c, dout, r * OC);
-    c.k->matmul_backward_input(c.k, d_dx, d_dout, reads(&c, w, (size_t)OC * C * k->weight_bytes), rows, C, OC);
+    c.k->matmul_backward_input(c.k, d_dx, d_dout, reads(&c, w, (size_t)OC * C * k->weight_bytes), rows, C,
+                               OC);
     end(&c);
 }
 
-static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x, int rows,
-                                   int C, int OC, enum kernels_write write) {
+static void matmul_backward_weight(const struct kernels *k, float *dw, const void *dout, const void *x,
+                                   int rows, int C, int OC, enum kernels_write write) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     float *d_dw = writes_floats(&c, dw, (size_t)OC * C);
@@ -115,8 +118,8 @@ static void matmul_backward_weight(const struct kernels *k, float *dw, const voi
     end(&c);
 }
 
-static void embedding_forward(const struct kernels *k, float *out, const int32_t *tokens, const void *w, int rows,
-                              int C, int V) {
+static void embedding_forward(const struct kernels *k, float *out, const int32_t *tokens, const void *w,
+                              int rows, int C, int V) {
     struct call c = begin(k);
     float *d_out = writes_floats(&c, out, (size_t)rows * C);
     const int32_t *d_tokens = reads_ints(&c, tokens, (size_t)rows);
@@ -190,15 +193,16 @@ static void attention_forward(const struct kernels *k, void *out, float *lse, co
 }
 
 static void attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
-                               const void *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
-                               int D) {
+                               const void *out, const float *lse, const int32_t *start, int B, int T, int H,
+                               int KV, int D) {
     struct call c = begin(k);
     size_t rows = (size_t)B * T, n = rows * (H + 2 * KV) * D;
     void *d_dqkv = writes_acts(&c, dqkv, n);
     const void *d_dout = reads_acts(&c, dout, rows * H * D), *d_qkv = reads_acts(&c, qkv, n);
     const void *d_out = reads_acts(&c, out, rows * H * D);
     const float *d_lse = reads_floats(&c, lse, rows * H);
-    c.k->attention_backward(c.k, d_dqkv, d_dout, d_qkv, d_out, d_lse, reads_ints(&c, start, rows), B, T, H, KV, D);
+    c.k->attention_backward(c.k, d_dqkv, d_dout, d_qkv, d_out, d_lse, reads_ints(&c, start, rows), B, T, H,
+                            KV, D);
     end(&c);
 }
 
@@ -258,17 +262,17 @@ static void vocabulary_part(const struct kernels *k, struct kernels_part *part, 
     end(&c);
 }
 
-static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits, float *logits,
-                            const int32_t *targets, const struct kernels_part *part, int own, int parts,
-                            const struct kernels_loss *how, int rows, int V) {
+static void vocabulary_loss(const struct kernels *k, float *loss, float *penalty, void *dlogits,
+                            float *logits, const int32_t *targets, const struct kernels_part *part, int own,
+                            int parts, const struct kernels_loss *how, int rows, int V) {
     struct call c = begin(k);
     size_t r = (size_t)rows;
     float *d_loss = writes_floats(&c, loss, r), *d_penalty = writes_floats(&c, penalty, r);
     float *d_logits = writes_floats(&c, logits, r * V);
     void *d_dlogits = dlogits == logits ? d_logits : writes_acts(&c, dlogits, r * V);
     const struct kernels_part *d_part = reads(&c, part, r * (size_t)parts * sizeof *part);
-    c.k->vocabulary_loss(c.k, d_loss, d_penalty, d_dlogits, d_logits, reads_ints(&c, targets, r), d_part, own, parts,
-                         how, rows, V);
+    c.k->vocabulary_loss(c.k, d_loss, d_penalty, d_dlogits, d_logits, reads_ints(&c, targets, r), d_part, own,
+                         parts, how, rows, V);
     end(&c);
 }
 
