@@ -6,7 +6,8 @@
  * and walk over the queries of all heads that read it. Scores are computed twice; nothing is added by two
  * blocks, so there are no atomics.
  *
- * Where cuDNN is, bf16 and one document a sequence, it computes instead: sdpa.h. Documents are these kernels' still.
+ * Where cuDNN is, bf16 and one document a sequence, it computes instead: sdpa.h. Documents are these kernels'
+ * still.
  *
  * A tile's rows are shared by PARTS neighbouring threads of one warp: each has every PARTS-th key of a row's
  * scores and every PARTS-th column of a row's output, COLUMNS of them, in registers: 4 threads up to heads of
@@ -59,9 +60,11 @@ template <class E, int COLUMNS, int PARTS>
 __global__ void __launch_bounds__(TILE *PARTS, 1)
 attend(E *out, float *lse, const E *qkv, struct attention a) {
     SHARED_MEMORY(memory);
-    int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
+    int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z,
+        kv = h / (a.H / a.KV);
     int row = (int)threadIdx.x / PARTS, part = (int)threadIdx.x % PARTS, t = first + row;
-    float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1), *p = value + TILE * (D + 1);
+    float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
+          *p = value + TILE * (D + 1);
     const E *rows = qkv + (size_t)b * a.T * row_elements(a);
     float sum = 0.0f, max = -INFINITY, acc[COLUMNS];
     clear(acc);
@@ -75,8 +78,9 @@ attend(E *out, float *lse, const E *qkv, struct attention a) {
         float score[TILE / PARTS], most = -INFINITY, here = 0.0f;
         for (int j = 0; j < TILE / PARTS; j++) {
             int u = k0 + j * PARTS + part;
-            score[j] = u < begin || u > t ? -INFINITY
-                                          : a.scale * dot(q + row * (D + 1), key + (j * PARTS + part) * (D + 1), D);
+            score[j] = u < begin || u > t
+                           ? -INFINITY
+                           : a.scale * dot(q + row * (D + 1), key + (j * PARTS + part) * (D + 1), D);
             most = fmaxf(most, score[j]);
         }
         most = fmaxf(max, lanes_max<PARTS>(most));
@@ -104,11 +108,13 @@ attend(E *out, float *lse, const E *qkv, struct attention a) {
 
 /* delta = dout . out, of each row and head. A warp each. */
 template <class E>
-__global__ void attention_delta(float *delta, const E *dout, const E *out, size_t heads, int T, int H, int D) {
+__global__ void attention_delta(float *delta, const E *dout, const E *out, size_t heads, int T, int H,
+                                int D) {
     size_t i = grid_index() / CUDA_WARP; /* [B,T,H] */
     if (i >= heads) return;
     float sum = 0.0f;
-    for (int d = (int)threadIdx.x % CUDA_WARP; d < D; d += CUDA_WARP) sum += wide(dout[i * D + d]) * wide(out[i * D + d]);
+    for (int d = (int)threadIdx.x % CUDA_WARP; d < D; d += CUDA_WARP)
+        sum += wide(dout[i * D + d]) * wide(out[i * D + d]);
     sum = warp_sum(sum);
     size_t b = i / H / T, t = i / H % T, h = i % H;
     if (threadIdx.x % CUDA_WARP == 0) delta[(b * H + h) * T + t] = sum;
@@ -120,7 +126,8 @@ __global__ void __launch_bounds__(TILE *PARTS, 1)
 query_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
                struct attention a) {
     SHARED_MEMORY(memory);
-    int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
+    int D = a.D, first = (int)blockIdx.x * TILE, h = (int)blockIdx.y, b = (int)blockIdx.z,
+        kv = h / (a.H / a.KV);
     int row = (int)threadIdx.x / PARTS, part = (int)threadIdx.x % PARTS, t = first + row;
     float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
           *grad = value + TILE * (D + 1), *ds = grad + TILE * (D + 1);
@@ -160,7 +167,8 @@ __global__ void __launch_bounds__(TILE *PARTS, 1)
 key_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
              struct attention a) {
     SHARED_MEMORY(memory);
-    int D = a.D, first = (int)blockIdx.x * TILE, kv = (int)blockIdx.y, b = (int)blockIdx.z, group = a.H / a.KV;
+    int D = a.D, first = (int)blockIdx.x * TILE, kv = (int)blockIdx.y, b = (int)blockIdx.z,
+        group = a.H / a.KV;
     int row = (int)threadIdx.x / PARTS, part = (int)threadIdx.x % PARTS, u = first + row;
     float *q = (float *)memory, *key = q + TILE * (D + 1), *value = key + TILE * (D + 1),
           *grad = value + TILE * (D + 1), *ds = grad + TILE * (D + 1), *ps = ds + TILE * (TILE + 1);
@@ -172,7 +180,8 @@ key_gradient(E *dqkv, const E *dout, const E *qkv, const float *lse, const float
     load_tile(value, rows + value_at(a, kv), row_elements(a), first, a.T, D);
     for (int step = 0; step < group; step++) {
         int h = kv * group + step;
-        const float *head_lse = lse + ((size_t)b * a.H + h) * a.T, *head_delta = delta + ((size_t)b * a.H + h) * a.T;
+        const float *head_lse = lse + ((size_t)b * a.H + h) * a.T,
+                    *head_delta = delta + ((size_t)b * a.H + h) * a.T;
         for (int q0 = first; q0 < a.T; q0 += TILE) { /* queries before the tile see none of its keys */
             if (document_of(a, b, q0) >= first + TILE) break; /* and later documents neither */
             __syncthreads();
@@ -212,7 +221,8 @@ static size_t shared_bytes(int tiles, int squares, int D) {
 static int refuse_head(struct cuda *c, int D) {
     if (D <= HEAD_MAX) return 0;
     if (c->failure.code == ERR_NONE)
-        err_set(&c->failure, ERR_UNSUPPORTED, "a head of %d values; the CUDA backend has %d at most", D, HEAD_MAX);
+        err_set(&c->failure, ERR_UNSUPPORTED, "a head of %d values; the CUDA backend has %d at most", D,
+                HEAD_MAX);
     return -1;
 }
 
@@ -237,8 +247,8 @@ static void pick_forward(struct cuda *c, E *out, float *lse, const E *qkv, struc
 }
 
 /* 1: cuDNN computes it, or has failed. Documents of a packed sequence are for the own kernels. */
-static int forward_by_cudnn(struct cuda *c, struct sdpa_shape shape, const int32_t *start, void *out, float *lse,
-                            const void *qkv) {
+static int forward_by_cudnn(struct cuda *c, struct sdpa_shape shape, const int32_t *start, void *out,
+                            float *lse, const void *qkv) {
     if (!c->sdpa || start) return 0;
     size_t bytes = sdpa_forward_scratch(c->sdpa, &shape);
     struct err err;
@@ -249,34 +259,49 @@ static int forward_by_cudnn(struct cuda *c, struct sdpa_shape shape, const int32
     return 1;
 }
 
-static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv, const int32_t *start,
-                              int B, int T, int H, int KV, int D) {
+static void attention_forward(const struct kernels *k, void *out, float *lse, const void *qkv,
+                              const int32_t *start, int B, int T, int H, int KV, int D) {
     struct cuda *c = cuda_of(k);
     struct attention a = shape_of(start, T, H, KV, D);
     struct sdpa_shape shape = { B, T, H, KV, D };
     if (forward_by_cudnn(c, shape, start, out, lse, qkv) || refuse_head(c, D)) return;
+    if (k->act_bytes == sizeof(uint16_t) &&
+        cuda_attention_mma_forward(c, (uint16_t *)out, lse, (const uint16_t *)qkv, &a, B))
+        return;
     WITH_TYPE(k, pick_forward(c, (E *)out, lse, (const E *)qkv, a, B));
 }
 
 template <class E, int COLUMNS, int PARTS>
-static void backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta,
-                     struct attention a, int B) {
+static void backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, const float *lse,
+                     const float *delta, struct attention a, int B) {
     size_t for_query = shared_bytes(4, 1, a.D), for_key = shared_bytes(4, 2, a.D);
     unsigned tiles = cuda_blocks((size_t)a.T, TILE);
     dim3 of_queries(tiles, (unsigned)a.H, (unsigned)B), of_keys(tiles, (unsigned)a.KV, (unsigned)B);
     if (allow_shared(c, query_gradient<E, COLUMNS, PARTS>, for_query) ||
         allow_shared(c, key_gradient<E, COLUMNS, PARTS>, for_key))
         return;
-    RUN(c, (query_gradient<E, COLUMNS, PARTS>), of_queries, TILE * PARTS, for_query, dqkv, dout, qkv, lse, delta, a);
+    RUN(c, (query_gradient<E, COLUMNS, PARTS>), of_queries, TILE * PARTS, for_query, dqkv, dout, qkv, lse,
+        delta, a);
     RUN(c, (key_gradient<E, COLUMNS, PARTS>), of_keys, TILE * PARTS, for_key, dqkv, dout, qkv, lse, delta, a);
 }
 
+static int backward_by_mma(struct cuda *c, uint16_t *dqkv, const uint16_t *dout, const uint16_t *qkv,
+                           const float *lse, const float *delta, const struct attention &a, int B) {
+    return cuda_attention_mma_backward(c, dqkv, dout, qkv, lse, delta, &a, B);
+}
+
+static int backward_by_mma(struct cuda *, float *, const float *, const float *, const float *, const float *,
+                           const struct attention &, int) {
+    return 0;
+}
+
 template <class E>
-static void pick_backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, const E *out, const float *lse,
-                          float *delta, struct attention a, int B) {
+static void pick_backward(struct cuda *c, E *dqkv, const E *dout, const E *qkv, const E *out,
+                          const float *lse, float *delta, struct attention a, int B) {
     size_t heads = (size_t)B * a.T * a.H;
-    RUN(c, attention_delta<E>, cuda_blocks(heads * CUDA_WARP, CUDA_THREADS), CUDA_THREADS, 0, delta, dout, out, heads,
-        a.T, a.H, a.D);
+    RUN(c, attention_delta<E>, cuda_blocks(heads * CUDA_WARP, CUDA_THREADS), CUDA_THREADS, 0, delta, dout,
+        out, heads, a.T, a.H, a.D);
+    if (backward_by_mma(c, dqkv, dout, qkv, lse, delta, a, B)) return;
     if (a.D <= 64) backward<E, 16, 4>(c, dqkv, dout, qkv, lse, delta, a, B);
     else if (a.D <= 128) backward<E, 32, 4>(c, dqkv, dout, qkv, lse, delta, a, B);
     else backward<E, 32, 8>(c, dqkv, dout, qkv, lse, delta, a, B);
@@ -296,15 +321,16 @@ static int backward_by_cudnn(struct cuda *c, struct sdpa_shape shape, const int3
 }
 
 static void attention_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
-                               const void *out, const float *lse, const int32_t *start, int B, int T, int H, int KV,
-                               int D) {
+                               const void *out, const float *lse, const int32_t *start, int B, int T, int H,
+                               int KV, int D) {
     struct cuda *c = cuda_of(k);
     struct attention a = shape_of(start, T, H, KV, D);
     struct sdpa_shape shape = { B, T, H, KV, D };
     if (backward_by_cudnn(c, shape, start, dqkv, dout, qkv, out, lse)) return;
     float *delta = (float *)cuda_scratch(c, (size_t)B * T * H * sizeof *delta);
     if (refuse_head(c, D) || !delta) return;
-    WITH_TYPE(k, pick_backward(c, (E *)dqkv, (const E *)dout, (const E *)qkv, (const E *)out, lse, delta, a, B));
+    WITH_TYPE(k,
+              pick_backward(c, (E *)dqkv, (const E *)dout, (const E *)qkv, (const E *)out, lse, delta, a, B));
 }
 
 void cuda_fill_attention(struct kernels *k) {

@@ -1,4 +1,5 @@
-/* attention.h - private to kernels/cuda/: what the own attention kernels share. */
+/* attention.h - private to kernels/cuda/: what the own attention kernels share, without tensor cores
+ * (attention.cu) and on them (attention_mma.cu). */
 #ifndef INTELLECT_KERNELS_CUDA_ATTENTION_H
 #define INTELLECT_KERNELS_CUDA_ATTENTION_H
 
@@ -39,5 +40,12 @@ template <class K> static inline int allow_shared(struct cuda *c, K *kernel, siz
     return cuda_note(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
                      "shared memory for attention");
 }
+
+/* attention_mma.cu: of bf16, on tensor cores. 1: done, or failed; 0: heads of another size, or tensors that
+ * are not aligned to 16 bytes. delta: [B,H,T], the sums of dout * out. */
+int cuda_attention_mma_forward(struct cuda *c, uint16_t *out, float *lse, const uint16_t *qkv,
+                               const struct attention *a, int B);
+int cuda_attention_mma_backward(struct cuda *c, uint16_t *dqkv, const uint16_t *dout, const uint16_t *qkv,
+                                const float *lse, const float *delta, const struct attention *a, int B);
 
 #endif

@@ -48,7 +48,7 @@ struct cuda {
     struct err failure; /* the first since the last check(); ERR_NONE if none */
     void *scratch;
     size_t scratch_bytes;
-    void *staging[2];    /* host memory of the device's own, CUDA_STAGING_BYTES each; taken at the first large copy */
+    void *staging[2]; /* pinned host memory, CUDA_STAGING_BYTES each; taken at the first large copy */
     cudaEvent_t staged[2]; /* the last copy from or to it is done */
     struct cuda_products *products;
     struct nccl *group[KERNELS_GROUPS_MAX];
@@ -134,7 +134,8 @@ __device__ inline size_t grid_index(void) {
 /* Elements of a type in 16 bytes, the widest access. What is made of several types goes by the narrowest. */
 #define GROUP(E) ((int)(16 / sizeof(E)))
 
-/* N elements that lie side by side, in accesses of 16 bytes or, where all are less, in one. x is aligned to it. */
+/* N elements that lie side by side, in accesses of 16 bytes or, where all are less, in one. x is aligned to
+ * it. */
 template <class E, int N> struct piece_of {
     static const int each = N * sizeof(E) < 16 ? N : 16 / sizeof(E);
     struct alignas(each * sizeof(E)) type {
@@ -188,8 +189,9 @@ template <int N> struct group {
     static const int n = N;
 };
 
-/* The caller's N of n elements: f(first of them, group<N>()) where all are there and `together`, which says that
- * the tensors are aligned for it; else f(i, group<1>()) for each. The order of a thread's elements is the same. */
+/* The caller's N of n elements: f(first of them, group<N>()) where all are there and `together`, which says
+ * that the tensors are aligned for it; else f(i, group<1>()) for each. The order of a thread's elements is
+ * the same. */
 template <int N, class F> __device__ inline void by_groups_at(size_t i, size_t n, bool together, const F &f) {
     size_t end = i + N < n ? i + N : n;
     if (together && i + N <= n) f(i, group<N>());
@@ -203,18 +205,26 @@ template <int N, class F> __device__ inline void by_groups(size_t n, bool togeth
 
 /* The same for a row of n that a block of CUDA_THREADS shares. */
 template <int N, class F> __device__ inline void row_by_groups(int n, bool together, const F &f) {
-    for (int i = (int)threadIdx.x * N; i < n; i += CUDA_THREADS * N) by_groups_at<N>((size_t)i, (size_t)n, together, f);
+    for (int i = (int)threadIdx.x * N; i < n; i += CUDA_THREADS * N)
+        by_groups_at<N>((size_t)i, (size_t)n, together, f);
 }
 
 /* Blocks of CUDA_THREADS for n elements by groups of N. */
-static inline unsigned cuda_group_blocks(size_t n, int N) { return cuda_blocks(n, (size_t)CUDA_THREADS * (size_t)N); }
+static inline unsigned cuda_group_blocks(size_t n, int N) {
+    return cuda_blocks(n, (size_t)CUDA_THREADS * (size_t)N);
+}
 
-/* A warp has a block of CUDA_CODED elements, which share a scale: a lane two groups of four, half a block apart. */
+/* A warp has a block of CUDA_CODED elements, which share a scale: a lane two groups of four, half a block
+ * apart. */
 #define CUDA_CODED 256
-static inline unsigned cuda_coded_blocks(size_t n) { return cuda_blocks(n, CUDA_CODED * (CUDA_THREADS / CUDA_WARP)); }
+static inline unsigned cuda_coded_blocks(size_t n) {
+    return cuda_blocks(n, CUDA_CODED * (CUDA_THREADS / CUDA_WARP));
+}
 
 /* Which of its block lane `lane` has, as group `half`. */
-__device__ inline int coded_at(int half) { return half * (CUDA_CODED / 2) + (int)threadIdx.x % CUDA_WARP * 4; }
+__device__ inline int coded_at(int half) {
+    return half * (CUDA_CODED / 2) + (int)threadIdx.x % CUDA_WARP * 4;
+}
 
 /* Those of the block from x on, of which there are `length`; zeroes after it. */
 __device__ inline void take_coded(float (&to)[2][4], const float *x, size_t length) {

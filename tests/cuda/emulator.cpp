@@ -1,5 +1,6 @@
-/* emulator.cpp - a block's threads take turns on one CPU thread, each on a stack of its own once it waits at a barrier. */
-#include "tests/cuda/emulator.h"
+/* emulator.cpp - a block's threads take turns on one CPU thread, each on a stack of its own once it waits at
+ * a barrier. */
+#include "kernels/cuda/mma.h"
 
 #include <fcntl.h>
 #include <limits.h>
@@ -10,14 +11,14 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <deque>
 #include <map>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #define THREADS_MAX 1024
 #define STACK_BYTES ((size_t)128 << 10)
-#define EXCHANGE_BYTES 16
-#define CUDA_LANES 32 /* of a warp */
+#define EXCHANGE_BYTES 24
 #define SHARED_BYTES ((size_t)227 << 10)
 
 enum wait { RUNS, AT_BLOCK, AT_WARP, ENDED };
@@ -37,7 +38,8 @@ static int launches;
 static unsigned begun, ended, threads_count; /* of the block's threads */
 
 static void die(const char *why) {
-    fprintf(stderr, "CUDA emulator: block %u,%u,%u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now, why);
+    fprintf(stderr, "CUDA emulator: block %u,%u,%u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now,
+            why);
     abort();
 }
 
@@ -82,11 +84,53 @@ void emulator_sync_warp(void) { give_way(AT_WARP); }
 unsigned char *emulator_shared(void) { return shared; }
 
 void emulator_exchange(void *mine, size_t bytes, unsigned from) {
-    unsigned warp = now / CUDA_LANES * CUDA_LANES;
-    if (bytes > EXCHANGE_BYTES || from >= CUDA_LANES || warp + from >= blockDim.x) die("a shuffle out of the warp");
+    unsigned warp = now / CUDA_WARP * CUDA_WARP;
+    if (bytes > EXCHANGE_BYTES || from >= CUDA_WARP || warp + from >= blockDim.x)
+        die("a shuffle out of the warp");
     memcpy(threads[now].value, mine, bytes);
     emulator_sync_warp();
     memcpy(mine, threads[warp + from].value, bytes);
+    emulator_sync_warp();
+}
+
+static float half_of(uint32_t pair, int which) { return bf16_widen((uint16_t)(pair >> 16 * which)); }
+
+unsigned emulator_mma_count;
+
+/* Sums in the order of k; a device's is its own. */
+void emulator_mma(float c[4], const uint32_t mine[6]) {
+    unsigned warp = now / CUDA_WARP * CUDA_WARP;
+    int lane = (int)(now % CUDA_WARP);
+    float a[16][16], b[16][8];
+    emulator_mma_count++;
+    memcpy(threads[now].value, mine, 6 * sizeof *mine);
+    emulator_sync_warp();
+    for (int l = 0; l < CUDA_WARP; l++) {
+        uint32_t r[6];
+        memcpy(r, threads[warp + (unsigned)l].value, sizeof r);
+        for (int i = 0; i < 8; i++) a[mma_a_row(l, i)][mma_a_column(l, i)] = half_of(r[i / 2], i % 2);
+        for (int i = 0; i < 4; i++) b[mma_b_row(l, i)][mma_b_column(l)] = half_of(r[4 + i / 2], i % 2);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) c[i] += a[mma_c_row(lane, i)][k] * b[k][mma_c_column(lane, i)];
+    emulator_sync_warp();
+}
+
+void emulator_ldmatrix(uint32_t to[4], const uint16_t *row, bool transposed) {
+    unsigned warp = now / CUDA_WARP * CUDA_WARP, lane = now % CUDA_WARP;
+    memcpy(threads[now].value, &row, sizeof row);
+    emulator_sync_warp();
+    for (unsigned m = 0; m < 4; m++) {
+        uint16_t pair[2];
+        for (unsigned i = 0; i < 2; i++) {
+            unsigned r = transposed ? lane % 4 * 2 + i : lane / 4,
+                     c = transposed ? lane / 4 : lane % 4 * 2 + i;
+            const uint16_t *from;
+            memcpy(&from, threads[warp + m * 8 + r].value, sizeof from);
+            pair[i] = from[c];
+        }
+        to[m] = pair[0] | (uint32_t)pair[1] << 16;
+    }
     emulator_sync_warp();
 }
 
@@ -114,8 +158,8 @@ static void run_block(void) {
     begun = ended = 0;
     while (begun < threads_count) begin_threads();
     while (ended < threads_count) {
-        for (unsigned i = 0; i < threads_count; i += CUDA_LANES)
-            release(i, threads_count - i < CUDA_LANES ? threads_count - i : CUDA_LANES, AT_WARP);
+        for (unsigned i = 0; i < threads_count; i += CUDA_WARP)
+            release(i, threads_count - i < CUDA_WARP ? threads_count - i : CUDA_WARP, AT_WARP);
         release(0, threads_count, AT_BLOCK);
         bool moved = false;
         for (unsigned i = 0; i < threads_count; i++) {
@@ -127,10 +171,7 @@ static void run_block(void) {
     }
 }
 
-void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void(void)> &kernel) {
-    if (block.y != 1 || block.z != 1 || block.x > THREADS_MAX || !grid.x || !grid.y || !grid.z ||
-        grid.y > 65535 || grid.z > 65535 || shared_bytes > SHARED_BYTES)
-        die("a launch that no device takes");
+static void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void(void)> &kernel) {
     if (!stacks) stacks = (char *)malloc(THREADS_MAX * STACK_BYTES);
     shared = (unsigned char *)aligned_alloc(16, (shared_bytes + 15) / 16 * 16 + 16);
     body = &kernel;
@@ -149,6 +190,14 @@ void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::func
     shared = NULL;
 }
 
+void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                     const std::function<void(void)> &kernel) {
+    if (block.y != 1 || block.z != 1 || block.x > THREADS_MAX || !grid.x || !grid.y || !grid.z ||
+        grid.y > 65535 || grid.z > 65535 || shared_bytes > SHARED_BYTES)
+        die("a launch that no device takes");
+    emulator_ask(stream, [=] { run_grid(grid, block, shared_bytes, kernel); });
+}
+
 /* ---- the runtime -------------------------------------------------------------------------------------- */
 
 static cudaError_t last;
@@ -158,6 +207,46 @@ static int told(const char *name, int otherwise) {
     const char *value = getenv(name);
     return value ? atoi(value) : otherwise;
 }
+
+/* ---- streams ------------------------------------------------------------------------------------------ */
+
+struct emulator_stream {
+    bool late;
+    std::deque<std::function<void(void)>> asked;
+};
+static std::map<cudaStream_t, bool> streams;
+
+/* The last record of it: where, and whether the stream has come to it. */
+struct emulator_event {
+    double ms;
+    cudaStream_t stream;
+    unsigned recorded, reached;
+};
+
+void emulator_ask(cudaStream_t stream, const std::function<void(void)> &work) {
+    if (stream && stream->late) stream->asked.push_back(work);
+    else work();
+}
+
+static void step(cudaStream_t stream) {
+    std::function<void(void)> work = stream->asked.front();
+    stream->asked.pop_front();
+    work();
+}
+
+static void drain(cudaStream_t stream) {
+    while (stream && !stream->asked.empty()) step(stream);
+}
+
+static void drain_all(void) {
+    for (auto &s : streams) drain(s.first);
+}
+
+static void drain_until(cudaEvent_t event, unsigned number) {
+    while (event->reached < number) step(event->stream);
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------- */
 
 struct emulator_memory emulator_memory;
 
@@ -179,7 +268,8 @@ static const size_t page = 4096;
 
 static void *map_block(struct block b) {
     b.map_bytes = (b.bytes + page - 1) / page * page;
-    b.map = (char *)mmap(NULL, b.map_bytes + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    b.map =
+        (char *)mmap(NULL, b.map_bytes + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (b.map == MAP_FAILED) return NULL;
     if (mmap(b.map, b.map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, b.fd, 0) == MAP_FAILED) {
         munmap(b.map, b.map_bytes + page);
@@ -209,14 +299,16 @@ static bool free_block(void *p) {
 }
 
 cudaError_t cudaMalloc(void **p, size_t bytes) {
-    *p = bytes > ((size_t)1 << 36) ? NULL : bytes >= EMULATOR_SHARED_LEAST ? take_block(bytes)
-                                                                          : aligned_alloc(256, (bytes + 255) / 256 * 256);
+    *p = bytes > ((size_t)1 << 36)        ? NULL
+         : bytes >= EMULATOR_SHARED_LEAST ? take_block(bytes)
+                                          : aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (*p) memset(*p, 0xff, bytes);
     if (*p && bytes >= EMULATOR_SHARED_LEAST) count(bytes, 0);
     return *p ? cudaSuccess : last = cudaErrorMemoryAllocation;
 }
 
 cudaError_t cudaFree(void *p) {
+    drain_all(); /* as the device does */
     if (!free_block(p)) free(p);
     return cudaSuccess;
 }
@@ -228,6 +320,7 @@ cudaError_t cudaMallocHost(void **p, size_t bytes) {
 }
 
 cudaError_t cudaFreeHost(void *p) {
+    drain_all();
     free(p);
     return cudaSuccess;
 }
@@ -235,7 +328,8 @@ cudaError_t cudaFreeHost(void *p) {
 /* The handle says where the owner has it. EMULATOR_IPC=0: as in a container that forbids it. */
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p) {
     auto found = blocks.find(p);
-    if (found == blocks.end() || found->second.fd < 0 || !told("EMULATOR_IPC", 1)) return last = cudaErrorInvalidValue;
+    if (found == blocks.end() || found->second.fd < 0 || !told("EMULATOR_IPC", 1))
+        return last = cudaErrorInvalidValue;
     memset(handle, 0, sizeof *handle);
     snprintf(handle->reserved, sizeof handle->reserved, "/proc/%d/fd/%d %zu", (int)getpid(), found->second.fd,
              found->second.bytes);
@@ -255,17 +349,23 @@ cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t handle, unsigned f
     return cudaSuccess;
 }
 
-cudaError_t cudaIpcCloseMemHandle(void *p) { return free_block(p) ? cudaSuccess : last = cudaErrorInvalidValue; }
+cudaError_t cudaIpcCloseMemHandle(void *p) {
+    return free_block(p) ? cudaSuccess : last = cudaErrorInvalidValue;
+}
 
+/* Late even from memory that is not pinned, which a device copies before it returns. */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-    (void)kind, (void)stream;
-    if (bytes) memcpy(to, from, bytes);
+    (void)kind;
+    emulator_ask(stream, [=] {
+        if (bytes) memcpy(to, from, bytes);
+    });
     return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
-    (void)stream;
-    if (bytes) memset(p, value, bytes);
+    emulator_ask(stream, [=] {
+        if (bytes) memset(p, value, bytes);
+    });
     return cudaSuccess;
 }
 
@@ -276,12 +376,16 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
     (void)flags;
-    *stream = NULL;
+    *stream = new emulator_stream();
+    (*stream)->late = told("EMULATOR_LATE", 0);
+    streams[*stream] = true;
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    (void)stream;
+    drain(stream);
+    streams.erase(stream);
+    delete stream;
     return cudaSuccess;
 }
 
@@ -293,14 +397,11 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 
 /* EMULATOR_LAUNCHES=N: the device is lost after so many, as after an Xid: nothing works from then on. */
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    (void)stream;
+    drain(stream);
     while (told("EMULATOR_BUSY", 0)) pause(); /* for ever, as a device does */
     return launches > told("EMULATOR_LAUNCHES", INT_MAX) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
-struct emulator_event {
-    double ms;
-};
 static double clock_ms;
 
 void emulator_passes(double ms) { clock_ms += ms; }
@@ -311,18 +412,30 @@ cudaError_t cudaEventCreate(cudaEvent_t *event) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    drain_until(event, event->recorded);
     delete event;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    (void)stream;
-    event->ms = clock_ms;
+    unsigned number = ++event->recorded;
+    event->stream = stream;
+    emulator_ask(stream, [=] {
+        event->ms = clock_ms;
+        event->reached = number;
+    });
     return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    (void)event;
+    drain_until(event, event->recorded);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    unsigned number = event->recorded;
+    (void)flags;
+    emulator_ask(stream, [=] { drain_until(event, number); });
     return cudaSuccess;
 }
 
@@ -338,7 +451,10 @@ cudaError_t cudaGetLastError(void) {
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation ? "out of memory" : error == cudaErrorLaunchFailure ? "unspecified launch failure" : error == cudaSuccess ? "no error" : "an error";
+    return error == cudaErrorMemoryAllocation ? "out of memory"
+           : error == cudaErrorLaunchFailure  ? "unspecified launch failure"
+           : error == cudaSuccess             ? "no error"
+                                              : "an error";
 }
 
 cudaError_t cudaGetDeviceCount(int *count) {
@@ -346,7 +462,9 @@ cudaError_t cudaGetDeviceCount(int *count) {
     return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return device < told("EMULATOR_DEVICES", 1) ? cudaSuccess : cudaErrorNoDevice; }
+cudaError_t cudaSetDevice(int device) {
+    return device < told("EMULATOR_DEVICES", 1) ? cudaSuccess : cudaErrorNoDevice;
+}
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);

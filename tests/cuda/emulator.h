@@ -1,7 +1,7 @@
 /* emulator.h - enough of CUDA to run the kernels of kernels/cuda/ on a CPU, one thread at a time: launches,
  * block and warp synchronisation, shuffles, shared memory, and the few calls of the runtime that the backend
  * makes. What it finds: wrong indices, tiles and reductions; with a sanitizer, accesses out of bounds; a
- * barrier that not all threads reach. What it cannot find: races between two barriers (threads run in turn,
+ * barrier that not all threads reach; with EMULATOR_LATE=1 a stream that nobody waited for. What it cannot find: races between two barriers (threads run in turn,
  * from the first to the last), and anything about speed. Device memory is host memory. */
 #ifndef INTELLECT_TESTS_CUDA_EMULATOR_H
 #define INTELLECT_TESTS_CUDA_EMULATOR_H
@@ -29,18 +29,34 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 /* Run `kernel` in every thread of the grid, block after block. Blocks are one-dimensional. Aborts where the
  * threads of a block or warp do not come to the same barrier. */
-void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void(void)> &kernel);
+void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, struct emulator_stream *stream,
+                     const std::function<void(void)> &kernel);
+/* Do it when the stream comes to it. With EMULATOR_LATE=1 that is when somebody waits for the stream, or for an
+ * event that was recorded after it; else at once. */
+void emulator_ask(struct emulator_stream *stream, const std::function<void(void)> &work);
 unsigned char *emulator_shared(void);
 void emulator_sync_block(void);
 void emulator_sync_warp(void);
 /* Lane `from`'s bytes; all lanes of the warp call. */
 void emulator_exchange(void *mine, size_t bytes, unsigned from);
 int emulator_any(int flag);
+/* A warp's product and its loads of fragments, kernels/cuda/mma.h. mine: 4 registers of A, 2 of B. */
+void emulator_mma(float c[4], const uint32_t mine[6]);
+void emulator_ldmatrix(uint32_t to[4], const uint16_t *row, bool transposed);
 /* Aborts where it is not. */
 void emulator_aligned(const void *p, size_t bytes);
 
+/* A call with arguments as they are now. */
+template <class T> struct as_it_is {
+    typedef T type;
+};
+template <class... P>
+std::function<void(void)> emulator_call(void (*kernel)(P...), typename as_it_is<P>::type... arguments) {
+    return [=] { kernel(arguments...); };
+}
+
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
-    ((void)(stream), emulator_launch(dim3(grid), dim3(block), shared, [=] { kernel(__VA_ARGS__); }))
+    emulator_launch(dim3(grid), dim3(block), shared, stream, emulator_call(kernel, __VA_ARGS__))
 #define SHARED_MEMORY(name) unsigned char *name = emulator_shared()
 
 static inline void __syncthreads(void) { emulator_sync_block(); }
@@ -60,8 +76,13 @@ static inline unsigned long long atomicMin(unsigned long long *p, unsigned long 
 /* ---- the runtime ------------------------------------------------------------------------------------ */
 
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
-    cudaErrorNoDevice = 100, cudaErrorNotReady = 600, cudaErrorLaunchFailure = 719
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorNotReady = 600,
+    cudaErrorLaunchFailure = 719
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -88,7 +109,8 @@ enum { cudaIpcMemLazyEnablePeerAccess = 1 };
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p);
 cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t handle, unsigned flags);
 cudaError_t cudaIpcCloseMemHandle(void *p);
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
@@ -99,6 +121,7 @@ cudaError_t cudaEventCreate(cudaEvent_t *event);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end);
 /* What events tell passes only so. */
 void emulator_passes(double ms);
@@ -109,7 +132,8 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device);
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaRuntimeGetVersion(int *version);
-template <class K> static inline cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute what, int value) {
+template <class K>
+static inline cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute what, int value) {
     (void)kernel, (void)what;
     return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue; /* of an H100 */
 }

@@ -22,13 +22,17 @@ struct emulator_products emulator_products = { 0, 0, -1, 0, 130100 };
 size_t cublasLtGetVersion(void) { return emulator_products.version; }
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) { return *handle = NULL, CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return (void)handle, CUBLAS_STATUS_SUCCESS; }
-const char *cublasLtGetStatusString(cublasStatus_t status) { return status ? "the emulator refuses" : "success"; }
+const char *cublasLtGetStatusString(cublasStatus_t status) {
+    return status ? "the emulator refuses" : "success";
+}
 
-/* ---- descriptions --------------------------------------------------------------------------------------- */
+/* ---- descriptions -------------------------------------------------------------------------------------- */
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *how, cublasComputeType_t compute, cudaDataType_t scale) {
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *how, cublasComputeType_t compute,
+                                        cudaDataType_t scale) {
     *how = new emulator_matmul();
-    return compute == CUBLAS_COMPUTE_32F && scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+    return compute == CUBLAS_COMPUTE_32F && scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS
+                                                                : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t how, cublasLtMatmulDescAttributes_t what,
@@ -38,7 +42,9 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t how, cublasLt
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t how) { return delete how, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t how) {
+    return delete how, CUBLAS_STATUS_SUCCESS;
+}
 
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType_t type, uint64_t rows,
                                           uint64_t columns, int64_t ld) {
@@ -46,7 +52,9 @@ cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDa
     return ld >= (int64_t)rows ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
 
-cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return delete layout, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    return delete layout, CUBLAS_STATUS_SUCCESS;
+}
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *wish) {
     *wish = new emulator_preference{ 256 };
@@ -54,21 +62,24 @@ cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *wish) 
 }
 
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t wish,
-                                                    cublasLtMatmulPreferenceAttributes_t what, const void *value,
-                                                    size_t bytes) {
+                                                    cublasLtMatmulPreferenceAttributes_t what,
+                                                    const void *value, size_t bytes) {
     if (bytes != (what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? sizeof(size_t) : sizeof(uint32_t)))
         return CUBLAS_STATUS_INVALID_VALUE;
     if (what >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES) wish->alignment = *(const uint32_t *)value;
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t wish) { return delete wish, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t wish) {
+    return delete wish, CUBLAS_STATUS_SUCCESS;
+}
 
-/* ---- algorithms: which, of which shape, for operands aligned how ------------------------------------------ */
+/* ---- algorithms: which, of which shape, for operands aligned how --------------------------------------- */
 
 static uint64_t shape_of(cublasLtMatmulDesc_t how, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t d) {
     uint64_t k = how->transposed[0] ? a->rows : a->columns;
-    return (d->rows << 40) ^ (d->columns << 20) ^ k ^ (uint64_t)how->transposed[0] << 62 ^ (uint64_t)how->transposed[1] << 63;
+    return (d->rows << 40) ^ (d->columns << 20) ^ k ^ (uint64_t)how->transposed[0] << 62 ^
+           (uint64_t)how->transposed[1] << 63;
 }
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t how,
@@ -88,8 +99,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t how, cublasLtMatrixLayout_t a,
-                                       cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t how,
+                                       cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                        const cublasLtMatmulAlgo_t *algorithm,
                                        cublasLtMatmulHeuristicResult_t *result) {
     (void)handle, (void)b, (void)c;
@@ -98,7 +110,7 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
                ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
-/* ---- the product ------------------------------------------------------------------------------------------ */
+/* ---- the product --------------------------------------------------------------------------------------- */
 
 static float at(const void *x, cublasLtMatrixLayout_t l, uint64_t row, uint64_t column) {
     size_t i = row + column * (size_t)l->ld;
@@ -115,8 +127,10 @@ static float *rows_of(const void *x, cublasLtMatrixLayout_t l, int k_is_row, uin
 
 static void multiply(cublasLtMatmulDesc_t how, const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
                      cublasLtMatrixLayout_t b_layout, float beta, void *d, cublasLtMatrixLayout_t d_layout) {
-    uint64_t m = d_layout->rows, n = d_layout->columns, k = how->transposed[0] ? a_layout->rows : a_layout->columns;
-    float *left = rows_of(a, a_layout, how->transposed[0], m, k), *right = rows_of(b, b_layout, !how->transposed[1], n, k);
+    uint64_t m = d_layout->rows, n = d_layout->columns,
+             k = how->transposed[0] ? a_layout->rows : a_layout->columns;
+    float *left = rows_of(a, a_layout, how->transposed[0], m, k),
+          *right = rows_of(b, b_layout, !how->transposed[1], n, k);
     for (uint64_t j = 0; j < n; j++)
         for (uint64_t i = 0; i < m; i++) {
             double sum = beta != 0.0f ? (double)beta * at(d, d_layout, i, j) : 0.0;
@@ -129,12 +143,13 @@ static void multiply(cublasLtMatmulDesc_t how, const void *a, cublasLtMatrixLayo
     delete[] right;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t how, const void *alpha, const void *a,
-                              cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout,
-                              const void *beta, const void *c, cublasLtMatrixLayout_t c_layout, void *d,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algorithm, void *workspace,
-                              size_t workspace_bytes, cudaStream_t stream) {
-    (void)handle, (void)stream;
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t how, const void *alpha,
+                              const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
+                              cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
+                              cublasLtMatrixLayout_t c_layout, void *d, cublasLtMatrixLayout_t d_layout,
+                              const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes,
+                              cudaStream_t stream) {
+    (void)handle;
     uint64_t id = algorithm->data[0], alignment = algorithm->data[7];
     if (!workspace || !workspace_bytes || *(const float *)alpha != 1.0f || c != d || c_layout != d_layout ||
         id >= EMULATOR_ALGORITHMS - 1 || algorithm->data[1] != shape_of(how, a_layout, d_layout))
@@ -143,8 +158,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t how,
         emulator_products.misaligned++;
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
-    multiply(how, a, a_layout, b, b_layout, *(const float *)beta, d, d_layout);
+    emulator_matmul by = *how;
+    emulator_layout of_a = *a_layout, of_b = *b_layout, of_d = *d_layout;
+    float factor = *(const float *)beta;
     emulator_products.last = (int)id;
-    emulator_passes((int)id == emulator_products.fastest ? 1.0 : 2.0 + (double)id);
+    emulator_ask(stream, [=]() mutable {
+        multiply(&by, a, &of_a, b, &of_b, factor, d, &of_d);
+        emulator_passes((int)id == emulator_products.fastest ? 1.0 : 2.0 + (double)id);
+    });
     return CUBLAS_STATUS_SUCCESS;
 }
