@@ -281,7 +281,7 @@ struct kernels *kernels_cpu_create(int threads, struct err *err) {
     }
     k->name = "cpu";
     k->description = cpu->description;
-    k->alloc = alloc_large;
+    k->alloc = k->alloc_host = alloc_large;
     k->check = check;
     k->scratch_bytes = scratch_bytes;
     k->destroy = destroy;

@@ -116,6 +116,10 @@ struct kernels {
     /* Memory. alloc: `bytes` of zeroes aligned to 64, or NULL with ERR_MEMORY. free takes NULL. */
     void *(*alloc)(const struct kernels *k, size_t bytes, struct err *err);
     void (*free)(const struct kernels *k, void *p);
+    /* The same of the host's memory, which entries read and write where it lies: from a device through its
+     * link, some tens of GB/s instead of thousands. Where alloc()'s memory is the host's, it is that. */
+    void *(*alloc_host)(const struct kernels *k, size_t bytes, struct err *err);
+    void (*free_host)(const struct kernels *k, void *p);
     void (*copy_in)(const struct kernels *k, void *to, const void *host, size_t bytes);
     void (*copy_out)(const struct kernels *k, void *host, const void *from, size_t bytes);
     void (*zero)(const struct kernels *k, void *p, size_t bytes);

@@ -513,6 +513,8 @@ const struct kernels *REFERENCE(void) {
         .act_bytes = sizeof(ACT),
         .alloc = host_alloc,
         .free = host_free,
+        .alloc_host = host_alloc,
+        .free_host = host_free,
         .copy_in = host_copy,
         .copy_out = host_copy,
         .zero = host_zero,

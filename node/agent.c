@@ -78,6 +78,7 @@ static int set_up_trainer(struct agent *a, struct err *err) {
                                    .device = a->options->device,
                                    .precision = a->options->precision,
                                    .activation_bytes = a->options->activation_bytes,
+                                   .offload = a->options->offload,
                                    .nice = a->options->nice };
     home_file(&a->home, "inner.state", state);
     snprintf(setup.inner_state, sizeof setup.inner_state, "%s", state);

@@ -22,6 +22,7 @@ struct agent_options {
     int tp, dp, shard;            /* ranks of the trainer, 0 = 1, and enum engine_shard */
     int precision;                /* of the trainer; enum trainer_precision */
     uint64_t activation_bytes;    /* of a rank of the trainer at most; 0 = ENGINE_ACTIVATION_BYTES_MAX */
+    int offload;                  /* of the trainer; enum engine_offload */
     int nice;                     /* of the trainer, 0..19 */
     int listen_port;              /* for other members; 0 = any free port, -1 = none (dials only) */
     const char *corpus;           /* where this machine has the corpus; NULL = where the run says */

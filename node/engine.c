@@ -42,6 +42,11 @@ const char *engine_shard_name(int shard) {
     return shard >= 0 && shard < (int)(sizeof names / sizeof *names) ? names[shard] : NULL;
 }
 
+const char *engine_offload_name(int offload) {
+    static const char *const names[] = { "none", "optimizer" };
+    return offload >= 0 && offload < (int)(sizeof names / sizeof *names) ? names[offload] : NULL;
+}
+
 static size_t activation_bytes(const struct layout *l, const struct kernels *k, uint32_t samples, int training) {
     return model_arena_bytes(l, k, (int)samples, (int)l->model.sequence, (enum model_training)training);
 }
@@ -84,8 +89,8 @@ static struct layout plan_vectors(const struct msg_model *m, const struct msg_in
     enum engine_shard shard = shape->dp > 1 ? shape->shard : ENGINE_SHARD_NONE;
     struct layout l;
     layout_init(&l, m, shape->tp, 0, shape->dp, 0);
-    *out = (struct engine_memory){ .optimizer = optimizer_bytes(&l, shard, inner, k),
-                                   .buffers = windows(k, shape->tp) + windows(k, shape->dp) };
+    *out = (struct engine_memory){ .buffers = windows(k, shape->tp) + windows(k, shape->dp) };
+    optimizer_bytes(&l, shard, inner, k, shape->offload, &out->optimizer, &out->host);
     shard_bytes(&l, shard, k, &out->weights, &out->gradients);
     return l;
 }
@@ -147,7 +152,7 @@ struct engine *engine_create_rank(const struct msg_model *model, const struct ms
                                   const struct kernels *kernels, const struct engine_mesh *mesh,
                                   struct err *err) {
     if (proto_model_check(model, err) || proto_inner_check(inner, err)) return NULL;
-    if (mesh && layout_check(model, mesh->tensor->size, err)) return NULL;
+    if (mesh && mesh->tensor && layout_check(model, mesh->tensor->size, err)) return NULL;
     struct engine *e = calloc(1, sizeof *e);
     if (!e) {
         err_set(err, ERR_MEMORY, "no memory for an engine");

@@ -68,13 +68,23 @@ enum engine_shard {
 /* "none", "optimizer", "gradients", "full", or NULL past the last. */
 const char *engine_shard_name(int shard);
 
-/* Where a rank stands; the groups are borrowed until engine_destroy. An engine of a mesh is made by
- * engine_create_rank() in every rank at once. ERR_CONFIG where the network cannot be cut so, as
+/* What lies in the host's memory in the place of a device's (kernels.h: alloc_host): less is taken of that,
+ * steps are slower by what goes over its link, and no bit is another. On the CPU it is the same memory. */
+enum engine_offload {
+    ENGINE_OFFLOAD_NONE = 0,
+    ENGINE_OFFLOAD_OPTIMIZER, /* moments: 8 bytes a parameter with AdamW, read and written once a step */
+};
+/* "none", "optimizer", or NULL past the last. */
+const char *engine_offload_name(int offload);
+
+/* Where a rank stands; the groups are borrowed until engine_destroy, NULL where it is alone. An engine of
+ * a mesh is made by engine_create_rank() in every rank at once. ERR_CONFIG where the network cannot be cut so, as
  * well. A failure of the mesh ends a call with comm->check()'s error, and the engine is of no more use. */
 struct engine_mesh {
     const struct comm *world, *tensor, *data;
     enum engine_shard shard;
     size_t activation_bytes; /* in the place of ENGINE_ACTIVATION_BYTES_MAX; 0: that */
+    enum engine_offload offload;
 };
 struct engine *engine_create_rank(const struct msg_model *model, const struct msg_inner *inner,
                                   const struct kernels *kernels, const struct engine_mesh *mesh,
@@ -97,12 +107,14 @@ struct engine_shape {
     int tp, dp; /* layout_check() passed */
     enum engine_shard shard;
     size_t activation_bytes; /* as in struct engine_mesh */
+    enum engine_offload offload;
 };
 struct engine_memory {
     uint32_t micro_batch; /* samples at once */
     int training;         /* enum model_training */
     size_t weights, gradients, optimizer, activations, scratch, buffers; /* bytes; buffers: between ranks */
     size_t all;
+    size_t host; /* what is offloaded: not in `optimizer`, nor in `all` */
 };
 /* shape: NULL is one rank alone. */
 void engine_plan(const struct msg_model *model, const struct msg_inner *inner, const struct kernels *kernels,

@@ -52,6 +52,8 @@ static const char node_help[] =
     "  --precision P      fp32 (default); bf16: weights and activations in bf16, about 1.7 times as fast where\n"
     "                     the processor has AVX512-BF16; bf16-stochastic: and half the memory for weights\n"
     "  --activations GB   of a rank at most (default: 2.1), as in `train --help`; `plan` says what fits\n"
+    "  --offload W        none (default), or optimizer: its moments lie in the host's memory, as in\n"
+    "                     `train --help`\n"
     "  --nice N           how far training stands back behind other programs, 0 to 19 (default: 10)\n"
     "  --corpus PATH      where this machine has the corpus, or an https:// or s3:// URL from where samples\n"
     "                     then come (default: where the run says); it must be the very same\n"
@@ -99,8 +101,8 @@ static int check_name(const char *name, struct err *err) {
 }
 
 enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_PRECISION, OPT_NICE, OPT_CORPUS,
-       OPT_TP, OPT_DP, OPT_SHARD, OPT_ACTIVATIONS, OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET, OPT_VERBOSE,
-       OPT_HELP };
+       OPT_TP, OPT_DP, OPT_SHARD, OPT_ACTIVATIONS, OPT_OFFLOAD, OPT_LISTEN, OPT_NO_LISTEN, OPT_JSON, OPT_QUIET,
+       OPT_VERBOSE, OPT_HELP };
 static const struct option node_options[] = {
     { "home", required_argument, NULL, OPT_HOME }, { "name", required_argument, NULL, OPT_NAME },
     { "device", required_argument, NULL, OPT_DEVICE },
@@ -109,6 +111,7 @@ static const struct option node_options[] = {
     { "tp", required_argument, NULL, OPT_TP }, { "dp", required_argument, NULL, OPT_DP },
     { "shard", required_argument, NULL, OPT_SHARD },
     { "activations", required_argument, NULL, OPT_ACTIVATIONS },
+    { "offload", required_argument, NULL, OPT_OFFLOAD },
     { "nice", required_argument, NULL, OPT_NICE }, { "corpus", required_argument, NULL, OPT_CORPUS },
     { "listen", required_argument, NULL, OPT_LISTEN },
     { "no-listen", no_argument, NULL, OPT_NO_LISTEN }, { "log-json", no_argument, NULL, OPT_JSON },
@@ -160,6 +163,8 @@ static const char *take_option(int c, struct agent_options *o) {
     case OPT_ACTIVATIONS:
         return take_gigabytes(optarg, &o->activation_bytes)
                    ? "--activations: gigabytes, from 1e-6 to 1e6" : NULL;
+    case OPT_OFFLOAD:
+        return take_name(optarg, engine_offload_name, &o->offload) ? "--offload: none or optimizer" : NULL;
     case OPT_NICE:
         return take_number(optarg, 0, 19, &o->nice) ? "--nice: a number from 0 to 19" : NULL;
     case OPT_CORPUS: o->corpus = optarg; return NULL;

@@ -61,11 +61,15 @@ static size_t moment_bytes(const struct layout *l, enum engine_shard shard, cons
     return at;
 }
 
-size_t optimizer_bytes(const struct layout *l, enum engine_shard shard, const struct msg_inner *in,
-                       const struct kernels *k) {
-    size_t chunks = uses_chunks(in) ? OPTIMIZER_MOMENTS * OPTIMIZER_CHUNK * sizeof(float) : 0;
-    return moment_bytes(l, shard, in) + chunks + (in->optimizer == OPTIMIZER_MUON ? muon_bytes(l, k) : 0);
+void optimizer_bytes(const struct layout *l, enum engine_shard shard, const struct msg_inner *in,
+                     const struct kernels *k, enum engine_offload offload, size_t *device, size_t *host) {
+    size_t moments = moment_bytes(l, shard, in);
+    *host = offload == ENGINE_OFFLOAD_OPTIMIZER ? moments : 0;
+    *device = moments - *host + (in->optimizer == OPTIMIZER_MUON ? muon_bytes(l, k) : 0);
+    if (uses_chunks(in)) *device += OPTIMIZER_MOMENTS * OPTIMIZER_CHUNK * sizeof(float);
 }
+
+static bool is_offloaded(const struct shard *s) { return s->mesh.offload == ENGINE_OFFLOAD_OPTIMIZER; }
 
 int optimizer_init(struct optimizer *o, struct shard *s, const struct msg_inner *inner, struct err *err) {
     const struct kernels *k = s->k;
@@ -73,7 +77,8 @@ int optimizer_init(struct optimizer *o, struct shard *s, const struct msg_inner 
     *o = (struct optimizer){ .s = s, .inner = *inner, .of = calloc(tensors, sizeof *o->of) };
     if (!o->of) return err_set(err, ERR_MEMORY, "no memory for a table of moments");
     o->bytes = moment_bytes(&s->layout, s->mesh.shard, inner);
-    if (!(o->arena = k->alloc(k, o->bytes, err))) return -1;
+    o->arena = is_offloaded(s) ? k->alloc_host(k, o->bytes, err) : k->alloc(k, o->bytes, err);
+    if (!o->arena) return -1;
     size_t at = 0;
     for (uint32_t i = 0; i < tensors; i++)
         at = place_tensor(&s->layout, s->mesh.shard, inner, i, o->arena, at, &o->of[i]);
@@ -91,7 +96,7 @@ void optimizer_release(struct optimizer *o) {
     const struct kernels *k = o->s->k;
     muon_release(&o->muon);
     for (int i = 0; i < OPTIMIZER_MOMENTS; i++) k->free(k, o->chunk[i]);
-    k->free(k, o->arena);
+    (is_offloaded(o->s) ? k->free_host : k->free)(k, o->arena);
     free(o->host);
     free(o->of);
 }

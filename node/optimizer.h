@@ -40,7 +40,7 @@ struct optimizer {
     struct msg_inner inner;
     uint64_t steps[OPTIMIZER_MOMENTS]; /* that went into each moment */
     struct optimizer_tensor *of;       /* [tensors] */
-    void *arena;                       /* all moments */
+    void *arena;                       /* all moments; in the host's memory where they are offloaded */
     size_t bytes;
     /* [OPTIMIZER_CHUNK] elements on their way, where something is not fp32 */
     float *chunk[OPTIMIZER_MOMENTS], *host;
@@ -53,9 +53,9 @@ struct optimizer {
 int optimizer_init(struct optimizer *o, struct shard *s, const struct msg_inner *inner, struct err *err);
 void optimizer_release(struct optimizer *o);
 
-/* What that takes on the device, for a rank of this layout. */
-size_t optimizer_bytes(const struct layout *l, enum engine_shard shard, const struct msg_inner *inner,
-                       const struct kernels *k);
+/* What that takes of a rank of this layout: of the device, and of the host's memory for what is offloaded. */
+void optimizer_bytes(const struct layout *l, enum engine_shard shard, const struct msg_inner *inner,
+                     const struct kernels *k, enum engine_offload offload, size_t *device, size_t *host);
 
 /* Step number `step`, from 1: parameters -= what the gradient times grad_scale asks for. All ranks at
  * once. */

@@ -76,6 +76,7 @@ struct segment_setup {
     struct device device;    /* what it computes on */
     int precision;           /* enum trainer_precision, trainer.h */
     uint64_t activation_bytes; /* of a rank at most; 0 = ENGINE_ACTIVATION_BYTES_MAX, engine.h */
+    int offload;             /* enum engine_offload */
     int nice;                /* added to the scheduling priority, 0..19 */
     pid_t agent;             /* filled in by segment_create */
 };

@@ -234,7 +234,8 @@ static int set_up(struct solo *s, const struct corpus_facts *corpus, struct err 
     const struct settings *set = s->settings;
     const struct engine_mesh where = { .world = s->mesh.world, .tensor = s->mesh.tensor, .data = s->mesh.data,
                                        .shard = (enum engine_shard)s->options->shard,
-                                       .activation_bytes = s->options->activation_bytes };
+                                       .activation_bytes = s->options->activation_bytes,
+                                       .offload = (enum engine_offload)s->options->offload };
     s->data = data_open(set->corpus, &corpus->manifest_digest, set->shuffle_seed, err);
     if (!s->data || create_kernels(s, err)) return -1;
     s->engine = engine_create_rank(&set->model, &set->inner, s->kernels, &where, err);

@@ -28,6 +28,7 @@ struct solo_options {
     int tp, dp, shard;        /* >= 1, and enum engine_shard */
     int precision, threads;   /* enum trainer_precision; 0 = all cores */
     size_t activation_bytes;  /* of a rank, struct engine_mesh; 0 = the default */
+    int offload;              /* enum engine_offload */
     uint64_t stop_after;      /* stop once so many batches are done; 0 = at the schedule's end */
     uint64_t save_steps;      /* >= 1 */
     bool keep;                /* every state that is saved stays, as state-STEP */

@@ -16,8 +16,8 @@ int tool_data(int argc, char **argv);
  * beat to have learnt more than letter statistics. */
 int tool_bigram(int argc, char **argv);
 
-/* train CONFIG [--out DIR] [--tp N] [--dp N] [--shard S] [--precision P] [--activations GB] [--threads N]
- * [--keep] [--replay STEP] [--stop-after N] [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE]
+/* train CONFIG [--out DIR] [--tp N] [--dp N] [--shard S] [--precision P] [--activations GB] [--offload W]
+ * [--threads N] [--keep] [--replay STEP] [--stop-after N] [--save-steps N] [--heldout N] [--set SECTION.KEY=VALUE]
  * [--plot FILE.svg] [--quiet] [--json] Train alone, without a coordinator; solo.h. To be called before any
  * thread was made. */
 int tool_train(int argc, char **argv);
@@ -33,7 +33,8 @@ int tool_eval(int argc, char **argv);
 int tool_generate(int argc, char **argv);
 
 /* plan --model NAME [--sequence N] [--layers N] [--batch N] [--precision P] [--optimizer O] [--states S]
- * [--devices NxGB] [--tp N] [--dp N] [--shard S] [--activations GB] [--threads N] [--memory GB] [--json]
+ * [--devices NxGB] [--tp N] [--dp N] [--shard S] [--activations GB] [--offload W] [--threads N] [--memory GB]
+ * [--json]
  * What each rank of a trainer will hold in memory, before anything is loaded, and which mesh fits some
  * devices; 1 where it does not fit. */
 int tool_plan(int argc, char **argv);

@@ -35,6 +35,7 @@ static const char plan_help[] =
     "  --tp N, --dp N     tensor-parallel by data-parallel ranks (default: 1, with --devices what fits)\n"
     "  --shard S          what data-parallel ranks share out: none (default), optimizer, gradients, full\n"
     "  --activations GB   of a rank at most, as in `train --help` (default: 2.1; with --devices what fits)\n"
+    "  --offload W        none (default), or optimizer: its moments lie in the host's memory, as in `train --help`\n"
     "  --threads N        threads of the trainer (default: all cores)\n"
     "  --memory GB        what there is without --devices (default: what this machine has available)\n"
     "  --json             print one JSON object, in bytes\n"
@@ -93,6 +94,11 @@ static int ranks(const struct plan *p) { return p->shape.tp * p->shape.dp; }
 /* What one rank may take. */
 static double share(const struct plan *p) { return p->devices ? p->memory : p->memory / ranks(p); }
 
+/* What one rank takes of that: this machine's memory is the host's too. */
+static size_t taken(const struct plan *p, const struct engine_memory *e) {
+    return e->all + (p->devices ? 0 : e->host);
+}
+
 static int check_mesh(const struct plan *p, struct err *err) {
     int n = ranks(p);
     if (layout_check(&p->m, p->shape.tp, err)) return -1;
@@ -112,15 +118,17 @@ static int check_mesh(const struct plan *p, struct err *err) {
 /* False: not even one sample at once. Activations have as much room as --activations says; where that is
  * not given, all that a device has, and no more than there is elsewhere. */
 static bool weigh(struct plan *p, const struct kernels *k) {
-    size_t bytes = (size_t)share(p);
-    bool any = engine_widest(&p->m, &p->inner, k, &p->shape, bytes, &p->widest) == 0;
+    size_t bytes = (size_t)share(p), elsewhere;
     engine_plan(&p->m, &p->inner, k, &p->shape, &p->needs);
+    elsewhere = taken(p, &p->needs) - p->needs.all;
+    bytes = bytes > elsewhere ? bytes - elsewhere : 0;
+    bool any = engine_widest(&p->m, &p->inner, k, &p->shape, bytes, &p->widest) == 0;
     bool unlimited = p->devices && !p->shape.activation_bytes;
-    if (any && (unlimited || (double)p->needs.all > share(p))) {
+    if (any && (unlimited || (double)taken(p, &p->needs) > share(p))) {
         p->shape.activation_bytes = p->widest.activations;
         engine_plan(&p->m, &p->inner, k, &p->shape, &p->needs);
     }
-    return any && (double)p->needs.all <= share(p);
+    return any && (double)taken(p, &p->needs) <= share(p);
 }
 
 /* All devices, with the least said between ranks first: whole replicas; slices of moments, of gradients, of
@@ -168,17 +176,18 @@ static void print_json(const struct plan *p) {
     const struct engine_memory *e = &p->needs;
     printf("{\"parameters\": %llu, \"tp\": %d, \"dp\": %d, \"shard\": \"%s\", \"weights\": %zu, "
            "\"gradients\": %zu, \"optimizer\": %zu, \"activations\": %zu, \"scratch\": %zu, "
-           "\"buffers\": %zu, \"all\": %zu, "
+           "\"buffers\": %zu, \"all\": %zu, \"host_optimizer\": %zu, "
            "\"memory\": %.0f, \"micro_batch\": %u, \"computed_twice\": \"%s\", \"widest\": %u, "
            "\"widest_computed_twice\": \"%s\", \"host_anchor\": %.0f, \"host_copies\": %.0f}\n",
            (unsigned long long)proto_model_elements(&p->m), p->shape.tp, p->shape.dp,
            engine_shard_name((int)p->shape.shard), e->weights, e->gradients, e->optimizer, e->activations,
-           e->scratch, e->buffers, e->all, share(p), e->micro_batch, training_name(e->training),
+           e->scratch, e->buffers, e->all, e->host, share(p), e->micro_batch, training_name(e->training),
            p->widest.micro_batch, training_name(p->widest.training), anchor_bytes(p), copies_bytes(p));
 }
 
 static void print_table(const struct plan *p) {
     const struct engine_memory *e = &p->needs;
+    static const char offloaded[] = "in host memory";
     const struct {
         const char *what;
         double bytes;
@@ -190,6 +199,7 @@ static void print_table(const struct plan *p) {
         { "scratch", (double)e->scratch },
         { "buffers", (double)e->buffers },
         { "all", (double)e->all },
+        { offloaded, (double)e->host },
         { "there is", share(p) },
     };
     printf("%llu parameters in %s, %s with moments in %s; %u samples of %u tokens a step\n",
@@ -199,7 +209,8 @@ static void print_table(const struct plan *p) {
            p->shape.tp, p->shape.dp, engine_shard_name((int)p->shape.shard), e->micro_batch,
            training_name(e->training));
     for (size_t i = 0; i < sizeof row / sizeof *row; i++)
-        printf("  %-18s %10.1f MB\n", row[i].what, row[i].bytes / 1e6);
+        if (row[i].bytes > 0 || row[i].what != offloaded)
+            printf("  %-18s %10.1f MB\n", row[i].what, row[i].bytes / 1e6);
     printf("widest: %u samples at once, computed twice: %s; with --activations %.3g\n", p->widest.micro_batch,
            training_name(p->widest.training), (double)p->widest.activations / 1e9);
     printf("the node's host memory: anchor and outer momentum %.1f MB; copies between agent, trainer and "
@@ -209,7 +220,7 @@ static void print_table(const struct plan *p) {
 static int refuse(const struct plan *p, struct err *err) {
     return err_set(err, ERR_MEMORY,
                    "%s takes %.1f GB and there are %.1f: take %sa smaller model, or a shorter --sequence",
-                   ranks(p) > 1 ? "a rank" : "it", (double)p->needs.all / 1e9, share(p) / 1e9,
+                   ranks(p) > 1 ? "a rank" : "it", (double)taken(p, &p->needs) / 1e9, share(p) / 1e9,
                    p->precision == TRAINER_BF16_STOCHASTIC ? "" : "--precision bf16-stochastic, ");
 }
 
@@ -273,12 +284,13 @@ static int parse(int argc, char **argv, struct plan *p, const char **preset, int
         { "states", required_argument, NULL, 'S' },    { "devices", required_argument, NULL, 'D' },
         { "tp", required_argument, NULL, 'T' },        { "dp", required_argument, NULL, 'd' },
         { "shard", required_argument, NULL, 'z' },     { "activations", required_argument, NULL, 'a' },
+        { "offload", required_argument, NULL, 'O' },
         { "threads", required_argument, NULL, 't' },   { "memory", required_argument, NULL, 'g' },
         { "json", no_argument, NULL, 'j' },            { "help", no_argument, NULL, 'h' },
         { 0 },
     };
     double gb;
-    int c, shard;
+    int c, shard, offload;
     optind = 0; /* another tool may have parsed its own arguments in this process */
     while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
         case 'm': *preset = optarg; break;
@@ -291,6 +303,10 @@ static int parse(int argc, char **argv, struct plan *p, const char **preset, int
         case 'D': if (take_devices(optarg, p)) return 2; break;
         case 'T': if (take_ranks("--tp", optarg, &p->shape.tp, &p->tp)) return 2; break;
         case 'd': if (take_ranks("--dp", optarg, &p->shape.dp, &p->dp)) return 2; break;
+        case 'O':
+            if (args_name("--offload", optarg, engine_offload_name, &offload)) return 2;
+            p->shape.offload = (enum engine_offload)offload;
+            break;
         case 'z':
             if (args_name("--shard", optarg, engine_shard_name, &shard)) return 2;
             p->shape.shard = (enum engine_shard)shard;

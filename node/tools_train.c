@@ -45,6 +45,8 @@ static const char train_help[] =
     DEVICE_HELP
     "  --activations GB   of a rank at most (default: 2.1): a batch that takes more goes in parts, whose\n"
     "                     gradients are added up; where one sample takes more, some is computed twice\n"
+    "  --offload W        none (default), or optimizer: its moments lie in the host's memory, 8 bytes a\n"
+    "                     parameter with AdamW, and go over a GPU's link once a step; on the CPU it is the same\n"
     "  --threads N        CPU threads of all ranks together (default: all cores)\n"
     "  --stop-after N     stop once N steps are done in all; the schedule stays that of CONFIG\n"
     "  --save-steps N     save every N steps (default 200), and at the end\n"
@@ -97,7 +99,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         { "device", required_argument, NULL, 'D' },
         { "threads", required_argument, NULL, 'n' },    { "stop-after", required_argument, NULL, 'a' },
         { "save-steps", required_argument, NULL, 'e' }, { "heldout", required_argument, NULL, 'H' },
-        { "activations", required_argument, NULL, 'A' },
+        { "activations", required_argument, NULL, 'A' }, { "offload", required_argument, NULL, 'O' },
         { "keep", no_argument, NULL, 'k' },             { "replay", required_argument, NULL, 'R' },
         { "plot", required_argument, NULL, 'P' },       { "from", required_argument, NULL, 'f' },
         { "quiet", no_argument, NULL, 'q' },
@@ -123,6 +125,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
             if (args_real("--activations", optarg, 1e-6, 1e6, &gigabytes)) return 2;
             o->activation_bytes = (size_t)(gigabytes * 1e9);
             break;
+        case 'O': if (args_name("--offload", optarg, engine_offload_name, &o->offload)) return 2; break;
         case 'a': if (args_integer("--stop-after", optarg, 1, UINT64_MAX, &o->stop_after)) return 2; break;
         case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
         case 'H': if (args_integer("--heldout", optarg, 0, UINT32_MAX, &o->heldout_samples)) return 2; break;

@@ -165,7 +165,8 @@ static int set_up(struct trainer *t, struct err *err) {
     if (!(t->kernels = create_kernels(t, err)) || mesh_use(&t->mesh, t->kernels, err)) return -1;
     const struct engine_mesh where = { .world = t->mesh.world, .tensor = t->mesh.tensor, .data = t->mesh.data,
                                        .shard = (enum engine_shard)setup->shard,
-                                       .activation_bytes = setup->activation_bytes };
+                                       .activation_bytes = setup->activation_bytes,
+                                       .offload = (enum engine_offload)setup->offload };
     if (!(t->engine = engine_create_rank(g->model, g->inner, t->kernels, &where, err))) {
         device_name_holders(t->kernels, err);
         return -1;
@@ -434,11 +435,17 @@ static void say_parts(const struct trainer *t, char *text, size_t size) {
     const struct segment_setup *setup = segment_setup(t->segment);
     const struct msg_inner *inner = t->genesis.inner;
     const struct engine_shape shape = { t->mesh.tp, t->mesh.dp, (enum engine_shard)setup->shard,
-                                        setup->activation_bytes };
+                                        setup->activation_bytes, (enum engine_offload)setup->offload };
     struct engine_memory needs;
     engine_plan(t->genesis.model, inner, t->kernels, &shape, &needs);
     uint32_t at_once = needs.micro_batch * (uint32_t)t->mesh.dp;
     if (at_once < inner->batch) snprintf(text, size, "; %u of %u samples at once", at_once, inner->batch);
+}
+
+static void say_offload(const struct trainer *t, char *text, size_t size) {
+    if (segment_setup(t->segment)->offload != ENGINE_OFFLOAD_OPTIMIZER) return;
+    snprintf(text, size, t->kernels->outer ? "; moments in the host's memory"
+                                           : "; --offload changes nothing, the CPU's memory is the host's");
 }
 
 static void say_up(struct trainer *t) {
@@ -452,6 +459,7 @@ static void say_up(struct trainer *t) {
                  description, t->mesh.ranks, t->mesh.tp, t->mesh.dp,
                  engine_shard_name(segment_setup(t->segment)->shard));
     say_parts(t, up.text + strlen(up.text), sizeof up.text - strlen(up.text));
+    say_offload(t, up.text + strlen(up.text), sizeof up.text - strlen(up.text));
     tell(t, &up);
 }
 

@@ -35,6 +35,21 @@ static void cuda_free(const struct kernels *k, void *p) {
     if (p) cuda_note(cuda_of(k), cudaFree(p), "free");
 }
 
+/* Pinned: under unified addressing the device has it at the same address. */
+static void *cuda_alloc_host(const struct kernels *k, size_t bytes, struct err *err) {
+    void *p = NULL;
+    cudaError_t result = cudaMallocHost(&p, bytes ? bytes : 1);
+    if (result == cudaSuccess) return memset(p, 0, bytes);
+    cudaGetLastError(); /* it is reported here */
+    err_set(err, ERR_MEMORY, "CUDA device %d: the system gives no %zu bytes of the host's memory that cannot be "
+            "paged: %s", cuda_of(k)->device, bytes, cudaGetErrorString(result));
+    return NULL;
+}
+
+static void cuda_free_host(const struct kernels *k, void *p) {
+    if (p) cuda_note(cuda_of(k), cudaFreeHost(p), "free of the host's memory");
+}
+
 /* ---- to and from the host ------------------------------------------------------------------------------ */
 
 /* Two pieces of memory that the device reads and writes by itself: while it has one, the other is filled or
@@ -259,6 +274,8 @@ intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest
     k->act_bytes = weight_bytes;
     k->alloc = cuda_alloc;
     k->free = cuda_free;
+    k->alloc_host = cuda_alloc_host;
+    k->free_host = cuda_free_host;
     k->copy_in = copy_in;
     k->copy_out = copy_out;
     k->zero = zero;

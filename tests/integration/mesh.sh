@@ -31,9 +31,10 @@ at=$(status r round)
 check "rounds go on with both" wait_for 60 r "round >= $at + 4 and members_live == 3"
 for n in alone mesh; do kill -TERM "${PID[$n]}"; wait "${PID[$n]}"; check "$n leaves in order" test $? = 0; done
 check "no rank is left" test -z "$(ps -o pid= -p "$(IFS=,; echo "${new[*]}")" 2>/dev/null)"
-start_node alone r; start_node mesh r --dp 3 --shard optimizer --activations 0.0001
+start_node alone r; start_node mesh r --dp 3 --shard optimizer --activations 0.0001 --offload optimizer
 check "it goes on as another mesh" wait_for 60 r "round >= $at + 8 and members_live == 3"
 check "whose ranks have room for one sample each" grep -q 'shard: optimizer); 3 of 4 samples at once' mesh.log
+check "offloading changes nothing on the CPU, and it says so" grep -q 'offload changes nothing' mesh.log
 "$COORDINATOR" pause r >pause.log || fail pause
 sleep 3 # what was leased is trained and committed
 same_index='len(set(m["state_index"] for m in members if m["live"])) == 1'

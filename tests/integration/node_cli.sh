@@ -46,6 +46,7 @@ expect 2 'precision: fp32, bf16 or bf16-stochastic' "$node" join "$invite" --pre
 expect 2 'tp: a number from 1 to 64' "$node" join "$invite" --tp 0
 expect 2 'shard: none, optimizer, gradients or full' "$node" join "$invite" --shard some
 expect 2 'activations: gigabytes' "$node" join "$invite" --activations none
+expect 2 'offload: none or optimizer' "$node" join "$invite" --offload all
 expect 2 'listen.*port' "$node" join "$invite" --listen 70000
 expect 2 'missing after.*--home' "$node" run --home
 expect 2 'auto, cpu, cuda' "$node" join "$invite" --device gpu

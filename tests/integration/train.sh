@@ -38,6 +38,8 @@ Y
 train --out whole > whole.log || bad "a run to its end: $(cat whole.log)"
 for k in $(seq 30); do train --out cut --stop-after "$k" > cut.log || bad "step $k: $(cat cut.log)"; done
 check "30 runs of one step are one of 30" same whole cut
+train --out host --offload optimizer > host.log || bad "moments in the host's memory: $(cat host.log)"
+check "moments in the host's memory change no bit" same whole host
 check "the curve has a row a step" test "$(wc -l < whole/loss.csv)" -eq 31
 expect 0 'ended after 30 of 30 steps' train --out whole
 cp -r cut again && rm again/state
