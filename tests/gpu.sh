@@ -2,7 +2,7 @@
 # tests/gpu.sh - prove the CUDA backend on this machine's GPU: from a build (`make gpu`), or as libexec/gpu.sh of the
 # bundle on a machine that has a driver and cuBLASLt and nothing else of ours.
 #   PART=parity    every kernel against the CPU's, the outer step's to the bit, attention with cuDNN and without; twice the same bits; a network's loss, steps of training against the CPU; ranks
-#   PART=sanitize  the kernels under compute-sanitizer's memcheck and racecheck, where that is
+#   PART=sanitize  the kernels, of bf16 too, under compute-sanitizer's memcheck and racecheck, where that is
 #   PART=run       a coordinator and two nodes on the one GPU: rounds are committed, all members agree
 #   PART=bench     training steps of 150m, 1b and as many layers of 8b and 10b as fit
 #   PART=all       (default) one after the other. Each under 8 minutes.
@@ -109,18 +109,19 @@ run_parity() {
 
 # ---- sanitize ------------------------------------------------------------------------------------------------------
 run_sanitize() {
-    local tool sanitizer log
+    local tool test sanitizer log each
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /usr/local/cuda/compute-sanitizer/compute-sanitizer 2>/dev/null | head -n 1)
     [ -n "$sanitizer" ] || { row sanitize compute-sanitizer skipped "is not on this machine"; return; }
-    for tool in memcheck racecheck; do
-        log=$tool.log
-        (cd "$data" && INTELLECT_TEST_GPU=1 timeout 230 "$sanitizer" --tool $tool --target-processes all --error-exitcode 9 \
-            "$tests/test_kernels" >"$work/$log" 2>&1)
+    # What is bf16's alone, attention on tensor cores among it, is in test_cuda.
+    for each in memcheck:test_kernels racecheck:test_kernels memcheck:test_cuda racecheck:test_cuda; do
+        tool=${each%:*} test=${each#*:} log=${each/:/-}.log
+        (cd "$data" && INTELLECT_TEST_GPU=1 timeout 115 "$sanitizer" --tool $tool --target-processes all --error-exitcode 9 \
+            "$tests/$test" >"$work/$log" 2>&1)
         case $? in
-            0) row sanitize $tool ok "$(grep -a 'ERROR SUMMARY\|RACECHECK SUMMARY' "$work/$log" | tail -n 1 | sed 's/=* *//')" ;;
-            124) row sanitize $tool skipped "not done in 230 s; no finding so far: $(grep -ac '^\[       OK \]' "$work/$log") tests" ;;
-            *) if grep -qaiE 'not supported|permission|unable to|profiler|debugger is not' "$work/$log"; then row sanitize $tool skipped "$(grep -aiE 'not supported|permission|unable to|debugger' "$work/$log" | head -n 1)"
-               else row sanitize $tool FAILED "$(grep -a '=========' "$work/$log" | head -n 3 | tr '\n' ' ' | cut -c1-200)"; fi ;;
+            0) row sanitize "$tool, $test" ok "$(grep -a 'ERROR SUMMARY\|RACECHECK SUMMARY' "$work/$log" | tail -n 1 | sed 's/=* *//')" ;;
+            124) row sanitize "$tool, $test" skipped "not done in 115 s; no finding so far: $(grep -ac '^\[       OK \]' "$work/$log") tests" ;;
+            *) if grep -qaiE 'not supported|permission|unable to|profiler|debugger is not' "$work/$log"; then row sanitize "$tool, $test" skipped "$(grep -aiE 'not supported|permission|unable to|debugger' "$work/$log" | head -n 1)"
+               else row sanitize "$tool, $test" FAILED "$(grep -a '=========' "$work/$log" | head -n 3 | tr '\n' ' ' | cut -c1-200)"; fi ;;
         esac
     done
 }
@@ -172,6 +173,7 @@ run_bench() {
         if INTELLECT_CUDNN=$cudnn timeout $left "$bench" --device "$device" --only $c --steps 3 --kernels --json "$work/$name.json" \
             >"$work/$c.log" 2>&1; then
             row bench $name ok "$(awk 'NR == 2 { print $3, "tokens/s,", $6, "of large products" }' "$work/$c.log")"
+            [ "$name" = "$c" ] || echo "$name:" >>"$work/bench.log"
             cat "$work/$c.log" >>"$work/bench.log"
         else row bench $name FAILED "$(grep -a bench-train "$work/$c.log" | tail -n 1)"; fi
     done
