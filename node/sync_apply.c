@@ -428,6 +428,12 @@ void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg) {
         if (s->fetch.shard[i].from == p->id && s->fetch.shard[i].asking) turn_away(s, c, i);
 }
 
+void apply_ask_again(struct sync *s, const struct peer *p) {
+    struct commit *c = fetch_commit(s);
+    for (uint32_t i = 0; c && i < c->body.shards_count; i++)
+        if (s->fetch.shard[i].from == p->id && s->fetch.shard[i].asking) stop_asking(s, c, i);
+}
+
 void apply_on_peer_closed(struct sync *s, const struct peer *p) {
     struct commit *c = fetch_commit(s);
     for (uint32_t i = 0; c && i < c->body.shards_count; i++)

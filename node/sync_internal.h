@@ -680,6 +680,8 @@ void reduce_on_result_leaves(struct sync *s, struct peer *p, const struct frame 
 int reduce_on_result(struct sync *s, struct peer *p, const struct frame *f,
                      const struct msg_result *msg);
 void reduce_judge(struct sync *s); /* silent and slow contributors are dropped */
+/* As holder, where the connection to the aggregator was lost or replaced. */
+void reduce_ask_again(struct sync *s, const struct peer *peer);
 int reduce_pump(struct sync *s);
 bool reduce_has_work(const struct sync *s);
 int reduce_work(struct sync *s);
@@ -734,6 +736,8 @@ void apply_on_result(struct sync *s, struct peer *p, const struct frame *f,
 void apply_on_none(struct sync *s, struct peer *p, const struct msg_none *msg);
 void apply_pump(struct sync *s);
 void apply_on_peer_closed(struct sync *s, const struct peer *p);
+/* Its connection was replaced: what we asked it for may not have reached it. */
+void apply_ask_again(struct sync *s, const struct peer *p);
 /* The state changed, or this process began: what became of the contributions? */
 void apply_resolve(struct sync *s);
 void apply_arrived(struct sync *s);

@@ -114,10 +114,15 @@ static void forget_talk(struct sync *s, struct peer *p) {
 }
 
 /* A second connection beside the first: what the peer asked for stands, what we said may be
- * lost. */
+ * lost, our questions too. */
 static void on_open(struct sync *s, struct peer *p) {
     for (uint32_t f = 0; p->open && f < s->fragment_count; f++) forget_wanted(&p->talk[f]);
-    if (!p->open) forget_talk(s, p);
+    if (p->open) {
+        reduce_ask_again(s, p);
+        apply_ask_again(s, p);
+    } else {
+        forget_talk(s, p);
+    }
     p->unsent = 0;
     p->open = true;
 }
@@ -126,6 +131,7 @@ static void on_closed(struct sync *s, struct peer *p) {
     forget_talk(s, p);
     p->open = false;
     if (p->dial_ms < s->now + s->outer->heartbeat_ms) p->dial_ms = s->now + s->outer->heartbeat_ms;
+    reduce_ask_again(s, p);
     apply_on_peer_closed(s, p);
     catchup_on_peer_closed(s, p);
 }

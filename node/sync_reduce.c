@@ -463,6 +463,15 @@ static void ask_results(struct sync *s, const struct plan *p, struct shard_work 
     w->asked_ms = s->now;
 }
 
+void reduce_ask_again(struct sync *s, const struct peer *peer) {
+    for (uint32_t f = 0; f < s->fragment_count; f++) {
+        struct plan *p = &s->plan[f];
+        for (uint32_t i = 0; p->active && i < p->work_count; i++)
+            if (p->work[i].role == SHARD_HOLD && p->msg.shards[p->work[i].shard].aggregator == peer->id)
+                p->work[i].asked_ms = 0;
+    }
+}
+
 /* ---- pump and work ---------------------------------------------------------------------- */
 
 int reduce_pump(struct sync *s) {

@@ -160,6 +160,19 @@ static void silent_contributor_is_dropped_by_the_aggregator(void **state) {
 }
 
 /* A partly received contribution goes on where it broke off. */
+static void a_holder_whose_link_is_replaced_asks_again(void **state) {
+    struct rig *r = *state;
+    three_ready(r);
+    r->spoil = member_3_chunks_wait;
+    say_plan(r, &THREE);
+    uint32_t asked = count_sent(r, 2, MSG_RESULT_GET);
+    assert_int_equal(asked, 1);
+    step(r, 2, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = 1});
+    settle(r);
+    assert_int_equal(count_sent(r, 2, MSG_RESULT_GET), asked + 1);
+    r->spoil = NULL;
+}
+
 static void broken_link_resumes(void **state) {
     struct rig *r = *state;
     three_ready(r);
@@ -404,6 +417,7 @@ int main(int argc, char **argv) {
         T(contributor_aggregates),
         T(dropped_contributor_does_not_count_in_the_divisor),
         T(silent_contributor_is_dropped_by_the_aggregator),
+        T(a_holder_whose_link_is_replaced_asks_again),
         T(broken_link_resumes),
         T(new_plan_makes_the_old_one_void),
         T(leaves_before_the_plan),
