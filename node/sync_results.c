@@ -85,6 +85,19 @@ static bool has_name(const struct held *h, uint32_t fragment, uint64_t round, ui
            h->round % SYNC_RESULTS_KEPT == round % SYNC_RESULTS_KEPT;
 }
 
+static bool is_asked(const struct talk *t, uint32_t fragment, const struct held *h) {
+    return h->fragment == fragment && h->term == t->results_term && h->plan == t->results_plan &&
+           h->round == t->results_round;
+}
+
+/* Who asked before this was here has had no leaves of it, though perhaps another shard's. */
+static void owe_leaves(struct sync *s, const struct held *h) {
+    for (uint32_t i = 0; i < s->peer_count; i++) {
+        struct talk *t = &s->peers[i]->talk[h->fragment];
+        if (t->results && is_asked(t, h->fragment, h)) t->results_leaves = true;
+    }
+}
+
 /* Takes *h over; whatever had its name on disk is gone from memory too. */
 static struct held *add(struct sync *s, struct held *h) {
     for (uint32_t i = s->held_count; i-- > 0;)
@@ -100,6 +113,7 @@ static struct held *add(struct sync *s, struct held *h) {
     s->held = list;
     h = memcpy(&s->held[s->held_count++], h, sizeof *h);
     s->held_change++;
+    owe_leaves(s, h);
     size_t bytes = h->bytes;
     h->bytes = 0;
     count_bytes(s, h, bytes);
@@ -434,11 +448,6 @@ static void end_results(struct talk *t) {
     free(t->results);
     t->results = NULL;
     t->results_leaves = t->results_lack = false;
-}
-
-static bool is_asked(const struct talk *t, uint32_t fragment, const struct held *h) {
-    return h->fragment == fragment && h->term == t->results_term && h->plan == t->results_plan &&
-           h->round == t->results_round;
 }
 
 static bool send_leaves(struct sync *s, struct peer *p, uint32_t fragment) {

@@ -188,6 +188,29 @@ static void a_broken_link_resumes_in_its_shard_alone(void **state) {
         assert_int_equal(report_on(r, SPREAD.shard[i].aggregator, i)->summed[0].weight, 12 + 17 + 22);
 }
 
+static bool chunks_from_2_to_3_are_lost(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->from != 2 || m->to != 3 || m->frame.type != MSG_CHUNK;
+}
+
+/* An aggregator that holds another shard too may have that one first: its holder, who asked before, is shown the
+ * leaves of both, or it could not take the results. */
+static void a_holder_gets_the_leaves_of_a_shard_that_is_done_last(void **state) {
+    struct rig *r = *state;
+    four_ready(r);
+    r->spoil = chunks_from_2_to_3_are_lost;
+    say_cut(r, &SPREAD);
+    r->spoil = NULL;
+    assert_non_null(report_on(r, 3, 0));
+    assert_null(report_on(r, 3, 1));
+    uint32_t asked = count_sent(r, 4, MSG_RESULT_GET);
+    say(r, 3, MSG_DROP, r->plan, &(struct msg_drop){.member = 2});
+    settle(r);
+    assert_non_null(report_on(r, 3, 1));
+    assert_non_null(report_on(r, 4, 1));
+    assert_int_equal(count_sent(r, 4, MSG_RESULT_GET), asked);
+}
+
 /* Its shard goes to another under a new number; what the dead one had summed is void. */
 static void a_dead_aggregators_shard_is_summed_by_another(void **state) {
     struct rig *r = *state;
@@ -619,6 +642,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         T(shards_of_many_give_the_bits_of_one),
         T(a_broken_link_resumes_in_its_shard_alone),
+        T(a_holder_gets_the_leaves_of_a_shard_that_is_done_last),
         T(a_dead_aggregators_shard_is_summed_by_another),
         T(lost_results_are_summed_again_to_the_same_bits),
         T(a_commit_summed_again_has_the_sets_it_had),
