@@ -133,13 +133,21 @@ void sim_fault_at_plan(struct sim_world *w, const struct msg_plan *p) {
     w->injected[SIM_IN_PLAN]++;
 }
 
+/* One that is stopped already goes on no sooner for it: what waits for it would come after what is sent later. */
+static void stop_until(uint64_t *until, uint64_t at) {
+    if (at > *until) *until = at;
+}
+
 static void successor(struct sim_world *w) {
     struct sim_core *old = sim_core_active(w);
     if (!old || w->cores[w->active ^ 1].core) return;
     uint64_t pause = 1000 + sim_random(w, 3ull * w->outer.silence_ms_max);
     sim_trace(w, "the coordinator of term %llu is stopped for %llu ms, another one starts",
               LLU(old->term), LLU(pause));
-    old->paused_until = old->input_until = sim_chance(w, 800) ? w->now + pause : 0;
+    if (sim_chance(w, 800)) {
+        stop_until(&old->paused_until, w->now + pause);
+        stop_until(&old->input_until, old->paused_until);
+    }
     w->injected[SIM_SUCCESSOR]++;
     sim_core_start(w);
 }
@@ -284,7 +292,7 @@ static void drip(struct sim_world *w, struct sim_member *m) {
 }
 
 static void stop_member(struct sim_world *w, struct sim_member *m) {
-    m->paused_until = w->now + a_while(w);
+    stop_until(&m->paused_until, w->now + a_while(w));
     sim_trace(w, "slot %u is stopped for %llu ms", m->slot, LLU(m->paused_until - w->now));
     w->injected[SIM_PAUSE]++;
 }
@@ -293,8 +301,8 @@ static void stop_member(struct sim_world *w, struct sim_member *m) {
  * clocks already run. */
 static void stop_core(struct sim_world *w, struct sim_core *c) {
     bool machine = sim_chance(w, 500) && w->now >= c->input_until + w->outer.silence_ms_max;
-    c->paused_until = w->now + a_while(w);
-    c->input_until = c->paused_until + (machine ? 1 + sim_random(w, 500) : 0);
+    stop_until(&c->paused_until, w->now + a_while(w));
+    stop_until(&c->input_until, c->paused_until + (machine ? 1 + sim_random(w, 500) : 0));
     sim_trace(w, "the coordinator is stopped for %llu ms%s", LLU(c->paused_until - w->now),
               machine ? ", with its machine" : "");
     w->injected[SIM_CORE_PAUSE]++;
