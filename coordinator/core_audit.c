@@ -203,11 +203,13 @@ static void acquit(struct core *c, struct round *r, struct audit *a, uint64_t no
     end_audit(r, a);
 }
 
+/* Where one auditor has found the chunk wrong already, and no second one says what it is, it does not commit: whoever
+ * summed wrongly would need no more than that the second one goes away. */
 static void give_up(struct core *c, struct round *r, struct audit *a, const char *why,
                     uint64_t now_ms, struct core_actions *out) {
     core_log(out, CORE_WARNING, "plan %llu: the audit of chunk %u by member %u is void: %s",
              LLU(r->plan.number), a->chunk, a->auditor, why);
-    if (a->cause == AUDIT_UNEQUAL)
+    if (a->cause == AUDIT_UNEQUAL || (a->cause == AUDIT_DRAWN && a->first))
         avoid_both(c, r, a, now_ms, out);
     else
         end_audit(r, a);

@@ -207,7 +207,24 @@ static void two_auditors_that_find_different_things_condemn_nobody(void **state)
     say_audited(r, first, &a, plan, &one, 0);
     say_audited(r, auditor(r, &b), &b, plan, &two, 0);
     assert_int_equal(look(r).quarantines, 0);
-    assert_int_equal(look(r).commits, 1); /* as after any audit that is void */
+    assert_int_equal(look(r).commits, 0);
+    assert_true(look(r).plan > plan); /* others sum it */
+}
+
+static void what_an_auditor_found_wrong_does_not_commit_when_the_second_is_silent(void **state) {
+    struct rig *r = *state;
+    start_audited(r, 1, 1);
+    report_with(r, CHUNKS);
+    struct msg_audit a, b;
+    uint64_t plan = r->fake[2].plan;
+    struct digest other = root_at(77);
+    say_audited(r, auditor(r, &a), &a, plan, &other, 0);
+    assert_non_null(auditor(r, &b));
+    pass(r, 2100);
+    assert_int_equal(look(r).quarantines, 0);
+    assert_int_equal(look(r).commits, 0);
+    assert_true(look(r).plan > plan);
+    assert_string_equal(look(r).phase, "reduce");
 }
 
 /* Nobody judges himself, nor what he did not have to compute. */
@@ -470,6 +487,7 @@ int main(void) {
         T(two_auditors_that_agree_are_enough),
         T(an_auditor_that_stands_alone_is_avoided_and_the_round_commits),
         T(two_auditors_that_find_different_things_condemn_nobody),
+        T(what_an_auditor_found_wrong_does_not_commit_when_the_second_is_silent),
         T(reports_of_those_who_were_not_asked_are_void),
         T(an_audit_that_gets_no_answer_holds_nobody_up),
         T(an_incomplete_audit_is_void),
