@@ -203,16 +203,21 @@ static void acquit(struct core *c, struct round *r, struct audit *a, uint64_t no
     end_audit(r, a);
 }
 
-/* Where one auditor has found the chunk wrong already, and no second one says what it is, it does not commit: whoever
- * summed wrongly would need no more than that the second one goes away. */
-static void give_up(struct core *c, struct round *r, struct audit *a, const char *why,
-                    uint64_t now_ms, struct core_actions *out) {
-    core_log(out, CORE_WARNING, "plan %llu: the audit of chunk %u by member %u is void: %s",
-             LLU(r->plan.number), a->chunk, a->auditor, why);
+/* Nothing is proven. Where reports differ, or one auditor has found the drawn chunk wrong already, it does not commit:
+ * whoever summed wrongly would need no more than that the second one goes away. */
+static void leave_open(struct core *c, struct round *r, struct audit *a, uint64_t now_ms,
+                       struct core_actions *out) {
     if (a->cause == AUDIT_UNEQUAL || (a->cause == AUDIT_DRAWN && a->first))
         avoid_both(c, r, a, now_ms, out);
     else
         end_audit(r, a);
+}
+
+static void give_up(struct core *c, struct round *r, struct audit *a, const char *why,
+                    uint64_t now_ms, struct core_actions *out) {
+    core_log(out, CORE_WARNING, "plan %llu: the audit of chunk %u by member %u is void: %s",
+             LLU(r->plan.number), a->chunk, a->auditor, why);
+    leave_open(c, r, a, now_ms, out);
 }
 
 /* Does what the auditor found speak for everybody it could accuse? */
@@ -235,10 +240,7 @@ static void ask_second(struct core *c, struct round *r, struct audit *a, uint64_
     core_log(out, CORE_WARNING,
              "plan %llu: member %u finds chunk %u wrong, and nobody is left to look again",
              LLU(r->plan.number), a->auditor, a->chunk);
-    if (a->cause == AUDIT_ACCUSED)
-        end_audit(r, a);
-    else
-        avoid_both(c, r, a, now_ms, out);
+    leave_open(c, r, a, now_ms, out);
 }
 
 static void stands_alone(struct core *c, uint32_t member, struct core_actions *out) {
