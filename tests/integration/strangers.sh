@@ -99,7 +99,7 @@ rounds=$((last[4] - first[4])) # each leaves an entry in the ledger, which both 
 [ $((last[0] - first[0])) -lt $((4096 + 16 * rounds)) ] || bad "the coordinator grew by $((last[0] - first[0])) kB"
 # What it takes alice to bring carol up to date and to average with her stays; what comes after that counts.
 settled=${settled:-${last[2]}}
-[ -n "$trains" ] || bad "carol does not train"
+[ -n "$trains" ] || wait_for 60 "$R" "$carol_trains" || bad "carol does not train"
 [ $((last[2] - settled)) -lt $((8192 + 16 * rounds)) ] || bad "alice grew by $((last[2] - settled)) kB"
 [ "${most[0]}" -lt $((fds_first[0] + 300)) ] || bad "the coordinator had ${most[0]} descriptors"
 [ "${most[1]}" -lt $((fds_first[1] + 300)) ] || bad "alice had ${most[1]} descriptors"
