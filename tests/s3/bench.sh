@@ -7,6 +7,8 @@ cd "$(dirname "$0")/../.." || exit 1
 . tests/lib.sh
 . tests/s3/lib.sh
 start_ceph bench 8
+# A store is another machine's: where the kernel groups processes by session, its own come after ours.
+for pid in "$CEPH"/run/*.pid; do echo 19 2>/dev/null >"/proc/$(cat "$pid")/autogroup"; done
 export BENCH_STORE="s3://bench/x?endpoint=$S3_ENDPOINT"
 server_cpu() { # seconds that Ceph's processes have worked
     local p sum=0
