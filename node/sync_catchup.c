@@ -371,6 +371,10 @@ bool catchup_owes(const struct sync *s, uint32_t member) {
     return cu->outstanding && cu->donor_count && donor_now(cu) == member;
 }
 
+void catchup_ask_again(struct sync *s, const struct peer *p) {
+    if (catchup_owes(s, p->id)) forget_questions(s);
+}
+
 void catchup_on_peer_closed(struct sync *s, const struct peer *p) {
     if (s->catchup.donor_count && s->catchup.asked && donor_now(&s->catchup) == p->id)
         next_donor(s);

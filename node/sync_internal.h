@@ -772,6 +772,7 @@ void catchup_on_none(struct sync *s, struct peer *p, const struct msg_none *msg)
 bool catchup_send_state(struct sync *s, struct peer *p);
 void catchup_pump(struct sync *s);
 void catchup_on_peer_closed(struct sync *s, const struct peer *p);
+void catchup_ask_again(struct sync *s, const struct peer *p); /* as apply_ask_again */
 bool catchup_has_work(struct sync *s);
 int catchup_work(struct sync *s);
 void catchup_release(struct sync *s);

@@ -120,6 +120,7 @@ static void on_open(struct sync *s, struct peer *p) {
     if (p->open) {
         reduce_ask_again(s, p);
         apply_ask_again(s, p);
+        catchup_ask_again(s, p);
     } else {
         forget_talk(s, p);
     }

@@ -203,6 +203,28 @@ static void a_chunk_that_took_long_is_welcome(void **state) {
     assert_int_equal(count_sent(r, 4, MSG_STATE_GET), 1);
 }
 
+/* Two that dial each other at one moment end with one connection, and what was asked on the other may be lost: the
+ * donor is asked again at once, not when the question has waited for two heartbeats. */
+static bool no_question(struct rig *r, struct sent *m) {
+    (void)r;
+    return m->frame.type != MSG_STATE_GET;
+}
+
+static void a_donor_whose_connection_is_replaced_is_asked_again(void **state) {
+    struct rig *r = *state;
+    two_rounds(r);
+    r->spoil = no_question;
+    joins(r, (uint32_t[]){1}, 1);
+    settle(r);
+    assert_int_equal(count_sent(r, 4, MSG_STATE_GET), 1);
+    r->spoil = NULL;
+    step(r, 1, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = 4});
+    step(r, 4, &(struct sync_event){.type = SYNC_EV_PEER_OPEN, .peer = 1});
+    settle(r);
+    assert_int_equal(count_sent(r, 4, MSG_STATE_GET), 2);
+    assert_same_state(r, 1, 4);
+}
+
 /* Told that others need the state it has, a member behind NAT dials them, and they ask over that link. */
 static void state_behind_nat_dials_who_needs_it(void **state) {
     struct rig *r = *state;
@@ -288,6 +310,7 @@ int main(int argc, char **argv) {
         T(moments_that_come_after_a_step_are_not_taken),
         T(missed_commit_keeps_the_work),
         T(a_chunk_that_took_long_is_welcome),
+        T(a_donor_whose_connection_is_replaced_is_asked_again),
         T(state_behind_nat_dials_who_needs_it),
         T(leaves_without_results_are_no_progress),
         T(resync_fetches_everything_anew),
