@@ -1,6 +1,6 @@
 /* test_carrier.c - parts of a checkpoint that another member writes: their bytes are those of the state that
  * was kept, whatever it became since, or nothing is sent. A store on loopback takes and gives them. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 #include <arpa/inet.h>
 #include <event2/event.h>

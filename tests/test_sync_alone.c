@@ -1,6 +1,6 @@
 /* test_sync_alone.c - a member's machine alone, against a coordinator that is a script: what it trains on and claims,
  * terms and sessions, checkpoints, leaving. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 /* ---- alone ------------------------------------------------------------------------------- */
 

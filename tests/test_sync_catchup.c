@@ -1,5 +1,5 @@
 /* test_sync_catchup.c - a member that lacks the state, or has a wrong one, and where it gets the right one. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 static uint32_t states_allowed;
 static bool only_some_states(struct rig *r, struct sent *m) {

@@ -1,6 +1,6 @@
 /* test_sync_deaths.c - processes, trainers, disks and machines that die at any moment: what a member promised is there
  * when it comes back. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 /* A contribution outlives its trainer: the next one trains on what it does not claim, and it is summed. */
 static void frozen_contribution_outlives_its_trainer(void **state) {

@@ -1,7 +1,7 @@
 /* test_sync_fragments.c - fragments whose rounds run side by side while training goes on: contributions
  * that claim the same samples, commits that cross, and what remains of them when a trainer, a process
  * or a disk dies between the freeze and the commit. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 /* Member 1 sums and 2 copies what 2 and 3 contribute. */
 static const struct plan_spec BOTH[2] = {{{2, 3}, 2, 1, 2, 0}, {{2, 3}, 2, 1, 2, 1}};

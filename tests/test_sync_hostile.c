@@ -1,5 +1,5 @@
 /* test_sync_hostile.c - members that lie, and messages without sense: nothing of it reaches a sum or the state. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 static bool flip_chunk(struct rig *r, struct sent *m) {
     struct msg_chunk *chunk = m->msg;

@@ -1,7 +1,7 @@
 /* test_sync_reduce.c - shards of several aggregators, links that break in them, commits whose results
  * were lost and are summed again, audits and accusations, results passed from member to member,
  * members that nobody can dial. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 /* ---- plans of several shards -------------------------------------------------------------- */
 

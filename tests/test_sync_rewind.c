@@ -1,7 +1,7 @@
 /* test_sync_rewind.c - a run that goes back to a checkpoint, or begins with one: who has the bytes takes
  * the new version, the others get them from the checkpoint or from members; work and claims of what never
  * was are gone. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 static const struct plan_spec BOTH[2] = {{{2, 3}, 2, 1, 2, 0}, {{2, 3}, 2, 1, 2, 1}};
 

@@ -1,6 +1,6 @@
 /* test_sync_round.c - a whole round between members: everybody has the right bits, and what becomes of a contribution
  * that was summed, summed in part, or not. */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 /* ---- a whole round ----------------------------------------------------------------------- */
 

@@ -1,7 +1,7 @@
 /* test_sync_slow.c - contributors that send, but so slowly that a round would never end. Small chunks, so that
  * there are many of them. */
 #define CHUNK 16
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 /* What member 3 sends is lost but for `chunks_allowed`; it asks what is missing and sends again. */
 static void drip(struct rig *r, uint64_t for_ms, uint64_t every_ms, uint32_t chunks) {
