@@ -268,26 +268,7 @@ static int take_rewind(struct audit *a, uint64_t index, const struct msg_rewind 
 
 /* ---- the entry ------------------------------------------------------------------------------------ */
 
-union body {
-    struct msg_genesis genesis;
-    struct msg_delegation delegation;
-    struct msg_enrolment enrolment;
-    struct msg_revocation revocation;
-    struct msg_commit commit;
-    struct msg_checkpoint checkpoint;
-    struct msg_quarantine quarantine;
-    struct msg_rewind rewind;
-};
-
-static const enum proto_record record_of_kind[] = {
-    [LEDGER_GENESIS] = RECORD_genesis,       [LEDGER_DELEGATION] = RECORD_delegation,
-    [LEDGER_ENROLMENT] = RECORD_enrolment,   [LEDGER_REVOCATION] = RECORD_revocation,
-    [LEDGER_COMMIT] = RECORD_commit,         [LEDGER_CHECKPOINT] = RECORD_checkpoint,
-    [LEDGER_QUARANTINE] = RECORD_quarantine, [LEDGER_REWIND] = RECORD_rewind,
-};
-#define KINDS (sizeof record_of_kind / sizeof *record_of_kind)
-
-static int take_body(struct audit *a, const struct msg_entry *e, const union body *body,
+static int take_body(struct audit *a, const struct msg_entry *e, const union ledger_body *body,
                      struct err *err) {
     switch (e->kind) {
     case LEDGER_GENESIS: return take_genesis(a, &body->genesis, err);
@@ -303,24 +284,15 @@ static int take_body(struct audit *a, const struct msg_entry *e, const union bod
 
 int audit_take(struct audit *a, const struct msg_signed_entry *signed_entry, struct err *err) {
     struct msg_entry e = {0};
-    union body body;
-    memset(&body, 0, sizeof body);
+    union ledger_body body;
     struct err why = {0};
     if (ledger_chain_take(&a->chain, signed_entry, &e, &why))
         return err_set(err, ERR_CORRUPT, "%s", why.msg); /* ERR_STALE too: an index twice */
     int result = -1;
-    if (e.kind >= KINDS) {
-        FAULT(e.index, "unknown kind %u", e.kind);
-        goto out;
-    }
-    enum proto_record which = record_of_kind[e.kind];
-    if (proto_decode(e.body.data, e.body.length, which, &body, &why))
-        FAULT(e.index, "%s", why.msg);
-    else
-        result = take_body(a, &e, &body, err);
-    proto_decoded_release(which, &body);
+    if (ledger_body_decode(&e, &body, &why)) FAULT(e.index, "%s", why.msg);
+    else result = take_body(a, &e, &body, err);
+    ledger_body_release(&e, &body);
     if (result == 0) a->entries++;
-out:
     proto_decoded_release(RECORD_entry, &e);
     return result;
 }

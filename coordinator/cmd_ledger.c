@@ -124,32 +124,6 @@ static json_t *contributors_of(const struct msg_commit *c) {
     return list;
 }
 
-union body {
-    struct msg_genesis genesis;
-    struct msg_delegation delegation;
-    struct msg_enrolment enrolment;
-    struct msg_revocation revocation;
-    struct msg_commit commit;
-    struct msg_checkpoint checkpoint;
-    struct msg_quarantine quarantine;
-    struct msg_rewind rewind;
-};
-
-static const struct kind {
-    const char *name;
-    enum proto_record record;
-} kinds[] = {
-    [LEDGER_GENESIS] = { "genesis", RECORD_genesis },
-    [LEDGER_DELEGATION] = { "delegation", RECORD_delegation },
-    [LEDGER_ENROLMENT] = { "enrolment", RECORD_enrolment },
-    [LEDGER_REVOCATION] = { "revocation", RECORD_revocation },
-    [LEDGER_COMMIT] = { "commit", RECORD_commit },
-    [LEDGER_CHECKPOINT] = { "checkpoint", RECORD_checkpoint },
-    [LEDGER_QUARANTINE] = { "quarantine", RECORD_quarantine },
-    [LEDGER_REWIND] = { "rewind", RECORD_rewind },
-};
-#define KINDS (sizeof kinds / sizeof *kinds)
-
 /* Samples as [start, count]. */
 static void add_spent(json_t *list, uint64_t start, uint64_t count) {
     json_array_append_new(list, json_pack("[II]", (json_int_t)start, (json_int_t)count));
@@ -168,7 +142,7 @@ static json_t *spent_by(const struct msg_commit *c) {
     return list;
 }
 
-static json_t *body_json(uint8_t kind, const union body *b) {
+static json_t *body_json(uint8_t kind, const union ledger_body *b) {
     switch (kind) {
     case LEDGER_GENESIS:
         return json_pack("{so so so}", "name", string_of(b->genesis.name), "root_key",
@@ -208,23 +182,17 @@ static json_t *body_json(uint8_t kind, const union body *b) {
 
 static json_t *entry_json(const struct msg_signed_entry *signed_entry, struct err *err) {
     struct msg_entry e = {0};
-    union body body;
+    union ledger_body body;
     json_t *object = NULL;
-    memset(&body, 0, sizeof body);
-    if (proto_decode(signed_entry->bytes.data, signed_entry->bytes.length, RECORD_entry, &e, err))
-        goto out;
-    if (e.kind >= KINDS) {
-        err_set(err, ERR_CORRUPT, "unknown kind %u", e.kind);
-        goto out;
+    if (proto_decode(signed_entry->bytes.data, signed_entry->bytes.length, RECORD_entry, &e, err) == 0) {
+        if (ledger_body_decode(&e, &body, err) == 0) {
+            struct digest digest = LEDGER_DIGEST(signed_entry);
+            object = json_pack("{sI sI ss so so}", "index", (json_int_t)e.index, "term",
+                               (json_int_t)e.term, "kind", ledger_kind_name(e.kind), "digest",
+                               hex(digest.b), "body", body_json(e.kind, &body));
+        }
+        ledger_body_release(&e, &body);
     }
-    if (proto_decode(e.body.data, e.body.length, kinds[e.kind].record, &body, err) == 0) {
-        struct digest digest = LEDGER_DIGEST(signed_entry);
-        object = json_pack("{sI sI ss so so}", "index", (json_int_t)e.index, "term",
-                           (json_int_t)e.term, "kind", kinds[e.kind].name, "digest", hex(digest.b),
-                           "body", body_json(e.kind, &body));
-    }
-    proto_decoded_release(kinds[e.kind].record, &body);
-out:
     proto_decoded_release(RECORD_entry, &e);
     return object;
 }

@@ -345,33 +345,7 @@ static int take_rewind(struct core *c, uint64_t index, const struct msg_rewind *
 
 /* ---- any entry ------------------------------------------------------------------------------ */
 
-/* The record each kind of entry carries. */
-static int body_record(uint8_t kind) {
-    switch (kind) {
-    case LEDGER_GENESIS: return RECORD_genesis;
-    case LEDGER_DELEGATION: return RECORD_delegation;
-    case LEDGER_ENROLMENT: return RECORD_enrolment;
-    case LEDGER_REVOCATION: return RECORD_revocation;
-    case LEDGER_COMMIT: return RECORD_commit;
-    case LEDGER_CHECKPOINT: return RECORD_checkpoint;
-    case LEDGER_QUARANTINE: return RECORD_quarantine;
-    case LEDGER_REWIND: return RECORD_rewind;
-    }
-    return -1;
-}
-
-union body {
-    struct msg_genesis genesis;
-    struct msg_delegation delegation;
-    struct msg_enrolment enrolment;
-    struct msg_revocation revocation;
-    struct msg_commit commit;
-    struct msg_checkpoint checkpoint;
-    struct msg_quarantine quarantine;
-    struct msg_rewind rewind;
-};
-
-static int take_body(struct core *c, const struct msg_entry *e, const union body *body,
+static int take_body(struct core *c, const struct msg_entry *e, const union ledger_body *body,
                      struct err *err) {
     switch (e->kind) {
     case LEDGER_GENESIS: {
@@ -411,24 +385,17 @@ static int check_chain(const struct core *c, uint64_t key, const struct msg_entr
 int core_take_entry(struct core *c, uint64_t key, const uint8_t *bytes, size_t length,
                     struct err *err) {
     struct msg_entry e = {0};
-    union body body;
-    memset(&body, 0, sizeof body);
-    int which = -1, result = -1;
-    if (proto_decode(bytes, length, RECORD_entry, &e, err) || check_chain(c, key, &e, err))
-        goto out;
-    which = body_record(e.kind);
-    if (which < 0) {
-        err_set(err, ERR_CORRUPT, "ledger entry %llu is of unknown kind %u", LLU(key), e.kind);
-        goto out;
-    }
-    if (proto_decode(e.body.data, e.body.length, (enum proto_record)which, &body, err)) goto out;
-    if (take_body(c, &e, &body, err)) goto out;
+    union ledger_body body;
+    int result = -1;
+    if (proto_decode(bytes, length, RECORD_entry, &e, err) || check_chain(c, key, &e, err)) goto out;
+    if (ledger_body_decode(&e, &body, err)) err_prefix(err, "ledger entry %llu", LLU(key));
+    else if (take_body(c, &e, &body, err) == 0) result = 0;
+    ledger_body_release(&e, &body);
+    if (result) goto out;
     struct digest digest = digest_of(bytes, length);
     chain_entry(c, &digest);
     c->entry_term = e.term;
-    result = 0;
 out:
-    if (which >= 0) proto_decoded_release((enum proto_record)which, &body);
     proto_decoded_release(RECORD_entry, &e);
     return result;
 }

@@ -162,3 +162,28 @@ int ledger_check_delegation(const struct msg_genesis *genesis, const struct dige
                        "the delegation is for another key than the coordinator proved");
     return 0;
 }
+
+/* ---- bodies ------------------------------------------------------------------------------------- */
+
+static const enum proto_record record_of_kind[] = {
+    [LEDGER_GENESIS] = RECORD_genesis,       [LEDGER_DELEGATION] = RECORD_delegation,
+    [LEDGER_ENROLMENT] = RECORD_enrolment,   [LEDGER_REVOCATION] = RECORD_revocation,
+    [LEDGER_COMMIT] = RECORD_commit,         [LEDGER_CHECKPOINT] = RECORD_checkpoint,
+    [LEDGER_QUARANTINE] = RECORD_quarantine, [LEDGER_REWIND] = RECORD_rewind,
+};
+#define KINDS (sizeof record_of_kind / sizeof *record_of_kind)
+
+int ledger_body_decode(const struct msg_entry *e, union ledger_body *body, struct err *err) {
+    memset(body, 0, sizeof *body);
+    if (e->kind >= KINDS)
+        return err_set(err, ERR_CORRUPT, "unknown kind %u", e->kind);
+    return proto_decode(e->body.data, e->body.length, record_of_kind[e->kind], body, err);
+}
+
+void ledger_body_release(const struct msg_entry *e, union ledger_body *body) {
+    if (e->kind < KINDS) proto_decoded_release(record_of_kind[e->kind], body);
+}
+
+const char *ledger_kind_name(uint8_t kind) {
+    return kind < KINDS ? proto_record_name(record_of_kind[kind]) : NULL;
+}

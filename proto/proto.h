@@ -195,6 +195,21 @@ int ledger_chain_take(struct ledger_chain *c, const struct msg_signed_entry *e, 
 /* Take in the body of a DELEGATION whose signature was checked; ledger_chain_take() does both. Errors as there, and
  * ERR_FULL. */
 int ledger_chain_delegate(struct ledger_chain *c, const struct msg_delegation *d, struct err *err);
+/* What the body of an entry holds, by the entry's kind. */
+union ledger_body {
+    struct msg_genesis genesis;
+    struct msg_delegation delegation;
+    struct msg_enrolment enrolment;
+    struct msg_revocation revocation;
+    struct msg_commit commit;
+    struct msg_checkpoint checkpoint;
+    struct msg_quarantine quarantine;
+    struct msg_rewind rewind;
+};
+/* ERR_CORRUPT: a kind that is none; else as proto_decode(). Released either way. */
+int ledger_body_decode(const struct msg_entry *e, union ledger_body *body, struct err *err);
+void ledger_body_release(const struct msg_entry *e, union ledger_body *body);
+const char *ledger_kind_name(uint8_t kind); /* "commit"; NULL for one that is none */
 /* Check a delegation shown in a WELCOME; ERR_REFUSED when it does not make `key` the run's. */
 int ledger_check_delegation(const struct msg_genesis *genesis, const struct digest *run, struct proto_bytes delegation,
                             const struct proto_sig *sig, const struct proto_key *key, struct err *err);

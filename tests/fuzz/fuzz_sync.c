@@ -6,7 +6,7 @@
  * Input: steps, see play(); each message of member 3 on its way takes a byte that says what happens to
  * it, 0 that nothing does. */
 #pragma GCC diagnostic ignored "-Wunused-function" /* of the rig, which was made for many tests */
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 #include "tests/fuzz/form.h"
 
