@@ -89,7 +89,7 @@ setup: ## install the missing Debian packages (asks sudo unless root)
 	@docker/setup-debian.sh
 
 # The recipes re-enter make after `setup`: pkg-config is asked when the Makefile is read.
-test: setup ## set up, build, and pass all tests (about 10 minutes on 2 cores)
+test: setup ## set up, build, and pass all tests (about 12 minutes on 2 cores)
 	@$(MAKE) --no-print-directory -j2 unit-build
 	@tests/run.sh $(BUILD) all
 
