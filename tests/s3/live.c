@@ -269,10 +269,11 @@ static void what_is_given_up_is_gone(void **state) {
     must(s->ops->upload_put(u, 0, bytes, PART, &err));
     must(s->ops->upload_sync(u, &err));
     count(s, "b/", there);
-    assert_int_equal(there[1], 1);
+    uint32_t begun = there[1]; /* more where the answer to a beginning was lost: prune removes those */
+    assert_true(begun == 1 || (getenv("S3_LIVE_FAULTS") && begun > 1));
     s->ops->upload_destroy(u);
     count(s, "b/", there);
-    assert_int_equal(there[0] + there[1], 0);
+    assert_int_equal(there[0] + there[1], begun - 1);
 
     /* One whose process died, found by a later prune. */
     u = s->ops->upload_begin(s, "b/tensors", 2 * PART, &err);
@@ -283,7 +284,7 @@ static void what_is_given_up_is_gone(void **state) {
     s->ops->close(s);
     s = open_store("given-up");
     count(s, "b/", there);
-    assert_int_equal(there[1], 1);
+    assert_true(there[1] == 1 || (getenv("S3_LIVE_FAULTS") && there[1] > 1));
     must(object_remove_all(s, "b", &err));
     count(s, "b/", there);
     assert_int_equal(there[0] + there[1], 0);
