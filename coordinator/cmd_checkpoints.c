@@ -146,12 +146,17 @@ static int take_words(int *argc, char **argv, struct order *order) {
     return 0;
 }
 
+static int no_such_checkpoint(const struct order *order, struct err *err) {
+    return err_set(err, ERR_NOT_FOUND, "there is no checkpoint %" PRIu64 "; list shows them", order->index);
+}
+
 static int carry_out(const struct order *order, struct options *o, struct ckpt_store *store,
                      struct err *err) {
     if (!strcmp(order->verb, "list")) return list(store, o, err);
     if (strcmp(order->verb, "prune") != 0) {
         bool pin = !strcmp(order->verb, "pin");
-        if (ckpt_pin(store, order->index, pin, err)) return -1;
+        if (ckpt_pin(store, order->index, pin, err))
+            return err->code == ERR_NOT_FOUND ? no_such_checkpoint(order, err) : -1;
         printf("checkpoint %" PRIu64 " is %s\n", order->index, pin ? "pinned" : "not pinned");
         return 0;
     }
@@ -175,7 +180,8 @@ int coordinator_checkpoints(int argc, char **argv) {
     if (run_open(&run, dir, &err)) return coordinator_failed(&err);
     proto_str_copy(run.genesis.checkpoint_url, url, sizeof url);
     struct ckpt_store *store = ckpt_store_open(url, false, &err);
-    bool none = !store && err.code == ERR_NOT_FOUND && !strcmp(order.verb, "list"); /* a folder comes with the first one */
+    bool none = !store && err.code == ERR_NOT_FOUND; /* a folder comes with the first one */
+    if (none && strstr(order.verb, "pin")) none = false, no_such_checkpoint(&order, &err);
     if (none && !o.json) printf("no checkpoints in %s\n", url);
     int failed = store ? carry_out(&order, &o, store, &err) : !none;
     if (store) store->ops->close(store);

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "ckpt/ckpt.h"
 #include "coordinator/commands.h"
 #include "coordinator/run.h"
 
@@ -14,9 +15,11 @@ static const char help[] =
     "wrong. Nobody may serve meanwhile. The ledger keeps what was undone and gets one entry that says so;\n"
     "samples spent since are handed out again, members fetch the checkpoint's state by themselves.\n"
     "\n"
-    "  --to INDEX     ledger index of the state: at_index of a checkpoint, as\n"
-    "                 `intellect-coordinator ledger show DIR` lists them\n"
+    "  --to INDEX     ledger index of the state, as `intellect-coordinator checkpoints DIR list` shows them\n"
     "  --reason TEXT  goes into the ledger, which everybody reads\n"
+    "\n"
+    "The checkpoint must still be there: it is opened and its signatures and sizes are checked first. A\n"
+    "bucket's key is taken from where `serve` has it.\n"
     "\n"
     "example: intellect-coordinator rewind myrun --to 412 --reason 'loss diverged after 430'\n";
 
@@ -105,6 +108,20 @@ static int find_checkpoint(const struct run *run, struct search *s, struct err *
                    (unsigned long long)s->wanted, *s->list ? s->list : "none at all");
 }
 
+/* A rewind cannot be taken back, and members need the checkpoint: one that was pruned would end the run. */
+static int check_there(const struct run *run, const struct msg_checkpoint *c, struct err *err) {
+    char url[PROTO_URL_BYTES_MAX + 1];
+    proto_str_copy(c->url, url, sizeof url);
+    struct ckpt *there = ckpt_open(url, &run->id, err);
+    int result = !there ? -1
+                 : digest_equal(&ckpt_facts(there)->manifest, &c->manifest)
+                     ? 0
+                     : err_set(err, ERR_CORRUPT, "%.150s is another one than the ledger says", url);
+    if (result) err_prefix(err, "the checkpoint of the state at %llu", (unsigned long long)c->at_index);
+    ckpt_close(there);
+    return result;
+}
+
 /* ---- leases: all are void ------------------------------------------------------------------------- */
 
 struct rows {
@@ -133,6 +150,7 @@ static int rewind_run(const struct run *run, const struct rewind_options *o, uin
     struct rows rows = { 0 };
     struct run_keys keys;
     int result = find_checkpoint(run, &s, err);
+    if (!result) result = check_there(run, &s.checkpoint, err);
     if (!result) result = store_each(run->store, CORE_LEASE, 0, UINT64_MAX, void_lease, &rows, err);
     if (!result) result = run_keys_load(&keys, run, err);
     if (!result) {

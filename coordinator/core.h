@@ -158,6 +158,7 @@ struct core_member_view {
     const char *name;
     struct proto_key key;
     bool aggregate_only, revoked, quarantined, live, ready, trains; /* ready: for any fragment */
+    bool own; /* the coordinator's own aggregate-only node */
     uint64_t session, tokens_committed, state_index, step;
     double loss, tokens_per_s;
     uint8_t phase;

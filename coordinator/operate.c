@@ -69,6 +69,9 @@ static int check_state(const struct core *core, const struct kind *kind,
                        "members may still show newer entries than this store has; try again in some seconds");
     if (kind->type == CORE_EV_REVOKE && m->revoked)
         return err_set(err, ERR_REFUSED, "member %u (%s) is revoked already", m->member, m->name);
+    if (kind->type == CORE_EV_REVOKE && m->own) /* it could never come back, nor another in its place */
+        return err_set(err, ERR_REFUSED, "member %u (%s) is this coordinator's own node: to do without it, "
+                       "`serve --no-aggregator`", m->member, m->name);
     if (kind->type == CORE_EV_RELEASE && !m->quarantined)
         return err_set(err, ERR_REFUSED, "member %u (%s) is not in quarantine", m->member, m->name);
     return 0;

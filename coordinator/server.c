@@ -145,7 +145,7 @@ static void on_signal(evutil_socket_t number, short what, void *arg) {
         raise((int)number);
         return;
     }
-    stop(s, number == SIGINT ? "interrupted" : "terminated");
+    stop(s, number == SIGINT ? "interrupted" : number == SIGHUP ? "the terminal is gone" : "terminated");
 }
 
 static void close_connections(struct server *s) {
@@ -160,9 +160,10 @@ static void close_connections(struct server *s) {
 /* Take away all that keeps the loop going; it then ends by itself when the good-byes are sent, which
  * channels give a second. */
 static void go_when_done(struct server *s) {
-    struct event *events[] = { s->tick, s->patience, s->on_int, s->on_term };
+    struct event *events[] = { s->tick, s->patience, s->on_int, s->on_term, s->on_hup };
     if (!s->stopping || (s->aggregator && !aggregator_gone(s->aggregator))) return;
-    for (size_t i = 0; i < sizeof events / sizeof *events; i++) event_del(events[i]);
+    for (size_t i = 0; i < sizeof events / sizeof *events; i++)
+        if (events[i]) event_del(events[i]);
     close_connections(s);
     aggregator_destroy(s->aggregator);
     s->aggregator = NULL;
@@ -226,6 +227,9 @@ static int make_loop(struct server *s, struct err *err) {
         return -1;
     if (event_add(s->on_int, NULL) || event_add(s->on_term, NULL))
         return err_set(err, ERR_MEMORY, "no memory for an event");
+    if (signal(SIGHUP, SIG_IGN) == SIG_IGN) return 0; /* nohup: a terminal that goes is nothing to us */
+    if (make_event(&s->on_hup, evsignal_new(s->base, SIGHUP, on_signal, s), PRIORITY_SIGNAL, NULL, err)) return -1;
+    if (event_add(s->on_hup, NULL)) return err_set(err, ERR_MEMORY, "no memory for an event");
     return 0;
 }
 
@@ -304,7 +308,7 @@ static void end_everything(struct server *s) {
     listener_destroy(s->listener);
     channel_context_destroy(s->tls);
     gate_destroy(s->gate);
-    struct event *events[] = { s->tick, s->patience, s->on_int, s->on_term };
+    struct event *events[] = { s->tick, s->patience, s->on_int, s->on_term, s->on_hup };
     for (size_t i = 0; i < sizeof events / sizeof *events; i++)
         if (events[i]) event_free(events[i]);
     if (s->base) event_base_free(s->base);

@@ -45,7 +45,7 @@ struct server {
     struct listener *listener;
     struct control *control;
     struct aggregator *aggregator;
-    struct event *tick, *on_int, *on_term, *patience;
+    struct event *tick, *on_int, *on_term, *on_hup, *patience; /* on_hup: NULL under nohup */
     struct address listen, others; /* where we listen; where others find us */
     bool stopping;
     uint64_t ticks;

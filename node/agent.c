@@ -340,6 +340,7 @@ static int make_events(struct agent *a, struct err *err) {
     a->end = evtimer_new(a->base, on_end, a);
     if (!a->tick || !a->work || !a->end) return err_set(err, ERR_MEMORY, "no memory for events");
     for (int i = 0; i < 3; i++) {
+        if (numbers[i] == SIGHUP && signal(SIGHUP, SIG_IGN) == SIG_IGN) continue; /* nohup */
         a->signals[i] = evsignal_new(a->base, numbers[i], on_signal, a);
         if (!a->signals[i] || event_add(a->signals[i], NULL))
             return err_set(err, ERR_MEMORY, "no memory for signals");

@@ -484,6 +484,7 @@ int solo_run(const struct solo_options *options, const struct settings *settings
         if (s.mesh.rank == 0) {
             signal(SIGINT, on_signal);
             signal(SIGTERM, on_signal);
+            if (signal(SIGHUP, SIG_IGN) != SIG_IGN) signal(SIGHUP, on_signal); /* but not under nohup */
         }
         rc = live(&s, corpus, err);
     }

@@ -109,6 +109,9 @@ check "a paused run says so" wait_for 5 r 'phase == "paused"'
 says 0 "" resume r
 says 1 "no member is called 'bob'; there are none" revoke r --member bob
 says 1 "no member is called '7'" release r --member 7
+says 1 "there is no checkpoint 7; list shows them" checkpoints r pin 7
+says 0 "" checkpoints r prune --last 3
+check "none are no fault" grep -qF "no checkpoints in file://$W/r/checkpoints" out.txt
 says 1 "serves this run already" rotate r
 printf '{"do": "explode"}\n{"do"' | python3 -c '
 import socket, sys
@@ -122,8 +125,21 @@ says 0 "the serving process does not answer; this is what the store says" status
 kill -CONT "${PID[coordinator]}"
 kill -TERM "${PID[coordinator]}"; wait "${PID[coordinator]}"
 check "SIGTERM ends it in order" test $? = 0
-unset "PID[coordinator]"
 check "and it says so" grep -qF '"stopped"' coordinator.log
+for how in --default-signal=HUP --ignore-signal=HUP; do # a terminal that goes: to us, and under nohup
+    env $how "$COORDINATOR" serve r --listen 127.0.0.1:"$P" --no-aggregator 2>coordinator.log &
+    PID[coordinator]=$!
+    wait_for 10 r serving || fail "the coordinator does not start again"
+    kill -HUP "${PID[coordinator]}"
+    if [ $how = --ignore-signal=HUP ]; then
+        sleep 0.5
+        check "SIGHUP is nothing to one under nohup" test "$(status r serving)" = True
+        kill -TERM "${PID[coordinator]}"
+    fi
+    wait "${PID[coordinator]}"
+    check "it ends in order ($how)" test $? = 0
+done
+unset "PID[coordinator]"
 
 # ---- orders while nobody serves
 says 0 "" pause r

@@ -68,6 +68,20 @@ kill -TERM $pid
 wait $pid
 rc=$?
 [ $rc -eq 0 ] || { failed=$((failed + 1)); echo "FAILED: SIGTERM ended with $rc"; cat "$dir/log"; }
+for how in --default-signal=HUP --ignore-signal=HUP; do # a terminal that goes: to us, and under nohup
+    env $how "$node" join "$invite" >"$dir/log" 2>&1 &
+    pid=$!
+    for _ in $(seq 100); do grep -q 'trying again' "$dir/log" && break; sleep 0.1; done
+    kill -HUP $pid
+    if [ $how = --ignore-signal=HUP ]; then
+        sleep 0.5
+        grep -q 'leaving' "$dir/log" && { failed=$((failed + 1)); echo "FAILED: SIGHUP ends a node under nohup"; }
+        kill -TERM $pid
+    fi
+    wait $pid
+    rc=$?
+    [ $rc -eq 0 ] || { failed=$((failed + 1)); echo "FAILED: $how ended with $rc"; cat "$dir/log"; }
+done
 
 # Corpus and checkpoints.
 echo "too short" >"$dir/short.txt"

@@ -29,6 +29,8 @@ check "a revoked member ends with an error" test $rc != 0
 check "that says why" grep -q "was revoked" "$W/bob.log"
 "$NODE" run --home "$W/bob" --threads 1 >"$W/bob-again.log" 2>&1; rc=$?
 check "and is refused when it comes back" test $rc = 1 -a -n "$(grep 'was revoked' "$W/bob-again.log")"
+"$COORDINATOR" revoke "$R" --member coordinator >"$W/revoke.log" 2>&1; rc=$?
+check "the coordinator's own node is not revoked" test $rc = 1 -a -n "$(grep 'own node: to do without it' "$W/revoke.log")"
 start_node carol "$R"
 before=$(status "$R" round)
 check "the run goes on with others" wait_for 30 "$R" "round > $before + 4"
@@ -44,6 +46,11 @@ check "there is a checkpoint" wait_for 40 "$R" "True if __import__('glob').glob(
 stop_coordinator
 at=$("$COORDINATOR" ledger show "$R" --json | python3 -c 'import json, sys; print([e["body"]["at_index"] for e in map(json.loads, sys.stdin) if e["kind"] == "checkpoint"][-1])')
 head=$("$COORDINATOR" ledger verify "$R" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["entries"])')
+folder=$(printf '%s/checkpoints/step-%012d' "$R" "$at")
+mv "$folder" "$W/pruned"
+"$COORDINATOR" rewind "$R" --to "$at" >"$W/rewind.log" 2>&1; rc=$?
+check "no way back to a checkpoint that is gone" test $rc = 1 -a -n "$(grep "the checkpoint of the state at $at: .*$(basename "$folder")" "$W/rewind.log")"
+mv "$W/pruned" "$folder"
 "$COORDINATOR" rewind "$R" --to "$at" --reason "a test" >"$W/rewind.log" 2>&1 || fail "rewind: $(cat "$W/rewind.log")"
 check "a rewind is one entry" test "$("$COORDINATOR" ledger verify "$R" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["entries"])')" = $((head + 1))
 start_coordinator "$R" "$P"

@@ -50,7 +50,7 @@ check "a run begun anew drops the rows it had" same whole again
 long() { train --set inner.total_tokens=960000 --save-steps 50 --stop-after 1000 "$@"; }
 rows() { [ -f "$1/loss.csv" ] && wc -l < "$1/loss.csv" || echo 0; }
 await_rows() { for _ in $(seq 1000); do [ "$(rows "$1")" -gt "$2" ] && return 0; sleep 0.02; done; return 1; }
-background() { "$node" train run.yaml --threads 1 --quiet --set inner.total_tokens=960000 --save-steps 50 --stop-after 1000 "$@" & pid=$!; }
+background() { env --default-signal=HUP "$node" train run.yaml --threads 1 --quiet --set inner.total_tokens=960000 --save-steps 50 --stop-after 1000 "$@" & pid=$!; }
 
 long --out one > one.log || bad "$(cat one.log)"
 background --out killed > killed.log 2>&1
@@ -65,6 +65,10 @@ await_rows stopped 75
 expect 1 'another process trains in' long --out stopped
 kill -INT $pid; wait $pid
 check "Ctrl-C ends it in order" grep -q '^stopped after' stopped.log
+background --out stopped > stopped.log 2>&1
+await_rows stopped 150
+kill -HUP $pid; wait $pid
+check "so does a terminal that goes" grep -q '^stopped after' stopped.log
 expect 0 'ended after 1000' long --out stopped
 check "stopped and gone on: the same bits" same one stopped
 
