@@ -55,12 +55,13 @@ void ckpt_store_url(const char *url, uint64_t index, char out[PROTO_URL_BYTES_MA
  *   fd readable, poll says:   CKPT_UNSIGNED: send ckpt_writer_manifest() away to be signed
  *   signature came:           ckpt_writer_publish(w, ...)              -> CKPT_PUBLISHING
  *   fd readable, poll says:   CKPT_PUBLISHED
- *   ckpt_writer_destroy(w)    at any time: removes everything unless it is published
+ *   ckpt_writer_destroy(w)    at any time: removes everything unless it is published. It waits for the thread; who
+ *                             must not calls ckpt_writer_stop(w), and later again until ckpt_writer_over(w)
  *
  * A thread of the writer's own syncs, hashes (reading back what the store has, which must have the state
  * root: else ERR_CORRUPT) and publishes; it runs at low priority and blocks all signals. Calls below do no more on the caller's thread than
- * copy bytes into the page cache: 0.2 to 1.5 ms per MiB, more where every core is busy, so where a
- * stall hurts, hand over 2 MiB at a time. All calls come from one thread. */
+ * copy bytes into the page cache, or into memory where the store is behind a network: 0.1 to 1.5 ms per MiB, more where
+ * every core is busy, so where a stall hurts, hand over half a megabyte at a time. All calls come from one thread. */
 
 /* What the published weights are. */
 enum ckpt_weights {
@@ -117,6 +118,11 @@ struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ck
  * store can only be closed afterwards. NULL is fine. */
 void ckpt_writer_destroy(struct ckpt_writer *w);
 
+/* Stop without waiting. The thread ends soon, and removes what there is to be removed. */
+void ckpt_writer_stop(struct ckpt_writer *w);
+/* Has the thread ended, so that ckpt_writer_destroy() waits for nothing? */
+bool ckpt_writer_over(struct ckpt_writer *w);
+
 /* Is any of the elements [first, first + n) still to be put? False once the writer failed. */
 bool ckpt_writer_wants(const struct ckpt_writer *w, uint64_t first, uint64_t n);
 
@@ -126,7 +132,7 @@ bool ckpt_writer_wants(const struct ckpt_writer *w, uint64_t first, uint64_t n);
 int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float *anchor,
                     const float *momentum, struct err *err);
 
-/* Bytes put that are not yet known to be on disk. */
+/* Bytes put that are not yet known to be on disk, or sent where that is our own business. */
 uint64_t ckpt_writer_backlog_bytes(const struct ckpt_writer *w);
 
 /* Every element is there: start to sync and hash. ERR_REFUSED names the first element missing. */

@@ -97,6 +97,7 @@ int s3_presign(const struct s3_config *c, const struct s3_presign *p, int64_t no
 /* ---- store_s3.c ------------------------------------------------------------------------------------- */
 
 #define S3_UPLOAD_ID_MAX 1023
+#define S3_MEMORY_BYTES (CKPT_BACKLOG_BYTES + (32u << 20)) /* of parts to be sent: a backlog, and some that fill */
 
 struct s3_sender; /* s3_upload.c: the threads that send parts */
 
@@ -109,7 +110,9 @@ struct s3_store {
     atomic_bool bucket_seen; /* so a 404 is about the object */
     atomic_bool bare_etag;   /* If-Match wants the ETag without its quotes (Ceph) */
     pthread_mutex_t mutex;
-    struct s3_sender *sender; /* from the first upload on */
+    uint32_t memory_parts;    /* so many parts to be sent may lie in memory, of all uploads */
+    uint32_t uploads;         /* under the mutex: how many there are, and while there are some: */
+    struct s3_sender *sender;
 };
 
 struct s3_call {
@@ -144,6 +147,7 @@ int s3_stat(struct ckpt_store *s, const char *name, struct ckpt_object *out, str
 struct ckpt_upload *s3_upload_begin(struct ckpt_store *s, const char *name, uint64_t bytes, struct err *err);
 int s3_upload_put(struct ckpt_upload *u, uint64_t offset, const void *bytes, size_t n, struct err *err);
 int s3_upload_sync(struct ckpt_upload *u, struct err *err);
+uint64_t s3_upload_behind(struct ckpt_upload *u);
 int s3_upload_complete(struct ckpt_upload *u, struct err *err);
 uint32_t s3_upload_share(struct ckpt_upload *u);
 bool s3_upload_whole(struct ckpt_upload *u, uint32_t part);
@@ -154,7 +158,6 @@ int s3_upload_check(struct ckpt_upload *u, uint32_t part, struct ckpt_part *out,
 int s3_upload_read(struct ckpt_upload *u, uint64_t offset, void *out, size_t n, struct err *err);
 int s3_upload_release(struct ckpt_upload *u, struct err *err);
 void s3_upload_destroy(struct ckpt_upload *u);
-void s3_sender_destroy(struct s3_sender *p); /* NULL is fine; no upload may be left */
 
 /* Bytes of a part so that an object of `bytes` has at most 10,000. */
 uint64_t s3_part_bytes(uint64_t bytes, uint32_t part_mib);

@@ -1,6 +1,7 @@
 /* s3_upload.c - objects on their way into a bucket. Bytes come in any order, from an event loop that
- * must not wait: they go into a hidden file on the local disk, the spool. Once a part of it is whole,
- * a thread of the store's sends it and gives its space back. */
+ * must not wait: they go into memory for so many parts, and what comes beyond, or is shared with others, into
+ * a hidden file on the local disk, the spool. Once a part is whole, a thread of the store's sends it and gives
+ * its space back. */
 #define _GNU_SOURCE /* O_TMPFILE, fallocate, gettid */
 #include <assert.h>
 #include <errno.h>
@@ -11,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
@@ -19,6 +21,7 @@
 
 #define PARTS_MAX 10000
 #define SENDER_NICE 10
+#define HUGE_PAGE ((size_t)2 << 20)
 #define PART_URL_S 3600 /* how long others may send a part; less where the upload is completed */
 #define COMPLETE_STALL_S 600 /* a server may think for minutes before it answers */
 
@@ -27,6 +30,7 @@ enum part_state { PART_FILLING, PART_FULL, PART_QUEUED, PART_SENDING, PART_SENT,
 struct part {
     enum part_state state;
     uint64_t filled;
+    uint8_t *memory;    /* its bytes, one of the sender's buffers; NULL: they are in the spool */
     bool digested;      /* of a shared upload: */
     uint8_t sha256[32];
     char etag[96];
@@ -34,6 +38,7 @@ struct part {
 
 struct s3_upload {
     struct s3_store *store;
+    struct s3_sender *sender;
     struct s3_upload *next; /* of the sender's uploads */
     char name[CKPT_NAME_BYTES_MAX + 1];
     uint64_t bytes, part_bytes;
@@ -45,6 +50,7 @@ struct s3_upload {
     bool begun; /* parts may be sent: from the first sync on */
     bool shared; /* others send them; the spool keeps all bytes until it is released */
     uint32_t busy, unreleased; /* parts queued or in a thread's hands; sent, and still in the spool */
+    uint64_t behind; /* bytes of whole parts that we are to send and have not */
     char id[S3_UPLOAD_ID_MAX + 1];
     bool starting; /* a thread asks for the id */
     struct err failure; /* code ERR_NONE: none */
@@ -58,6 +64,8 @@ struct s3_sender {
     struct s3_upload *uploads; /* that have parts to send, among others */
     pthread_t *thread;
     uint32_t thread_count;
+    uint8_t **spare; /* buffers for parts that nobody uses now; a stack: what was used last is in caches */
+    uint32_t spare_count, buffers; /* buffers: all there are */
     bool end;
 };
 
@@ -104,6 +112,13 @@ static int read_spool(const struct s3_upload *u, uint64_t at, uint8_t *out, size
     return 0;
 }
 
+/* Bytes [at, at + n) of part i. */
+static int read_part(const struct s3_upload *u, uint32_t i, uint64_t at, uint8_t *out, size_t n, struct err *err) {
+    if (!u->part[i].memory) return read_spool(u, i * u->part_bytes + at, out, n, err);
+    memcpy(out, u->part[i].memory + at, n);
+    return 0;
+}
+
 /* Of part i, which nobody else is at. */
 static int digest_part(struct s3_upload *u, uint32_t i, struct err *err) {
     if (u->part[i].digested) return 0;
@@ -113,7 +128,7 @@ static int digest_part(struct s3_upload *u, uint32_t i, struct err *err) {
                 ? 0 : err_set(err, ERR_MEMORY, "%.64s: no SHA-256", u->name);
     for (uint64_t at = 0, bytes = bytes_of(u, i), n; !r && at < bytes; at += n) {
         n = bytes - at < CKPT_BLOCK_BYTES ? bytes - at : CKPT_BLOCK_BYTES;
-        r = read_spool(u, i * u->part_bytes + at, block, (size_t)n, err);
+        r = read_part(u, i, at, block, (size_t)n, err);
         if (!r && EVP_DigestUpdate(sha, block, (size_t)n) != 1) r = err_set(err, ERR_IO, "%.64s: SHA-256", u->name);
     }
     if (!r) u->part[i].digested = EVP_DigestFinal_ex(sha, u->part[i].sha256, NULL) == 1;
@@ -124,20 +139,20 @@ static int digest_part(struct s3_upload *u, uint32_t i, struct err *err) {
 
 struct part_body {
     const struct s3_upload *upload;
-    uint64_t first;
+    uint32_t part;
 };
 
 static int read_body(void *arg, uint64_t at, void *out, size_t n, struct err *err) {
     const struct part_body *b = arg;
-    return read_spool(b->upload, b->first + at, out, n, err);
+    return read_part(b->upload, b->part, at, out, n, err);
 }
 
-/* From the spool into libcurl's buffer and on: one copy, and no memory for a part. */
+/* From where it lies into libcurl's buffer and on. A part that failed is read again. */
 static int send_part(struct s3_upload *u, uint32_t i, char etag[96], struct err *err) {
     char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
     uint64_t n = bytes_of(u, i);
     bool sheltered = s3_is_sheltered(u->store);
-    struct part_body body = {u, i * u->part_bytes};
+    struct part_body body = {u, i};
     struct s3_call c = {.method = HTTP_PUT, .name = u->name, .query = query, .body_bytes = (size_t)n,
                         .body_read = read_body, .body_arg = &body,
                         .sha256 = sheltered ? NULL : u->part[i].sha256, .cancel = &u->cancelled};
@@ -215,7 +230,7 @@ static void abort_multipart(struct s3_upload *u) {
     if (!s3_call(u->store, &c, &a, NULL)) http_answer_release(&a);
 }
 
-/* ---- the sender's threads --------------------------------------------------------------------------- */
+/* ---- what is to be sent ------------------------------------------------------------------------------- */
 
 static struct s3_upload *next_job(struct s3_sender *p, uint32_t *part) {
     for (struct s3_upload *u = p->uploads; u; u = u->next) {
@@ -255,7 +270,40 @@ static int need_id(struct s3_sender *p, struct s3_upload *u, struct err *err) {
     return r;
 }
 
-/* Likewise. */
+/* ---- memory for parts, all of it with the mutex ----------------------------------------------------------- */
+
+/* For a part of this upload; NULL: all buffers are in use, or it is to lie in the spool. */
+static uint8_t *take_buffer(struct s3_sender *p, const struct s3_upload *u) {
+    struct s3_store *s = p->store;
+    if (u->shared || u->part_bytes != (uint64_t)s->limits.part_mib << 20) return NULL;
+    if (p->spare_count) return p->spare[--p->spare_count];
+    uint8_t *b = p->buffers < s->memory_parts ? aligned_alloc(HUGE_PAGE, (size_t)(u->part_bytes + HUGE_PAGE - 1) /
+                                                                             HUGE_PAGE * HUGE_PAGE) : NULL;
+    if (b) madvise(b, (size_t)u->part_bytes, MADV_HUGEPAGE); /* where there are none it is ordinary memory */
+    p->buffers += b != NULL;
+    return b;
+}
+
+static void give_buffer(struct s3_sender *p, struct part *part) {
+    if (part->memory) p->spare[p->spare_count++] = part->memory;
+    part->memory = NULL;
+}
+
+/* What was sent: memory is free at once, the spool when its own thread comes by. */
+static void sent(struct s3_sender *p, struct s3_upload *u, uint32_t i) {
+    struct part *part = &u->part[i];
+    bool spooled = !part->memory;
+    part->state = PART_SENT;
+    give_buffer(p, part);
+    if (u->shared) return;
+    u->behind -= bytes_of(u, i);
+    if (spooled) u->unreleased++;
+    else part->state = PART_RELEASED;
+}
+
+/* ---- the sender's threads --------------------------------------------------------------------------- */
+
+/* With the mutex, which is let go of while the network is waited for. */
 static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i) {
     struct err e = {0};
     char etag[96] = "";
@@ -264,10 +312,10 @@ static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i) {
     pthread_mutex_unlock(&p->mutex);
     if (!r) r = send_part(u, i, etag, &e);
     pthread_mutex_lock(&p->mutex);
-    u->part[i].state = r ? PART_FULL : PART_SENT;
     memcpy(u->part[i].etag, etag, sizeof etag);
-    u->unreleased += !r && !u->shared;
     u->busy--;
+    if (r) u->part[i].state = PART_FULL;
+    else sent(p, u, i);
     if (r) give_up(u, &e);
     pthread_cond_broadcast(&p->changed);
 }
@@ -286,46 +334,60 @@ static void *sender_main(void *arg) {
     return NULL;
 }
 
-/* The store's sender; its threads start with the first upload. */
-static struct s3_sender *sender_of(struct s3_store *s, struct err *err) {
-    pthread_mutex_lock(&s->mutex);
-    struct s3_sender *p = s->sender;
-    if (!p && (p = calloc(1, sizeof *p))) {
-        sigset_t all, before; /* signals are the caller's business */
-        p->store = s;
-        p->thread = calloc(s->limits.streams, sizeof *p->thread);
-        pthread_mutex_init(&p->mutex, NULL);
-        pthread_cond_init(&p->changed, NULL);
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        while (p->thread && p->thread_count < s->limits.streams &&
-               !pthread_create(&p->thread[p->thread_count], NULL, sender_main, p))
-            p->thread_count++;
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        if (p->thread_count) {
-            s->sender = p;
-        } else {
-            s3_sender_destroy(p);
-            p = NULL;
-        }
-    }
-    pthread_mutex_unlock(&s->mutex);
-    if (!p) err_set(err, ERR_MEMORY, "%.120s: no threads to send with", s->base.url);
-    return p;
-}
-
-void s3_sender_destroy(struct s3_sender *p) {
-    if (!p) return;
+/* Waits for its threads. */
+static void sender_destroy(struct s3_sender *p) {
     pthread_mutex_lock(&p->mutex);
     p->end = true;
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->mutex);
     for (uint32_t i = 0; i < p->thread_count; i++) pthread_join(p->thread[i], NULL);
-    assert(!p->uploads);
+    assert(!p->uploads && p->spare_count == p->buffers);
     pthread_mutex_destroy(&p->mutex);
     pthread_cond_destroy(&p->changed);
+    while (p->spare_count) free(p->spare[--p->spare_count]);
+    free(p->spare);
     free(p->thread);
     free(p);
+}
+
+static struct s3_sender *sender_create(struct s3_store *s) {
+    struct s3_sender *p = calloc(1, sizeof *p);
+    sigset_t all, before; /* signals are the caller's business */
+    if (!p) return NULL;
+    p->store = s;
+    p->thread = calloc(s->limits.streams, sizeof *p->thread);
+    p->spare = calloc(s->memory_parts + 1u, sizeof *p->spare);
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->changed, NULL);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (p->thread && p->spare && p->thread_count < s->limits.streams &&
+           !pthread_create(&p->thread[p->thread_count], NULL, sender_main, p))
+        p->thread_count++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (p->thread_count) return p;
+    sender_destroy(p);
+    return NULL;
+}
+
+/* The store's sender is there from the first upload to the last: who ends that one waits for the network anyway, and
+ * nobody else waits for its threads, or for its memory to be freed. */
+static struct s3_sender *hold_sender(struct s3_store *s, struct err *err) {
+    pthread_mutex_lock(&s->mutex);
+    if (!s->sender) s->sender = sender_create(s);
+    struct s3_sender *p = s->sender;
+    s->uploads += p != NULL;
+    pthread_mutex_unlock(&s->mutex);
+    if (!p) err_set(err, ERR_MEMORY, "%.120s: no threads to send with", s->base.url);
+    return p;
+}
+
+static void drop_sender(struct s3_store *s) {
+    pthread_mutex_lock(&s->mutex);
+    struct s3_sender *last = --s->uploads ? NULL : s->sender;
+    if (last) s->sender = NULL;
+    pthread_mutex_unlock(&s->mutex);
+    if (last) sender_destroy(last);
 }
 
 /* ---- the interface ---------------------------------------------------------------------------------- */
@@ -353,9 +415,7 @@ struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, u
         err_set(err, ERR_REFUSED, "%.120s: \"%.64s\" cannot be the name of an object", base->url, name);
         return NULL;
     }
-    struct s3_sender *p = sender_of(s, err);
-    struct s3_upload *u = p ? calloc(1, sizeof *u) : NULL;
-    if (!p) return NULL;
+    struct s3_upload *u = calloc(1, sizeof *u);
     uint64_t part_bytes = s3_part_bytes(bytes, s->limits.part_mib);
     uint64_t parts = (bytes + part_bytes - 1) / part_bytes;
     if (u) u->part = calloc((size_t)parts + 1, sizeof *u->part);
@@ -370,15 +430,17 @@ struct ckpt_upload *s3_upload_begin(struct ckpt_store *base, const char *name, u
     u->part_count = (uint32_t)parts;
     snprintf(u->name, sizeof u->name, "%s", name);
     u->spool = open_spool(err);
-    if (u->spool < 0) {
+    u->sender = u->spool < 0 ? NULL : hold_sender(s, err);
+    if (!u->sender) {
+        if (u->spool >= 0) close(u->spool);
         free(u->part);
         free(u);
         return NULL;
     }
-    pthread_mutex_lock(&p->mutex);
-    u->next = p->uploads;
-    p->uploads = u;
-    pthread_mutex_unlock(&p->mutex);
+    pthread_mutex_lock(&u->sender->mutex);
+    u->next = u->sender->uploads;
+    u->sender->uploads = u;
+    pthread_mutex_unlock(&u->sender->mutex);
     return (struct ckpt_upload *)u;
 }
 
@@ -406,7 +468,7 @@ static bool queue(struct s3_upload *u, struct part *p) {
  * file: it would wait for the file's lock otherwise, while a thread of low priority frees the pages. Where the
  * space cannot be given back the file just stays large. */
 static void release_one(struct s3_upload *u) {
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     uint32_t i = 0;
     pthread_mutex_lock(&p->mutex);
     bool any = u->unreleased > 0;
@@ -418,29 +480,47 @@ static void release_one(struct s3_upload *u) {
     (void)r;
 }
 
-int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes, size_t n, struct err *err) {
-    struct s3_upload *u = (struct s3_upload *)upload;
-    struct s3_sender *p = u->store->sender;
-    assert(offset <= u->bytes && n <= u->bytes - offset);
-    release_one(u);
-    if (write_spool(u, offset, bytes, n, err)) return -1;
-    bool queued = false;
+/* What lies in one part of what is put. True in *queued where a thread has something to do now. */
+static int put_piece(struct s3_upload *u, uint64_t offset, const uint8_t *bytes, size_t n, bool *queued,
+                     struct err *err) {
+    struct s3_sender *p = u->sender;
+    uint32_t i = (uint32_t)(offset / u->part_bytes);
+    struct part *part = &u->part[i];
     pthread_mutex_lock(&p->mutex);
-    for (uint64_t at = offset, end = offset + n; at < end;) {
-        uint32_t i = (uint32_t)(at / u->part_bytes);
-        uint64_t stop = (i + 1) * u->part_bytes < end ? (i + 1) * u->part_bytes : end;
-        struct part *part = &u->part[i];
-        part->filled += stop - at;
-        at = stop;
-        assert(part->filled <= bytes_of(u, i)); /* pieces overlap */
-        if (part->filled == bytes_of(u, i)) part->state = PART_FULL;
-        queued = queue(u, part) || queued;
+    if (!part->filled) part->memory = take_buffer(p, u);
+    pthread_mutex_unlock(&p->mutex);
+    if (part->memory) memcpy(part->memory + (offset - i * u->part_bytes), bytes, n);
+    else if (write_spool(u, offset, bytes, n, err)) return -1;
+    pthread_mutex_lock(&p->mutex);
+    part->filled += n;
+    assert(part->filled <= bytes_of(u, i)); /* pieces overlap */
+    if (part->filled == bytes_of(u, i)) {
+        part->state = PART_FULL;
+        if (!u->shared && !is_small(u)) u->behind += bytes_of(u, i);
+        *queued = queue(u, part) || *queued;
     }
     struct err e = u->failure;
-    if (queued) pthread_cond_broadcast(&p->changed); /* else each piece would wake them all, to find nothing */
     pthread_mutex_unlock(&p->mutex);
     if (e.code && err) *err = e;
     return e.code ? -1 : 0;
+}
+
+int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes, size_t n, struct err *err) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->sender;
+    assert(offset <= u->bytes && n <= u->bytes - offset);
+    release_one(u);
+    bool queued = false;
+    int r = 0;
+    for (uint64_t at = offset, end = offset + n, stop; !r && at < end; at = stop) {
+        stop = (at / u->part_bytes + 1) * u->part_bytes < end ? (at / u->part_bytes + 1) * u->part_bytes : end;
+        r = put_piece(u, at, (const uint8_t *)bytes + (at - offset), (size_t)(stop - at), &queued, err);
+    }
+    if (!queued) return r; /* each piece would wake all threads, to find nothing */
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->mutex);
+    return r;
 }
 
 /* By who waits for the network anyway: to free a gigabyte's pages takes 80 ms of whoever closes the file. */
@@ -448,14 +528,33 @@ static int empty_spool(struct s3_upload *u, struct err *err) {
     return ftruncate(u->spool, 0) ? err_set_errno(err, "%.64s: shorten the spool file", u->name) : 0;
 }
 
-/* From now on whole parts are sent as they come; wait until none is on its way. */
+/* From now on whole parts are sent as they come. */
 int s3_upload_sync(struct ckpt_upload *upload, struct err *err) {
     struct s3_upload *u = (struct s3_upload *)upload;
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     pthread_mutex_lock(&p->mutex);
     u->begun = true;
     for (uint32_t i = 0; i < u->part_count; i++) queue(u, &u->part[i]);
     pthread_cond_broadcast(&p->changed);
+    struct err e = u->failure;
+    pthread_mutex_unlock(&p->mutex);
+    if (e.code && err) *err = e;
+    return e.code ? -1 : 0;
+}
+
+uint64_t s3_upload_behind(struct ckpt_upload *upload) {
+    struct s3_upload *u = (struct s3_upload *)upload;
+    struct s3_sender *p = u->sender;
+    pthread_mutex_lock(&p->mutex);
+    uint64_t behind = u->failure.code ? 0 : u->behind;
+    pthread_mutex_unlock(&p->mutex);
+    return behind;
+}
+
+/* Wait until no part is on its way. */
+static int wait_sent(struct s3_upload *u, struct err *err) {
+    struct s3_sender *p = u->sender;
+    pthread_mutex_lock(&p->mutex);
     while (u->busy) pthread_cond_wait(&p->changed, &p->mutex);
     struct err e = u->failure;
     pthread_mutex_unlock(&p->mutex);
@@ -466,7 +565,7 @@ int s3_upload_sync(struct ckpt_upload *upload, struct err *err) {
 static int put_small(struct s3_upload *u, struct err *err) {
     uint8_t *bytes = malloc((size_t)u->bytes + 1);
     if (!bytes) return err_set(err, ERR_MEMORY, "%.64s: out of memory", u->name);
-    int r = read_spool(u, 0, bytes, (size_t)u->bytes, err) ||
+    int r = read_part(u, 0, 0, bytes, (size_t)u->bytes, err) ||
             s3_put(&u->store->base, u->name, bytes, (size_t)u->bytes, CKPT_ABSENT, err) ? -1 : 0;
     free(bytes);
     return r;
@@ -511,7 +610,7 @@ static int sign_part(struct s3_upload *u, uint32_t i, struct s3_presign *p, stru
 
 bool s3_upload_whole(struct ckpt_upload *upload, uint32_t i) {
     struct s3_upload *u = (struct s3_upload *)upload;
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     pthread_mutex_lock(&p->mutex);
     bool whole = u->part[i].filled == bytes_of(u, i);
     pthread_mutex_unlock(&p->mutex);
@@ -520,7 +619,7 @@ bool s3_upload_whole(struct ckpt_upload *upload, uint32_t i) {
 
 int s3_upload_offer(struct ckpt_upload *upload, uint32_t i, struct ckpt_part *out, struct err *err) {
     struct s3_upload *u = (struct s3_upload *)upload;
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
     struct s3_presign sign = {.method = HTTP_PUT, .query = query, .sha256 = u->part[i].sha256};
     assert(u->shared && i < u->part_count);
@@ -540,7 +639,7 @@ int s3_upload_check(struct ckpt_upload *upload, uint32_t i, struct ckpt_part *ou
 
 int s3_upload_send(struct ckpt_upload *upload, uint32_t i, struct err *err) {
     struct s3_upload *u = (struct s3_upload *)upload;
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     pthread_mutex_lock(&p->mutex);
     assert(u->shared && u->part[i].filled == bytes_of(u, i));
     struct err e = u->failure;
@@ -556,7 +655,7 @@ int s3_upload_send(struct ckpt_upload *upload, uint32_t i, struct err *err) {
 
 bool s3_upload_sent(struct ckpt_upload *upload, uint32_t i) {
     struct s3_upload *u = (struct s3_upload *)upload;
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     pthread_mutex_lock(&p->mutex);
     bool sent = u->part[i].state == PART_SENT || u->failure.code;
     pthread_mutex_unlock(&p->mutex);
@@ -587,10 +686,10 @@ static int list_parts(struct s3_upload *u, struct err *err) {
         if (query_of(u, before, query, sizeof query, err) || s3_call_ok(u->store, &c, &a, err)) return -1;
         const char *end = a.text + a.text_bytes, *item;
         size_t n;
-        pthread_mutex_lock(&u->store->sender->mutex);
+        pthread_mutex_lock(&u->sender->mutex);
         for (const char *p = a.text; (p = s3_xml_next(p, end, "Part", &item, &n));)
             take_part(u, item, item + n);
-        pthread_mutex_unlock(&u->store->sender->mutex);
+        pthread_mutex_unlock(&u->sender->mutex);
         unsigned long long last = strtoull(marker, NULL, 10), next = 0;
         truncated = s3_xml_text(a.text, end, "IsTruncated", more, sizeof more) && !strcmp(more, "true");
         if (truncated && s3_xml_text(a.text, end, "NextPartNumberMarker", marker, sizeof marker))
@@ -605,7 +704,7 @@ static int list_parts(struct s3_upload *u, struct err *err) {
 
 /* What nobody has sent we send. Where sending has failed before nobody would take what is queued. */
 static int send_the_rest(struct s3_upload *u, struct err *err) {
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     pthread_mutex_lock(&p->mutex);
     int r = need_id(p, u, err);
     if (!r && u->failure.code) {
@@ -632,7 +731,7 @@ int s3_upload_complete(struct ckpt_upload *upload, struct err *err) {
     for (uint32_t i = 0; i < u->part_count; i++)
         if (u->part[i].filled != bytes_of(u, i))
             return err_set(err, ERR_TRUNCATED, "%.64s: bytes of part %u are missing", u->name, i + 1);
-    if ((u->shared && send_the_rest(u, err)) || s3_upload_sync(upload, err) ||
+    if ((u->shared && send_the_rest(u, err)) || s3_upload_sync(upload, err) || wait_sent(u, err) ||
         (is_small(u) ? put_small(u, err) : complete_multipart(u, err)))
         return -1;
     u->done = true;
@@ -642,7 +741,7 @@ int s3_upload_complete(struct ckpt_upload *upload, struct err *err) {
 void s3_upload_destroy(struct ckpt_upload *upload) {
     struct s3_upload *u = (struct s3_upload *)upload;
     if (!u) return;
-    struct s3_sender *p = u->store->sender;
+    struct s3_sender *p = u->sender;
     struct err closed = {.code = ERR_REFUSED, .msg = "the upload is given up"};
     pthread_mutex_lock(&p->mutex);
     if (!u->done) {
@@ -653,9 +752,11 @@ void s3_upload_destroy(struct ckpt_upload *upload) {
     struct s3_upload **at = &p->uploads;
     while (*at != u) at = &(*at)->next;
     *at = u->next;
+    for (uint32_t i = 0; i < u->part_count; i++) give_buffer(p, &u->part[i]);
     pthread_mutex_unlock(&p->mutex);
     abort_multipart(u);
     close(u->spool);
+    drop_sender(u->store);
     free(u->part);
     free(u);
 }

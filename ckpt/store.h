@@ -61,9 +61,12 @@ struct ckpt_store_ops {
      * in one thread while another calls upload_sync on the same upload. Never waits for a network. */
     int (*upload_put)(struct ckpt_upload *u, uint64_t offset, const void *bytes, size_t n,
                       struct err *err);
-    /* Push what was put so far towards the disk, or over the network: nothing is sent before the
-     * first call. May take long: not for an event loop. */
+    /* Push what was put so far towards the disk, which may take long: not for an event loop. Where there is
+     * upload_behind, the first call alone counts: from then on, and not before, what is put goes over the
+     * network as it comes, and no call waits for that. */
     int (*upload_sync)(struct ckpt_upload *u, struct err *err);
+    /* Bytes that could be sent and are not yet; 0 once that has failed. NULL where upload_sync says it. */
+    uint64_t (*upload_behind)(struct ckpt_upload *u);
     /* Make the object visible, where none of that name is: ERR_STALE otherwise. Takes long. */
     int (*upload_complete)(struct ckpt_upload *u, struct err *err);
     /* Free u; what was not completed is removed. NULL is fine. */

@@ -403,7 +403,7 @@ static void s3_cancel(struct ckpt_store *base) { http_client_cancel(((struct s3_
 
 static void s3_close(struct ckpt_store *base) {
     struct s3_store *s = (struct s3_store *)base;
-    s3_sender_destroy(s->sender);
+    assert(!s->uploads); /* they are destroyed before */
     http_client_destroy(s->http);
     pthread_mutex_destroy(&s->mutex);
     OPENSSL_cleanse(s->config.secret, sizeof s->config.secret);
@@ -417,6 +417,7 @@ static const struct ckpt_store_ops s3_ops = {
     .upload_begin = s3_upload_begin,
     .upload_put = s3_upload_put,
     .upload_sync = s3_upload_sync,
+    .upload_behind = s3_upload_behind,
     .upload_complete = s3_upload_complete,
     .upload_destroy = s3_upload_destroy,
     .upload_share = s3_upload_share,
@@ -447,6 +448,7 @@ struct ckpt_store *store_s3_open(const char *url, struct err *err) {
                  *s->config.prefix ? "/" : "",
                  s->config.prefix);
         snprintf(s->base.query, sizeof s->base.query, "%s", s->config.query);
+        s->memory_parts = S3_MEMORY_BYTES / (uint32_t)s->base.block_bytes;
         s->auth = (struct http_auth){s->config.key, s->config.secret, s->config.region};
         pthread_mutex_init(&s->mutex, NULL);
         return &s->base;

@@ -5,6 +5,7 @@
  * Two attempts at one index may meet, when a member that was told to write one is slow and another
  * was asked instead. No object is ever replaced, and `claim` holds the number of the attempt that
  * owns the folder: it is read before objects appear and before the manifest does. */
+#define _GNU_SOURCE /* pthread_tryjoin_np */
 #include "ckpt/writer.h"
 
 #include <assert.h>
@@ -227,18 +228,27 @@ struct ckpt_writer *ckpt_writer_create(struct ckpt_store *store, const struct ck
 
 /* ---- destroy ----------------------------------------------------------------------------------- */
 
+void ckpt_writer_stop(struct ckpt_writer *w) {
+    pthread_mutex_lock(&w->mutex);
+    w->abort = true;
+    pthread_cond_broadcast(&w->changed);
+    bool waits = !w->ended && w->state != CKPT_PUBLISHED;
+    pthread_mutex_unlock(&w->mutex);
+    if (waits && w->store->ops->cancel) w->store->ops->cancel(w->store);
+}
+
+bool ckpt_writer_over(struct ckpt_writer *w) {
+    if (w->thread_runs && !w->joined) w->joined = !pthread_tryjoin_np(w->thread, NULL);
+    return !w->thread_runs || w->joined;
+}
+
 void ckpt_writer_destroy(struct ckpt_writer *w) {
     if (!w) return;
-    if (w->thread_runs) {
-        pthread_mutex_lock(&w->mutex);
-        w->abort = true;
-        pthread_cond_broadcast(&w->changed);
-        bool waits = !w->ended && w->state != CKPT_PUBLISHED;
-        pthread_mutex_unlock(&w->mutex);
-        if (waits && w->store->ops->cancel) w->store->ops->cancel(w->store);
+    if (!ckpt_writer_over(w)) {
+        ckpt_writer_stop(w);
         pthread_join(w->thread, NULL);
     }
-    writer_remove_everything(w);
+    writer_remove_everything(w); /* of one whose thread never was */
     for (uint32_t i = 0; i < w->small_count; i++) free(w->small[i].blob.data);
     free(w->file);
     free(w->part);
@@ -313,6 +323,7 @@ static int put_part(struct ckpt_writer *w, struct file *f, uint64_t first, uint6
                                   (const uint8_t *)values + (from - first) * width,
                                   (size_t)(end - from) * width, err))
         return -1;
+    if (!w->parts && w->store->ops->upload_behind) return 0; /* it is sent without us */
     pthread_mutex_lock(&w->mutex);
     f->dirty_bytes += (end - from) * width;
     bool worth = w->parts ? f->dirty_bytes >= LOOK_BYTES : writer_most_dirty(w) != NULL;
@@ -385,9 +396,10 @@ int ckpt_writer_put(struct ckpt_writer *w, uint64_t first, size_t n, const float
 
 uint64_t ckpt_writer_backlog_bytes(const struct ckpt_writer *w) {
     pthread_mutex_t *mutex = (pthread_mutex_t *)(uintptr_t)&w->mutex;
-    uint64_t sum = 0;
+    uint64_t (*behind)(struct ckpt_upload *) = w->store->ops->upload_behind, sum = 0;
     pthread_mutex_lock(mutex);
-    for (uint32_t i = 0; i < w->files; i++) sum += w->file[i].dirty_bytes;
+    for (uint32_t i = 0; w->state == CKPT_TAKING && i < w->files; i++) /* later the worker may free uploads */
+        sum += w->file[i].dirty_bytes + (behind ? behind(w->file[i].upload) : 0);
     pthread_mutex_unlock(mutex);
     return sum;
 }

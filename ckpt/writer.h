@@ -18,7 +18,7 @@ struct file {
     char name[CKPT_NAME_BYTES_MAX + 1]; /* with the prefix */
     const struct image_file *of;
     struct ckpt_upload *upload;
-    uint64_t dirty_bytes; /* put and not synced; under the mutex */
+    uint64_t dirty_bytes; /* put and not synced, where the store does not say it; under the mutex */
     bool completed;
     uint32_t first_part, parts; /* of the writer's; 0: too small to be shared */
 };
@@ -72,7 +72,7 @@ struct ckpt_writer {
 
     int event;
     pthread_t thread;
-    bool thread_runs;
+    bool thread_runs, joined;
     pthread_mutex_t mutex; /* guards all from `state` on and every dirty_bytes */
     pthread_cond_t changed;
     enum ckpt_state state;

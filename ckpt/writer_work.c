@@ -50,6 +50,8 @@ static int put_small_objects(struct ckpt_writer *w, struct err *err) {
  * short and the caller's writes never wait for the disk. Returns when nothing more will come. */
 static int sync_while_taking(struct ckpt_writer *w, struct err *err) {
     int r = 0;
+    for (uint32_t i = 0; !r && w->store->ops->upload_behind && i < w->files; i++)
+        r = w->store->ops->upload_sync(w->file[i].upload, err);
     pthread_mutex_lock(&w->mutex);
     while (!r && w->state == CKPT_TAKING && !w->abort) {
         struct file *f = writer_most_dirty(w);
@@ -231,9 +233,8 @@ void writer_remove_everything(struct ckpt_writer *w) {
     w->settled = true;
 }
 
-/* The end without a checkpoint. Behind a network the cleaning is done here, as it waits for that, and where the
- * network was what failed without asking it any more: `prune` finds what lies there. The caller, who puts perhaps
- * at this moment, is told then. */
+/* The end without a checkpoint. The cleaning is done here, as it takes its time, and where a network was what failed
+ * without asking it any more: `prune` finds what lies there. The caller, who puts perhaps at this moment, is told then. */
 static void give_up(struct ckpt_writer *w, const struct err *why) {
     pthread_mutex_lock(&w->mutex);
     if (w->state != CKPT_FAILED) {
@@ -242,7 +243,6 @@ static void give_up(struct ckpt_writer *w, const struct err *why) {
     }
     while (w->putting) pthread_cond_wait(&w->changed, &w->mutex);
     pthread_mutex_unlock(&w->mutex);
-    if (!w->store->remote) return;
     if (why->code == ERR_TIMEOUT && w->store->ops->cancel) w->store->ops->cancel(w->store);
     writer_remove_everything(w);
 }
@@ -271,6 +271,7 @@ static void *worker_main(void *arg) {
     writer_enter(w, CKPT_UNSIGNED, NULL);
     if (wait_for_signature(w, &err) || publish(w, &err)) goto failed;
     w->settled = true;
+    writer_remove_everything(w); /* the uploads: their memory, files and threads are not the caller's to wait for */
     writer_enter(w, CKPT_PUBLISHED, NULL);
     end_worker(w);
     return NULL;
@@ -284,10 +285,11 @@ int writer_start(struct ckpt_writer *w, struct err *err) {
     sigset_t all, before; /* signals are the caller's business */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    w->thread_runs = true;
     int e = pthread_create(&w->thread, NULL, worker_main, w);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!e) return 0;
+    w->thread_runs = false;
     errno = e;
-    if (e) return err_set_errno(err, "%s: start a thread", w->prefix);
-    w->thread_runs = true;
-    return 0;
+    return err_set_errno(err, "%s: start a thread", w->prefix);
 }

@@ -290,6 +290,7 @@ static int mortal_complete(struct ckpt_upload *u, struct err *err) {
 }
 static void mortal_destroy(struct ckpt_upload *u) {
     struct mortal_upload *m = (struct mortal_upload *)u;
+    if (!m) return;
     m->store->inner->ops->upload_destroy(m->inner);
     free(m);
 }

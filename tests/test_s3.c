@@ -9,9 +9,12 @@
 #include <arpa/inet.h>
 #include <cmocka.h>
 #include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -660,6 +663,197 @@ static void a_store_that_is_away_is_not_an_empty_one(void **state) {
     script_end(&s);
 }
 
+/* ---- a server that takes one object in parts ---------------------------------------------------------- */
+
+#define PART_BYTES (5u << 20)
+#define OBJECT_BYTES (3 * PART_BYTES + 12345)
+
+struct bucket {
+    int listener, port;
+    pthread_t thread;
+    uint8_t *object;      /* what was put so far; to be read when it has stopped */
+    atomic_uint puts[4];  /* of each part */
+    uint32_t refuse;      /* parts, as bits, whose first try is answered by 503 */
+    atomic_bool complete, aborted;
+};
+
+static size_t content_length(const char *head, const char *end) {
+    const char *at = strcasestr(head, "\r\nContent-Length:");
+    return at && at < end ? strtoull(at + 17, NULL, 10) : 0;
+}
+
+/* The head of a request, and what came of its body with it. */
+static size_t read_head(int fd, char *head, size_t size, const char **body) {
+    size_t n = 0;
+    *body = NULL;
+    for (ssize_t k; !*body && n < size - 1 && (k = recv(fd, head + n, size - 1 - n, 0)) > 0;) {
+        head[n += (size_t)k] = 0;
+        if ((*body = strstr(head, "\r\n\r\n"))) *body += 4;
+    }
+    return n;
+}
+
+static const char *take_part(struct bucket *b, int fd, const char *head, const char *body, size_t n) {
+    const char *number = strstr(head, "partNumber=");
+    uint32_t i = number ? (uint32_t)strtoul(number + 11, NULL, 10) - 1 : 4;
+    size_t bytes = content_length(head, body);
+    if (i >= 4 || bytes > PART_BYTES || n > bytes) return STATUS("400 Bad Request", "");
+    uint8_t *to = b->object + i * PART_BYTES;
+    memset(to, 0xee, bytes);
+    memcpy(to, body, n);
+    if (strcasestr(head, "100-continue")) send(fd, "HTTP/1.1 100 Continue\r\n\r\n", 25, MSG_NOSIGNAL);
+    for (ssize_t k; n < bytes && (k = recv(fd, to + n, bytes - n, 0)) > 0;) n += (size_t)k;
+    bool refused = !b->puts[i]++ && b->refuse >> i & 1;
+    return refused ? STATUS("503 Slow Down", "") : OK("ETag: \"e\"\r\nContent-Length: 0\r\n", "");
+}
+
+static void answer_request(struct bucket *b, int fd) {
+    char head[16384];
+    const char *body, *answer = ABSENT;
+    size_t n = read_head(fd, head, sizeof head, &body);
+    if (!body) return;
+    if (!strncmp(head, "PUT ", 4)) answer = take_part(b, fd, head, body, n - (size_t)(body - head));
+    else if (!strncmp(head, "POST ", 5) && strstr(head, "?uploads"))
+        answer = OK("", "<R><UploadId>u</UploadId></R>");
+    else if (!strncmp(head, "POST ", 5) || !strncmp(head, "DELETE ", 7)) {
+        atomic_store(*head == 'P' ? &b->complete : &b->aborted, true);
+        answer = OK("Content-Length: 0\r\n", "");
+    }
+    send(fd, answer, strlen(answer), MSG_NOSIGNAL);
+    shutdown(fd, SHUT_WR);
+    while (recv(fd, head, sizeof head, 0) > 0) continue;
+}
+
+static void *serve_bucket(void *arg) {
+    struct bucket *b = arg;
+    for (int fd; (fd = accept(b->listener, NULL, NULL)) >= 0; close(fd)) answer_request(b, fd);
+    return NULL;
+}
+
+static struct ckpt_store *bucket_start(struct bucket *b, uint32_t refuse, uint32_t memory_parts) {
+    struct script s;
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t length = sizeof a;
+    *b = (struct bucket){.listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), .object = calloc(4, PART_BYTES),
+                         .refuse = refuse};
+    assert_int_equal(bind(b->listener, (struct sockaddr *)&a, sizeof a), 0);
+    assert_int_equal(listen(b->listener, 16), 0);
+    assert_int_equal(getsockname(b->listener, (struct sockaddr *)&a, &length), 0);
+    s.port = ntohs(a.sin_port);
+    assert_int_equal(pthread_create(&b->thread, NULL, serve_bucket, b), 0);
+    setenv("INTELLECT_STORE_PART_MIB", "5", 1);
+    setenv("INTELLECT_STORE_SPOOL", folder, 1);
+    struct ckpt_store *store = open_s3(&s);
+    ((struct s3_store *)store)->memory_parts = memory_parts;
+    return store;
+}
+
+static void bucket_stop(struct bucket *b, struct ckpt_store *store) {
+    store->ops->close(store);
+    shutdown(b->listener, SHUT_RDWR);
+    pthread_join(b->thread, NULL);
+    close(b->listener);
+}
+
+static uint8_t *random_object(void) {
+    uint8_t *bytes = malloc(OBJECT_BYTES);
+    uint64_t x = 88172645463325252u;
+    for (size_t i = 0; i < OBJECT_BYTES; i++) {
+        x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+        bytes[i] = (uint8_t)x;
+    }
+    return bytes;
+}
+
+/* All in pieces that no part is a multiple of, every second one first. */
+static int put_object(struct ckpt_store *store, struct ckpt_upload *u, const uint8_t *bytes, struct err *err) {
+    const size_t piece = 700001, pieces = (OBJECT_BYTES + piece - 1) / piece;
+    int r = store->ops->upload_sync(u, err);
+    for (size_t i = 0; !r && i < pieces; i++) {
+        size_t k = i < (pieces + 1) / 2 ? 2 * i : 2 * (i - (pieces + 1) / 2) + 1, at = k * piece;
+        r = store->ops->upload_put(u, at, bytes + at, OBJECT_BYTES - at < piece ? OBJECT_BYTES - at : piece, err);
+    }
+    return r || store->ops->upload_complete(u, err) ? -1 : 0;
+}
+
+/* Whether a part waits in memory or in the spool, what arrives are its bytes, at its first try or at another. */
+static void parts_wait_in_memory_or_in_the_spool(void **state) {
+    (void)state;
+    uint8_t *bytes = random_object();
+    const uint32_t memory_parts[] = {0, 1, 2, 8};
+    for (size_t k = 0; k < sizeof memory_parts / sizeof *memory_parts; k++) {
+        struct bucket b;
+        struct err err = {0};
+        struct ckpt_store *store = bucket_start(&b, 0x5, memory_parts[k]);
+        struct ckpt_upload *u = store->ops->upload_begin(store, "tensors", OBJECT_BYTES, &err);
+        if (!u || put_object(store, u, bytes, &err)) fail_msg("%u: %s", memory_parts[k], err.msg);
+        assert_int_equal(store->ops->upload_behind(u), 0);
+        store->ops->upload_destroy(u);
+        assert_null(((struct s3_store *)store)->sender);
+        assert_true(b.complete && !b.aborted);
+        for (int i = 0; i < 4; i++) assert_int_equal(b.puts[i], 1 + (0x5 >> i & 1));
+        bucket_stop(&b, store);
+        assert_memory_equal(b.object, bytes, OBJECT_BYTES);
+        free(b.object);
+    }
+    free(bytes);
+}
+
+/* A disk that takes nothing: of no matter where memory suffices, and else said by what it is. */
+static void the_disk_is_for_what_memory_does_not_hold(void **state) {
+    (void)state;
+    uint8_t *bytes = random_object();
+    struct rlimit before, none;
+    getrlimit(RLIMIT_FSIZE, &before);
+    none = (struct rlimit){0, before.rlim_max};
+    signal(SIGXFSZ, SIG_IGN);
+    for (int fits = 0; fits < 2; fits++) {
+        struct bucket b;
+        struct err err = {0};
+        struct ckpt_store *store = bucket_start(&b, 0, fits ? 4 : 1);
+        struct ckpt_upload *u = store->ops->upload_begin(store, "tensors", OBJECT_BYTES, &err);
+        if (!u) fail_msg("%s", err.msg);
+        setrlimit(RLIMIT_FSIZE, &none);
+        int r = put_object(store, u, bytes, &err);
+        setrlimit(RLIMIT_FSIZE, &before);
+        assert_int_equal(r, fits ? 0 : -1);
+        if (!fits) assert_non_null(strstr(err.msg, "INTELLECT_STORE_SPOOL"));
+        store->ops->upload_destroy(u);
+        assert_true(b.complete == fits);
+        bucket_stop(&b, store);
+        if (fits) assert_memory_equal(b.object, bytes, OBJECT_BYTES);
+        free(b.object);
+    }
+    free(bytes);
+}
+
+/* Whoever has a choice waits while much is behind: what is put and not sent, but not what no part is whole of yet, which
+ * would be waited for without end. Where sending has failed nothing is, and the next put says why. */
+static void what_is_behind_is_what_can_be_sent(void **state) {
+    (void)state;
+    uint8_t *bytes = random_object();
+    struct bucket b;
+    struct err err = {0};
+    setenv("INTELLECT_STORE_TRIES", "1", 1);
+    struct ckpt_store *store = bucket_start(&b, 0x2, 8);
+    struct ckpt_upload *u = store->ops->upload_begin(store, "tensors", OBJECT_BYTES, &err);
+    if (!u || store->ops->upload_put(u, 0, bytes, PART_BYTES + 9, &err)) fail_msg("%s", err.msg);
+    assert_int_equal(store->ops->upload_behind(u), PART_BYTES); /* nothing is sent before the first sync */
+    assert_int_equal(b.puts[0], 0);
+    assert_int_equal(store->ops->upload_sync(u, &err), 0);
+    while (store->ops->upload_behind(u)) usleep(1000);
+    assert_int_equal(b.puts[0], 1);
+    assert_int_equal(store->ops->upload_put(u, PART_BYTES + 9, bytes + PART_BYTES + 9, PART_BYTES - 9, &err), 0);
+    while (store->ops->upload_behind(u)) usleep(1000); /* its one try is refused */
+    assert_int_equal(store->ops->upload_put(u, 2 * PART_BYTES, bytes, 1, &err), -1);
+    assert_int_equal(err.code, ERR_TIMEOUT);
+    store->ops->upload_destroy(u);
+    assert_true(b.aborted && !b.complete);
+    bucket_stop(&b, store);
+    free(b.object);
+    free(bytes);
+}
+
 int main(void) {
 #define CLEAN(f) cmocka_unit_test_setup(f, clean)
     const struct CMUnitTest tests[] = {
@@ -687,6 +881,9 @@ int main(void) {
         CLEAN(a_cancelled_store_gives_up_soon),
         CLEAN(a_web_server_is_read_from),
         CLEAN(a_store_that_is_away_is_not_an_empty_one),
+        CLEAN(parts_wait_in_memory_or_in_the_spool),
+        CLEAN(the_disk_is_for_what_memory_does_not_hold),
+        CLEAN(what_is_behind_is_what_can_be_sent),
     };
     if (!mkdtemp(folder)) return 1;
     proto_init(NULL);

@@ -45,13 +45,16 @@ static int reset_upload(void *arg, struct err *err) {
     return s->store->ops->remove(s->store, "object", err);
 }
 
+/* As whoever writes a checkpoint: no more than a backlog is put and not sent. */
 static int run_upload(void *arg, struct err *err) {
     struct storing *s = arg;
     const struct ckpt_store_ops *ops = s->store->ops;
     struct ckpt_upload *u = ops->upload_begin(s->store, "object", OBJECT_BYTES, err);
     int r = u ? ops->upload_sync(u, err) : -1; /* from here on parts are sent as they come */
-    for (size_t at = 0; !r && at < OBJECT_BYTES; at += PIECE)
+    for (size_t at = 0; !r && at < OBJECT_BYTES; at += PIECE) {
+        while (ops->upload_behind(u) >= CKPT_BACKLOG_BYTES) pause_s(0.001);
         r = ops->upload_put(u, at, s->bytes + at, PIECE, err);
+    }
     if (!r) r = ops->upload_complete(u, err);
     ops->upload_destroy(u);
     return r;

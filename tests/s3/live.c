@@ -150,6 +150,15 @@ static void count(struct ckpt_store *s, const char *prefix, uint32_t out[2]) {
     must(s->ops->list(s, prefix, count_object, out, &err));
 }
 
+/* Ours is there, and where answers get lost perhaps others that nobody knows to have begun: how many of these? */
+static uint32_t beside_ours(struct ckpt_store *s, const char *prefix) {
+    uint32_t there[2];
+    count(s, prefix, there);
+    assert_int_equal(there[0], 0); /* nobody sees half of it */
+    assert_true(there[1] == 1 || (there[1] > 1 && !full_bucket));
+    return there[1] - 1;
+}
+
 static void put_pieces(struct ckpt_store *s, struct ckpt_upload *u, const uint8_t *bytes, size_t n, size_t piece) {
     struct err err = {0};
     size_t pieces = (n + piece - 1) / piece;
@@ -161,6 +170,13 @@ static void put_pieces(struct ckpt_store *s, struct ckpt_upload *u, const uint8_
 }
 
 /* Chunks come in the order in which commits change them; parts have their own borders. */
+/* What was put is in the store, as parts of something unfinished. */
+static void send_all(struct ckpt_store *s, struct ckpt_upload *u) {
+    struct err err = {0};
+    must(s->ops->upload_sync(u, &err));
+    while (s->ops->upload_behind(u)) usleep(1000);
+}
+
 static void an_upload_in_pieces_is_the_object(void **state) {
     (void)state;
     const size_t n = 3 * PART + 12345;
@@ -172,15 +188,13 @@ static void an_upload_in_pieces_is_the_object(void **state) {
     struct ckpt_upload *u = s->ops->upload_begin(s, "step-1/tensors", n, &err);
     assert_non_null(u);
     put_pieces(s, u, bytes, n, 100000);
-    must(s->ops->upload_sync(u, &err));
-    count(s, "step-1/", there);
-    assert_int_equal(there[0], 0); /* nobody sees half of it */
-    assert_int_equal(there[1], 1);
+    send_all(s, u);
+    uint32_t others = beside_ours(s, "step-1/");
     must(s->ops->upload_complete(u, &err));
     s->ops->upload_destroy(u);
     count(s, "step-1/", there);
     assert_int_equal(there[0], 1);
-    assert_int_equal(there[1], 0);
+    assert_int_equal(there[1], others);
     must(object_get(s, "step-1/tensors", 0, got, n, &err));
     assert_memory_equal(got, bytes, n);
     must(s->ops->get(s, "step-1/tensors", PART - 10, got, 20, &err));
@@ -267,24 +281,23 @@ static void what_is_given_up_is_gone(void **state) {
     uint8_t *bytes = random_bytes(2 * PART);
     struct ckpt_upload *u = s->ops->upload_begin(s, "b/tensors", 2 * PART, &err);
     must(s->ops->upload_put(u, 0, bytes, PART, &err));
-    must(s->ops->upload_sync(u, &err));
-    count(s, "b/", there);
-    uint32_t begun = there[1]; /* more where the answer to a beginning was lost: prune removes those */
-    assert_true(begun == 1 || (getenv("S3_LIVE_FAULTS") && begun > 1));
+    send_all(s, u);
+    uint32_t others = beside_ours(s, "b/");
     s->ops->upload_destroy(u);
     count(s, "b/", there);
-    assert_int_equal(there[0] + there[1], begun - 1);
+    assert_int_equal(there[0], 0);
+    assert_int_equal(there[1], others);
 
     /* One whose process died, found by a later prune. */
     u = s->ops->upload_begin(s, "b/tensors", 2 * PART, &err);
     must(s->ops->upload_put(u, 0, bytes, PART, &err));
-    must(s->ops->upload_sync(u, &err));
+    send_all(s, u);
     s->ops->cancel(s);
     s->ops->upload_destroy(u);
     s->ops->close(s);
     s = open_store("given-up");
     count(s, "b/", there);
-    assert_true(there[1] == 1 || (getenv("S3_LIVE_FAULTS") && there[1] > 1));
+    assert_true(there[1] > others);
     must(object_remove_all(s, "b", &err));
     count(s, "b/", there);
     assert_int_equal(there[0] + there[1], 0);
