@@ -15,6 +15,7 @@
 #include "node/timer.h"
 
 #define BACKLOG_WAIT_MS 5
+#define ENDING_WAIT_MS 2
 #define PIECE_ELEMENTS (1u << 16) /* put in one turn: half a megabyte */
 
 struct checkpoint {
@@ -24,7 +25,7 @@ struct checkpoint {
     char tokenizer[HOME_FILE_BYTES]; /* path of its file, or "" */
     const struct checkpoint_ops *ops;
     void *arg;
-    struct event *work;         /* puts chunks; also tells of a failure at the beginning */
+    struct event *work;         /* puts chunks; also tells of the end */
     /* The checkpoint in progress; store is NULL when there is none. */
     struct ckpt_store *store;
     struct ckpt_writer *writer;
@@ -34,7 +35,8 @@ struct checkpoint {
     uint64_t next;              /* the element to look at next; those of its chunk before it were put */
     bool finishing;
     struct digest manifest;     /* of the manifest's bytes, from CKPT_UNSIGNED on */
-    struct err failed;          /* code != ERR_NONE: to be told */
+    bool ending, published;     /* it is over, and how; on_done is called once the writer's thread has ended */
+    struct err failed;          /* why it is not published */
 };
 
 static void close_writer(struct checkpoint *c) {
@@ -45,14 +47,33 @@ static void close_writer(struct checkpoint *c) {
     c->writer = NULL;
     c->store = NULL;
     c->sync = NULL;
-    c->finishing = false;
+    c->finishing = c->ending = false;
     event_del(c->work);
 }
 
-static void fail(struct checkpoint *c, const struct err *err) {
-    close_writer(c);
-    c->failed = *err;
+/* The end; why: of one that is not published. The writer's thread is of low priority, and has files and memory to give
+ * back: the loop does not wait for it. */
+static void conclude(struct checkpoint *c, const struct err *why) {
+    c->ending = true;
+    c->published = !why;
+    if (why) c->failed = *why;
+    if (c->writer) ckpt_writer_stop(c->writer);
+    if (c->ready) event_del(c->ready);
     timer_set(c->work, 0);
+}
+
+static void tell_end(struct checkpoint *c) {
+    struct err why = c->failed;
+    struct digest none = {0};
+    bool ok = c->published;
+    char where[PROTO_URL_BYTES_MAX + 1] = "";
+    if (c->writer && !ckpt_writer_over(c->writer)) {
+        timer_set(c->work, ENDING_WAIT_MS);
+        return;
+    }
+    if (ok) ckpt_url(c->store->url, c->index, where, NULL);
+    close_writer(c);
+    c->ops->on_done(c->arg, ok, ok ? &c->manifest : &none, ok ? where : why.msg);
 }
 
 /* ---- putting --------------------------------------------------------------------------------- */
@@ -63,7 +84,7 @@ static uint64_t end_of_chunk(const struct checkpoint *c, uint64_t element) {
     return end < c->elements ? end : c->elements;
 }
 
-/* Hand over elements of one chunk unless that was done. -1: the writer failed and was closed. */
+/* Hand over elements of one chunk unless that was done. -1: the writer failed, and that was the end. */
 static int put(struct checkpoint *c, uint64_t first, uint64_t end) {
     struct err err = {0};
     size_t n = (size_t)(end - first);
@@ -71,29 +92,22 @@ static int put(struct checkpoint *c, uint64_t first, uint64_t end) {
     if (!ckpt_writer_put(c->writer, first, n, sync_anchor(c->sync) + first,
                          sync_momentum(c->sync) + first, &err))
         return 0;
-    fail(c, &err);
+    conclude(c, &err);
     return -1;
 }
 
 void checkpoint_before_change(void *checkpoint, uint32_t chunk) {
     struct checkpoint *c = checkpoint;
     uint64_t first = (uint64_t)chunk * c->chunk_elements, end = end_of_chunk(c, first);
-    if (c->writer && !c->finishing) put(c, c->next > first && c->next < end ? c->next : first, end);
-}
-
-static void tell_failure(struct checkpoint *c) {
-    struct err err = c->failed;
-    struct digest none = {0};
-    c->failed.code = ERR_NONE;
-    c->ops->on_done(c->arg, false, &none, err.msg);
+    if (c->writer && !c->finishing && !c->ending) put(c, c->next > first && c->next < end ? c->next : first, end);
 }
 
 /* A piece of a chunk a turn, about half a millisecond: on a busy machine a turn that takes more than the
  * scheduler gives at once waits for everybody else's turn in its middle. */
 static void work(struct checkpoint *c) {
     struct err err = {0};
-    if (c->failed.code != ERR_NONE) {
-        tell_failure(c);
+    if (c->ending) {
+        tell_end(c);
         return;
     }
     if (ckpt_writer_backlog_bytes(c->writer) >= CKPT_BACKLOG_BYTES) {
@@ -107,7 +121,7 @@ static void work(struct checkpoint *c) {
         return;
     }
     c->finishing = true;
-    if (ckpt_writer_finish(c->writer, &err)) fail(c, &err);
+    if (ckpt_writer_finish(c->writer, &err)) conclude(c, &err);
 }
 
 static void told_of(struct checkpoint *c, const struct timer_turn *begun) {
@@ -123,13 +137,6 @@ static void on_work(evutil_socket_t fd, short what, void *arg) {
 }
 
 /* ---- the writer's own progress --------------------------------------------------------------- */
-
-static void on_published(struct checkpoint *c) {
-    char where[PROTO_URL_BYTES_MAX + 1] = "";
-    ckpt_url(c->store->url, c->index, where, NULL);
-    close_writer(c);
-    c->ops->on_done(c->arg, true, &c->manifest, where);
-}
 
 /* What was said before the state changed is told before it. */
 static void tell_notes(struct checkpoint *c) {
@@ -150,8 +157,8 @@ static void follow(struct checkpoint *c) {
         c->manifest = digest_of(manifest, length);
         c->ops->on_manifest(c->arg, manifest, length);
         break;
-    case CKPT_PUBLISHED: on_published(c); break;
-    case CKPT_FAILED: fail(c, &err); break;
+    case CKPT_PUBLISHED: conclude(c, NULL); break;
+    case CKPT_FAILED: conclude(c, &err); break;
     case CKPT_TAKING: case CKPT_FINISHING: case CKPT_PUBLISHING: break;
     }
 }
@@ -174,11 +181,11 @@ void checkpoint_alone(struct checkpoint *c) {
 void checkpoint_signed(struct checkpoint *c, uint64_t index, uint64_t term,
                        const struct proto_sig *signature, const struct uplink_welcome *w) {
     struct err err = {0};
-    if (!c->writer || index != c->index || ckpt_writer_poll(c->writer, &err) != CKPT_UNSIGNED)
+    if (!c->writer || c->ending || index != c->index || ckpt_writer_poll(c->writer, &err) != CKPT_UNSIGNED)
         return;
     if (ckpt_writer_publish(c->writer, term, signature, &w->key, w->delegation,
                             &w->delegation_signature, &err))
-        fail(c, &err);
+        conclude(c, &err);
 }
 
 /* ---- beginning ------------------------------------------------------------------------------- */
@@ -264,12 +271,11 @@ void checkpoint_begin(struct checkpoint *c, const struct sync *s, struct proto_b
     struct err err = {0};
     struct timer_turn begun = timer_turn();
     close_writer(c);
-    c->failed.code = ERR_NONE;
     c->sync = s;
     c->index = msg->index;
     c->next = 0;
     if (begin(c, genesis, msg, &err))
-        fail(c, &err);
+        conclude(c, &err);
     else
         timer_set(c->work, 0);
     told_of(c, &begun);
