@@ -36,7 +36,7 @@ LIB_O := $(NODE_O) $(CORE_O) $(CKPT_O) $(KERNELS_O) $(PROTO_O)
 PROGRAMS := $(BUILD)/intellect-node $(BUILD)/intellect-coordinator
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 # Tests and programs that make sense under thread sanitizer: network, sync and checkpoints.
-TSAN_TESTS := $(filter %channel %ckpt_write %ckpt_read %ckpt_keep %ckpt_share %carrier %s3 %core %segment %agent,$(TESTS)) $(filter $(BUILD)/tests/test_sync_%,$(TESTS))
+TSAN_TESTS := $(filter %channel %checkpoint %ckpt_write %ckpt_read %ckpt_keep %ckpt_share %carrier %s3 %core %segment %agent,$(TESTS)) $(filter $(BUILD)/tests/test_sync_%,$(TESTS))
 
 # The simulator compiles the two state machines once more, with the deliberate faults in.
 SIM_PURE := $(wildcard coordinator/core*.c node/sync*.c)
