@@ -344,6 +344,7 @@ static CURLcode set_method(CURL *h, const struct transfer *t) {
         SET(CURLOPT_READDATA, t);
         SET(CURLOPT_SEEKFUNCTION, rewind_body);
         SET(CURLOPT_SEEKDATA, t);
+        if (r->at_once && !t->answer->tries) SET(CURLOPT_EXPECT_100_TIMEOUT_MS, 0L);
     }
     if (r->method == HTTP_GET && r->out) {
         snprintf(range, sizeof range, "%" PRIu64 "-%" PRIu64, r->offset, r->offset + r->out_bytes - 1);

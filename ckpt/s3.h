@@ -124,6 +124,7 @@ struct s3_call {
     size_t body_bytes;
     int (*body_read)(void *arg, uint64_t at, void *out, size_t n, struct err *err); /* as in http_request */
     void *body_arg;
+    bool at_once;           /* likewise */
     const uint8_t *sha256;  /* of a body that is read; NULL: it is not signed, see s3_is_sheltered */
     void *out;
     size_t out_bytes;

@@ -66,6 +66,7 @@ struct s3_sender {
     uint32_t thread_count;
     uint8_t **spare; /* buffers for parts that nobody uses now; a stack: what was used last is in caches */
     uint32_t spare_count, buffers; /* buffers: all there are */
+    bool takes; /* the store has taken a part, so the next one is sent at once */
     bool end;
 };
 
@@ -148,13 +149,13 @@ static int read_body(void *arg, uint64_t at, void *out, size_t n, struct err *er
 }
 
 /* From where it lies into libcurl's buffer and on. A part that failed is read again. */
-static int send_part(struct s3_upload *u, uint32_t i, char etag[96], struct err *err) {
+static int send_part(struct s3_upload *u, uint32_t i, bool at_once, char etag[96], struct err *err) {
     char before[32], query[3 * S3_UPLOAD_ID_MAX + 64];
     uint64_t n = bytes_of(u, i);
     bool sheltered = s3_is_sheltered(u->store);
     struct part_body body = {u, i};
     struct s3_call c = {.method = HTTP_PUT, .name = u->name, .query = query, .body_bytes = (size_t)n,
-                        .body_read = read_body, .body_arg = &body,
+                        .body_read = read_body, .body_arg = &body, .at_once = at_once,
                         .sha256 = sheltered ? NULL : u->part[i].sha256, .cancel = &u->cancelled};
     struct http_answer a;
     snprintf(before, sizeof before, "partNumber=%u&", i + 1);
@@ -309,9 +310,11 @@ static void do_job(struct s3_sender *p, struct s3_upload *u, uint32_t i) {
     char etag[96] = "";
     u->part[i].state = PART_SENDING;
     int r = need_id(p, u, &e);
+    bool at_once = p->takes;
     pthread_mutex_unlock(&p->mutex);
-    if (!r) r = send_part(u, i, etag, &e);
+    if (!r) r = send_part(u, i, at_once, etag, &e);
     pthread_mutex_lock(&p->mutex);
+    p->takes = !r;
     memcpy(u->part[i].etag, etag, sizeof etag);
     u->busy--;
     if (r) u->part[i].state = PART_FULL;

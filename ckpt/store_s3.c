@@ -39,7 +39,7 @@ bool s3_is_sheltered(const struct s3_store *s) {
 int s3_call(struct s3_store *s, const struct s3_call *c, struct http_answer *a, struct err *err) {
     char url[S3_URL_BYTES_MAX], sha256[96], token[2100], key[S3_KEY_BYTES_MAX + 1];
     struct http_request r = {.method = c->method, .url = url, .body = c->body, .body_bytes = c->body_bytes,
-                             .body_read = c->body_read, .body_arg = c->body_arg,
+                             .body_read = c->body_read, .body_arg = c->body_arg, .at_once = c->at_once,
                              .out = c->out, .out_bytes = c->out_bytes, .offset = c->offset, .tries = c->tries,
                              .stall_s = c->stall_s, .cancel = c->cancel, .again = s3_passes};
     s3_url(&s->config, c->name, c->query, url);
