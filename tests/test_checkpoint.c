@@ -1,7 +1,7 @@
 /* test_checkpoint.c - a checkpoint written beside an event loop, in pieces, while the state goes on. */
 #define CHUNK 150000 /* three pieces, and a last chunk of one */
 #define ELEMENTS 160472
-#include "tests/sync_rig.h"
+#include "tests/sync_rounds.h"
 
 #include <event2/event.h>
 #include <limits.h>
