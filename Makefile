@@ -61,7 +61,7 @@ CUDA_C_O := $(patsubst kernels/cuda/%.c,$(BUILD)/cuda/%.o,$(wildcard kernels/cud
 EMULATED_O := $(patsubst %,$(BUILD)/emulator/%.o,$(CUDA_SOURCES) $(wildcard tests/cuda/*.cpp)) \
     $(BUILD)/tests/cuda/staged.o $(CUDA_C_O)
 EMULATED_TESTS := $(BUILD)/tests/test_kernels $(BUILD)/tests/test_bf16 $(BUILD)/tests/test_products \
-    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_cuda $(BUILD)/tests/test_comm $(BUILD)/tests/test_plan_cuda
+    $(BUILD)/tests/test_outer_cuda $(BUILD)/tests/test_cuda $(BUILD)/tests/test_comm $(BUILD)/tests/test_plan_cuda $(BUILD)/tests/test_shard
 # The emulator as a plugin, a management library of no GPU, and an NCCL of none: for tests of what loads them.
 EMULATED_PLUGINS := $(BUILD)/emulator/libintellect-cuda.so $(BUILD)/emulator/libnvidia-ml.so.1 $(BUILD)/emulator/libnccl.so.2
 
@@ -269,7 +269,7 @@ $(BUILD)/emulator/libnvidia-ml.so.1 $(BUILD)/emulator/libnccl.so.2:
 	$(Q)$(CC) $(ALL_CFLAGS) -fPIC -shared -Wl,-soname,$(@F) -o $@ $<
 
 $(EMULATED_TESTS): $(EMULATED_O)
-$(BUILD)/tests/test_comm: | $(BUILD)/emulator/libnccl.so.2
+$(BUILD)/tests/test_comm $(BUILD)/tests/test_shard: | $(BUILD)/emulator/libnccl.so.2
 $(BUILD)/tests/test_sdpa: $(BUILD)/cuda/sdpa.o
 $(EMULATED_TESTS): ALL_LIBS += -lstdc++
 

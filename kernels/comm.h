@@ -51,6 +51,13 @@ struct comm {
     void (*barrier)(const struct comm *c);
     /* x[n] in host memory = sum over ranks, in double; waits. For losses and norms: n <= COMM_SUM_MAX. */
     void (*sum)(const struct comm *c, double *x, size_t n);
+    /* Calls between begin() and end() see what the rank's kernels were asked for before begin(), and go on beside
+     * what they are asked for after end(); their results may be used, and what they read or write be changed, after
+     * finish() with the number that end() gave. The calls of one group come one after the other all the same, in
+     * the order in which they are made. Where a call is done when it returns, as on the CPU, these do nothing. */
+    void (*begin)(const struct comm *c);
+    uint32_t (*end)(const struct comm *c);
+    void (*finish)(const struct comm *c, uint32_t number);
     /* 0, or -1 with the failure that ended the mesh. */
     int (*check)(const struct comm *c, struct err *err);
 };

@@ -99,6 +99,8 @@ struct view {
     const struct kernels *device; /* NULL: tensors are in host memory */
     char *on_device[COMM_RANKS_MAX]; /* [2][window_bytes] of each member */
     void *library;                   /* not NULL: its group, and no windows */
+    bool beside;                     /* between begin() and end() */
+    uint32_t ended;                  /* what end() said last, 0: finished */
     uint64_t calls;
     uint32_t meetings;   /* how often the own counter has been raised */
     uint32_t piece;      /* whose lowest bit says which windows */
@@ -366,9 +368,37 @@ static void sum_windows(const struct view *v, void *out, size_t first, size_t n,
 /* ---- the calls --------------------------------------------------------------------------------- */
 
 /* The table hands out const pointers; what changes belongs to this file. */
+static struct view *view_of(const struct comm *c) { return (struct view *)(void *)(uintptr_t)c; }
+
+static const struct kernels_aside *aside_of(const struct view *v) { return v->device ? v->device->aside : NULL; }
+
+static void finish(const struct comm *c, uint32_t number) {
+    struct view *v = view_of(c);
+    if (!aside_of(v)) return;
+    aside_of(v)->finish(v->device, number);
+    if (number == v->ended) v->ended = 0;
+}
+
+static void begin_beside(const struct comm *c) {
+    struct view *v = view_of(c);
+    assert(!v->beside);
+    v->beside = true;
+    if (aside_of(v)) aside_of(v)->begin(v->device);
+}
+
+static uint32_t end_beside(const struct comm *c) {
+    struct view *v = view_of(c);
+    assert(v->beside);
+    v->beside = false;
+    return aside_of(v) ? v->ended = aside_of(v)->end(v->device) : 0;
+}
+
+/* Windows, and NCCL's memory of a group, are for one call at a time: one that is not beside comes after those
+ * that are; theirs come after all that was before them in any case. */
 static struct view *begin(const struct comm *c) {
-    struct view *v = (struct view *)(void *)(uintptr_t)c;
+    struct view *v = view_of(c);
     v->calls++;
+    if (v->ended && !v->beside) finish(c, v->ended);
     return v;
 }
 
@@ -561,7 +591,8 @@ static void set_view(struct comm_area *a, enum comm_group which, int group, int 
     a->view[which] = (struct view){
         .comm = { .name = names[which], .rank = rank, .size = size, .all_reduce = all_reduce,
                   .all_gather = all_gather, .reduce_scatter = reduce_scatter, .broadcast = broadcast,
-                  .barrier = barrier, .sum = sum, .check = check },
+                  .barrier = barrier, .sum = sum, .begin = begin_beside, .end = end_beside,
+                  .finish = finish, .check = check },
         .area = a, .group = &a->shared->group[group], .windows = (char *)a->shared + windows_at(s, group),
         .first = which == COMM_TP ? dp_rank * s->tp : which == COMM_DP ? tp_rank : 0,
         .stride = which == COMM_DP ? s->tp : 1,

@@ -251,6 +251,17 @@ struct kernels {
     /* NULL likewise: comm.h then moves and adds what ranks say to each other itself. */
     const struct kernels_shared *shared;
     const struct kernels_library *library; /* NULL where there is none */
+    const struct kernels_aside *aside;     /* NULL where entries are done when they return */
+};
+
+/* Work beside the rest. What is asked for between begin() and end() comes after all that was asked for before, in
+ * an order of its own with what was asked for so earlier, and goes on beside what is asked for after end(); after
+ * finish() what is asked for comes after it. Only for entries that neither wait nor take scratch: copies, sums, and
+ * what ranks say to each other. check() waits for both. */
+struct kernels_aside {
+    void (*begin)(const struct kernels *k);
+    uint32_t (*end)(const struct kernels *k); /* numbers what was begun: one more each time */
+    void (*finish)(const struct kernels *k, uint32_t number); /* and what has a lower number */
 };
 
 /* Memory that the ranks of a node, each a process with a table of its own, have of one device or of devices that

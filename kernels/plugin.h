@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 /* Of struct kernels and of what its entries take. Counts up with each change of either. */
-#define KERNELS_PLUGIN_ABI 5u
+#define KERNELS_PLUGIN_ABI 6u
 #define KERNELS_PLUGIN_FILE "libintellect-cuda.so"
 #define KERNELS_PLUGIN_ENTRY "intellect_cuda_create"
 

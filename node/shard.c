@@ -21,23 +21,31 @@ struct room {
     size_t n, bytes; /* elements, of each */
 };
 
-/* Elements of the slots: the embedding's, the last unit's, and two that layers have in turn. */
+static int weight_slot(const struct layout *l, uint32_t unit) {
+    if (unit == 0) return 0;
+    return unit == LAYOUT_UNITS(l) - 1 ? 1 : 2 + (int)(unit % SHARD_LAYER_WEIGHTS);
+}
+
+static int grad_slot(uint32_t unit) { return unit == 0 ? 0 : 1 + (int)(unit % SHARD_LAYER_GRADS); }
+
+/* Elements of the slots. */
 static void slots(const struct layout *l, size_t weights[SHARD_WEIGHT_SLOTS],
                   size_t grads[SHARD_GRAD_SLOTS]) {
-    size_t embed = padded(l, 0), layer = padded(l, 1), last = padded(l, LAYOUT_UNITS(l) - 1);
-    const size_t w[SHARD_WEIGHT_SLOTS] = { embed, last, layer, layer };
-    memcpy(weights, w, sizeof w);
-    grads[0] = embed;
-    grads[1] = larger(layer, last);
+    uint32_t last = LAYOUT_UNITS(l) - 1;
+    weights[0] = grads[0] = padded(l, 0);
+    weights[1] = padded(l, last);
+    for (int i = 0; i < SHARD_LAYER_WEIGHTS; i++) weights[2 + i] = padded(l, 1);
+    for (int i = 0; i < SHARD_LAYER_GRADS; i++) grads[1 + i] = padded(l, 1);
+    grads[grad_slot(last)] = larger(padded(l, 1), padded(l, last));
 }
 
 static int take_slots(struct shard *s, struct err *err) {
     size_t weights[SHARD_WEIGHT_SLOTS], grads[SHARD_GRAD_SLOTS];
     slots(&s->layout, weights, grads);
     for (int i = 0; i < SHARD_WEIGHT_SLOTS && cuts(s, ENGINE_SHARD_FULL); i++)
-        if (!(s->weights[i] = s->k->alloc(s->k, weights[i] * s->k->weight_bytes, err))) return -1;
+        if (!(s->weights[i].at = s->k->alloc(s->k, weights[i] * s->k->weight_bytes, err))) return -1;
     for (int i = 0; i < SHARD_GRAD_SLOTS && cuts(s, ENGINE_SHARD_GRADIENTS); i++)
-        if (!(s->unit_grads[i] = s->k->alloc(s->k, grads[i] * sizeof(float), err))) return -1;
+        if (!(s->unit_grads[i].at = s->k->alloc(s->k, grads[i] * sizeof(float), err))) return -1;
     return 0;
 }
 
@@ -94,12 +102,12 @@ int shard_init(struct shard *s, const struct msg_model *m, const struct kernels 
 void shard_release(struct shard *s) {
     void *all[] = { s->params, s->rest, s->grads, s->norms, s->norms_rest };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) s->k->free(s->k, all[i]);
-    for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->k->free(s->k, s->weights[i]);
-    for (int i = 0; i < SHARD_GRAD_SLOTS; i++) s->k->free(s->k, s->unit_grads[i]);
+    for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->k->free(s->k, s->weights[i].at);
+    for (int i = 0; i < SHARD_GRAD_SLOTS; i++) s->k->free(s->k, s->unit_grads[i].at);
 }
 
 void shard_forget_gathered(struct shard *s) {
-    for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->weights_unit[i] = NO_UNIT;
+    for (int i = 0; i < SHARD_WEIGHT_SLOTS; i++) s->weights[i].unit = NO_UNIT;
 }
 
 /* ---- where elements are ------------------------------------------------------------------------ */
@@ -161,40 +169,69 @@ static enum comm_type weight_type(const struct shard *s) {
     return s->k->weight_bytes == 2 ? COMM_BF16 : COMM_FP32;
 }
 
+/* What is asked for from here on may use what is in the slot, or write to it. */
+static void settle(const struct shard *s, struct shard_slot *slot) {
+    if (slot->under_way) s->mesh.data->finish(s->mesh.data, slot->number);
+    slot->under_way = false;
+}
+
+static struct shard_slot *gather(struct shard *s, uint32_t unit) {
+    const struct comm *c = s->mesh.data;
+    struct shard_slot *slot = &s->weights[weight_slot(&s->layout, unit)];
+    if (slot->unit == unit) return slot;
+    c->begin(c);
+    c->all_gather(c, slot->at, weight(s, layout_unit_at(&s->layout, unit) / (size_t)c->size),
+                  layout_slice(&s->layout, unit), weight_type(s));
+    *slot = (struct shard_slot){ .at = slot->at, .unit = unit, .under_way = true, .number = c->end(c) };
+    return slot;
+}
+
+/* Which unit the pass comes to next, struct model_units; one that is there already where it will ask for no other. */
+static uint32_t unit_after(struct shard *s, uint32_t unit) {
+    uint32_t layers = s->layout.model.layers, head = s->layout.model.tied ? 0 : layers + 1;
+    if (unit == head && s->asked == layers) s->goes_back = true;
+    s->asked = unit;
+    if (s->goes_back) return unit == head ? layers : unit - 1;
+    return unit < layers ? unit + 1 : head;
+}
+
 static const void *unit_weights(void *arg, uint32_t unit) {
     struct shard *s = arg;
-    const struct comm *c = s->mesh.data;
-    size_t first = layout_unit_at(&s->layout, unit);
     if (s->on_unit) s->on_unit(s->on_unit_arg);
-    if (!cuts(s, ENGINE_SHARD_FULL)) return weight(s, first);
-    int slot = unit == 0 ? 0 : unit == LAYOUT_UNITS(&s->layout) - 1 ? 1 : 2 + (int)(unit & 1);
-    if (s->weights_unit[slot] == unit) return s->weights[slot];
-    s->weights_unit[slot] = unit;
-    c->all_gather(c, s->weights[slot], weight(s, first / (size_t)c->size), layout_slice(&s->layout, unit),
-                  weight_type(s));
-    return s->weights[slot];
+    if (!cuts(s, ENGINE_SHARD_FULL)) return weight(s, layout_unit_at(&s->layout, unit));
+    struct shard_slot *slot = gather(s, unit);
+    settle(s, slot);
+    gather(s, unit_after(s, unit));
+    return slot->at;
 }
 
 /* What is behind a unit in its slot is another one's, and is added up with it for nothing. */
 static float *unit_grads(void *arg, uint32_t unit) {
     struct shard *s = arg;
     if (!cuts(s, ENGINE_SHARD_GRADIENTS)) return s->grads + layout_unit_at(&s->layout, unit);
-    return s->unit_grads[unit > 0];
+    struct shard_slot *slot = &s->unit_grads[grad_slot(unit)];
+    settle(s, slot);
+    return slot->at;
 }
 
 static void unit_done(void *arg, uint32_t unit) {
     struct shard *s = arg;
     const struct comm *c = s->mesh.data;
     if (!cuts(s, ENGINE_SHARD_GRADIENTS)) return;
+    struct shard_slot *slot = &s->unit_grads[grad_slot(unit)];
     size_t slice = layout_slice(&s->layout, unit);
-    float *part = s->unit_grads[unit > 0];
-    float *sum = s->grads + layout_unit_at(&s->layout, unit) / (size_t)c->size;
+    float *part = slot->at, *sum = s->grads + layout_unit_at(&s->layout, unit) / (size_t)c->size;
+    c->begin(c);
     if (s->adds) s->k->accumulate(s->k, part + (size_t)c->rank * slice, sum, slice);
     c->reduce_scatter(c, sum, part, slice, COMM_FP32);
+    slot->number = c->end(c);
+    slot->under_way = true;
 }
 
 struct model_units shard_units(struct shard *s, bool adds) {
     s->adds = adds;
+    s->goes_back = false;
+    s->asked = NO_UNIT;
     return (struct model_units){ .arg = s, .norms = s->norms, .weights = unit_weights, .grads = unit_grads,
                                  .grads_done = unit_done };
 }
@@ -215,6 +252,7 @@ static void reduce_shared(struct shard *s) {
 void shard_reduce(struct shard *s) {
     const struct comm *c = s->mesh.data;
     const struct layout *l = &s->layout;
+    for (int i = 0; i < SHARD_GRAD_SLOTS; i++) settle(s, &s->unit_grads[i]);
     reduce_shared(s);
     if (!c || c->size == 1 || cuts(s, ENGINE_SHARD_GRADIENTS)) return;
     if (!cuts(s, ENGINE_SHARD_OPTIMIZER)) {

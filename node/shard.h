@@ -9,7 +9,11 @@
  *   gradients  whole        own          own       ZeRO-2: a unit's gradient is reduced once it is complete
  *   full       own          own          own       ZeRO-3: and its weights are gathered when they are needed
  *
- * Gradients are added in the order of ranks whatever the setting. */
+ * Gradients are added in the order of ranks whatever the setting.
+ *
+ * A pass over the network does not wait for the other ranks where its kernels can go on meanwhile (comm.h, begin()):
+ * while a unit is computed, the weights of the next one are gathered and the gradient of the one before is reduced.
+ * It costs one more layer's room for each. */
 #ifndef INTELLECT_NODE_SHARD_H
 #define INTELLECT_NODE_SHARD_H
 
@@ -19,8 +23,18 @@
 #include "node/layout.h"
 #include "node/model.h"
 
-#define SHARD_WEIGHT_SLOTS 4
-#define SHARD_GRAD_SLOTS 2
+#define SHARD_LAYER_WEIGHTS 3 /* layers in turn: the last two that were asked for (model.h), and the next */
+#define SHARD_LAYER_GRADS 2   /* the one that is computed, and the one before, on its way */
+#define SHARD_WEIGHT_SLOTS (2 + SHARD_LAYER_WEIGHTS) /* the embedding's, the last unit's, layers' */
+#define SHARD_GRAD_SLOTS (1 + SHARD_LAYER_GRADS)     /* the embedding's, other units' */
+
+/* Room for a unit on its way. */
+struct shard_slot {
+    void *at;
+    uint32_t unit;   /* whose weights it has, UINT32_MAX: none */
+    bool under_way;  /* between ranks, beside the rest; */
+    uint32_t number; /* comm->finish() */
+};
 
 /* Fields are for reading; NULLs of the mesh where the engine is alone. */
 struct shard {
@@ -33,11 +47,10 @@ struct shard {
     float *norms;            /* the norms' weights in fp32, all of them on every rank (layout_norms()) */
     uint16_t *norms_rest;    /* their rests where the backend keeps no other, or NULL */
     float *grads;            /* [grads_n] */
-    /* Room for units on their way. */
-    void *weights[SHARD_WEIGHT_SLOTS];
-    uint32_t weights_unit[SHARD_WEIGHT_SLOTS]; /* which unit's it has, UINT32_MAX: none */
-    float *unit_grads[SHARD_GRAD_SLOTS];
-    bool adds;               /* the next pass adds to the gradient */
+    struct shard_slot weights[SHARD_WEIGHT_SLOTS], unit_grads[SHARD_GRAD_SLOTS];
+    bool adds;               /* this pass adds to the gradient ... */
+    bool goes_back;          /* ... and has come to the head ... */
+    uint32_t asked;          /* ... and asked last for the weights of this unit */
     void (*on_unit)(void *arg); /* a pass comes to a unit; NULL: nobody asked */
     void *on_unit_arg;
 };

@@ -147,11 +147,57 @@ void *cuda_scratch(struct cuda *c, size_t bytes) {
     return c->scratch;
 }
 
+/* ---- streams ------------------------------------------------------------------------------------------- */
+
+/* What goes beside is served first: it is little for the multiprocessors, and others wait for it. */
+static int open_streams(struct cuda *c) {
+    int least = 0, most = 0;
+    if (cuda_note(c, cudaStreamCreateWithFlags(&c->computing, cudaStreamNonBlocking), "a stream") ||
+        cuda_note(c, cudaDeviceGetStreamPriorityRange(&least, &most), "a stream") ||
+        cuda_note(c, cudaStreamCreateWithPriority(&c->beside, cudaStreamNonBlocking, most), "a stream") ||
+        cuda_note(c, cudaEventCreateWithFlags(&c->begun, cudaEventDisableTiming), "an event"))
+        return -1;
+    for (cudaEvent_t &event : c->ended)
+        if (cuda_note(c, cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "an event")) return -1;
+    c->stream = c->computing;
+    return 0;
+}
+
+static void close_streams(struct cuda *c) {
+    if (c->beside) cudaStreamDestroy(c->beside);
+    if (c->computing) cudaStreamDestroy(c->computing);
+    if (c->begun) cudaEventDestroy(c->begun);
+    for (cudaEvent_t event : c->ended)
+        if (event) cudaEventDestroy(event);
+}
+
+static void begin_aside(const struct kernels *k) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaEventRecord(c->begun, c->computing), "begin aside");
+    cuda_note(c, cudaStreamWaitEvent(c->beside, c->begun, 0), "begin aside");
+    c->stream = c->beside;
+}
+
+static uint32_t end_aside(const struct kernels *k) {
+    struct cuda *c = cuda_of(k);
+    c->stream = c->computing;
+    if (++c->ends == 0) c->ends = CUDA_ENDED; /* 0 is none */
+    cuda_note(c, cudaEventRecord(c->ended[c->ends % CUDA_ENDED], c->beside), "end aside");
+    return c->ends;
+}
+
+static void finish_aside(const struct kernels *k, uint32_t number) {
+    struct cuda *c = cuda_of(k);
+    cuda_note(c, cudaStreamWaitEvent(c->computing, c->ended[number % CUDA_ENDED], 0), "finish aside");
+}
+
+static const struct kernels_aside aside = { begin_aside, end_aside, finish_aside };
+
 /* ---- the table ---------------------------------------------------------------------------------- */
 
 static int check(const struct kernels *k, struct err *err) {
     struct cuda *c = cuda_of(k);
-    cuda_wait(c, "training");
+    cuda_wait_for_all(c, "training");
     if (c->failure.code == ERR_NONE) return 0;
     if (err) *err = c->failure;
     c->failure.code = ERR_NONE;
@@ -184,7 +230,7 @@ static void destroy(struct kernels *k) {
     cuda_products_destroy(c);
     release_staging(c);
     cudaFree(c->scratch);
-    if (c->stream) cudaStreamDestroy(c->stream);
+    close_streams(c);
     free(c);
 }
 
@@ -229,9 +275,10 @@ static int open_device(struct cuda *c, struct err *err) {
     struct cudaDeviceProp p;
     int runtime = 0;
     if (find_device(c, &p, err)) return -1;
-    cudaError_t result = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
-    if (result != cudaSuccess)
-        return err_set(err, ERR_UNSUPPORTED, "CUDA device %d: %s", c->device, cudaGetErrorString(result));
+    if (open_streams(c)) {
+        *err = c->failure;
+        return -1;
+    }
     if (cuda_products_create(c, p.name, err)) return -1;
     c->place = (uint64_t)(uint32_t)p.pciDomainID << 32 | (uint64_t)(uint32_t)p.pciBusID << 8 |
                (uint32_t)p.pciDeviceID;
@@ -282,6 +329,7 @@ intellect_cuda_create(uint32_t abi, int device, size_t weight_bytes, size_t rest
     k->check = check;
     k->scratch_bytes = scratch_bytes;
     k->destroy = destroy;
+    k->aside = &aside;
     cuda_fill_products(k);
     cuda_fill_rows(k);
     cuda_fill_attention(k);

@@ -1,7 +1,8 @@
 /* cuda.h - private to kernels/cuda/: the CUDA backend's state and what its files share. The plugin
  * exports one function, intellect_cuda_create(); kernels/plugin.c loads it.
  *
- * Everything runs on one stream, in order. No kernel adds to floating point with atomics, and every
+ * What is computed runs on one stream, in order; what ranks say to each other meanwhile on another (struct
+ * kernels_aside). No kernel adds to floating point with atomics, and every
  * reduction has an order that depends on shapes alone, so the same call gives the same bits.
  *
  * These files are CUDA C. They compile with a plain C++ compiler as well, with tests/cuda/emulator.h
@@ -38,13 +39,19 @@ extern "C" {
 #define CUDA_STAGING_BYTES ((size_t)4 << 20)
 #define CUDA_STAGED_LEAST ((size_t)256 << 10)
 
+/* Of what went beside, so many are told apart; what is older is finished with the next. */
+#define CUDA_ENDED 8
+
 struct cuda_products; /* of matmul.cu */
 struct nccl;          /* of nccl.c */
 
 struct cuda {
     struct kernels table; /* first, so that a table is its backend */
     int device;
-    cudaStream_t stream;
+    cudaStream_t stream; /* what is asked for goes there: one of these */
+    cudaStream_t computing, beside;
+    cudaEvent_t begun, ended[CUDA_ENDED];
+    uint32_t ends;
     struct err failure; /* the first since the last check(); ERR_NONE if none */
     void *scratch;
     size_t scratch_bytes;
@@ -67,8 +74,9 @@ static inline struct cuda *cuda_of(const struct kernels *k) {
 /* Keep `result` for check() where it is the first failure; `what` was being done. 0, or -1 if it is one. */
 int cuda_note(struct cuda *c, cudaError_t result, const char *what);
 
-/* Until the stream is done. */
+/* Until the stream is done; until both are. */
 void cuda_wait(struct cuda *c, const char *what);
+void cuda_wait_for_all(struct cuda *c, const char *what);
 /* Until what was before the event is. */
 void cuda_wait_for(struct cuda *c, cudaEvent_t event, const char *what);
 

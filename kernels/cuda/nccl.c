@@ -71,7 +71,7 @@ int nccl_found(void) {
 /* ---- a group ------------------------------------------------------------------------------------------- */
 
 struct nccl {
-    void *comm, *stream;
+    void *comm;
     int (*lost)(void *arg);
     void *arg;
 };
@@ -106,7 +106,7 @@ int nccl_unique(uint8_t id[KERNELS_UNIQUE_BYTES], struct err *err) {
     return 0;
 }
 
-struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size, void *stream,
+struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int size,
                        int (*lost)(void *arg), void *arg, struct err *err) {
     struct config config = { sizeof config, 0xcafebeef, VERSION_LEAST, 0 };
     struct unique u;
@@ -116,7 +116,7 @@ struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int siz
         free(g);
         return NULL;
     }
-    *g = (struct nccl){ .stream = stream, .lost = lost, .arg = arg };
+    *g = (struct nccl){ .lost = lost, .arg = arg };
     memcpy(&u, id, sizeof u);
     int result = lib.init(&g->comm, size, u, rank, &config);
     if (!settle(g, result, "begins a group", err)) return g;
@@ -135,23 +135,24 @@ void nccl_leave(struct nccl *g) {
 
 static int type_of(int bf16) { return bf16 ? BFLOAT16 : FLOAT; }
 
-int nccl_all_reduce(struct nccl *g, void *x, size_t n, int bf16, struct err *err) {
+int nccl_all_reduce(struct nccl *g, void *stream, void *x, size_t n, int bf16, struct err *err) {
     if (!g->comm || !n) return 0;
-    return settle(g, lib.all_reduce(x, x, n, type_of(bf16), SUM, g->comm, g->stream), "all_reduce", err);
+    return settle(g, lib.all_reduce(x, x, n, type_of(bf16), SUM, g->comm, stream), "all_reduce", err);
 }
 
-int nccl_all_gather(struct nccl *g, void *out, const void *in, size_t bytes, struct err *err) {
+int nccl_all_gather(struct nccl *g, void *stream, void *out, const void *in, size_t bytes, struct err *err) {
     if (!g->comm || !bytes) return 0;
-    return settle(g, lib.all_gather(in, out, bytes, BYTES, g->comm, g->stream), "all_gather", err);
+    return settle(g, lib.all_gather(in, out, bytes, BYTES, g->comm, stream), "all_gather", err);
 }
 
-int nccl_reduce_scatter(struct nccl *g, void *out, const void *in, size_t n, int bf16, struct err *err) {
+int nccl_reduce_scatter(struct nccl *g, void *stream, void *out, const void *in, size_t n, int bf16,
+                        struct err *err) {
     if (!g->comm || !n) return 0;
-    return settle(g, lib.reduce_scatter(in, out, n, type_of(bf16), SUM, g->comm, g->stream), "reduce_scatter",
+    return settle(g, lib.reduce_scatter(in, out, n, type_of(bf16), SUM, g->comm, stream), "reduce_scatter",
                   err);
 }
 
-int nccl_broadcast(struct nccl *g, void *x, size_t bytes, int root, struct err *err) {
+int nccl_broadcast(struct nccl *g, void *stream, void *x, size_t bytes, int root, struct err *err) {
     if (!g->comm || !bytes) return 0;
-    return settle(g, lib.broadcast(x, x, bytes, BYTES, root, g->comm, g->stream), "broadcast", err);
+    return settle(g, lib.broadcast(x, x, bytes, BYTES, root, g->comm, stream), "broadcast", err);
 }

@@ -102,15 +102,22 @@ static void abort_groups(struct cuda *c) {
 }
 
 /* A call of NCCL's that another rank never makes keeps the stream busy for ever. */
-void cuda_wait(struct cuda *c, const char *what) {
-    for (unsigned i = 0; in_groups(c) && cudaStreamQuery(c->stream) == cudaErrorNotReady; i++) {
+static void wait_for_stream(struct cuda *c, cudaStream_t stream, const char *what) {
+    for (unsigned i = 0; in_groups(c) && cudaStreamQuery(stream) == cudaErrorNotReady; i++) {
         if (i % ASK_EACH == ASK_EACH - 1 && c->lost(c->lost_arg)) {
             abort_groups(c);
             if (c->failure.code == ERR_NONE) err_set(&c->failure, ERR_IO, "%s: another rank is gone", what);
         }
         if (i > SPINS) usleep(LOOK_US);
     }
-    cuda_note(c, cudaStreamSynchronize(c->stream), what);
+    cuda_note(c, cudaStreamSynchronize(stream), what);
+}
+
+void cuda_wait(struct cuda *c, const char *what) { wait_for_stream(c, c->stream, what); }
+
+void cuda_wait_for_all(struct cuda *c, const char *what) {
+    wait_for_stream(c, c->computing, what);
+    wait_for_stream(c, c->beside, what);
 }
 
 void cuda_wait_for(struct cuda *c, cudaEvent_t event, const char *what) {
@@ -131,7 +138,7 @@ static void *join(const struct kernels *k, const uint8_t id[KERNELS_UNIQUE_BYTES
     while (i < KERNELS_GROUPS_MAX - 1 && c->group[i]) i++;
     c->lost = lost;
     c->lost_arg = arg;
-    return c->group[i] = nccl_join(id, rank, size, c->stream, lost, arg, err);
+    return c->group[i] = nccl_join(id, rank, size, lost, arg, err);
 }
 
 static void leave(const struct kernels *k, void *group) {
@@ -148,23 +155,23 @@ static void keep(const struct kernels *k, int rc, const struct err *err) {
 
 static void all_reduce(const struct kernels *k, void *group, void *x, size_t n, int bf16) {
     struct err err;
-    keep(k, nccl_all_reduce((struct nccl *)group, x, n, bf16, &err), &err);
+    keep(k, nccl_all_reduce((struct nccl *)group, cuda_of(k)->stream, x, n, bf16, &err), &err);
 }
 
 static void all_gather(const struct kernels *k, void *group, void *out, const void *in, size_t bytes) {
     struct err err;
-    keep(k, nccl_all_gather((struct nccl *)group, out, in, bytes, &err), &err);
+    keep(k, nccl_all_gather((struct nccl *)group, cuda_of(k)->stream, out, in, bytes, &err), &err);
 }
 
 static void reduce_scatter(const struct kernels *k, void *group, void *out, const void *in, size_t n,
                            int bf16) {
     struct err err;
-    keep(k, nccl_reduce_scatter((struct nccl *)group, out, in, n, bf16, &err), &err);
+    keep(k, nccl_reduce_scatter((struct nccl *)group, cuda_of(k)->stream, out, in, n, bf16, &err), &err);
 }
 
 static void broadcast(const struct kernels *k, void *group, void *x, size_t bytes, int root) {
     struct err err;
-    keep(k, nccl_broadcast((struct nccl *)group, x, bytes, root, &err), &err);
+    keep(k, nccl_broadcast((struct nccl *)group, cuda_of(k)->stream, x, bytes, root, &err), &err);
 }
 
 static const struct kernels_shared shared = { share, open_shared, close_shared, copy, sum_shared };

@@ -1,6 +1,7 @@
 /* emulator.cpp - a block's threads take turns on one CPU thread, each on a stack of its own once it waits at
  * a barrier. */
 #include "kernels/cuda/mma.h"
+#include "tests/cuda/head.h"
 
 #include <fcntl.h>
 #include <limits.h>
@@ -11,8 +12,10 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <deque>
 #include <map>
+#include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -210,11 +213,21 @@ static int told(const char *name, int otherwise) {
 
 /* ---- streams ------------------------------------------------------------------------------------------ */
 
-struct emulator_stream {
-    bool late;
-    std::deque<std::function<void(void)>> asked;
+/* What a stream was asked for; or an event, which it waits for. */
+struct work {
+    std::function<void(void)> run;
+    cudaEvent_t event;
+    unsigned number;
 };
-static std::map<cudaStream_t, bool> streams;
+
+struct emulator_stream {
+    struct emulator_head head; /* for tests/cuda/nccl.c */
+    bool late;
+    int index, waits;
+    std::deque<struct work> asked;
+};
+static std::vector<cudaStream_t> streams; /* in the order in which they were made */
+static uint64_t order; /* 0: streams are as late as can be */
 
 /* The last record of it: where, and whether the stream has come to it. */
 struct emulator_event {
@@ -223,27 +236,66 @@ struct emulator_event {
     unsigned recorded, reached;
 };
 
-void emulator_ask(cudaStream_t stream, const std::function<void(void)> &work) {
-    if (stream && stream->late) stream->asked.push_back(work);
-    else work();
+static unsigned dice(unsigned sides) {
+    order ^= order << 13, order ^= order >> 7, order ^= order << 17;
+    return (unsigned)(order >> 33) % sides;
+}
+
+static bool waits(cudaStream_t s) {
+    return !s->asked.empty() && s->asked.front().event && s->asked.front().event->reached < s->asked.front().number;
 }
 
 static void step(cudaStream_t stream) {
-    std::function<void(void)> work = stream->asked.front();
+    struct work w = stream->asked.front();
     stream->asked.pop_front();
-    work();
+    if (w.run) w.run();
+}
+
+/* One step of a stream that can go on, if there is one. */
+static bool step_any(void) {
+    std::vector<cudaStream_t> can;
+    for (cudaStream_t s : streams)
+        if (!s->asked.empty() && !waits(s)) can.push_back(s);
+    if (can.empty()) return false;
+    step(can[dice((unsigned)can.size())]);
+    return true;
+}
+
+/* So that in the end this stream has gone on. */
+static void step_towards(cudaStream_t stream) {
+    if (order) {
+        if (!step_any()) die("every stream waits for another one");
+        return;
+    }
+    if (waits(stream)) step_towards(stream->asked.front().event->stream);
+    else step(stream);
+}
+
+static void ask(cudaStream_t stream, const struct work &w) {
+    if (!stream || !stream->late) {
+        if (w.run) w.run();
+        return;
+    }
+    stream->asked.push_back(w);
+    while (order && dice(3) && step_any()) {}
+}
+
+void emulator_ask(cudaStream_t stream, const std::function<void(void)> &run) { ask(stream, { run, NULL, 0 }); }
+
+static void ask_from_c(void *stream, void (*run)(void *arg), void *arg) {
+    emulator_ask((cudaStream_t)stream, [=] { run(arg); });
 }
 
 static void drain(cudaStream_t stream) {
-    while (stream && !stream->asked.empty()) step(stream);
+    while (stream && !stream->asked.empty()) step_towards(stream);
 }
 
 static void drain_all(void) {
-    for (auto &s : streams) drain(s.first);
+    for (cudaStream_t s : streams) drain(s);
 }
 
 static void drain_until(cudaEvent_t event, unsigned number) {
-    while (event->reached < number) step(event->stream);
+    while (event->reached < number) step_towards(event->stream);
 }
 
 /* ---- memory ------------------------------------------------------------------------------------------- */
@@ -377,21 +429,34 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
     (void)flags;
     *stream = new emulator_stream();
-    (*stream)->late = told("EMULATOR_LATE", 0);
-    streams[*stream] = true;
+    uint64_t seed = (uint64_t)told("EMULATOR_ORDER", 0);
+    (*stream)->head.ask = ask_from_c;
+    (*stream)->late = seed || told("EMULATOR_LATE", 0);
+    (*stream)->index = (int)streams.size();
+    if (streams.empty()) order = seed * 0x9e3779b97f4a7c15u;
+    streams.push_back(*stream);
     return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) {
+    *least = 0, *most = -5;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    return priority > 0 || priority < -5 ? last = cudaErrorInvalidValue : cudaStreamCreateWithFlags(stream, flags);
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     drain(stream);
-    streams.erase(stream);
+    streams.erase(std::find(streams.begin(), streams.end(), stream));
     delete stream;
     return cudaSuccess;
 }
 
 /* EMULATOR_BUSY=1: something is not done, tests/cuda/nccl.c. */
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    (void)stream;
+    drain(stream);
     return told("EMULATOR_BUSY", 0) ? cudaErrorNotReady : cudaSuccess;
 }
 
@@ -409,6 +474,10 @@ void emulator_passes(double ms) { clock_ms += ms; }
 cudaError_t cudaEventCreate(cudaEvent_t *event) {
     *event = new emulator_event();
     return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    return flags == cudaEventDisableTiming ? cudaEventCreate(event) : last = cudaErrorInvalidValue;
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
@@ -433,9 +502,10 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    unsigned number = event->recorded;
+    int one = told("EMULATOR_LOSES_ONE", -1), number = stream->waits++;
     (void)flags;
-    emulator_ask(stream, [=] { drain_until(event, number); });
+    if (told("EMULATOR_LOSES", -1) == stream->index && (one < 0 || one == number)) return cudaSuccess;
+    if (event->recorded) ask(stream, { nullptr, event, event->recorded });
     return cudaSuccess;
 }
 

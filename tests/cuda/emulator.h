@@ -1,7 +1,8 @@
 /* emulator.h - enough of CUDA to run the kernels of kernels/cuda/ on a CPU, one thread at a time: launches,
  * block and warp synchronisation, shuffles, shared memory, and the few calls of the runtime that the backend
  * makes. What it finds: wrong indices, tiles and reductions; with a sanitizer, accesses out of bounds; a
- * barrier that not all threads reach; with EMULATOR_LATE=1 a stream that nobody waited for. What it cannot find: races between two barriers (threads run in turn,
+ * barrier that not all threads reach; with EMULATOR_LATE=1 a stream that nobody waited for; with EMULATOR_ORDER
+ * one that did not wait for another. What it cannot find: races between two barriers (threads run in turn,
  * from the first to the last), and anything about speed. Device memory is host memory. */
 #ifndef INTELLECT_TESTS_CUDA_EMULATOR_H
 #define INTELLECT_TESTS_CUDA_EMULATOR_H
@@ -31,8 +32,12 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
  * threads of a block or warp do not come to the same barrier. */
 void emulator_launch(dim3 grid, dim3 block, size_t shared_bytes, struct emulator_stream *stream,
                      const std::function<void(void)> &kernel);
-/* Do it when the stream comes to it. With EMULATOR_LATE=1 that is when somebody waits for the stream, or for an
- * event that was recorded after it; else at once. */
+/* Do it when the stream comes to it: at once; with EMULATOR_LATE=1 when somebody waits for the stream, or for an
+ * event that was recorded after it; with EMULATOR_ORDER=SEED at any time until then, as the seed has it, whatever
+ * other streams have done.
+ *
+ * EMULATOR_LOSES=N, for tests of tests: stream N (they are counted from 0) does not wait for other streams'
+ * events; EMULATOR_LOSES_ONE=M: but for one of them, its M-th from 0 on, it does. */
 void emulator_ask(struct emulator_stream *stream, const std::function<void(void)> &work);
 unsigned char *emulator_shared(void);
 void emulator_sync_block(void);
@@ -86,7 +91,7 @@ enum cudaError_t {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum { cudaStreamNonBlocking = 1 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 typedef struct emulator_stream *cudaStream_t;
 typedef struct emulator_event *cudaEvent_t;
 struct cudaDeviceProp {
@@ -114,10 +119,13 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority);
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaEventCreate(cudaEvent_t *event);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);

@@ -1,9 +1,10 @@
 /* nccl.c - in NCCL's place, for tests: as many of its functions as kernels/cuda/nccl.c calls, over a file in
- * /dev/shm that the group's ranks share. As NCCL's non-blocking communicators do, a call that cannot go on,
- * because another rank is gone, returns and leaves the device busy (EMULATOR_BUSY=1) until the group is
- * aborted.
+ * /dev/shm that the group's ranks share. Calls go on when their stream comes to them. As NCCL's non-blocking
+ * communicators do, one that cannot go on, because another rank is gone, or does not come for FAKE_NCCL_MS,
+ * leaves the device busy (EMULATOR_BUSY=1) until the group is aborted.
  *
- * FAKE_NCCL_LOG=FILE: a line a call. FAKE_NCCL_FAILS=CALL: that one is refused. FAKE_NCCL_VERSION. */
+ * FAKE_NCCL_LOG=FILE: a line a call. FAKE_NCCL_FAILS=CALL: that one is refused; "hang": none ends;
+ * "async": and NCCL says so. FAKE_NCCL_VERSION. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <poll.h>
@@ -18,6 +19,7 @@
 #include <unistd.h>
 
 #include "kernels/bf16.h"
+#include "tests/cuda/head.h"
 
 #define RANKS 8
 #define ROOM ((size_t)1 << 22)
@@ -93,10 +95,13 @@ static int is_gone(const struct comm *c, int rank) {
 
 /* Until all have come as often; 0, or -1: somebody will not. */
 static int meet(struct comm *c) {
+    const char *ms = getenv("FAKE_NCCL_MS");
+    int looks = ms ? atoi(ms) * 5 : -1;
     atomic_store(&c->s->arrived[c->rank], ++c->calls);
     for (int r = 0; r < c->size; r++)
         while ((int32_t)(atomic_load(&c->s->arrived[r]) - c->calls) < 0) {
             usleep(200);
+            if (looks >= 0 && looks-- == 0) return -1;
             if (is_gone(c, r) && (int32_t)(atomic_load(&c->s->arrived[r]) - c->calls) < 0) return -1;
         }
     return 0;
@@ -120,7 +125,7 @@ int ncclCommInitRankConfig(struct comm **out, int size, struct unique id, int ra
 }
 
 int ncclCommGetAsyncError(struct comm *c, int *result) {
-    *result = SUCCESS;
+    *result = getenv("EMULATOR_BUSY") && refused("async") ? INVALID : SUCCESS;
     for (int r = 0; r < c->size; r++)
         if (!atomic_load(&c->s->pid[r])) *result = IN_PROGRESS;
     return SUCCESS;
@@ -130,9 +135,10 @@ static void end(struct comm *c) {
     unlink(c->path);
     atomic_store(&c->s->left[c->rank], 1);
     munmap(c->s, sizeof *c->s);
-    free(c);
+    c->s = NULL;
 }
 
+/* What streams were asked for still has the group: it does nothing now. */
 int ncclCommAbort(struct comm *c) {
     note(c, "abort", 0, 0);
     unsetenv("EMULATOR_BUSY");
@@ -143,6 +149,7 @@ int ncclCommAbort(struct comm *c) {
 int ncclCommDestroy(struct comm *c) {
     note(c, "destroy", 0, 0);
     end(c);
+    free(c);
     return SUCCESS;
 }
 
@@ -153,57 +160,79 @@ const char *ncclGetLastError(struct comm *c) { return (void)c, "the fake was tol
 
 static size_t bytes_of(int type) { return type == 1 ? 1 : type == 9 ? 2 : 4; }
 
-/* Send, and meet; the parity of what was sent, or -1. */
-static int exchange(struct comm *c, const char *call, const void *in, size_t n, size_t parts, int type,
-                    int *result) {
+struct job {
+    struct comm *c;
+    const void *in;
+    void *out;
+    size_t n, parts; /* of n elements in `in` */
+    int type, root;
+    void (*rest)(const struct job *j, int at);
+};
+
+/* Send, and meet. What hangs already hangs on. */
+static void run(void *arg) {
+    struct job *j = arg;
+    struct comm *c = j->c;
     int at = (int)(c->calls & 1);
-    *result = refused(call) || n * parts * bytes_of(type) > ROOM ? INVALID : SUCCESS;
-    if (*result) return -1;
-    note(c, call, n, type);
-    memcpy(c->s->sent[at][c->rank], in, n * parts * bytes_of(type));
-    if (!meet(c)) return at;
-    setenv("EMULATOR_BUSY", "1", 1);
-    return -1;
+    if (c->s && !getenv("EMULATOR_BUSY")) {
+        memcpy(c->s->sent[at][c->rank], j->in, j->n * j->parts * bytes_of(j->type));
+        if (refused("hang") || refused("async") || meet(c)) setenv("EMULATOR_BUSY", "1", 1);
+        else j->rest(j, at);
+    }
+    free(j);
 }
 
-static void sum(const struct comm *c, int at, void *out, size_t first, size_t n, int type) {
-    for (size_t i = 0; i < n; i++) {
+static int ask(const char *call, void *stream, struct job job) {
+    struct job *j = malloc(sizeof *j);
+    if (!j || refused(call) || job.n * job.parts * bytes_of(job.type) > ROOM) {
+        free(j);
+        return INVALID;
+    }
+    note(job.c, call, job.n, job.type);
+    *j = job;
+    ((struct emulator_head *)stream)->ask(stream, run, j);
+    return SUCCESS;
+}
+
+static void sum(const struct job *j, int at, size_t first) {
+    for (size_t i = 0; i < j->n; i++) {
         float total = 0;
-        for (int r = 0; r < c->size; r++) {
-            const char *sent = c->s->sent[at][r] + (first + i) * bytes_of(type);
-            total += type == 9 ? bf16_widen(*(const uint16_t *)(const void *)sent)
-                               : *(const float *)(const void *)sent;
+        for (int r = 0; r < j->c->size; r++) {
+            const char *sent = j->c->s->sent[at][r] + (first + i) * bytes_of(j->type);
+            total += j->type == 9 ? bf16_widen(*(const uint16_t *)(const void *)sent)
+                                  : *(const float *)(const void *)sent;
         }
-        if (type == 9) ((uint16_t *)out)[i] = bf16_nearest(total);
-        else ((float *)out)[i] = total;
+        if (j->type == 9) ((uint16_t *)j->out)[i] = bf16_nearest(total);
+        else ((float *)j->out)[i] = total;
     }
 }
 
+static void sum_all(const struct job *j, int at) { sum(j, at, 0); }
+static void sum_own(const struct job *j, int at) { sum(j, at, (size_t)j->c->rank * j->n); }
+
+static void take_all(const struct job *j, int at) {
+    size_t bytes = j->n * bytes_of(j->type);
+    for (int r = 0; r < j->c->size; r++) memcpy((char *)j->out + (size_t)r * bytes, j->c->s->sent[at][r], bytes);
+}
+
+static void take_roots(const struct job *j, int at) {
+    memcpy(j->out, j->c->s->sent[at][j->root], j->n * bytes_of(j->type));
+}
+
 int ncclAllReduce(const void *in, void *out, size_t n, int type, int op, struct comm *c, void *stream) {
-    int result, at = exchange(c, "all_reduce", in, n, 1, type, &result);
-    (void)op, (void)stream;
-    if (at >= 0) sum(c, at, out, 0, n, type);
-    return result;
+    (void)op;
+    return ask("all_reduce", stream, (struct job){ c, in, out, n, 1, type, 0, sum_all });
 }
 
 int ncclAllGather(const void *in, void *out, size_t n, int type, struct comm *c, void *stream) {
-    int result, at = exchange(c, "all_gather", in, n, 1, type, &result);
-    (void)stream;
-    for (int r = 0; at >= 0 && r < c->size; r++)
-        memcpy((char *)out + (size_t)r * n * bytes_of(type), c->s->sent[at][r], n * bytes_of(type));
-    return result;
+    return ask("all_gather", stream, (struct job){ c, in, out, n, 1, type, 0, take_all });
 }
 
 int ncclReduceScatter(const void *in, void *out, size_t n, int type, int op, struct comm *c, void *stream) {
-    int result, at = exchange(c, "reduce_scatter", in, n, (size_t)c->size, type, &result);
-    (void)op, (void)stream;
-    if (at >= 0) sum(c, at, out, (size_t)c->rank * n, n, type);
-    return result;
+    (void)op;
+    return ask("reduce_scatter", stream, (struct job){ c, in, out, n, (size_t)c->size, type, 0, sum_own });
 }
 
 int ncclBroadcast(const void *in, void *out, size_t n, int type, int root, struct comm *c, void *stream) {
-    int result, at = exchange(c, "broadcast", in, n, 1, type, &result);
-    (void)stream;
-    if (at >= 0) memcpy(out, c->s->sent[at][root], n * bytes_of(type));
-    return result;
+    return ask("broadcast", stream, (struct job){ c, in, out, n, 1, type, root, take_roots });
 }
