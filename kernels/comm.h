@@ -19,8 +19,8 @@
  *  - a rank that died, or left while another waits for it: noticed within COMM_LOOK_MS, wherever the
  *    others stand, once they call something;
  *  - a rank that gave up and said why, comm_area_fail().
- * A rank that is alive and does not come is waited for without end: whoever started the ranks watches
- * their progress. */
+ * A rank that is alive and does not come is waited for without end, where whoever started the ranks watches their
+ * progress; else comm_area_watch(). */
 #ifndef INTELLECT_COMM_H
 #define INTELLECT_COMM_H
 
@@ -116,6 +116,14 @@ const struct comm *comm_area_group(const struct comm_area *a, enum comm_group gr
 int comm_area_use(struct comm_area *a, const struct kernels *k, struct err *err);
 /* Before `k` is destroyed. Waits until nobody reads the own windows, or the mesh has failed. */
 void comm_area_unuse(struct comm_area *a);
+
+/* Nobody else watches: a rank that says nothing for silence_ms while this one waits ends the mesh, with ERR_TIMEOUT,
+ * its number, process and step, and whether it is stopped; where all ranks wait for their devices so long, that.
+ * What says something: a call, to begin one or to wait in it; goes_on(), which names the step. What is excused may
+ * take any time, such as a disk, while it is not stopped. Time in which the waiting rank was stopped itself is not counted. */
+void comm_area_watch(struct comm_area *a, int silence_ms);
+void comm_area_goes_on(struct comm_area *a, uint64_t step);
+void comm_area_excuse(struct comm_area *a, int excused);
 
 /* Give up: every other rank's next or current call fails with "rank N: " and this message. */
 void comm_area_fail(struct comm_area *a, const struct err *why);

@@ -74,6 +74,8 @@ enum presence { ABSENT = 0, HERE, LEFT };
 struct member {
     _Alignas(LINE) _Atomic uint32_t presence;
     _Atomic int32_t pid;
+    _Atomic uint32_t moves, looks, excused; /* calls and steps it came to; looks while it waited */
+    _Atomic uint64_t step;
     /* What it has of a device: its windows there; which it is, 0 where there is no library for ranks; and of
      * the first of a group what the library's group is named by. */
     uint8_t handle[COMM_GROUPS][KERNELS_HANDLE_BYTES], unique[COMM_GROUPS][KERNELS_UNIQUE_BYTES];
@@ -106,8 +108,17 @@ struct view {
     uint32_t piece;      /* whose lowest bit says which windows */
 };
 
+/* What this rank has seen of another one. */
+struct sight {
+    uint32_t moves, looks;
+    int64_t silent_ms;
+};
+
 struct comm_area {
     struct shared *shared;
+    int silence_ms;              /* 0: nobody is too long silent */
+    int64_t looked_ms, still_ms; /* the last look at the others; how long nobody has moved since */
+    struct sight sight[COMM_RANKS_MAX];
     size_t bytes;
     int fd, rank; /* -1: not joined */
     int spins;
@@ -192,6 +203,84 @@ static void look_for_the_dead(struct comm_area *a) {
     }
 }
 
+static int64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* As /proc has it: R, S, D, T ...; 0 where it is gone. */
+static char state_of(int pid) {
+    char path[32], line[512], state = 0;
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    FILE *f = fopen(path, "re");
+    const char *name_end = f && fgets(line, sizeof line, f) ? strrchr(line, ')') : NULL;
+    if (name_end) state = name_end[2];
+    if (f) fclose(f);
+    return state;
+}
+
+static void fail_for_silence(struct comm_area *a, int rank) {
+    const struct member *m = &a->shared->member[rank];
+    int pid = atomic_load(&m->pid);
+    char state = state_of(pid);
+    struct err err;
+    err_set(&err, ERR_TIMEOUT, "rank %d of %d (process %d) says nothing for %.3g s, at step %llu: it %s", rank,
+            a->shared->shape.tp * a->shared->shape.dp, pid, a->silence_ms / 1000.0,
+            (unsigned long long)atomic_load(&m->step),
+            state == 'T' || state == 't' ? "is stopped, as by SIGSTOP"
+            : state == 'D'               ? "hangs in the system, in a driver or on a disk"
+                                         : "hangs, maybe on its device (dmesg, nvidia-smi)");
+    fail_with(a, &err);
+}
+
+static void fail_for_stillness(struct comm_area *a) {
+    struct err err;
+    err_set(&err, ERR_TIMEOUT, "all %d ranks wait for their devices for %.3g s, at step %llu: one hangs in a "
+            "kernel, or NCCL between them (NCCL_DEBUG=INFO, dmesg)", a->shared->shape.tp * a->shared->shape.dp,
+            a->silence_ms / 1000.0, (unsigned long long)atomic_load(&a->shared->member[a->rank].step));
+    fail_with(a, &err);
+}
+
+/* Every COMM_LOOK_MS or so while this rank waits. A longer time was spent elsewhere, or stopped. */
+static void look_for_the_silent(struct comm_area *a) {
+    int ranks = a->shared->shape.tp * a->shared->shape.dp, silent = -1;
+    int64_t now = now_ms(), passed = now - a->looked_ms;
+    if (a->silence_ms == 0) return;
+    if (passed > 2 * COMM_LOOK_MS) passed = 2 * COMM_LOOK_MS;
+    a->looked_ms = now;
+    a->still_ms += passed;
+    atomic_fetch_add(&a->shared->member[a->rank].looks, 1);
+    for (int r = 0; r < ranks; r++) {
+        const struct member *m = &a->shared->member[r];
+        struct sight *s = &a->sight[r];
+        if (atomic_load(&m->presence) != HERE) continue;
+        uint32_t moves = atomic_load(&m->moves), looks = atomic_load(&m->looks);
+        bool excused = atomic_load(&m->excused) && state_of(atomic_load(&m->pid)) != 'T';
+        if (moves != s->moves || excused) a->still_ms = 0;
+        s->silent_ms = moves != s->moves || looks != s->looks || excused ? 0 : s->silent_ms + passed;
+        s->moves = moves;
+        s->looks = looks;
+        if (s->silent_ms > a->silence_ms && (silent < 0 || s->silent_ms > a->sight[silent].silent_ms)) silent = r;
+    }
+    if (silent >= 0) fail_for_silence(a, silent);
+    else if (a->still_ms > a->silence_ms) fail_for_stillness(a);
+}
+
+static void moves(struct comm_area *a) { atomic_fetch_add(&a->shared->member[a->rank].moves, 1); }
+
+void comm_area_watch(struct comm_area *a, int silence_ms) { a->silence_ms = silence_ms; }
+
+void comm_area_goes_on(struct comm_area *a, uint64_t step) {
+    moves(a);
+    atomic_store(&a->shared->member[a->rank].step, step);
+}
+
+void comm_area_excuse(struct comm_area *a, int excused) {
+    moves(a);
+    atomic_store(&a->shared->member[a->rank].excused, excused);
+}
+
 /* ---- meeting ----------------------------------------------------------------------------------- */
 
 static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct timespec *timeout) {
@@ -215,6 +304,7 @@ static int await_member(struct view *v, int m) {
         atomic_fetch_sub(&v->group->sleepers, 1);
         if ((int32_t)(atomic_load(arrived) - v->meetings) >= 0) return 0;
         look_for_the_dead(a);
+        look_for_the_silent(a);
         if (atomic_load(&a->shared->member[rank_of(v, m)].presence) == LEFT &&
             (int32_t)(atomic_load(arrived) - v->meetings) < 0) {
             struct err err;
@@ -398,6 +488,7 @@ static uint32_t end_beside(const struct comm *c) {
 static struct view *begin(const struct comm *c) {
     struct view *v = view_of(c);
     v->calls++;
+    moves(v->area);
     if (v->ended && !v->beside) finish(c, v->ended);
     return v;
 }
@@ -599,12 +690,6 @@ static void set_view(struct comm_area *a, enum comm_group which, int group, int 
     };
 }
 
-static int64_t now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
 /* Until rank r has joined; its process is then watched. */
 static int await_rank(struct comm_area *a, int r, int64_t until_ms, struct err *err) {
     struct member *m = &a->shared->member[r];
@@ -710,6 +795,7 @@ static int use_windows(struct comm_area *a, const struct kernels *k, struct err 
 
 static int is_lost(void *area) {
     look_for_the_dead(area);
+    look_for_the_silent(area);
     return has_failed(area);
 }
 

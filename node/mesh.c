@@ -67,6 +67,10 @@ void mesh_unuse(struct mesh *m) {
     if (m->world) comm_area_unuse(m->area);
 }
 
+void mesh_watch(struct mesh *m, int silence_ms) { comm_area_watch(m->area, silence_ms); }
+void mesh_goes_on(struct mesh *m, uint64_t step) { comm_area_goes_on(m->area, step); }
+void mesh_excuse(struct mesh *m, bool excused) { comm_area_excuse(m->area, excused); }
+
 void mesh_fail(struct mesh *m, const struct err *why) {
     if (m->area) comm_area_fail(m->area, why);
 }

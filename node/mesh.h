@@ -37,6 +37,11 @@ int mesh_start(struct mesh *m, int tp, int dp, size_t state_bytes, struct err *e
 int mesh_use(struct mesh *m, const struct kernels *k, struct err *err);
 void mesh_unuse(struct mesh *m);
 
+/* After mesh_start(), as comm_area_watch() and the two behind it say. */
+void mesh_watch(struct mesh *m, int silence_ms);
+void mesh_goes_on(struct mesh *m, uint64_t step);
+void mesh_excuse(struct mesh *m, bool excused);
+
 /* Tell the other ranks that this one gives up, and why; their calls fail from now on. */
 void mesh_fail(struct mesh *m, const struct err *why);
 

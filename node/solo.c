@@ -230,6 +230,11 @@ static int load(struct solo *s, struct err *err) {
     return -1;
 }
 
+static void comes_to_layer(void *arg) {
+    struct solo *s = arg;
+    mesh_goes_on(&s->mesh, s->done);
+}
+
 static int set_up(struct solo *s, const struct corpus_facts *corpus, struct err *err) {
     const struct settings *set = s->settings;
     const struct engine_mesh where = { .world = s->mesh.world, .tensor = s->mesh.tensor, .data = s->mesh.data,
@@ -244,10 +249,13 @@ static int set_up(struct solo *s, const struct corpus_facts *corpus, struct err 
         return -1;
     }
     engine_set_document_end(s->engine, data_info(s->data)->document_end);
+    engine_set_watch(s->engine, comes_to_layer, s);
     s->saver = saver_create(s->engine, s->mesh.rank == 0 ? s->state : NULL, s->mesh.state, err);
     s->tokens = calloc((size_t)set->inner.batch * (set->model.sequence + 1), sizeof *s->tokens);
     if (!s->tokens) return err_set(err, ERR_MEMORY, "no memory for a batch");
+    mesh_excuse(&s->mesh, true);
     if (!s->saver || load(s, err)) return -1;
+    mesh_excuse(&s->mesh, false);
     if (s->mesh.rank == 0 && !s->options->replay && !(s->curve = curve_open(s->csv, s->done, err))) return -1;
     s->mesh.world->barrier(s->mesh.world);
     return s->mesh.world->check(s->mesh.world, err);
@@ -309,7 +317,10 @@ static int step(struct solo *s, struct err *err) {
     struct engine_result r;
     struct err why = { 0 };
     double began = now_s();
+    mesh_goes_on(&s->mesh, s->done);
+    mesh_excuse(&s->mesh, true); /* a corpus may lie behind a network */
     if (read_batch(s, s->done, err)) return -1;
+    mesh_excuse(&s->mesh, false);
     int bad = engine_step(s->engine, s->tokens, in->batch, position, &r, &why) != 0;
     if (bad && (why.code != ERR_CORRUPT || ++s->bad_steps > TRAINER_BAD_STEPS_MAX)) {
         *err = why;
@@ -327,20 +338,28 @@ static int step(struct solo *s, struct err *err) {
 /* What all ranks do next. */
 enum next { NEXT_STEP, NEXT_SAVE, NEXT_END };
 
-static enum next decide(const struct solo *s, uint64_t saved) {
+/* A disk may be slow: the ranks that wait meanwhile do not count that. */
+static void await_saver(struct solo *s) {
+    mesh_excuse(&s->mesh, true);
+    while (saver_busy(s->saver)) usleep(1000);
+    mesh_excuse(&s->mesh, false);
+}
+
+static enum next decide(struct solo *s, uint64_t saved) {
     if (s->done >= s->end || asked_to_stop) return NEXT_END;
     bool due = !s->options->replay && s->done - saved >= s->options->save_steps;
-    while (due && s->options->keep && saver_busy(s->saver)) usleep(1000); /* none is left out */
+    if (due && s->options->keep) await_saver(s); /* none is left out */
     return due && !saver_busy(s->saver) ? NEXT_SAVE : NEXT_STEP;
 }
 
 /* At the end nothing may still be written when the ranks copy their state anew. */
 static int save_last(struct solo *s, uint64_t saved, struct err *err) {
-    if (s->mesh.rank == 0)
-        while (saver_busy(s->saver)) usleep(1000);
+    if (s->mesh.rank == 0) await_saver(s);
     s->mesh.world->barrier(s->mesh.world);
     if (saved != UINT64_MAX && saved != s->done && keep(s, saved, err)) return -1;
+    mesh_excuse(&s->mesh, true);
     if (saved != s->done && saver_finish(s->saver, s->done, err)) return -1;
+    mesh_excuse(&s->mesh, false);
     return keep(s, s->done, err);
 }
 
@@ -425,12 +444,15 @@ static int write_folder(const struct solo *s, struct err *err) {
 }
 
 /* Ranks put what they hold where rank 0 reads it. */
-static int write_model(const struct solo *s, struct err *err) {
+static int write_model(struct solo *s, struct err *err) {
     const struct comm *world = s->mesh.world;
     if (s->mesh.state) engine_params_read(s->engine, 0, engine_elements(s->engine), s->mesh.state);
     world->barrier(world);
     if (world->check(world, err)) return -1;
-    return s->mesh.rank == 0 ? write_folder(s, err) : 0;
+    mesh_excuse(&s->mesh, true);
+    int rc = s->mesh.rank == 0 ? write_folder(s, err) : 0;
+    mesh_excuse(&s->mesh, false);
+    return rc;
 }
 
 /* ---- a rank's life ----------------------------------------------------------------------------- */
@@ -470,6 +492,12 @@ static int live(struct solo *s, const struct corpus_facts *corpus, struct err *e
     return (s->done == s->end && write_model(s, err)) || evaluate(s, err) ? -1 : 0;
 }
 
+/* Rank 0 tells the caller what went wrong. Where it is the one that hangs, nobody would. */
+static void speak_for_the_first(const struct solo *s, const struct err *err) {
+    if (s->mesh.rank == 1 && err->code == ERR_TIMEOUT && !strncmp(err->msg, "rank 0 ", 7))
+        fprintf(stderr, "train: %s; the other ranks have ended\n", err->msg);
+}
+
 int solo_run(const struct solo_options *options, const struct settings *settings,
              const struct corpus_facts *corpus, struct solo_result *result, struct err *err) {
     struct solo s = { .options = options, .settings = settings, .result = result, .lock = -1 };
@@ -481,6 +509,7 @@ int solo_run(const struct solo_options *options, const struct settings *settings
     if (layout_check(&settings->model, options->tp, err)) return -1;
     if (take_folder(&s, err) || check_genesis(&s, corpus, err)) goto out;
     if (!mesh_start(&s.mesh, options->tp, options->dp, shared, err)) {
+        mesh_watch(&s.mesh, options->silence_s * 1000);
         if (s.mesh.rank == 0) {
             signal(SIGINT, on_signal);
             signal(SIGTERM, on_signal);
@@ -489,6 +518,7 @@ int solo_run(const struct solo_options *options, const struct settings *settings
         rc = live(&s, corpus, err);
     }
     if (rc) mesh_fail(&s.mesh, err);
+    if (rc) speak_for_the_first(&s, err);
     tear_down(&s);
     mesh_end(&s.mesh, rc ? 1 : 0);
 out:

@@ -34,6 +34,7 @@ struct solo_options {
     bool keep;                /* every state that is saved stays, as state-STEP */
     uint64_t replay;          /* not train: compute the steps to this one again, see solo_run(); 0 = train */
     uint64_t heldout_samples; /* for the loss at the end; 0 = none */
+    int silence_s;            /* a rank that says nothing for so long is given up, and the run with it; 0: never */
     bool quiet;               /* no line about progress */
 };
 
@@ -47,8 +48,8 @@ struct solo_result {
 
 /* Train. settings and corpus: resolved (settings.h). SIGINT and SIGTERM stop it after the step, saved.
  * Starts ranks (mesh.h): to be called before any thread. Returns 0, or -1 with ERR_CONFIG (the network
- * cannot be cut so; the folder was begun with other settings), ERR_REFUSED (it runs already), or what went
- * wrong; what was saved before stays.
+ * cannot be cut so; the folder was begun with other settings), ERR_REFUSED (it runs already), ERR_TIMEOUT (a rank
+ * hangs), or what went wrong; what was saved before stays.
  *
  * replay: from the newest state that was kept before that step (none: from the first parameters) the steps are computed
  * again, and what comes out is held against the one kept of it, bit by bit. Nothing in the folder changes. ERR_NOT_FOUND:

@@ -57,6 +57,8 @@ static const char train_help[] =
     "                     status 1, and the first tensor that differs, where they differ\n"
     "  --heldout N        at the end, the mean loss of the first N held-out samples (default 64)\n"
     "  --plot FILE.svg    draw the loss curve when it ends; DIR/loss.csv has it in numbers\n"
+    "  --silence S        give up when one of several ranks says nothing for so many seconds: it hangs\n"
+    "                     (default 600; 0: wait for it). The same command goes on from what was saved last\n"
     "  --quiet            no lines about progress\n"
     "  --json             print one JSON object at the end: steps, tokens, loss, heldout, tokens_per_s,\n"
     "                     data_share\n"
@@ -102,7 +104,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         { "activations", required_argument, NULL, 'A' }, { "offload", required_argument, NULL, 'O' },
         { "keep", no_argument, NULL, 'k' },             { "replay", required_argument, NULL, 'R' },
         { "plot", required_argument, NULL, 'P' },       { "from", required_argument, NULL, 'f' },
-        { "quiet", no_argument, NULL, 'q' },
+        { "silence", required_argument, NULL, 'i' },    { "quiet", no_argument, NULL, 'q' },
         { "json", no_argument, NULL, 'j' },             { "help", no_argument, NULL, 'h' },
         { 0 },
     };
@@ -129,6 +131,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'a': if (args_integer("--stop-after", optarg, 1, UINT64_MAX, &o->stop_after)) return 2; break;
         case 'e': if (args_integer("--save-steps", optarg, 1, UINT64_MAX, &o->save_steps)) return 2; break;
         case 'H': if (args_integer("--heldout", optarg, 0, UINT32_MAX, &o->heldout_samples)) return 2; break;
+        case 'i': if (take_number("--silence", optarg, 0, 86400, &o->silence_s)) return 2; break;
         case 'k': o->keep = true; break;
         case 'R': if (args_integer("--replay", optarg, 1, UINT64_MAX, &o->replay)) return 2; break;
         case 'P': w->plot = optarg; break;
@@ -228,7 +231,7 @@ static int train(struct train_wish *w, struct settings *s, struct err *err) {
 
 int tool_train(int argc, char **argv) {
     struct train_wish w = { .solo = { .tp = 1, .dp = 1, .save_steps = 200, .heldout_samples = 64,
-                                      .device = { DEVICE_AUTO, 0 } } };
+                                      .silence_s = 600, .device = { DEVICE_AUTO, 0 } } };
     struct err err = { 0 };
     int rc = parse(argc, argv, &w);
     if (!w.config) return rc;

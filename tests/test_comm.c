@@ -451,6 +451,124 @@ static void a_rank_that_dies_does_not_hold_the_others_in_nccl(void **state) {
     on_device = 0;
 }
 
+/* ---- silence ------------------------------------------------------------------------------------- */
+
+#define SILENCE_MS 400
+
+static int steps_until_one_is_silent(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_DP);
+    double v = 1;
+    comm_area_watch(a, SILENCE_MS);
+    for (uint64_t step = 0; !c->check(c, NULL); step++) {
+        comm_area_goes_on(a, step);
+        if (rank == 1 && step == 3) raise(SIGSTOP);
+        c->all_reduce(c, x, 100, COMM_FP32);
+        c->sum(c, &v, 1);
+    }
+    return 0;
+}
+
+/* A stopped rank stands for one that hangs: it lives, and does not come. The others name it and end, also where
+ * it is a device that waits. */
+static void a_rank_that_hangs_is_named_and_not_waited_for(void **state) {
+    (void)state;
+    for (int how = 0; how <= ON_EACH; how++) {
+        pid_t pid[3];
+        char want[120];
+        on_device = how;
+        setenv("EMULATOR_DEVICES", "8", 1);
+        setenv("FAKE_NCCL_MS", "100", 1);
+        struct comm_area *a = make(1, 3, 0);
+        start(a, 3, steps_until_one_is_silent, pid);
+        snprintf(want, sizeof want, "rank 1 of 3 (process %d) says nothing for 0.4 s, at step 3: it is stopped, as by "
+                 "SIGSTOP", (int)pid[1]);
+        for (int r = 0; r < 3; r += 2) {
+            assert_int_equal(end_of(pid[r]), 0);
+            assert_string_equal(words->text[r], want);
+            assert_int_equal(words->code[r], ERR_TIMEOUT);
+        }
+        kill(pid[1], SIGKILL);
+        assert_int_equal(end_of(pid[1]), 1000 + SIGKILL);
+        comm_area_destroy(a);
+    }
+    unsetenv("FAKE_NCCL_MS");
+    unsetenv("EMULATOR_DEVICES");
+    on_device = 0;
+}
+
+static int is_late_for_a_reason(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_WORLD);
+    comm_area_watch(a, SILENCE_MS);
+    c->barrier(c);
+    if (rank == 1) comm_area_excuse(a, 1);
+    if (rank == 1) usleep(3 * SILENCE_MS * 1000);
+    if (rank == 1) comm_area_excuse(a, 0);
+    for (int i = 0; rank == 2 && i < 12; i++) {
+        usleep(SILENCE_MS * 1000 / 4);
+        comm_area_goes_on(a, 1);
+    }
+    c->barrier(c);
+    return c->check(c, NULL) != 0;
+}
+
+/* It waits for a disk, or has much to compute, and says so. */
+static void a_rank_that_says_that_it_goes_on_is_waited_for(void **state) {
+    (void)state;
+    run_all(3, 1, 0, is_late_for_a_reason);
+}
+
+static int steps_for_a_while(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_WORLD);
+    (void)rank;
+    comm_area_watch(a, SILENCE_MS);
+    for (int step = 0; step < 300; step++) {
+        usleep(5000);
+        c->barrier(c);
+    }
+    return c->check(c, NULL) != 0;
+}
+
+/* Ctrl-Z and fg: none of them has waited all that time. */
+static void ranks_that_were_all_stopped_go_on(void **state) {
+    (void)state;
+    pid_t pid[3];
+    struct comm_area *a = make(3, 1, 0);
+    start(a, 3, steps_for_a_while, pid);
+    usleep(300000);
+    for (int r = 0; r < 3; r++) kill(pid[r], SIGSTOP);
+    usleep(4 * SILENCE_MS * 1000);
+    for (int r = 0; r < 3; r++) kill(pid[r], SIGCONT);
+    for (int r = 0; r < 3; r++)
+        if (end_of(pid[r])) fail_msg("rank %d: %s", r, words->text[r]);
+    comm_area_destroy(a);
+}
+
+static int asks_nccl_for_what_does_not_end(struct comm_area *a, int rank) {
+    const struct comm *c = comm_area_group(a, COMM_DP);
+    double v = 1;
+    (void)rank;
+    c->barrier(c); /* all have begun */
+    comm_area_watch(a, SILENCE_MS);
+    comm_area_goes_on(a, 7);
+    c->all_reduce(c, x, 100, COMM_FP32);
+    c->sum(c, &v, 1);
+    return c->check(c, NULL) ? 0 : 1;
+}
+
+/* Nobody is silent: all wait. And where NCCL knows why, it is asked. */
+static void what_hangs_between_the_ranks_ends(void **state) {
+    (void)state;
+    setenv("FAKE_NCCL_FAILS", "hang", 1);
+    with_nccl(1, 3, asks_nccl_for_what_does_not_end);
+    for (int r = 0; r < 3; r++)
+        assert_non_null(strstr(words->text[r], "all 3 ranks wait for their devices for 0.4 s, at step 7"));
+    setenv("FAKE_NCCL_FAILS", "async", 1);
+    with_nccl(1, 3, asks_nccl_for_what_does_not_end);
+    for (int r = 0; r < 3; r++)
+        assert_non_null(strstr(words->text[r], "NCCL between ranks: invalid argument: the fake was told to"));
+    unsetenv("FAKE_NCCL_FAILS");
+}
+
 static int finds_that_one_was_refused(struct comm_area *a, int rank) {
     const struct comm *c = comm_area_group(a, COMM_TP);
     double v = 1;
@@ -625,6 +743,10 @@ int main(void) {
         cmocka_unit_test(nccl_is_told_the_same),
         cmocka_unit_test(nccl_gets_each_call_in_order_with_its_size),
         cmocka_unit_test(a_rank_that_dies_does_not_hold_the_others_in_nccl),
+        cmocka_unit_test(a_rank_that_hangs_is_named_and_not_waited_for),
+        cmocka_unit_test(a_rank_that_says_that_it_goes_on_is_waited_for),
+        cmocka_unit_test(ranks_that_were_all_stopped_go_on),
+        cmocka_unit_test(what_hangs_between_the_ranks_ends),
         cmocka_unit_test(what_nccl_refuses_ends_all),
         cmocka_unit_test(where_one_has_no_nccl_none_takes_it),
         cmocka_unit_test(a_rank_that_left_is_not_waited_for),

@@ -98,6 +98,12 @@ static int settle(struct nccl *g, int result, const char *what, struct err *err)
     return -1;
 }
 
+int nccl_watch(struct nccl *g, struct err *err) {
+    int result = SUCCESS, rc = g->comm ? lib.async_error(g->comm, &result) : SUCCESS;
+    if (rc) result = rc;
+    return result == IN_PROGRESS ? 0 : settle(g, result, "between ranks", err);
+}
+
 int nccl_unique(uint8_t id[KERNELS_UNIQUE_BYTES], struct err *err) {
     struct unique u;
     int result = load() ? -1 : lib.get_unique(&u);

@@ -23,6 +23,9 @@ struct nccl *nccl_join(const uint8_t id[KERNELS_UNIQUE_BYTES], int rank, int siz
                        int (*lost)(void *arg), void *arg, struct err *err);
 /* Once all that was asked for is done, or others are gone. */
 void nccl_leave(struct nccl *g);
+/* While a stream is waited for: -1 where NCCL has found since that a call fails (a link, another rank's), and the
+ * group is aborted. */
+int nccl_watch(struct nccl *g, struct err *err);
 /* What hangs on the device ends; later calls do nothing. */
 void nccl_abort(struct nccl *g);
 

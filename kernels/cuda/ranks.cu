@@ -101,13 +101,21 @@ static void abort_groups(struct cuda *c) {
         if (c->group[i]) nccl_abort(c->group[i]);
 }
 
-/* A call of NCCL's that another rank never makes keeps the stream busy for ever. */
+/* A call of NCCL's that another rank never makes, or cannot finish, keeps the stream busy for ever. */
+static void look_at_groups(struct cuda *c, const char *what) {
+    struct err err = {};
+    bool lost = c->lost(c->lost_arg);
+    for (int i = 0; i < KERNELS_GROUPS_MAX && !lost; i++) lost = c->group[i] && nccl_watch(c->group[i], &err);
+    if (!lost) return;
+    abort_groups(c);
+    if (c->failure.code != ERR_NONE) return;
+    if (err.code != ERR_NONE) c->failure = err;
+    else err_set(&c->failure, ERR_IO, "%s: another rank is gone", what);
+}
+
 static void wait_for_stream(struct cuda *c, cudaStream_t stream, const char *what) {
     for (unsigned i = 0; in_groups(c) && cudaStreamQuery(stream) == cudaErrorNotReady; i++) {
-        if (i % ASK_EACH == ASK_EACH - 1 && c->lost(c->lost_arg)) {
-            abort_groups(c);
-            if (c->failure.code == ERR_NONE) err_set(&c->failure, ERR_IO, "%s: another rank is gone", what);
-        }
+        if (i % ASK_EACH == ASK_EACH - 1) look_at_groups(c, what);
         if (i > SPINS) usleep(LOOK_US);
     }
     cuda_note(c, cudaStreamSynchronize(stream), what);

@@ -83,6 +83,26 @@ check "a killed rank ends the run" test $? -eq 1
 check "which names it" grep -q "rank 1 of 2 (process ${ranks[0]}) died" rank.log
 expect 0 'ended after 1000' long --out rank --dp 2 --shard optimizer
 check "and goes on with the same bits" same two rank
+
+# Ranks that live and do not come: one of the children, and the first, for which another speaks.
+background --out hung --dp 2 --shard full --silence 2 > hung.log 2>&1
+await_rows hung 75
+read -r -a ranks < "/proc/$pid/task/$pid/children"
+kill -STOP "${ranks[0]}"
+wait $pid
+check "a rank that hangs ends the run" test $? -eq 1
+check "which names it, and its step" grep -qE "rank 1 of 2 \(process ${ranks[0]}\) says nothing for 2 s, at step [0-9]+: it is stopped" hung.log
+check "and is ended with it" test ! -e "/proc/${ranks[0]}"
+background --out hung --dp 2 --shard full --silence 2 > hung.log 2>&1
+await_rows hung 250
+kill -STOP $pid
+for _ in $(seq 100); do grep -q "rank 0 of 2" hung.log && break; sleep 0.1; done
+check "another rank says that the first one hangs" grep -qE "rank 0 of 2 \(process $pid\) says nothing for 2 s, at step [0-9]+: it is stopped" hung.log
+kill -CONT $pid
+wait $pid
+check "which ends when it goes on" test $? -eq 1
+expect 0 'ended after 1000' long --out hung --dp 2 --shard full
+check "and it all goes on with the same bits" same two hung
 check "one process and two lose the same" python3 - <<'P'
 import csv
 a, b = ([float(r["loss"]) for r in csv.DictReader(open(d + "/loss.csv"))] for d in ("one", "two"))
