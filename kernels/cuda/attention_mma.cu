@@ -3,9 +3,11 @@
  * cuDNN does not take, and where it is not.
  *
  * A block has ROWS queries of a head (in key_gradient: keys), a warp 16 of them, as rows of its products; it
- * walks over tiles of the others. Products are of bf16 and summed in fp32; probabilities and the gradients of
- * scores are rounded before they are multiplied, the sum of probabilities is of those not rounded. No
- * atomics: sums have the order of tiles. */
+ * walks over tiles of the others. They come while it multiplies: for gradients of queries the next ones, into
+ * room of their own; forward, where that room would cost a multiprocessor a block, the values while scores are
+ * computed, and the next keys while values are added; gradients of keys have no register left for it. Products
+ * are of bf16 and summed in fp32; probabilities and the gradients of scores are rounded before they are
+ * multiplied, the sum of probabilities is of those not rounded. No atomics: sums have the order of tiles. */
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/mma.h"
 
@@ -21,16 +23,21 @@
 
 #define TILE_ELEMENTS(D, rows) ((rows) * APART(D))
 
-/* `rows` rows of D from `first` on, zeroes after the sequence. x is aligned to 16, and so are rows. */
+/* Begin to load `rows` rows of D from `first` on, zeroes after the sequence. x is aligned to 16, and so are rows. */
 template <int D>
 __device__ static void load_rows(uint16_t *to, const uint16_t *x, size_t apart, int first, int rows, int T) {
     const int N = GROUP(uint16_t);
+    ONE_BY_ONE /* nobody waits for them here, and registers are few */
     for (int i = (int)threadIdx.x; i < rows * (D / N); i += BLOCK) {
         int r = i / (D / N), d = i % (D / N) * N;
-        uint16_t some[N] = {};
-        if (first + r < T) take(some, x + (size_t)(first + r) * apart + d);
-        give(to + r * APART(D) + d, some);
+        tile_begin(to + r * APART(D) + d, x + (size_t)(first + r) * apart + d, first + r < T);
     }
+}
+
+/* What was begun is there for all, and what was there before is done with by all. */
+__device__ static void await_rows(void) {
+    tiles_wait();
+    __syncthreads();
 }
 
 /* A warp's 16 rows of sums times `factor` of each half of a lane's, to rows of global memory, by way of the
@@ -141,11 +148,11 @@ attend_mma(uint16_t *out, float *lse, const uint16_t *qkv, struct attention a) {
     clear(sums);
     load_rows<D>(q, rows + query_at(a, h), row_elements(a), first, ROWS, a.T);
     int last = first + ROWS < a.T ? first + ROWS : a.T, newest = document_of(a, b, last - 1);
-    for (int k0 = document_of(a, b, first) / FORWARD_TILE * FORWARD_TILE; k0 < last; k0 += FORWARD_TILE) {
-        __syncthreads(); /* the tile before is done with */
-        load_rows<D>(key, rows + key_at(a, kv), row_elements(a), k0, FORWARD_TILE, a.T);
+    int k0 = document_of(a, b, first) / FORWARD_TILE * FORWARD_TILE;
+    load_rows<D>(key, rows + key_at(a, kv), row_elements(a), k0, FORWARD_TILE, a.T);
+    for (; k0 < last; k0 += FORWARD_TILE) {
+        await_rows(); /* keys */
         load_rows<D>(value, rows + value_at(a, kv), row_elements(a), k0, FORWARD_TILE, a.T);
-        __syncthreads();
         scores<D>(score, q + own * APART(D), key);
         if (k0 < newest || k0 + FORWARD_TILE > first + 1) /* some row does not see all of the tile */
             UNROLL
@@ -160,6 +167,9 @@ attend_mma(uint16_t *out, float *lse, const uint16_t *qkv, struct attention a) {
         for (int n = 0; n < D / 8; n++)
             UNROLL
             for (int i = 0; i < 4; i++) sums[n][i] *= keep[i / 2];
+        await_rows(); /* values */
+        if (k0 + FORWARD_TILE < last)
+            load_rows<D>(key, rows + key_at(a, kv), row_elements(a), k0 + FORWARD_TILE, FORWARD_TILE, a.T);
         add_rows<D>(sums, score, value);
     }
     float unit[2] = { 1.0f / sum[0], 1.0f / sum[1] };
@@ -182,7 +192,8 @@ __global__ void __launch_bounds__(BLOCK)
     int first = (int)blockIdx.x * ROWS, h = (int)blockIdx.y, b = (int)blockIdx.z, kv = h / (a.H / a.KV);
     int lane = (int)threadIdx.x % CUDA_WARP, own = (int)threadIdx.x / CUDA_WARP * WARP_ROWS;
     uint16_t *q = (uint16_t *)memory, *grad = q + TILE_ELEMENTS(D, ROWS),
-             *key = grad + TILE_ELEMENTS(D, ROWS), *value = key + TILE_ELEMENTS(D, BACKWARD_TILE);
+             *key = grad + TILE_ELEMENTS(D, ROWS), *value = key + TILE_ELEMENTS(D, BACKWARD_TILE),
+             *next = value + TILE_ELEMENTS(D, BACKWARD_TILE);
     const uint16_t *rows = qkv + (size_t)b * a.T * row_elements(a);
     float score[N][4], ds[N][4], sums[D / 8][4], row_lse[2], row_delta[2], to_log2 = a.scale * LOG2_E;
     int t[2], begin[2];
@@ -197,11 +208,17 @@ __global__ void __launch_bounds__(BLOCK)
     load_rows<D>(q, rows + query_at(a, h), row_elements(a), first, ROWS, a.T);
     load_rows<D>(grad, dout + ((size_t)b * a.T * a.H + h) * D, (size_t)a.H * D, first, ROWS, a.T);
     int last = first + ROWS < a.T ? first + ROWS : a.T;
-    for (int k0 = document_of(a, b, first) / BACKWARD_TILE * BACKWARD_TILE; k0 < last; k0 += BACKWARD_TILE) {
-        __syncthreads();
-        load_rows<D>(key, rows + key_at(a, kv), row_elements(a), k0, BACKWARD_TILE, a.T);
-        load_rows<D>(value, rows + value_at(a, kv), row_elements(a), k0, BACKWARD_TILE, a.T);
-        __syncthreads();
+    int k0 = document_of(a, b, first) / BACKWARD_TILE * BACKWARD_TILE;
+    load_rows<D>(key, rows + key_at(a, kv), row_elements(a), k0, BACKWARD_TILE, a.T);
+    load_rows<D>(value, rows + value_at(a, kv), row_elements(a), k0, BACKWARD_TILE, a.T);
+    for (; k0 < last; k0 += BACKWARD_TILE) {
+        uint16_t *key_after = next, *value_after = next + TILE_ELEMENTS(D, BACKWARD_TILE);
+        await_rows();
+        if (k0 + BACKWARD_TILE < last) {
+            int k1 = k0 + BACKWARD_TILE;
+            load_rows<D>(key_after, rows + key_at(a, kv), row_elements(a), k1, BACKWARD_TILE, a.T);
+            load_rows<D>(value_after, rows + value_at(a, kv), row_elements(a), k1, BACKWARD_TILE, a.T);
+        }
         scores<D>(score, q + own * APART(D), key);
         scores<D>(ds, grad + own * APART(D), value);
         UNROLL
@@ -214,6 +231,9 @@ __global__ void __launch_bounds__(BLOCK)
                 ds[n][i] = sees ? p * (ds[n][i] - row_delta[i / 2]) * a.scale : 0.0f;
             }
         add_rows<D>(sums, ds, key);
+        next = key;
+        key = key_after;
+        value = value_after;
     }
     float one[2] = { 1.0f, 1.0f };
     uint16_t *to = dqkv + (size_t)b * a.T * row_elements(a) + query_at(a, h);
@@ -265,7 +285,7 @@ __global__ void __launch_bounds__(BLOCK, 2) /* or ptxas spills to keep four */
             load_rows<D>(grad, dout + ((size_t)b * a.T * a.H + h) * D, (size_t)a.H * D, q0, BACKWARD_TILE,
                          a.T);
             load_query_rows(query, lse, delta, a, b, h, q0);
-            __syncthreads();
+            await_rows();
             scores<D>(p, key + own * APART(D), q);
             scores<D>(ds, value + own * APART(D), grad);
             UNROLL
@@ -299,8 +319,9 @@ static void forward(struct cuda *c, uint16_t *out, float *lse, const uint16_t *q
 template <int D>
 static void backward(struct cuda *c, uint16_t *dqkv, const uint16_t *dout, const uint16_t *qkv,
                      const float *lse, const float *delta, struct attention a, int B) {
-    size_t for_query = (size_t)TILE_ELEMENTS(D, 2 * ROWS + 2 * BACKWARD_TILE) * sizeof *dqkv,
-           for_key = for_query + sizeof(struct query_rows);
+    size_t for_query = (size_t)TILE_ELEMENTS(D, 2 * ROWS + 4 * BACKWARD_TILE) * sizeof *dqkv,
+           for_key = (size_t)TILE_ELEMENTS(D, 2 * ROWS + 2 * BACKWARD_TILE) * sizeof *dqkv +
+                     sizeof(struct query_rows);
     unsigned tiles = cuda_blocks((size_t)a.T, ROWS);
     dim3 of_queries(tiles, (unsigned)a.H, (unsigned)B), of_keys(tiles, (unsigned)a.KV, (unsigned)B);
     if (allow_shared(c, query_gradient_mma<D>, for_query) || allow_shared(c, key_gradient_mma<D>, for_key))

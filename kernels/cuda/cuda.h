@@ -17,6 +17,7 @@
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 /* Before a loop whose array must stay in registers. */
 #define UNROLL _Pragma("unroll")
+#define ONE_BY_ONE _Pragma("unroll 1")
 #define CHECK_ALIGNED(p, bytes) ((void)0) /* by the device itself, which stops at what is not */
 #else
 #include "tests/cuda/emulator.h"

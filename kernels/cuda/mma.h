@@ -1,5 +1,6 @@
 /* mma.h - private to kernels/cuda/: products of bf16 on tensor cores, a warp's 16 x 8 of fp32 += 16 x 16
- * times 16 x 8, and how its operands come from tiles in shared memory. All lanes of the warp call.
+ * times 16 x 8, how its operands come from tiles in shared memory, for which all lanes of the warp call, and how
+ * the tiles come there.
  *
  * What of a product a lane has is in mma_layout.h. Of two in a register the first is the lower half. */
 #ifndef INTELLECT_KERNELS_CUDA_MMA_H
@@ -40,6 +41,29 @@ template <bool TRANSPOSED> inline void ldmatrix(uint32_t (&to)[4], const uint16_
     CHECK_ALIGNED(row, 16);
     emulator_ldmatrix(to, row, TRANSPOSED);
 }
+#endif
+
+/* ---- tiles on their way ------------------------------------------------------------------------------- */
+
+/* cp.async: 16 bytes from global to shared memory past the registers, both aligned to 16; zeroes, and nothing is
+ * read, where they are not `there`. What the calling thread began is there for itself after tiles_wait(), for others
+ * after a barrier behind that. */
+#ifdef __CUDACC__
+__device__ inline void tile_begin(uint16_t *to, const uint16_t *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((unsigned)__cvta_generic_to_shared(to)), "l"(__cvta_generic_to_global(from)),
+                   "r"(there ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void tiles_wait(void) { asm volatile("cp.async.wait_all;" : : : "memory"); }
+#else
+inline void tile_begin(uint16_t *to, const uint16_t *from, bool there) {
+    CHECK_ALIGNED(to, 16);
+    CHECK_ALIGNED(from, 16);
+    emulator_copy(to, there ? from : NULL, 16);
+}
+inline void tiles_wait(void) { emulator_copies_wait(); }
 #endif
 
 /* ---- operands from tiles whose rows are `apart` elements apart, aligned to 16 bytes -------------------- */

@@ -40,6 +40,13 @@ static unsigned now;          /* the thread that runs */
 static int launches;
 static unsigned begun, ended, threads_count; /* of the block's threads */
 
+struct copy {
+    void *to;
+    const void *from;
+    size_t bytes;
+};
+static std::vector<struct copy> copies[THREADS_MAX]; /* that threads have not waited for */
+
 static void die(const char *why) {
     fprintf(stderr, "CUDA emulator: block %u,%u,%u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now,
             why);
@@ -54,6 +61,7 @@ static void run_threads(void) {
         threadIdx = dim3(now);
         threads[now].wait = RUNS;
         (*body)();
+        if (!copies[now].empty()) die("ends before its copies are there");
         threads[now].wait = ENDED;
         ended++;
     }
@@ -146,6 +154,22 @@ int emulator_any(int flag) {
     return any;
 }
 
+static void do_copy(const struct copy &c) {
+    if (c.from) memcpy(c.to, c.from, c.bytes);
+    else memset(c.to, 0, c.bytes);
+}
+
+void emulator_copy(void *to, const void *from, size_t bytes) {
+    const char *when = getenv("EMULATOR_COPIES");
+    if (when && !strcmp(when, "late")) copies[now].push_back({ to, from, bytes });
+    else do_copy({ to, from, bytes });
+}
+
+void emulator_copies_wait(void) {
+    for (const struct copy &c : copies[now]) do_copy(c);
+    copies[now].clear();
+}
+
 void emulator_aligned(const void *p, size_t bytes) {
     if ((uintptr_t)p % bytes) die("a misaligned access");
 }
@@ -157,19 +181,32 @@ static void release(unsigned first, unsigned threads_there, enum wait wait) {
     for (unsigned i = first; i < first + threads_there && there == threads_there; i++) threads[i].wait = RUNS;
 }
 
-static void run_block(void) {
-    begun = ended = 0;
-    while (begun < threads_count) begin_threads();
-    while (ended < threads_count) {
-        for (unsigned i = 0; i < threads_count; i += CUDA_WARP)
-            release(i, threads_count - i < CUDA_WARP ? threads_count - i : CUDA_WARP, AT_WARP);
-        release(0, threads_count, AT_BLOCK);
-        bool moved = false;
-        for (unsigned i = 0; i < threads_count; i++) {
+/* As far as it can without the others. */
+static bool run_warp(unsigned first) {
+    unsigned there = threads_count - first < CUDA_WARP ? threads_count - first : CUDA_WARP;
+    bool any = false;
+    for (bool moved = true; moved; any |= moved) {
+        moved = false;
+        release(first, there, AT_WARP);
+        for (unsigned i = first; i < first + there; i++) {
             if (threads[i].wait != RUNS) continue;
             moved = true;
             go_on(i);
         }
+    }
+    return any;
+}
+
+/* Warps far ahead of each other: the first one is, or the last, so that a barrier that is missing shows. */
+static void run_block(void) {
+    unsigned warps = (threads_count + CUDA_WARP - 1) / CUDA_WARP;
+    begun = ended = 0;
+    while (begun < threads_count) begin_threads();
+    while (ended < threads_count) {
+        bool moved = false;
+        release(0, threads_count, AT_BLOCK);
+        for (unsigned i = 0; i < warps; i++)
+            moved |= run_warp((launches & 1 ? warps - 1 - i : i) * CUDA_WARP);
         if (!moved) die("some threads wait at a barrier that others do not reach");
     }
 }

@@ -2,8 +2,9 @@
  * block and warp synchronisation, shuffles, shared memory, and the few calls of the runtime that the backend
  * makes. What it finds: wrong indices, tiles and reductions; with a sanitizer, accesses out of bounds; a
  * barrier that not all threads reach; with EMULATOR_LATE=1 a stream that nobody waited for; with EMULATOR_ORDER
- * one that did not wait for another. What it cannot find: races between two barriers (threads run in turn,
- * from the first to the last), and anything about speed. Device memory is host memory. */
+ * one that did not wait for another. A block's warps run far ahead of each other, in one launch the first, in
+ * the next the last, which shows most barriers that are missing. What it cannot find: other races between barriers (the
+ * threads of a warp run in turn), and anything about speed. Device memory is host memory. */
 #ifndef INTELLECT_TESTS_CUDA_EMULATOR_H
 #define INTELLECT_TESTS_CUDA_EMULATOR_H
 
@@ -20,6 +21,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define UNROLL
+#define ONE_BY_ONE
 #define CHECK_ALIGNED(p, bytes) emulator_aligned(p, bytes)
 
 struct dim3 {
@@ -48,6 +50,10 @@ int emulator_any(int flag);
 /* A warp's product and its loads of fragments, kernels/cuda/mma.h. mine: 4 registers of A, 2 of B. */
 void emulator_mma(float c[4], const uint32_t mine[6]);
 void emulator_ldmatrix(uint32_t to[4], const uint16_t *row, bool transposed);
+/* To shared memory, zeroes where `from` is NULL: with EMULATOR_COPIES=late when the thread waits, so that who does not
+ * sees what was there before; else at once, so that who still reads that sees what comes. */
+void emulator_copy(void *to, const void *from, size_t bytes);
+void emulator_copies_wait(void);
 /* Aborts where it is not. */
 void emulator_aligned(const void *p, size_t bytes);
 

@@ -30,12 +30,16 @@ for k in adamw_fp32:4:3 adamw_planes:8:6 adamw_stochastic:7:5 swigluI:2:1 swiglu
     norm_weight_parts:2:1 add_branch:2:1 round_tensor:1:1 widen:1:1 split:2:2 join:2:2 rotate:4:2 entropy:2:1 embedI:1:1 \
     combine_vectors:2:1 descend_fp32:2:1 descend_bf16:4:2 bf16_in:2:1 bf16_out:1:2 codes_in:2:0 codes_out:0:1 int8_in:2:0 fp4_in:2:0 \
     gradients:3:1 steps:3:2 mixtures:2:1 moves:3:1 values_out:1:1 \
-    attend_mma:3:1 query_gradient_mma:4:1 key_gradient_mma:4:2; do
+    attend_mma:0:1 query_gradient_mma:0:1 key_gradient_mma:0:2; do
     IFS=: read -r name loads stores <<<"$k"
     check "$name loads and stores 16 bytes at once" wide "$name" "$loads" "$stores"
 done
-# Products of attention by kernel: of tensor cores, and none of its own.
-for k in attend_mma query_gradient_mma key_gradient_mma; do
+# Products of attention by kernel: of tensor cores, and none of its own; tiles come past the registers.
+for k in attend_mma:4 query_gradient_mma:6 key_gradient_mma:4; do
+    IFS=: read -r k tiles <<<"$k"
+    awk -v k="$k" -v tiles="$tiles" '/\.entry/ { here = index($0, k) > 0; n += here } here && /cp\.async\.cg\.shared\.global/ { cp++ }
+        END { exit !(n == 2 && cp == tiles * n) }' "$work/attention_mma.ptx"
+    check "$k loads its tiles by cp.async" test $? = 0
     awk -v k="$k" '/\.entry/ { here = index($0, k) > 0; n += here } here && /mma\.sync\.aligned\.m16n8k16.*bf16/ { mma++ }
         here && /ldmatrix\.sync/ { ld++ } END { exit !(n == 2 && mma >= 48 * n && ld >= 32 * n) }' "$work/attention_mma.ptx"
     check "$k multiplies on tensor cores" test $? = 0
