@@ -174,10 +174,14 @@ WIDE static void adamw_slice(float *param, const float *grad, float *m, float *v
     float keep = 1.0f - a->lr * a->weight_decay;
 #pragma omp simd
     for (size_t i = 0; i < n; i++) {
+        /* All is read before anything is written: m and v of a tensor are whole pages apart, and a processor
+         * takes a read for one of what was just written where the addresses' last 12 bits are the same. */
         float g = grad[i] * grad_scale;
-        m[i] = beta1 * m[i] + m_rest * g;
-        v[i] = beta2 * v[i] + v_rest * g * g;
-        param[i] = keep * param[i] - lr * (m[i] * m_unbias / (sqrtf(v[i] * v_unbias) + eps));
+        float first = beta1 * m[i] + m_rest * g, second = beta2 * v[i] + v_rest * g * g;
+        float p = keep * param[i] - lr * (first * m_unbias / (sqrtf(second * v_unbias) + eps));
+        m[i] = first;
+        v[i] = second;
+        param[i] = p;
     }
 }
 
