@@ -153,15 +153,15 @@ void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, 
 void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                                  const void *out, const float *lse, const int32_t *start, int B, int T,
                                  int H, int KV, int D);
-/* SwiGLU likewise. */
+/* Rows of SwiGLU likewise. */
 int cpu_swiglu_512_can(void);
-void cpu_swiglu_512_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F);
-void cpu_swiglu_512_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up,
-                             int rows, int F);
+void cpu_swiglu_512_row(void *out, const void *gate, const void *up, int F);
+void cpu_swiglu_512_backward_row(void *dgate, void *dup, const void *dout, const void *gate, const void *up,
+                                 int F);
 int cpu_swiglu_bf16_can(void);
-void cpu_swiglu_bf16_forward(const struct kernels *k, void *out, const void *gate_up, int rows, int F);
-void cpu_swiglu_bf16_backward(const struct kernels *k, void *dgate_up, const void *dout, const void *gate_up,
-                              int rows, int F);
+void cpu_swiglu_bf16_row(void *out, const void *gate, const void *up, int F);
+void cpu_swiglu_bf16_backward_row(void *dgate, void *dup, const void *dout, const void *gate, const void *up,
+                                  int F);
 #else
 #define cpu_attention_512_can(D) 0
 #define cpu_attention_512_scratch(...) 0
@@ -172,11 +172,11 @@ void cpu_swiglu_bf16_backward(const struct kernels *k, void *dgate_up, const voi
 #define cpu_attention_bf16_forward(...) ((void)0)
 #define cpu_attention_bf16_backward(...) ((void)0)
 #define cpu_swiglu_512_can() 0
-#define cpu_swiglu_512_forward(...) ((void)0)
-#define cpu_swiglu_512_backward(...) ((void)0)
+#define cpu_swiglu_512_row(...) ((void)0)
+#define cpu_swiglu_512_backward_row(...) ((void)0)
 #define cpu_swiglu_bf16_can() 0
-#define cpu_swiglu_bf16_forward(...) ((void)0)
-#define cpu_swiglu_bf16_backward(...) ((void)0)
+#define cpu_swiglu_bf16_row(...) ((void)0)
+#define cpu_swiglu_bf16_backward_row(...) ((void)0)
 #endif
 void cpu_states_entries(struct kernels *k);
 void cpu_rows_entries(struct kernels *k);

@@ -3,8 +3,8 @@
  *
  * Queries are taken in blocks of 64 against blocks of 64 keys, and a query is a lane of a vector: scores
  * are held transposed, [key][query]. So maxima and sums over keys need nothing across lanes, and what comes
- * out of one product is laid out as the next one wants it. A product is C[rows,columns] += A * B of words,
- * a word being one fp32 or a pair of bf16: A is [rows][words], each broadcast, B [words][columns].
+ * out of one product is laid out as the next one wants it. A product is C[rows,columns] += A * B of words
+ * (cpu_512.h): A is [rows][words], each broadcast, B [words][columns].
  *
  *   scores  S' = K  Q'      A: keys as they lie        B: words of d by query
  *   output  O' = V' P'      A: V transposed            B: words of keys by query
@@ -16,39 +16,24 @@
  * heads, each with its group of query heads. A thread's working set is a few blocks, K, V and, backward, dK
  * and dV of a head: about T x D x 14 bytes in bf16, 24 in fp32, in the second cache. */
 #include "kernels/bf16.h"
-#include "kernels/cpu.h"
+#include "kernels/cpu_512.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 
-#ifdef ATTENTION_BF16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#ifdef CPU_512_BF16
 #define ENTRY(name) cpu_attention_bf16_##name
-#define WORD 2 /* elements of a word */
-typedef uint16_t element;
 #else
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define ENTRY(name) cpu_attention_512_##name
-#define WORD 1
-typedef float element;
 #endif
-#define INLINE __attribute__((always_inline)) static inline
+
 #define BLOCK 64 /* queries, and keys: four vectors */
 #define WORDS (BLOCK / WORD)
 #define NOTHING (-1e30f) /* a maximum of no scores; its exponential is 0, and no NaN comes of it */
 
 /* ---- products ---------------------------------------------------------------------------------- */
-
-INLINE TARGET __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-#ifdef ATTENTION_BF16
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-#else
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-#endif
-}
 
 /* C[4, 16 vectors] = or += A * B. */
 INLINE TARGET void tile(float *c, size_t ldc, const uint32_t *a, size_t lda, const uint32_t *b, size_t ldb,
@@ -143,7 +128,7 @@ INLINE TARGET __m512 exp2_of(__m512 x) {
 
 /* 16 elements of WORD rows, rounded: one row behind the other. */
 INLINE TARGET __m512i round_rows(const __m512 row[WORD]) {
-#ifdef ATTENTION_BF16
+#ifdef CPU_512_BF16
     return (__m512i)_mm512_cvtne2ps_pbh(row[1], row[0]);
 #else
     return _mm512_castps_si512(row[0]);
@@ -152,7 +137,7 @@ INLINE TARGET __m512i round_rows(const __m512 row[WORD]) {
 
 /* As a row of words: the first in the lower halves. */
 INLINE TARGET void put_words(uint32_t *to, __m512i rows) {
-#ifdef ATTENTION_BF16
+#ifdef CPU_512_BF16
     const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     rows = _mm512_permutexvar_epi16(by_turns, rows);
@@ -162,42 +147,12 @@ INLINE TARGET void put_words(uint32_t *to, __m512i rows) {
 
 /* As rows, BLOCK elements apart. */
 INLINE TARGET void put_rows(element *to, __m512i rows) {
-#ifdef ATTENTION_BF16
+#ifdef CPU_512_BF16
     _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(rows));
     _mm256_storeu_si256((__m256i *)(to + BLOCK), _mm512_extracti64x4_epi64(rows, 1));
 #else
     _mm512_storeu_si512(to, rows);
 #endif
-}
-
-/* Rows of 16 words become columns. */
-INLINE TARGET void transpose(__m512i x[16]) {
-    __m512i y[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* lane l of x[4 r + i]: column 4 l + i of rows 4 r ... */
-        __m512i a = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88),
-                b = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd),
-                c = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88),
-                d = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-        y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        y[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-        y[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        y[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = y[i];
 }
 
 /* ---- shapes, scratch --------------------------------------------------------------------------- */
@@ -219,7 +174,7 @@ struct scratch {
     uint32_t *query_w, *dout_w; /* [WORDS][D16] */
     uint32_t *word;             /* [WORDS][BLOCK] of P or dS, words of keys */
     element *p, *ds;            /* [BLOCK][BLOCK], words of queries */
-    float *score, *dp;          /* [BLOCK][BLOCK] */
+    float *score;               /* [BLOCK][BLOCK], forward */
     float *turned;              /* [D4][BLOCK] O' or dQ' */
     float *dkey, *dvalue;       /* [keys][D16] */
     float max[BLOCK], sum[BLOCK], lse[BLOCK], delta[BLOCK];
@@ -244,8 +199,8 @@ static size_t scratch_lay_out(struct scratch *s, float *memory, const struct sha
         { &s->query_w, WORDS * D16 },      { &s->dout_w, WORDS * D16 },
         { &s->word, WORDS * BLOCK },       { &s->p, WORDS * BLOCK },
         { &s->ds, WORDS * BLOCK },         { &s->score, BLOCK * BLOCK },
-        { &s->dp, BLOCK * BLOCK },         { &s->turned, BLOCK * D4 },
-        { &s->dkey, keys * D16 },          { &s->dvalue, keys * D16 },
+        { &s->turned, BLOCK * D4 },        { &s->dkey, keys * D16 },
+        { &s->dvalue, keys * D16 },
     };
     size_t all = 0;
     for (size_t i = 0; i < sizeof part / sizeof *part; i++) {
@@ -277,7 +232,7 @@ static void copy_rows(uint32_t *to, const element *from, size_t stride, int T, i
 
 /* A word of the elements at d of WORD rows. */
 INLINE TARGET uint32_t word_of(const element *const row[WORD], int d) {
-#ifdef ATTENTION_BF16
+#ifdef CPU_512_BF16
     return row[0][d] | (uint32_t)row[1][d] << 16;
 #else
     uint32_t word;
@@ -323,21 +278,11 @@ TARGET static void turn_block(uint32_t *by_d, uint32_t *by_row, const element *f
     }
 }
 
-/* n <= 16 elements. */
-INLINE TARGET void put_elements(element *to, __m512 x, int n) {
-    __mmask16 these = (__mmask16)(0xffff >> (16 - n));
-#ifdef ATTENTION_BF16
-    _mm256_mask_storeu_epi16(to, these, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-    _mm512_mask_storeu_ps(to, these, x);
-#endif
-}
-
 /* D elements of x, which has room for whole vectors, times factor. */
 TARGET static void put_row(element *to, const float *x, float factor, int D) {
     __m512 f = _mm512_set1_ps(factor);
     for (int d = 0; d < D; d += 16)
-        put_elements(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), f), D - d < 16 ? D - d : 16);
+        put_elements(to + d, lanes(D - d), _mm512_mul_ps(_mm512_loadu_ps(x + d), f));
 }
 
 /* x[D][BLOCK] as `count` rows of D elements, row t times factor[t]. */
@@ -351,8 +296,8 @@ TARGET static void put_turned(element *to, size_t stride, const float *x, const 
                 column[i] = i < n ? _mm512_loadu_si512(x + (d + i) * BLOCK + t) : _mm512_setzero_si512();
             transpose(column);
             for (int i = 0; i < 16 && t + i < count; i++)
-                put_elements(to + (size_t)(t + i) * stride + d,
-                             _mm512_mul_ps(_mm512_castsi512_ps(column[i]), _mm512_set1_ps(factor[t + i])), n);
+                put_elements(to + (size_t)(t + i) * stride + d, lanes(n),
+                             _mm512_mul_ps(_mm512_castsi512_ps(column[i]), _mm512_set1_ps(factor[t + i])));
         }
 }
 
@@ -500,46 +445,75 @@ static void forward_group(struct scratch *s, const struct shape *a, element *out
 
 /* ---- backward ---------------------------------------------------------------------------------- */
 
-/* P and dS of one vector of queries, as rows and dS as words of keys. */
-INLINE TARGET void harden(struct scratch *s, const struct sight *sight, int v, int keys, int u,
-                          const int cut, float factor) {
-    __m512 f = _mm512_set1_ps(factor), lse = _mm512_loadu_ps(s->lse + 16 * v),
-           delta = _mm512_loadu_ps(s->delta + 16 * v);
-    for (int i = 0; i < keys; i += WORD) {
-        __m512 p[WORD], ds[WORD];
-        int at = i * BLOCK + 16 * v;
+/* P and dS of 4 keys from i on and 2 vectors of queries from v on, as rows, dS as words of keys too. Scores and dP
+ * stay in registers until that is done. */
+INLINE TARGET void harden(struct scratch *s, const struct shape *a, const struct sight *sight, int i, int v,
+                          int u, const int cut, float factor) {
+    size_t width = (size_t)a->D / WORD, at = (size_t)(u + i) * width;
+    const uint32_t *key = s->key + at, *value = s->value + at;
+    const uint32_t *query = s->query_t + 16 * v, *dout = s->dout_t + 16 * v;
+    __m512 score[4][2], dp[4][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < WORD; j++) {
-            __m512 x = _mm512_fmsub_ps(f, _mm512_loadu_ps(s->score + at + j * BLOCK), lse);
-            p[j] = _mm512_maskz_mov_ps(sees(sight, v, u + i + j, cut), exp2_of(x));
-            ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(_mm512_loadu_ps(s->dp + at + j * BLOCK), delta));
+        for (int j = 0; j < 2; j++) score[r][j] = dp[r][j] = _mm512_setzero_ps();
+    for (size_t d = 0; d < width; d++, query += BLOCK, dout += BLOCK) {
+        __m512i q[2] = { _mm512_loadu_si512(query), _mm512_loadu_si512(query + 16) };
+        __m512i o[2] = { _mm512_loadu_si512(dout), _mm512_loadu_si512(dout + 16) };
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            __m512i of_key = _mm512_set1_epi32((int)key[(size_t)r * width + d]),
+                    of_value = _mm512_set1_epi32((int)value[(size_t)r * width + d]);
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                score[r][j] = multiply_add(score[r][j], of_key, q[j]);
+                dp[r][j] = multiply_add(dp[r][j], of_value, o[j]);
+            }
         }
-        __m512i rounded = round_rows(ds);
-        put_rows(s->p + at, round_rows(p));
-        put_rows(s->ds + at, rounded);
-        put_words(s->word + i / WORD * BLOCK + 16 * v, rounded);
     }
+    const __m512 f = _mm512_set1_ps(factor);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+        __m512 lse = _mm512_loadu_ps(s->lse + 16 * (v + j)), delta = _mm512_loadu_ps(s->delta + 16 * (v + j));
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r += WORD) {
+            __m512 p[WORD], ds[WORD];
+            int to = (i + r) * BLOCK + 16 * (v + j);
+#pragma GCC unroll 2
+            for (int w = 0; w < WORD; w++) {
+                __m512 x = exp2_of(_mm512_fmsub_ps(f, score[r + w][j], lse));
+                p[w] = _mm512_maskz_mov_ps(sees(sight, v + j, u + i + r + w, cut), x);
+                ds[w] = _mm512_mul_ps(p[w], _mm512_sub_ps(dp[r + w][j], delta));
+            }
+            __m512i rounded = round_rows(ds);
+            put_rows(s->p + to, round_rows(p));
+            put_rows(s->ds + to, rounded);
+            put_words(s->word + (i + r) / WORD * BLOCK + 16 * (v + j), rounded);
+        }
+    }
+}
+
+/* Of a block on the diagonal, what the products below leave out is left out here too. Not inlined: the compiler
+ * would keep less in registers. */
+__attribute__((noinline)) TARGET static void harden_block(struct scratch *s, const struct shape *a, const struct sight *sight, int u,
+                                int cut, int diagonal, float factor) {
+    for (int i = 0; i < BLOCK; i += 4)
+        for (int v = diagonal ? i / 32 * 2 : 0; v < 4; v += 2)
+            if (cut) harden(s, a, sight, i, v, u, 1, factor);
+            else harden(s, a, sight, i, v, u, 0, factor);
 }
 
 TARGET static void backward_keys(struct scratch *s, const struct shape *a, const struct sight *sight, int u,
                                  int cut, int first, int diagonal) {
-    size_t width = (size_t)a->D / WORD, words = (size_t)a->keys / WORD, wide = (size_t)a->D16,
-           at = (size_t)u * width, sums = (size_t)u * wide;
-    float factor = a->scale * (float)M_LOG2E;
-    product_scores(s->score, s->key + at, width, s->query_t, a->D / WORD, diagonal);
-    product_scores(s->dp, s->value + at, width, s->dout_t, a->D / WORD, diagonal);
-    for (int v = 0; v < 4; v++) {
-        int keys = keys_of(s, v, diagonal);
-        if (cut) harden(s, sight, v, keys, u, 1, factor);
-        else harden(s, sight, v, keys, u, 0, factor);
-    }
+    size_t words = (size_t)a->keys / WORD, wide = (size_t)a->D16, sums = (size_t)u * wide;
+    harden_block(s, a, sight, u, cut, diagonal, a->scale * (float)M_LOG2E);
     product_keys(s->dvalue + sums, wide, s->p, s->dout_w, a->D16, diagonal);
     product_keys(s->dkey + sums, wide, s->ds, s->query_w, a->D16, diagonal);
     product_turned(s->turned, s->key_t + u / WORD, words, s->word, a->D4, !first, diagonal);
 }
 
 static float value_of(element x) {
-#ifdef ATTENTION_BF16
+#ifdef CPU_512_BF16
     return bf16_widen(x);
 #else
     return x;
@@ -657,13 +631,6 @@ size_t ENTRY(scratch)(int T, int H, int KV, int D) {
     return scratch_lay_out(&(struct scratch){ 0 }, NULL, &a) * sizeof(float);
 }
 
-int ENTRY(can)(int D) {
-#ifdef ATTENTION_BF16
-    if (!__builtin_cpu_supports("avx512bf16")) return 0;
-#endif
-    return D <= CPU_ATTENTION_D_MAX && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-}
+int ENTRY(can)(int D) { return D <= CPU_ATTENTION_D_MAX && processor_can(); }
 
 #endif

@@ -183,17 +183,17 @@ static void swiglu_row(ACT *out, const ACT *gate, const ACT *up, int F) {
     }
 }
 
+static int swiglu_is_512(const struct kernels *k) { return !cpu_of(k)->plain && SWIGLU_512(can)(); }
+
 static void swiglu_forward(const struct kernels *k, void *to, const void *from, int rows, int F) {
-    if (!cpu_of(k)->plain && SWIGLU_512(can)()) {
-        SWIGLU_512(forward)(k, to, from, rows, F);
-        return;
-    }
+    int is_512 = swiglu_is_512(k);
     ACT *out = to;
     const ACT *gate_up = from;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * F))
     for (int r = 0; r < rows; r++) {
         const ACT *gate = gate_up + (size_t)r * 2 * F;
-        swiglu_row(out + (size_t)r * F, gate, gate + F, F);
+        if (is_512) SWIGLU_512(row)(out + (size_t)r * F, gate, gate + F, F);
+        else swiglu_row(out + (size_t)r * F, gate, gate + F, F);
     }
 }
 
@@ -220,17 +220,15 @@ static void swiglu_backward_row(ACT *dgate, ACT *dup, const ACT *dout, const ACT
 
 static void swiglu_backward(const struct kernels *k, void *to, const void *dfrom, const void *from,
                             int rows, int F) {
-    if (!cpu_of(k)->plain && SWIGLU_512(can)()) {
-        SWIGLU_512(backward)(k, to, dfrom, from, rows, F);
-        return;
-    }
+    int is_512 = swiglu_is_512(k);
     ACT *dgate_up = to;
     const ACT *dout = dfrom, *gate_up = from;
 #pragma omp parallel for num_threads(cpu_of(k)->threads) if (CPU_WORTH_IT_EXP((size_t)rows * F))
     for (int r = 0; r < rows; r++) {
-        size_t at = (size_t)r * 2 * F;
-        swiglu_backward_row(dgate_up + at, dgate_up + at + F, dout + (size_t)r * F, gate_up + at,
-                            gate_up + at + F, F);
+        ACT *dgate = dgate_up + (size_t)r * 2 * F;
+        const ACT *d = dout + (size_t)r * F, *gate = gate_up + (size_t)r * 2 * F;
+        if (is_512) SWIGLU_512(backward_row)(dgate, dgate + F, d, gate, gate + F, F);
+        else swiglu_backward_row(dgate, dgate + F, d, gate, gate + F, F);
     }
 }
 
