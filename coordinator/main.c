@@ -21,10 +21,10 @@ static const struct command {
     { "pause", "hand out no more data, begin no new outer step", coordinator_operate },
     { "resume", "go on after a pause", coordinator_operate },
     { "revoke", "put a member out for good", coordinator_operate },
+    { "release", "let a member out of quarantine", coordinator_operate },
     { "rotate", "give the coordinator a new online key", coordinator_rotate },
     { "rewind", "back to a checkpoint", coordinator_rewind },
     { "checkpoints", "list the run's checkpoints, pin some, remove old ones", coordinator_checkpoints },
-    { "release", "let a member out of quarantine", coordinator_operate },
 };
 #define COMMANDS (sizeof commands / sizeof *commands)
 

@@ -105,11 +105,21 @@ static bool truth(const json_t *object, const char *key) {
     return json_is_true(json_object_get(object, key));
 }
 
+/* A figure that is not known, such as the loss of who does not train, is a dash. */
+static void print_real(double value, int width, int digits, FILE *out) {
+    if (value > 0) fprintf(out, "  %*.*f", width, digits, value);
+    else fprintf(out, "  %*s", width, "-");
+}
+
 static void print_member(const json_t *m, FILE *out) {
-    fprintf(out, "  %4" PRId64 "  %-20.20s  %-11s  %9" PRId64 "  %7.4f  %9.0f  %12" PRId64 "  %7.1f%s%s\n",
-            whole(m, "member"), text(m, "name"), text(m, "phase"), whole(m, "step"), real(m, "loss"),
-            real(m, "tokens_per_s"), whole(m, "tokens_committed"), real(m, "uplink") / 1e6,
-            truth(m, "ready") ? "  ready" : "", truth(m, "aggregate_only") ? "  aggregates only" : "");
+    fprintf(out, "  %4" PRId64 "  %-20.20s  %-11s  %9" PRId64, whole(m, "member"), text(m, "name"),
+            text(m, "phase"), whole(m, "step"));
+    print_real(real(m, "loss"), 7, 4, out);
+    print_real(truth(m, "live") ? real(m, "tokens_per_s") : 0, 9, 0, out);
+    fprintf(out, "  %12" PRId64, whole(m, "tokens_committed"));
+    print_real(real(m, "uplink") / 1e6, 7, 1, out);
+    fprintf(out, "%s%s\n", truth(m, "ready") ? "  ready" : "",
+            truth(m, "aggregate_only") ? "  aggregates only" : "");
 }
 
 /* One line: where each fragment is. */

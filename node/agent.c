@@ -137,8 +137,8 @@ static void say_what_it_is(struct agent *a) {
         console_say(a->console, SYNC_INFO, "device", "holds the state and sums; does not train");
     else if (a->options->threads)
         console_say(a->console, SYNC_INFO, "device",
-                    "trains on %s, %d threads, nice %d, corpus %s", device, a->options->threads,
-                    a->options->nice, corpus);
+                    "trains on %s, %d thread%s, nice %d, corpus %s", device, a->options->threads,
+                    a->options->threads == 1 ? "" : "s", a->options->nice, corpus);
     else
         console_say(a->console, SYNC_INFO, "device", "trains on %s, all cores, nice %d, corpus %s",
                     device, a->options->nice, corpus);
@@ -262,6 +262,8 @@ static void on_signal(evutil_socket_t number, short what, void *arg) {
 
 /* ---- the beginning --------------------------------------------------------------------------- */
 
+#define NO_RUN_YET "%s has joined no run yet: intellect-node join INVITE, or give another --home"
+
 static int take_run(struct agent *a, struct err *err) {
     const struct agent_options *o = a->options;
     const struct invite *invite = o->invite;
@@ -272,8 +274,7 @@ static int take_run(struct agent *a, struct err *err) {
         return -1;
     }
     if (!invite && !known)
-        return err_set(err, ERR_CONFIG, "%s has joined no run yet: intellect-node join INVITE",
-                       a->home.path);
+        return err_set(err, ERR_CONFIG, NO_RUN_YET, a->home.path);
     if (invite && known && !digest_equal(&invite->run, &a->run.run))
         return err_set(err, ERR_CONFIG, "%s belongs to another run: give another --home",
                        a->home.path);
@@ -424,7 +425,10 @@ int agent_run(const struct agent_options *options, struct err *err) {
                                                                       : SYNC_INFO);
     int rc = !a->console ? err_set(err, ERR_MEMORY, "no memory for an agent") : 0;
     if (!rc && !options->home) rc = home_default(path, err);
-    if (!rc) rc = home_open(&a->home, options->home ? options->home : path, err);
+    const char *home = options->home ? options->home : path;
+    if (!rc && !options->invite && access(home, F_OK)) /* `run` makes no folder that nobody asked for */
+        rc = err_set(err, ERR_CONFIG, NO_RUN_YET, home);
+    if (!rc) rc = home_open(&a->home, home, err);
     if (!rc) rc = start(a, err);
     if (!rc) {
         event_base_dispatch(a->base);

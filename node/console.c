@@ -14,6 +14,7 @@
 
 #define LINE_BYTES 512
 #define REDRAW_MS 100
+#define DATA_SHARE_SHOWN 0.01 /* of the time; less is no news */
 
 struct console {
     bool json, live;      /* live: stdout is a terminal and not JSON */
@@ -115,16 +116,19 @@ static void describe(const struct console_figures *f, bool live, char *out, size
     char rate[16], tokens[16];
     const struct sync_view *v = &f->view;
     int n = snprintf(out, size, "round %llu", (unsigned long long)(v->round / f->fragments));
-    if (f->trains)
-        n += snprintf(out + n, size - (size_t)n, " | step %llu | loss %.4f | %s tokens/s, %.1f %% waiting for data",
-                      (unsigned long long)f->step, f->loss, short_number(f->tokens_per_s, rate),
-                      100 * f->data_share);
+    if (f->trains) n += snprintf(out + n, size - (size_t)n, " | step %llu", (unsigned long long)f->step);
+    if (f->trains && f->loss > 0)
+        n += snprintf(out + n, size - (size_t)n, " | loss %.4f | %s tokens/s", f->loss,
+                      short_number(f->tokens_per_s, rate));
+    if (f->trains && f->data_share >= DATA_SHARE_SHOWN)
+        n += snprintf(out + n, size - (size_t)n, ", %.0f %% waiting for data", 100 * f->data_share);
     if (live) n += snprintf(out + n, size - (size_t)n, " | %s", v->phase);
     if (live && v->chunks_missing)
         n += snprintf(out + n, size - (size_t)n, " (%u chunks to fetch)", v->chunks_missing);
-    snprintf(out + n, size - (size_t)n, " | %s tokens by all | %u members, %u peers%s",
-             short_number((double)v->tokens_committed, tokens), v->members_live, v->peers,
-             f->connected ? "" : " | coordinator out of reach");
+    if (!f->connected) n += snprintf(out + n, size - (size_t)n, " | coordinator out of reach");
+    snprintf(out + n, size - (size_t)n, " | %s%s by all | %u member%s, %u peer%s",
+             short_number((double)v->tokens_committed, tokens), live ? "" : " tokens", v->members_live, v->members_live == 1 ? "" : "s",
+             v->peers, v->peers == 1 ? "" : "s");
 }
 
 static size_t width(void) {

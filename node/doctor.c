@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 static const char doctor_help[] =
-    "doctor [INVITE] [options]\n"
+    "intellect-node doctor [INVITE] [options]\n"
     "\n"
     "Can this machine be a member of a run, and how fast will it be? Looks at GPUs and driver, measures\n"
     "matrix products, memory and disk, asks the coordinator and the corpus' server, opens the port for\n"
@@ -40,7 +40,7 @@ static const char doctor_help[] =
     "Each line has a verdict: ok; warn, something is not as it should be; FAIL, the node cannot be a member\n"
     "like this; skip, it could not be looked at. Exit status: 0 it can join, 1 it cannot, 2 wrong use.\n"
     "\n"
-    "Example: doctor 'intellect://my.host:7171/...#...' --precision bf16\n";
+    "example: intellect-node doctor 'intellect://my.host:7171/...#...' --precision bf16\n";
 
 #define DISK_BLOCK ((size_t)8 << 20)
 #define DISK_BYTES ((size_t)256 << 20)
@@ -100,7 +100,7 @@ bool doctor_shape(const struct doctor *d, struct msg_model *m, struct msg_inner 
            !proto_inner_preset(d->model_name, 1000000000, inner, &std, &err);
 }
 
-/* The run that this home has joined. None is no fault; one that cannot be read is. */
+/* The run that this home has joined. None is no fault; one that cannot be read is, or another than the invite's. */
 static int take_joined_run(struct doctor *d, struct err *err) {
     struct home h = { .lock_fd = -1 };
     struct home_run run;
@@ -110,9 +110,15 @@ static int take_joined_run(struct doctor *d, struct err *err) {
     home_file(&h, "run.json", path);
     if (stat(path, &st)) return 0;
     if (home_run_load(&h, &run, err)) return -1;
-    snprintf(d->invite.host, sizeof d->invite.host, "%s", run.host);
-    d->invite.port = run.port;
-    d->invite.run = run.run;
+    if (d->invite.host[0] && !digest_equal(&d->invite.run, &run.run)) {
+        home_run_release(&run);
+        return err_set(err, ERR_CONFIG, "%s belongs to another run: give another --home", d->home_path);
+    }
+    if (!d->invite.host[0]) {
+        snprintf(d->invite.host, sizeof d->invite.host, "%s", run.host);
+        d->invite.port = run.port;
+        d->invite.run = run.run;
+    }
     snprintf(d->joined_corpus, sizeof d->joined_corpus, "%s", run.corpus);
     if (!d->corpus && run.corpus[0]) d->corpus = d->joined_corpus;
     home_run_release(&run);
@@ -188,13 +194,6 @@ static void check_disk(struct doctor *d) {
 
 /* ---- the command ---------------------------------------------------------------------------------- */
 
-static int take_precision(const char *text, int *out) {
-    for (*out = 0; trainer_precision_name(*out); ++*out)
-        if (!strcmp(text, trainer_precision_name(*out))) return 0;
-    fprintf(stderr, "--precision is '%s'; allowed are fp32, bf16, bf16-stochastic\n", text);
-    return -1;
-}
-
 /* Returns -1 to go on, or the exit code. */
 static int parse(int argc, char **argv, struct doctor *d) {
     static const struct option options[] = {
@@ -213,7 +212,7 @@ static int parse(int argc, char **argv, struct doctor *d) {
     while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
         case 'H': d->home = optarg; break;
         case 'D': if (args_device(optarg, &d->device)) return 2; break;
-        case 'p': if (take_precision(optarg, &d->precision)) return 2; break;
+        case 'p': if (args_name("--precision", optarg, trainer_precision_name, &d->precision)) return 2; break;
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &n)) return 2; d->threads = (int)n; break;
         case 'l': if (args_integer("--listen", optarg, 1, 65535, &n)) return 2; d->listen_port = (int)n; break;
         case 'L': d->listen_port = -1; break;
@@ -221,7 +220,7 @@ static int parse(int argc, char **argv, struct doctor *d) {
         case 'm': d->model_name = optarg; break;
         case 'j': d->json = true; break;
         case 'h': fputs(doctor_help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (optind + 1 < argc) return args_wrong(argv[0], "too many arguments");
     if (optind < argc && args_invite(argv[optind], &d->invite, &err)) return args_failed(argv[0], &err), 2;
@@ -243,7 +242,7 @@ int tool_doctor(int argc, char **argv) {
     if (!d.checks) err_set(&err, ERR_MEMORY, "no memory for a report");
     if (!d.checks || (!d.home && home_default(d.home_path, &err))) return args_failed(argv[0], &err);
     if (d.home) snprintf(d.home_path, sizeof d.home_path, "%s", d.home);
-    if (!d.invite.host[0] && take_joined_run(&d, &err)) doctor_say(&d, "home", DOCTOR_FAIL, "%s", err.msg);
+    if (take_joined_run(&d, &err)) doctor_say(&d, "home", DOCTOR_FAIL, "%s", err.msg);
     doctor_coordinator(&d); /* first: it tells of the model and the corpus */
     doctor_corpus(&d);
     doctor_port(&d);

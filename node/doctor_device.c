@@ -188,11 +188,11 @@ static void say_memory(struct doctor *d, const struct kernels *k, const struct n
     double takes = (double)e.all;
     json_t *o;
     if (there == 0)
-        o = doctor_say(d, "memory", DOCTOR_SKIP, "training takes %.1f GB; what there is is not known",
+        o = doctor_say(d, "memory", DOCTOR_SKIP, "training takes %.2f GB; what there is is not known",
                        takes / 1e9);
     else
         o = doctor_say(d, "memory", takes > there ? DOCTOR_FAIL : DOCTOR_OK,
-                       "training takes %.1f GB, %.1f are free%s", takes / 1e9, there / 1e9,
+                       "training takes %.2f GB, %.2f are free%s", takes / 1e9, there / 1e9,
                        takes > there ? "; --precision bf16-stochastic takes less, see intellect-node plan" : "");
     json_object_set_new(o, "bytes", json_real(takes));
     json_object_set_new(o, "free_bytes", json_real(there));
@@ -210,8 +210,9 @@ static void say_speed(struct doctor *d, const struct doctor_rates *r, const stru
     double seconds = tokens * flop_per_token(m) / (ENGINE_SHARE * r->flops) +
                      UPDATE_BYTES * (double)proto_model_elements(m) / r->bytes_per_s;
     json_t *o = doctor_say(d, "speed", DOCTOR_OK,
-                           "about %.3g tokens/s on a model of %.3g parameters: %.3g s an inner step",
-                           tokens / seconds, (double)proto_model_elements(m), seconds);
+                           "about %.*f tokens/s on a model of %.2f million parameters: %.3g s an inner step",
+                           tokens / seconds < 10 ? 2 : 0, tokens / seconds, (double)proto_model_elements(m) / 1e6,
+                           seconds);
     json_object_set_new(o, "tokens_per_s", json_real(tokens / seconds));
 }
 
@@ -221,7 +222,7 @@ static void say_load(struct doctor *d) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     if (getloadavg(&load, 1) != 1 || load < (double)cores / 2 + 0.5) return;
     json_t *o = doctor_say(d, "load", DOCTOR_WARN,
-                           "other programs keep %.1f of %ld cores busy: the rates below are of what they leave", load,
+                           "%.1f other programs want the %ld cores: the rates below are of what they leave", load,
                            cores);
     json_object_set_new(o, "load", json_real(load));
 }

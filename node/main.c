@@ -274,6 +274,7 @@ int main(int argc, char **argv) {
         puts("intellect-node " INTELLECT_VERSION);
         return 0;
     }
+    opterr = 0; /* what is wrong with an option is said in our words */
     if (proto_init(&err)) return failed(argv[1], &err);
     for (size_t i = 0; i < COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name)) return commands[i].run(argc - 1, argv + 1);

@@ -294,7 +294,7 @@ static void say_heartbeat(struct sync *s) {
     struct msg_rate rates[PROTO_RATES_MAX];
     struct msg_heartbeat beat = {
         .progress = s->progress,
-        .step = t->steps_total,
+        .step = t->steps, /* the trainer's own count, as its person sees it: over its lives where its moments were kept */
         .phase = (uint8_t)phase_of(s),
         .loss = isfinite(t->loss) ? t->loss : 0,
         .tokens_per_s = isfinite(t->tokens_per_s) ? t->tokens_per_s : 0,

@@ -2,6 +2,7 @@
 #include "node/tools_args.h"
 
 #include <errno.h>
+#include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -78,11 +79,19 @@ int args_name(const char *flag, const char *text, const char *(*name)(int), int 
 }
 
 int args_failed(const char *name, const struct err *err) {
-    fprintf(stderr, "%s: %s\n", name, err->msg);
+    fprintf(stderr, "intellect-node %s: %s\n", name, err->msg);
     return 1;
 }
 
 int args_wrong(const char *name, const char *what) {
-    fprintf(stderr, "%s: %s; see %s --help\n", name, what, name);
+    fprintf(stderr, "intellect-node %s: %s; see intellect-node %s --help\n", name, what, name);
     return 2;
+}
+
+int args_unknown(const char *name, char **argv) {
+    char what[160];
+    const char *option = argv[optind - 1];
+    if (option[0] != '-') option = argv[optind]; /* within a cluster of short ones */
+    snprintf(what, sizeof what, "%.100s is no option here, or wants a value", option ? option : "that");
+    return args_wrong(name, what);
 }

@@ -19,10 +19,13 @@ int args_invite(const char *text, struct invite *out, struct err *err);
 /* One of the names that name(0), name(1), ... are, up to NULL. */
 int args_name(const char *flag, const char *text, const char *(*name)(int), int *out);
 
-/* "NAME: message" to stderr; returns 1, the exit code. */
+/* "intellect-node NAME: message" to stderr; returns 1, the exit code. */
 int args_failed(const char *name, const struct err *err);
 
-/* "NAME: what; see NAME --help" to stderr; returns 2, the exit code of wrong use. */
+/* "intellect-node NAME: what; see intellect-node NAME --help" to stderr; returns 2, the exit code of wrong use. */
 int args_wrong(const char *name, const char *what);
+
+/* Likewise, of the option that getopt_long has just refused. */
+int args_unknown(const char *name, char **argv);
 
 #endif

@@ -44,7 +44,7 @@ static int parse(int argc, char **argv, struct tool_options *o) {
         else if (c == 'r')
             o->run = optarg;
         else
-            return args_wrong(o->name, c == ':' ? "a value is missing" : "unknown option");
+            return args_unknown(o->name, argv);
     }
     o->operand = argv + optind;
     if (argc - optind == o->operands) return -1;

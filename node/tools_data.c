@@ -13,7 +13,7 @@
 #include <string.h>
 
 static const char data_help[] =
-    "data [tokenize] --out DIR [options] PATH...\n"
+    "intellect-node data [tokenize] --out DIR [options] PATH...\n"
     "\n"
     "Turn texts into a corpus that a run can train on: token files, a held-out slice that is never\n"
     "trained on, and the manifest corpus.json, which is written last. A PATH is a text, JSON lines\n"
@@ -35,8 +35,8 @@ static const char data_help[] =
     "\n"
     "`data mix` makes one corpus of several by weights: data mix --help.\n"
     "\n"
-    "Example: data --out corpus --sequence 128 book1.txt book2.txt\n"
-    "Example: data tokenize --out corpus --sequence 8192 --tokenizer Llama-3.2-1B web/ code.jsonl.zst\n";
+    "example: intellect-node data --out corpus --sequence 128 book1.txt book2.txt\n"
+    "example: intellect-node data tokenize --out corpus --sequence 8192 --tokenizer Llama-3.2-1B web/ code.jsonl.zst\n";
 
 static void print_corpus(const char *out, const struct data_info *info, double seconds, int json) {
     char hex[DIGEST_HEX_BYTES];
@@ -74,7 +74,7 @@ static int tokenize(const char *name, const char *out, const char *const *paths,
 }
 
 static const char mix_help[] =
-    "data mix --out DIR [--samples N] [--json] WEIGHT:CORPUS...\n"
+    "intellect-node data mix --out DIR [--samples N] [--json] WEIGHT:CORPUS...\n"
     "\n"
     "Make one corpus of several, of one tokenizer and sequence: in each hundred samples, where the\n"
     "weights are percents, so many are of each. DIR gets a manifest that names them; their files stay\n"
@@ -85,7 +85,7 @@ static const char mix_help[] =
     "                 (default: as many as there are until one ends)\n"
     "  --json         print one JSON object\n"
     "\n"
-    "Example: data mix --out mixture 55:fineweb-edu 10:fineweb 20:stack-v1 10:dclm 5:open-web-math\n";
+    "example: intellect-node data mix --out mixture 55:fineweb-edu 10:fineweb 20:stack-v1 10:dclm 5:open-web-math\n";
 
 static int parse_parts(char *const *argv, int n, struct data_mix_part *part) {
     for (int i = 0; i < n; i++) {
@@ -119,7 +119,7 @@ static int tool_mix(int argc, char **argv) {
         case 's': if (args_integer("--samples", optarg, 1, INT64_MAX, &samples)) return 2; break;
         case 'j': json = 1; break;
         case 'h': fputs(mix_help, stdout); return 0;
-        default: return args_wrong("data mix", "wrong arguments");
+        default: return args_unknown("data mix", argv);
         }
     if (!out) return args_wrong("data mix", "--out DIR is missing");
     if (optind == argc || argc - optind > DATA_PARTS_MAX)
@@ -159,7 +159,7 @@ int tool_data(int argc, char **argv) {
         case 'n': if (args_integer("--threads", optarg, 1, 256, &threads)) return 2; break;
         case 'j': json = 1; break;
         case 'h': fputs(data_help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (!out) return args_wrong(argv[0], "--out DIR is missing");
     if (optind == argc) return args_wrong(argv[0], "no text given");
@@ -171,13 +171,15 @@ int tool_data(int argc, char **argv) {
 /* ---- bigram ------------------------------------------------------------------------------------ */
 
 static const char bigram_help[] =
-    "bigram CORPUS [--json]\n"
+    "intellect-node bigram CORPUS [--json]\n"
     "\n"
     "Count which byte follows which two in a corpus' training text, and print the mean loss of these\n"
     "statistics on its held-out slice, in nats per byte. It is what a network must beat to have\n"
     "learnt more than letter statistics. Orders are interpolated (Witten and Bell 1991), so that\n"
     "contexts never seen cost no more than they must. CORPUS is a folder that `data` wrote, with\n"
-    "the tokenizer bytes.\n";
+    "the tokenizer bytes.\n"
+    "\n"
+    "example: intellect-node bigram corpus\n";
 
 #define BLOCK_TOKENS 65536
 
@@ -267,7 +269,7 @@ int tool_bigram(int argc, char **argv) {
     while ((c = getopt_long(argc, argv, "h", options, NULL)) != -1) switch (c) {
         case 'j': json = 1; break;
         case 'h': fputs(bigram_help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (optind + 1 != argc) return args_wrong(argv[0], "one corpus is needed");
     if (bigram(argv[optind], loss, &tokens, &err)) return args_failed(argv[0], &err);

@@ -61,7 +61,7 @@ static int parse(int argc, char **argv, const char *help, struct export_wish *w)
         case 'w': if (args_name("--weights", optarg, weights_name, &w->weights)) return 2; break;
         case 'f': if (args_real("--file-gb", optarg, 1e-6, 1e6, &w->file_gb)) return 2; break;
         case 'h': fputs(help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (argc - optind != 2)
         return args_wrong(w->name, argc - optind < 2 ? "an argument is missing" : "too many arguments");

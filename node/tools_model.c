@@ -113,7 +113,7 @@ static void unload(struct loaded *l) {
 /* ---- eval -------------------------------------------------------------------------------------- */
 
 static const char eval_help[] =
-    "eval CHECKPOINT (--text FILE | --corpus CORPUS) [options]\n"
+    "intellect-node eval CHECKPOINT (--text FILE | --corpus CORPUS) [options]\n"
     "\n"
     "Mean loss in nats per token of a model on a text: windows of N tokens side by side, in which each\n"
     "token predicts its next. What is left at the end, less than a window, is not counted. Bits per byte\n"
@@ -131,7 +131,7 @@ static const char eval_help[] =
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: loss, perplexity, bits_per_byte, tokens, sequence\n"
     "\n"
-    "Example: eval demo-run/checkpoints --text book.txt --sequence 128\n";
+    "example: intellect-node eval demo-run/checkpoints --text book.txt --sequence 128\n";
 
 /* Windows evaluated together: enough rows for fast matrix products. */
 #define EVAL_ROWS 2048
@@ -324,7 +324,7 @@ int tool_eval(int argc, char **argv) {
         case 'u': w.untrained = true; break;
         case 'l': w.logits = optarg; break;
         case 'h': fputs(eval_help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (optind + 1 != argc) return args_wrong(argv[0], "one checkpoint is needed");
     if (!w.text == !w.corpus) return args_wrong(argv[0], "one of --text and --corpus is needed");
@@ -335,7 +335,7 @@ int tool_eval(int argc, char **argv) {
 /* ---- generate ---------------------------------------------------------------------------------- */
 
 static const char generate_help[] =
-    "generate CHECKPOINT --prompt TEXT [options]\n"
+    "intellect-node generate CHECKPOINT --prompt TEXT [options]\n"
     "\n"
     "Continue a text with what the model finds likely. CHECKPOINT is as in `eval`. The same arguments\n"
     "give the same text.\n"
@@ -352,7 +352,9 @@ static const char generate_help[] =
     "  --json             print one JSON object: prompt, text, tokens (bytes that are not UTF-8 as ?)\n"
     "\n"
     "Text is printed as it comes. The model sees the tokens before, up to its sequence; when that is full,\n"
-    "it reads the last half of them again and goes on.\n";
+    "it reads the last half of them again and goes on.\n"
+    "\n"
+    "example: intellect-node generate demo-run/checkpoints --prompt 'The '\n";
 
 struct generate_wish {
     const char *where, *prompt, *tokenizer;
@@ -537,7 +539,7 @@ int tool_generate(int argc, char **argv) {
         case 'n': if (args_integer("--threads", optarg, 1, 1024, &w.threads)) return 2; break;
         case 'j': w.json = 1; break;
         case 'h': fputs(generate_help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (optind + 1 != argc) return args_wrong(argv[0], "one checkpoint is needed");
     if (!w.prompt || !*w.prompt) return args_wrong(argv[0], "--prompt TEXT is missing or empty");

@@ -18,7 +18,7 @@
 #include <string.h>
 
 static const char plan_help[] =
-    "plan --model NAME [options]\n"
+    "intellect-node plan --model NAME [options]\n"
     "\n"
     "What each rank of a trainer will hold in memory, before anything is loaded; exit status 1 if it does\n"
     "not fit. On CPU the sum is within 10 %% of the measured peak, and some 50 MB for libraries come on top.\n"
@@ -40,8 +40,8 @@ static const char plan_help[] =
     "  --memory GB        what there is without --devices (default: what this machine has available)\n"
     "  --json             print one JSON object, in bytes\n"
     "\n"
-    "Examples: plan --model 150m --precision bf16\n"
-    "          plan --model 10b --precision bf16 --devices 8x80\n";
+    "example: intellect-node plan --model 150m --precision bf16\n"
+    "example: intellect-node plan --model 10b --precision bf16 --devices 8x80\n";
 
 struct plan {
     struct msg_model m;
@@ -325,7 +325,7 @@ static int parse(int argc, char **argv, struct plan *p, const char **preset, int
             break;
         case 'j': *json = 1; break;
         case 'h': printf(plan_help, proto_model_preset_names()); return 0;
-        default: return 2;
+        default: return args_unknown("plan", argv);
         }
     if (*preset && optind == argc) return -1;
     return args_wrong("plan", *preset ? "too many arguments" : "which --model?");

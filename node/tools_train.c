@@ -18,7 +18,7 @@
 #include <string.h>
 
 static const char train_help[] =
-    "train CONFIG [options]\n"
+    "intellect-node train CONFIG [options]\n"
     "\n"
     "Train a model alone, without a coordinator: the network, corpus, schedule and seeds of CONFIG, which\n"
     "is the run.yaml that `intellect-coordinator init` writes and explains; sections `model`, `corpus` and\n"
@@ -63,7 +63,7 @@ static const char train_help[] =
     "  --json             print one JSON object at the end: steps, tokens, loss, heldout, tokens_per_s,\n"
     "                     data_share\n"
     "\n"
-    "Example: train run.yaml --dp 2 --shard optimizer --plot loss.svg\n";
+    "example: intellect-node train run.yaml --dp 2 --shard optimizer --plot loss.svg\n";
 
 #define SETS_MAX 64
 
@@ -139,7 +139,7 @@ static int parse(int argc, char **argv, struct train_wish *w) {
         case 'q': o->quiet = true; break;
         case 'j': w->json = 1; o->quiet = true; break;
         case 'h': fputs(train_help, stdout); return 0;
-        default: return args_wrong(argv[0], "wrong arguments");
+        default: return args_unknown(argv[0], argv);
         }
     if (optind + 1 == argc && (w->config = argv[optind])) return -1;
     args_wrong(argv[0], "one configuration is needed");

@@ -61,7 +61,7 @@ expect 1 'coordinator +FAIL .*127.0.0.1:.*refused' -- doctor --device cpu "$else
 start_coordinator run "$port"
 "$COORDINATOR" invite run >invite 2>/dev/null || fail "no invite"
 expect 0 'coordinator +ok .* speaks for the run' 'corpus +ok .*samples of 128 tokens' "clock +ok +[01] s .*127.0.0.1:$web" \
-    'speed +ok +about [0-9.e+]+ tokens/s on a model of 1.06e.06' 'port +ok +none is opened' -- \
+    'speed +ok +about [0-9]+ tokens/s on a model of 1.06 million' 'port +ok +none is opened' -- \
     doctor --device cpu --no-listen --corpus "http://127.0.0.1:$web/corpus/corpus.json" @invite
 expect 1 'coordinator +FAIL .*it serves run' 'corpus +FAIL .*; name another place with --corpus' "port +FAIL .*$port" -- \
     doctor --device cpu --listen "$port" --corpus "http://127.0.0.1:$web/none.json" "$elsewhere"
@@ -71,6 +71,7 @@ check "nobody was enrolled" test "$(status run 'len([m for m in members if not m
 start_node home run --device cpu
 wait_for 30 run 'len([m for m in members if m["live"]]) == 2' || fail "no member"
 doctor --device cpu --json >report.json
+expect 1 'home +FAIL +.*/home belongs to another run: give another --home' -- doctor --device cpu --no-listen "$elsewhere"
 check "its connection was left alone" sh -c "! grep -q 'lost the coordinator' '$W/home.log'"
 check "JSON" python3 -c 'import json, sys
 r = json.load(open("report.json"))

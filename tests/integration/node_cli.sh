@@ -27,10 +27,13 @@ secret=$(printf '%064d' 7)
 invite="intellect://127.0.0.1:1/$(printf '%064d' 1)#$secret"
 
 # Every command explains itself.
-for command in join run doctor train data bigram eval generate inspect verify fetch export import; do
-    expect 0 "$command " "$node" $command --help
-    expect 2 'unknown|allowed|see' "$node" $command --no-such-option
+for command in join run doctor train data bigram plan eval generate inspect verify fetch export import; do
+    expect 0 "^intellect-node $command " "$node" $command --help
+    expect 0 "^example: intellect-node $command( |$)" "$node" $command --help
+    expect 2 "intellect-node $command: .*--no-such-option.*; see intellect-node $command --help" "$node" $command --no-such-option
 done
+expect 2 'plan: --model is no option here, or wants a value' "$node" plan --model
+expect 2 'plan: -q is no option here' "$node" plan -q
 expect 0 'join .*invite' "$node" --help
 expect 0 '^intellect-node .' "$node" --version
 expect 2 'unknown command "jion"' "$node" jion
@@ -54,6 +57,7 @@ expect 1 'no-such-file' "$node" join "@$dir/no-such-file"
 expect 2 'standard input' "$node" join -
 expect 2 'settled by join' "$node" run --aggregate-only
 expect 1 'joined no run' "$node" run
+[ ! -e "$dir/home" ] || { failed=$((failed + 1)); echo 'FAILED: run made a home'; }
 expect 2 'started by the node' "$node" trainer
 expect 2 '' "$node" trainer --fd 0
 expect 1 'folder|directory' "$node" join "$invite" --home /dev/null/home
@@ -118,7 +122,7 @@ trap 'kill $served $node_pid 2>/dev/null; wait 2>/dev/null; rm -rf "$dir"' EXIT
 "$node" join "@$dir/invite" --name first --threads 1 --no-listen >"$dir/node.log" 2>&1 &
 node_pid=$!
 check "it enrols, and its trainer starts" await 1 'trainer is ready'
-check "it says what it will do" grep -q 'trains on a GPU, else cpu, 1 threads, nice 10, corpus file://' "$dir/node.log"
+check "it says what it will do" grep -q 'trains on a GPU, else cpu, 1 thread, nice 10, corpus file://' "$dir/node.log"
 check "it says where its things are" grep -q "identity and state in $dir/home" "$dir/node.log"
 trainer=$(pgrep -P $node_pid)
 check "the trainer stands back behind other programs" [ "$(ps -o ni= -p "$trainer" | tr -d ' ')" = 10 ]
