@@ -388,10 +388,11 @@ static CURLcode set_all(CURL *h, struct transfer *t, struct curl_slist *headers)
     SET(CURLOPT_NOPROGRESS, 0L);
     SET(CURLOPT_XFERINFOFUNCTION, look_for_cancel);
     SET(CURLOPT_XFERINFODATA, t);
-    SET(CURLOPT_BUFFERSIZE, 256L << 10);
     SET(CURLOPT_UPLOAD_BUFFERSIZE, 256L << 10);
     if (t->client->loopback) SET(CURLOPT_NOPROXY, "*");
     if (ca && *ca) SET(CURLOPT_CAINFO, ca);
+    /* Refused where a try that found no host left its buffer: that one has this size already. */
+    (void)curl_easy_setopt(h, CURLOPT_BUFFERSIZE, 256L << 10);
     if (rc == CURLE_OK) rc = set_method(h, t);
     return rc == CURLE_OK ? set_auth(h, r->auth) : rc;
 }

@@ -9,6 +9,7 @@
 #include "node/tools_args.h"
 #include "node/trainer.h"
 
+#include <errno.h>
 #include <getopt.h>
 #include <libgen.h>
 #include <limits.h>
@@ -16,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const char train_help[] =
     "intellect-node train CONFIG [options]\n"
@@ -199,9 +201,13 @@ static void print_number(const char *key, double x) {
 static void print_result(const struct train_wish *w, const struct solo_result *r) {
     unsigned long long steps = r->steps, total = r->steps_total, tokens = r->tokens;
     if (!w->json) {
-        printf("%s after %llu of %llu steps, %llu tokens; loss %.4f, held-out %.4f; %.0f tokens/s, %.2f %% of "
-               "the time waited for samples\n", r->stopped ? "stopped" : "ended", steps, total, tokens, r->loss,
-               r->heldout, r->tokens_per_s, 100 * r->data_share);
+        printf("%s after %llu of %llu steps, %llu tokens", r->stopped ? "stopped" : "ended", steps, total, tokens);
+        if (isfinite(r->loss)) printf("; loss %.4f", r->loss);
+        else printf("; no step was left to do");
+        if (isfinite(r->heldout)) printf(", held-out %.4f", r->heldout);
+        if (isfinite(r->loss))
+            printf("; %.0f tokens/s, %.2f %% of the time waited for samples", r->tokens_per_s, 100 * r->data_share);
+        putchar('\n');
         return;
     }
     printf("{\"steps\": %llu, \"steps_total\": %llu, \"tokens\": %llu", steps, total, tokens);
@@ -212,6 +218,15 @@ static void print_result(const struct train_wish *w, const struct solo_result *r
     puts("}");
 }
 
+/* Hours of training must not end with a picture that cannot be drawn. The folder of --out may come yet. */
+static int check_plot(const struct train_wish *w, struct err *err) {
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s", w->plot);
+    const char *there = access(w->plot, F_OK) ? dirname(path) : w->plot;
+    if (!access(there, W_OK) || (errno == ENOENT && !strcmp(there, w->solo.out))) return 0;
+    return err_set_errno(err, "--plot %.150s", w->plot);
+}
+
 static int train(struct train_wish *w, struct settings *s, struct err *err) {
     char csv[PATH_MAX + 16];
     struct corpus_facts corpus;
@@ -219,6 +234,7 @@ static int train(struct train_wish *w, struct settings *s, struct err *err) {
     if (read_settings(w, s, &corpus, err)) return -1;
     default_folder(w->config, w->folder);
     w->solo.out = w->out ? w->out : w->folder;
+    if (w->plot && check_plot(w, err)) return -1;
     if (solo_run(&w->solo, s, &corpus, &r, err)) return -1;
     if (w->solo.replay) {
         printf("step %llu: the same bits again\n", (unsigned long long)w->solo.replay);

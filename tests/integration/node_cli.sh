@@ -93,6 +93,7 @@ expect 1 'short.txt' "$node" data --out "$dir/corpus" --sequence 128 "$dir/short
 expect 1 'no-such' "$node" data --out "$dir/corpus" --sequence 128 "$dir/no-such.txt"
 expect 1 '' "$node" inspect "$dir/no-such-checkpoint"
 expect 1 '' "$node" verify "$dir"
+expect 1 'Could not resolve host: no-such.invalid .tried 2 times' env INTELLECT_STORE_TRIES=2 "$node" inspect https://no-such.invalid/x
 expect 2 'argument' "$node" export "$dir"
 
 

@@ -41,7 +41,7 @@ check "30 runs of one step are one of 30" same whole cut
 train --out host --offload optimizer > host.log || bad "moments in the host's memory: $(cat host.log)"
 check "moments in the host's memory change no bit" same whole host
 check "the curve has a row a step" test "$(wc -l < whole/loss.csv)" -eq 31
-expect 0 'ended after 30 of 30 steps' train --out whole
+expect 0 'ended after 30 of 30 steps, 5760 tokens; no step was left to do, held-out' train --out whole
 cp -r cut again && rm again/state
 expect 0 'ended after 30' train --out again
 check "a run begun anew drops the rows it had" same whole again
@@ -120,6 +120,10 @@ print("worst difference:", max(abs(x - y) for x, y in zip(a, b)))
 raise SystemExit(not (len(a) == len(b) == 30 and max(abs(x - y) for x, y in zip(a, b)) < 1e-5))
 P
 expect 0 'ended after 1000' long --out two --plot loss.svg
+expect 1 '^intellect-node train: --plot no/where.svg: No such file' train --out none --plot no/where.svg
+check "which is said before anything begins" test ! -e none
+expect 0 'held-out' train --out new --stop-after 1 --plot new/loss.svg
+check "a picture may go into the new folder" test -s new/loss.svg
 check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m.parse("loss.svg").getElementsByTagName("polyline")) == 2'
 
 # The model that came out, for the other tools and for another run.
