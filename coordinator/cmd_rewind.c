@@ -15,7 +15,7 @@ static const char help[] =
     "wrong. Nobody may serve meanwhile. The ledger keeps what was undone and gets one entry that says so;\n"
     "samples spent since are handed out again, members fetch the checkpoint's state by themselves.\n"
     "\n"
-    "  --to INDEX     ledger index of the state, as `intellect-coordinator checkpoints DIR list` shows them\n"
+    "  --to INDEX     ledger index of a checkpoint, as `checkpoints DIR list` shows it\n"
     "  --reason TEXT  goes into the ledger, which everybody reads\n"
     "\n"
     "The checkpoint must still be there: it is opened and its signatures and sizes are checked first. A\n"

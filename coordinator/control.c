@@ -222,7 +222,8 @@ json_t *control_ask(const char *dir, const json_t *request, struct err *err) {
     if (fd >= 0 && send_request(fd, request ? request : nothing, err) == 0 &&
         read_answer(fd, &text, err) == 0) {
         answer = json_loads(text, 0, NULL);
-        if (!answer) err_set(err, ERR_CORRUPT, "the serving process' answer is no JSON");
+        if (!answer) err_set(err, ERR_CORRUPT, *text ? "the serving process' answer is no JSON"
+                                                     : "the serving process ended without an answer: see its log");
     }
     if (fd >= 0) close(fd);
     json_decref(nothing);

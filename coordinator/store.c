@@ -189,7 +189,7 @@ static int get_row(struct store *s, const char *table, uint64_t key, uint8_t **v
     if (!stmt) return -1;
     sqlite3_bind_int64(stmt, 1, (sqlite3_int64)key);
     int rc = sqlite3_step(stmt), result = -1;
-    if (SQLITE_FAILED(s, rc, err)) goto out;
+    if (sqlite_failed(s, rc, "read", __LINE__, err)) goto out;
     if (rc == SQLITE_DONE) {
         err_set(err, ERR_NOT_FOUND, "the store has no %s %llu", table, (unsigned long long)key);
         goto out;
@@ -231,7 +231,7 @@ int store_each(struct store *s, enum core_table table, uint64_t first, uint64_t 
     sqlite3_bind_int64(stmt, 2, (sqlite3_int64)(last < key_max ? last : key_max));
     int rc, result = 0;
     while (result == 0 && (rc = sqlite3_step(stmt)) != SQLITE_DONE) {
-        if (SQLITE_FAILED(s, rc, err)) {
+        if (sqlite_failed(s, rc, "read", __LINE__, err)) {
             result = -1;
             break;
         }
@@ -249,7 +249,7 @@ int store_term(struct store *s, uint64_t *term, struct err *err) {
     sqlite3_stmt *stmt = prepare(s, err, "SELECT term FROM term");
     if (!stmt) return -1;
     int rc = sqlite3_step(stmt);
-    int result = SQLITE_FAILED(s, rc, err) ? -1 : 0;
+    int result = sqlite_failed(s, rc, "read", __LINE__, err) ? -1 : 0;
     if (rc == SQLITE_DONE) result = err_set(err, ERR_CORRUPT, "the store %s has no term", s->path);
     *term = (uint64_t)sqlite3_column_int64(stmt, 0);
     sqlite3_finalize(stmt);
@@ -277,7 +277,7 @@ static int write_row(struct store *s, const char *table, bool replace, uint64_t 
     if ((rc & 0xff) == SQLITE_CONSTRAINT)
         result = err_set(err, ERR_CORRUPT, "the store %s already has %s %llu", s->path, table,
                          (unsigned long long)key);
-    else if (SQLITE_FAILED(s, rc, err))
+    else if (sqlite_failed(s, rc, "write", __LINE__, err))
         result = -1;
     sqlite3_finalize(stmt);
     return result;

@@ -37,8 +37,8 @@ static const char doctor_help[] =
     "  --model NAME       estimate memory and speed for this one where no run is known, such as 1b\n"
     "  --json             one JSON object: can_join, and checks: name, verdict, text, numbers\n"
     "\n"
-    "Each line has a verdict: ok; warn, something is not as it should be; FAIL, the node cannot be a member\n"
-    "like this; skip, it could not be looked at. Exit status: 0 it can join, 1 it cannot, 2 wrong use.\n"
+    "Each line has a verdict: ok; warn, something is not as it should be; FAIL, the node cannot be a\n"
+    "member like this; skip, it could not be looked at. Exit status: 0 it can join, 1 not, 2 misuse.\n"
     "\n"
     "example: intellect-node doctor 'intellect://my.host:7171/...#...' --precision bf16\n";
 

@@ -36,7 +36,8 @@ static const char data_help[] =
     "`data mix` makes one corpus of several by weights: data mix --help.\n"
     "\n"
     "example: intellect-node data --out corpus --sequence 128 book1.txt book2.txt\n"
-    "example: intellect-node data tokenize --out corpus --sequence 8192 --tokenizer Llama-3.2-1B web/ code.jsonl.zst\n";
+    "example: intellect-node data tokenize --out corpus --sequence 8192 --tokenizer Llama-3.2-1B \\\n"
+    "             web/ code.jsonl.zst\n";
 
 static void print_corpus(const char *out, const struct data_info *info, double seconds, int json) {
     char hex[DIGEST_HEX_BYTES];
@@ -85,7 +86,8 @@ static const char mix_help[] =
     "                 (default: as many as there are until one ends)\n"
     "  --json         print one JSON object\n"
     "\n"
-    "example: intellect-node data mix --out mixture 55:fineweb-edu 10:fineweb 20:stack-v1 10:dclm 5:open-web-math\n";
+    "example: intellect-node data mix --out mixture 55:fineweb-edu 10:fineweb 20:stack-v1 10:dclm \\\n"
+    "             5:open-web-math\n";
 
 static int parse_parts(char *const *argv, int n, struct data_mix_part *part) {
     for (int i = 0; i < n; i++) {

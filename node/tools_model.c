@@ -125,7 +125,8 @@ static const char eval_help[] =
     "  --corpus CORPUS    the held-out slice of a corpus that `data` wrote\n"
     "  --sequence N       tokens per window, at most the model's sequence (default: that)\n"
     "  --tokenizer T      bytes, or a tokenizer.json; needed where the model does not say\n"
-    "  --logits FILE      write the first window's logits too: fp32, [tokens, vocabulary]; takes a pass a token\n"
+    "  --logits FILE      write the first window's logits too: fp32, [tokens, vocabulary]; takes a pass a\n"
+    "                     token\n"
     "  --untrained        the parameters that the run began with, instead of the checkpoint's\n"
     DEVICE_HELP
     "  --threads N        CPU threads (default: all)\n"
@@ -351,8 +352,8 @@ static const char generate_help[] =
     "  --threads N        CPU threads (default: all)\n"
     "  --json             print one JSON object: prompt, text, tokens (bytes that are not UTF-8 as ?)\n"
     "\n"
-    "Text is printed as it comes. The model sees the tokens before, up to its sequence; when that is full,\n"
-    "it reads the last half of them again and goes on.\n"
+    "Text is printed as it comes. The model sees the tokens before, up to its sequence; when that is\n"
+    "full, it reads the last half of them again and goes on.\n"
     "\n"
     "example: intellect-node generate demo-run/checkpoints --prompt 'The '\n";
 

@@ -26,6 +26,7 @@ says 2 "COMMAND --help explains"
 says 2 "unknown command 'srve'" srve
 for c in init serve invite status pause resume revoke release rotate rewind; do
     check "$c --help teaches with an example" sh -c "'$COORDINATOR' $c --help | grep -q '^example: intellect-coordinator $c'"
+    check "and fits 100 columns" sh -c "! '$COORDINATOR' $c --help | grep '.\{101\}'"
     says 2 "the run's folder is missing" $c
     says 2 "unknown option --bogus" $c r --bogus
 done

@@ -30,6 +30,7 @@ invite="intellect://127.0.0.1:1/$(printf '%064d' 1)#$secret"
 for command in join run doctor train data bigram plan eval generate inspect verify fetch export import; do
     expect 0 "^intellect-node $command " "$node" $command --help
     expect 0 "^example: intellect-node $command( |$)" "$node" $command --help
+    "$node" $command --help | grep '.\{101\}' && { failed=$((failed + 1)); echo "FAILED: $command --help is wider than 100 columns"; }
     expect 2 "intellect-node $command: .*--no-such-option.*; see intellect-node $command --help" "$node" $command --no-such-option
 done
 expect 2 'plan: --model is no option here, or wants a value' "$node" plan --model

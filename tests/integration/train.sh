@@ -122,8 +122,8 @@ P
 expect 0 'ended after 1000' long --out two --plot loss.svg
 expect 1 '^intellect-node train: --plot no/where.svg: No such file' train --out none --plot no/where.svg
 check "which is said before anything begins" test ! -e none
-expect 0 'held-out' train --out new --stop-after 1 --plot new/loss.svg
-check "a picture may go into the new folder" test -s new/loss.svg
+expect 0 'held-out' train --out drawn --stop-after 2 --plot drawn/loss.svg
+check "a picture may go into the new folder" test -s drawn/loss.svg
 check "the curve is drawn" python3 -c 'import xml.dom.minidom as m; assert len(m.parse("loss.svg").getElementsByTagName("polyline")) == 2'
 
 # The model that came out, for the other tools and for another run.
