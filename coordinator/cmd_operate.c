@@ -56,9 +56,6 @@ int coordinator_operate(int argc, char **argv) {
         return coordinator_misused(argv[0], "say whom: --member NUMBER or --member NAME");
     if (!about_member && (order.member || order.reason))
         return coordinator_misused(argv[0], "it is about the whole run: no --member, no --reason");
-    if (order.reason && strlen(order.reason) > PROTO_TEXT_BYTES_MAX)
-        return coordinator_misused(argv[0], "--reason has %zu bytes; allowed are %d",
-                                   strlen(order.reason), PROTO_TEXT_BYTES_MAX);
     if (operate(dir, &order, text, sizeof text, &err)) return coordinator_failed(&err);
     puts(text);
     return 0;

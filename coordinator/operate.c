@@ -77,6 +77,15 @@ static int check_state(const struct core *core, const struct kind *kind,
     return 0;
 }
 
+/* It becomes an entry of the ledger, which the core takes for granted that it can write. */
+static int check_reason(const char *reason, struct err *err) {
+    size_t length = reason ? strlen(reason) : 0;
+    if (length > PROTO_TEXT_BYTES_MAX)
+        return err_set(err, ERR_CONFIG, "the reason has %zu bytes; allowed are %d", length, PROTO_TEXT_BYTES_MAX);
+    if (!reason || proto_text_is_clean((const uint8_t *)reason, length)) return 0;
+    return err_set(err, ERR_CONFIG, "the reason must be one line of UTF-8 without control characters");
+}
+
 int operate_event(const struct core *core, const json_t *request, struct core_event *ev, char *text,
                   size_t size, struct err *err) {
     const char *what = json_string_value(json_object_get(request, "do"));
@@ -85,6 +94,7 @@ int operate_event(const struct core *core, const json_t *request, struct core_ev
     const struct kind *kind = find_kind(what);
     struct core_member_view m = { 0 };
     if (!kind) return err_set(err, ERR_CONFIG, "unknown order '%.40s'", what ? what : "");
+    if (check_reason(reason, err)) return -1;
     *ev = (struct core_event){ .type = kind->type, .text = reason ? reason : "the operator's word" };
     if (!kind->about_member) {
         snprintf(text, size, "%s", kind->done);
@@ -161,7 +171,7 @@ static bool ask_serving(const struct run *run, const json_t *request, char *text
 int operate(const char *dir, const struct order *o, char *text, size_t size, struct err *err) {
     struct run run;
     int result = -1;
-    if (run_open(&run, dir, err)) return -1;
+    if (check_reason(o->reason, err) || run_open(&run, dir, err)) return -1;
     json_t *request = json_pack("{ss ss* ss*}", "do", o->what, "member", o->member, "reason", o->reason);
     if (!request)
         err_set(err, ERR_CONFIG, "member and reason must be UTF-8");

@@ -329,7 +329,7 @@ static int parse(int argc, char **argv, struct plan *p, const char **preset, int
         default: return args_unknown("plan", argv);
         }
     if (*preset && optind == argc) return -1;
-    return args_wrong("plan", *preset ? "too many arguments" : "which --model?");
+    return args_wrong("plan", *preset ? "too many arguments" : "--model NAME is missing");
 }
 
 int tool_plan(int argc, char **argv) {

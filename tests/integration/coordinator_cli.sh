@@ -114,6 +114,12 @@ says 1 "there is no checkpoint 7; list shows them" checkpoints r pin 7
 says 0 "" checkpoints r prune --last 3
 check "none are no fault" grep -qF "no checkpoints in file://$W/r/checkpoints" out.txt
 says 1 "serves this run already" rotate r
+says 2 "the reason must be one line of UTF-8" revoke r --member bob --reason $'two\nlines'
+says 2 "the reason has 241 bytes; allowed are 240" revoke r --member bob --reason "$(printf 'x%.0s' $(seq 241))"
+printf '{"do": "revoke", "member": "bob", "reason": "two\\nlines"}\n' | python3 -c '
+import socket, sys
+s = socket.socket(socket.AF_UNIX); s.connect("r/control.sock"); s.sendall(sys.stdin.buffer.read()); print(s.recv(4096).decode())' >out.txt
+check "nor is such a reason taken on the control socket" grep -qF "must be one line" out.txt
 printf '{"do": "explode"}\n{"do"' | python3 -c '
 import socket, sys
 s = socket.socket(socket.AF_UNIX); s.connect("r/control.sock"); s.sendall(sys.stdin.buffer.read()); print(s.recv(4096).decode())' >out.txt
