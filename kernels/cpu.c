@@ -52,13 +52,20 @@ void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes) {
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-/* B of the largest product: of [rows,C] x [OC,C], forward, backward to its input and to its weight. */
-static size_t packed_bytes(const struct kernels *k, int rows, int C, int OC) {
-    int bf16 = k->act_bytes == sizeof(uint16_t);
-    struct cpu_product_key out = { .m = rows, .n = OC, .k = C, .transposed_b = 1, .bf16 = bf16 };
-    struct cpu_product_key dx = { .m = rows, .n = C, .k = OC, .bf16 = bf16 };
-    struct cpu_product_key dw = { .m = OC, .n = C, .k = rows, .transposed_a = 1, .bf16 = bf16 };
-    return larger(larger(cpu_packed_bytes(out), cpu_packed_bytes(dx)), cpu_packed_bytes(dw));
+/* What it was or, if that is more, what the three products of [rows,C] x [OC,C] take: forward, backward to
+ * its input and to its weight. */
+static void products_bytes(const struct cpu *cpu, int rows, int C, int OC, size_t *shared, size_t *own) {
+    int bf16 = cpu->table.act_bytes == sizeof(uint16_t);
+    const struct cpu_product_key key[] = {
+        { .m = rows, .n = OC, .k = C, .transposed_b = 1, .bf16 = bf16, .bf16_out = bf16 },
+        { .m = rows, .n = C, .k = OC, .bf16 = bf16, .bf16_out = bf16 },
+        { .m = OC, .n = C, .k = rows, .transposed_a = 1, .bf16 = bf16 },
+    };
+    for (size_t i = 0, of_all, of_thread; i < sizeof key / sizeof *key; i++) {
+        cpu_product_bytes(cpu, key[i], &of_all, &of_thread);
+        *shared = larger(*shared, of_all);
+        *own = larger(*own, of_thread);
+    }
 }
 
 /* Operands of products and attention in fp32, where the processor multiplies no bf16. */
@@ -72,16 +79,17 @@ static size_t widened_bytes(const struct kernels_shape *s) {
 static size_t scratch_bytes(const struct kernels *k, const struct kernels_shape *s) {
     const struct cpu *cpu = cpu_of(k);
     int C = s->width, F = s->ffn, D = C / s->heads, bf16 = k->act_bytes == sizeof(uint16_t);
-    size_t qkv = packed_bytes(k, s->rows, C, C + 2 * s->kv_heads * D), down = packed_bytes(k, s->rows, F, C);
-    size_t gate_up = packed_bytes(k, s->rows, C, 2 * F);
-    size_t head = packed_bytes(k, s->head_rows, C, s->vocabulary);
-    size_t packed = larger(larger(qkv, down), larger(gate_up, head));
+    size_t shared = 0, own = 0;
+    products_bytes(cpu, s->rows, C, C + 2 * s->kv_heads * D, &shared, &own);
+    products_bytes(cpu, s->rows, F, C, &shared, &own);
+    products_bytes(cpu, s->rows, C, 2 * F, &shared, &own);
+    products_bytes(cpu, s->head_rows, C, s->vocabulary, &shared, &own);
     size_t attention = bf16 && cpu->native_bf16 && cpu_attention_bf16_can(D)
                            ? cpu_attention_bf16_scratch(s->T, s->heads, s->kv_heads, D)
                        : cpu_attention_512_can(D) ? cpu_attention_512_scratch(s->T, s->heads, s->kv_heads, D)
                                                   : (size_t)(2 * 64) * (size_t)s->T * sizeof(float);
     size_t wide = bf16 && !cpu->native_bf16 ? widened_bytes(s) : 0;
-    return packed + CPU_PARTS_BYTES(C) + (size_t)cpu->threads * attention + wide;
+    return shared + CPU_PARTS_BYTES(C) + (size_t)cpu->threads * larger(attention, own) + wide;
 }
 
 /* In huge pages where the system gives them on request: what is walked through once a step is then not mapped
@@ -253,11 +261,12 @@ void cpu_describe_bf16(struct cpu *cpu, int stochastic) {
     unsigned vector = (unsigned)dnnl_cpu_isa_avx512_core_bf16;
     const dnnl_version_t *version = dnnl_version();
     cpu->native_bf16 = (isa & vector) == vector;
+    cpu->amx = (isa & amx) == amx;
     snprintf(cpu->description, sizeof cpu->description,
              "oneDNN %d.%d.%d, bf16%s, products by %s%s, %d thread%s",
              version->major, version->minor, version->patch,
              stochastic ? " rounded stochastically" : " with fp32 master",
-             (isa & amx) == amx ? "AMX" : cpu->native_bf16 ? "AVX512-BF16" : instruction_set(),
+             cpu->amx ? "AMX" : cpu->native_bf16 ? "AVX512-BF16" : instruction_set(),
              cpu->native_bf16 ? "" : " in fp32", cpu->threads, cpu->threads == 1 ? "" : "s");
 }
 

@@ -47,7 +47,8 @@ struct cpu {
     unsigned product_next;         /* which one to replace when all are taken */
     void *buffer[CPU_BUFFERS];     /* operands on their way; they grow */
     size_t buffer_bytes[CPU_BUFFERS];
-    int native_bf16;               /* with bf16: the processor multiplies it itself */
+    int native_bf16;               /* with bf16: the processor multiplies it itself ... */
+    int amx;                       /* ... in tiles, which oneDNN knows how to use */
     int plain;                     /* for tests: as where there is no AVX-512 */
 };
 
@@ -67,7 +68,10 @@ void *cpu_buffer(struct cpu *cpu, enum cpu_buffer which, size_t bytes);
 int cpu_products_init(struct cpu *cpu, struct err *err);
 void cpu_products_release(struct cpu *cpu);
 void cpu_multiply(struct cpu *cpu, struct cpu_product_key key, const void *A, const void *B, void *C);
-size_t cpu_packed_bytes(struct cpu_product_key key); /* about: as if its dimensions were whole blocks */
+/* Is it by cpu_products_bf16.c? */
+int cpu_is_own(const struct cpu *cpu, struct cpu_product_key key);
+/* What that takes, about: of buffers, and of each thread's scratch. */
+void cpu_product_bytes(const struct cpu *cpu, struct cpu_product_key key, size_t *shared, size_t *own);
 
 /* C[m,n] = alpha * op(A) * op(B) + beta * C, row-major, op is 'N' or 'T'; lda, ldb, ldc: row
  * strides. Inside a parallel region it runs on the calling thread alone. */
@@ -153,7 +157,12 @@ void cpu_attention_bf16_forward(const struct kernels *k, void *out, float *lse, 
 void cpu_attention_bf16_backward(const struct kernels *k, void *dqkv, const void *dout, const void *qkv,
                                  const void *out, const float *lse, const int32_t *start, int B, int T,
                                  int H, int KV, int D);
-/* Rows of SwiGLU likewise. */
+/* Products in bf16: this one, if the processor multiplies no tiles? */
+int cpu_products_bf16_can(struct cpu_product_key key);
+void cpu_products_bf16_bytes(struct cpu_product_key key, int threads, size_t *shared, size_t *own);
+void cpu_products_bf16_multiply(struct cpu *cpu, struct cpu_product_key key, const void *A, const void *B,
+                                void *C);
+/* Rows of SwiGLU, as attention. */
 int cpu_swiglu_512_can(void);
 void cpu_swiglu_512_row(void *out, const void *gate, const void *up, int F);
 void cpu_swiglu_512_backward_row(void *dgate, void *dup, const void *dout, const void *gate, const void *up,
@@ -171,6 +180,9 @@ void cpu_swiglu_bf16_backward_row(void *dgate, void *dup, const void *dout, cons
 #define cpu_attention_bf16_scratch(...) 0
 #define cpu_attention_bf16_forward(...) ((void)0)
 #define cpu_attention_bf16_backward(...) ((void)0)
+#define cpu_products_bf16_can(key) 0
+#define cpu_products_bf16_bytes(...) ((void)0)
+#define cpu_products_bf16_multiply(...) ((void)0)
 #define cpu_swiglu_512_can() 0
 #define cpu_swiglu_512_row(...) ((void)0)
 #define cpu_swiglu_512_backward_row(...) ((void)0)

@@ -1,5 +1,5 @@
 /* cpu_products.c - matrix products of the CPU backend by oneDNN's matmul primitive, in fp32 and in bf16, made
- * once for each shape and layout.
+ * once for each shape and layout; large ones in bf16 may be cpu_products_bf16.c's.
  *
  * oneDNN packs B for itself in each block of rows, so that with many rows it is cheaper to hand it over
  * packed: at 4096 rows, one core of AVX512-BF16, that is 210 to 220 GFLOP/s instead of 195 to 210 in bf16 and
@@ -93,8 +93,15 @@ static int is_packed(struct cpu_product_key key) {
     return key.m >= (key.transposed_b ? 1024 : 512);
 }
 
-size_t cpu_packed_bytes(struct cpu_product_key key) {
-    return is_packed(key) ? (size_t)key.k * (size_t)key.n * (key.bf16 ? sizeof(uint16_t) : sizeof(float)) : 0;
+int cpu_is_own(const struct cpu *cpu, struct cpu_product_key key) {
+    return key.bf16 && !cpu->plain && !cpu->amx && cpu_products_bf16_can(key);
+}
+
+void cpu_product_bytes(const struct cpu *cpu, struct cpu_product_key key, size_t *shared, size_t *own) {
+    size_t all = (size_t)key.k * (size_t)key.n * (key.bf16 ? sizeof(uint16_t) : sizeof(float));
+    *shared = is_packed(key) ? all : 0;
+    *own = 0;
+    if (cpu_is_own(cpu, key)) cpu_products_bf16_bytes(key, cpu->threads, shared, own);
 }
 
 /* [m,k] x [k,n], each stored as it is or transposed. */
@@ -172,6 +179,10 @@ void cpu_products_release(struct cpu *cpu) {
 }
 
 void cpu_multiply(struct cpu *cpu, struct cpu_product_key key, const void *A, const void *B, void *C) {
+    if (cpu_is_own(cpu, key)) {
+        cpu_products_bf16_multiply(cpu, key, A, B, C);
+        return;
+    }
     int before = cpu_use_threads(cpu->threads);
     if (multiply(cpu, key, A, B, C) && cpu->failure.code == ERR_NONE)
         err_set(&cpu->failure, ERR_UNSUPPORTED, "oneDNN's product of [%d,%d] and [%d,%d] failed", key.m,

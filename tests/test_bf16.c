@@ -200,7 +200,9 @@ static void products_are_the_references_on_rounded_operands(void **state) {
     static const int shape[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 64, 64, 64 }, { 65, 33, 129 }, { 1, 300, 17 },
                                     { 200, 2, 31 }, { 130, 100, 200 }, { 150, 77, 45 }, { 513, 30, 21 },
                                     { 1030, 34, 50 }, { 70, 1100, 90 } };
-    struct kernels *backend[] = { cuda(PLANES), create(1, 0, 0), create(3, 0, 0), create(1, 0, 1), create(3, 0, 1) };
+    struct kernels *backend[] = { cuda(PLANES),    create(1, 0, 0), create(3, 0, 0),
+                                  create(1, 0, 1), create(3, 0, 1), create(2, 0, 1) };
+    if (backend[5]) cpu_of(backend[5])->plain = 1; /* by oneDNN */
     for (size_t b = 0; b < sizeof backend / sizeof *backend; b++) {
         if (!backend[b]) continue;
         for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
@@ -210,11 +212,49 @@ static void products_are_the_references_on_rounded_operands(void **state) {
     }
 }
 
+/* Our own: columns and k in several parts, none of them whole tiles. */
+static void large_products_are_the_references_on_rounded_operands(void **state) {
+    (void)state;
+    struct kernels *k = create(3, 0, 1);
+    if (!k) return;
+    for (int exact = 0; exact <= 1; exact++) {
+        compare_products(k, 70, 1042, 3230, exact);
+        compare_products(k, 3110, 1030, 66, exact);
+    }
+    finish(k);
+}
+
+/* What ranks or micro-batches share out differently must not differ by it: where the products are our own. */
+static void products_have_the_same_bits_for_every_thread_count_and_number_of_rows(void **state) {
+    (void)state;
+    enum { ROWS = 1100, FEW = 200, C = 1030, OC = 1040 };
+    struct cpu_product_key few = { .m = FEW, .n = OC, .k = C, .transposed_b = 1, .bf16 = 1, .bf16_out = 1 };
+    struct kernels *one = create(1, 0, 1), *three = create(3, 0, 1);
+    if (!one) return;
+    float *draws[] = { draw(ROWS * C, 1), draw(OC * C, 1) }, *dw[] = { draw(OC * C, 1), draw(OC * C, 1) };
+    uint16_t *x = rounded(draws[0], ROWS * C), *w = rounded(draws[1], OC * C);
+    uint16_t *out[] = { calloc(ROWS * OC, 2), calloc(FEW * OC, 2) };
+    one->matmul_forward(one, out[0], x, w, ROWS, C, OC);
+    one->matmul_backward_weight(one, dw[0], out[0], x, ROWS, C, OC, KERNELS_SET);
+    three->matmul_forward(three, out[1], x, w, FEW, C, OC);
+    three->matmul_backward_weight(three, dw[1], out[0], x, ROWS, C, OC, KERNELS_SET);
+    if (cpu_is_own(cpu_of(one), few)) {
+        assert_memory_equal(out[0], out[1], FEW * OC * sizeof **out);
+        assert_memory_equal(dw[0], dw[1], OC * C * sizeof **dw);
+    } else {
+        print_message("skipped: oneDNN makes the products of this processor\n");
+    }
+    for (int i = 0; i < 2; i++) free(draws[i]), free(dw[i]), free(out[i]);
+    free(x), free(w);
+    finish(one), finish(three);
+}
+
 /* More shapes than the backend remembers, twice: what was forgotten is prepared again. */
 static void many_shapes_do_not_mix(void **state) {
     (void)state;
     struct kernels *k = create(1, 1, 1);
     if (!k) return;
+    cpu_of(k)->plain = 1; /* by oneDNN */
     for (int again = 0; again <= 1; again++)
         for (int rows = 1; rows <= CPU_PRODUCTS_MAX / 2; rows++) compare_products(k, rows, 9, 5, 1);
     finish(k);
@@ -677,6 +717,8 @@ int main(void) {
         cmocka_unit_test(nearest_rounds_ties_to_even_and_keeps_what_is_not_finite),
         cmocka_unit_test(stochastic_rounding_is_right_on_average),
         cmocka_unit_test(products_are_the_references_on_rounded_operands),
+        cmocka_unit_test(large_products_are_the_references_on_rounded_operands),
+        cmocka_unit_test(products_have_the_same_bits_for_every_thread_count_and_number_of_rows),
         cmocka_unit_test(many_shapes_do_not_mix),
         cmocka_unit_test(attention_is_the_references_but_for_rounding),
         cmocka_unit_test(attention_of_whole_numbers_rounds_nothing_on_the_way),
