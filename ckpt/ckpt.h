@@ -55,13 +55,15 @@ void ckpt_store_url(const char *url, uint64_t index, char out[PROTO_URL_BYTES_MA
  *   fd readable, poll says:   CKPT_UNSIGNED: send ckpt_writer_manifest() away to be signed
  *   signature came:           ckpt_writer_publish(w, ...)              -> CKPT_PUBLISHING
  *   fd readable, poll says:   CKPT_PUBLISHED
- *   ckpt_writer_destroy(w)    at any time: removes everything unless it is published. It waits for the thread; who
- *                             must not calls ckpt_writer_stop(w), and later again until ckpt_writer_over(w)
+ *   ckpt_writer_destroy(w)    at any time: removes everything unless it is published. It waits for the
+ *                             thread; who must not calls ckpt_writer_stop(w) first, and this once
+ *                             ckpt_writer_over(w)
  *
  * A thread of the writer's own syncs, hashes (reading back what the store has, which must have the state
  * root: else ERR_CORRUPT) and publishes; it runs at low priority and blocks all signals. Calls below do no more on the caller's thread than
- * copy bytes into the page cache, or into memory where the store is behind a network: 0.1 to 1.5 ms per MiB, more where
- * every core is busy, so where a stall hurts, hand over half a megabyte at a time. All calls come from one thread. */
+ * copy bytes into the page cache, or into memory where the store is behind a network: 0.1 to 1.5 ms per MiB,
+ * more where every core is busy, so where a stall hurts, hand over half a megabyte at a time. All calls come
+ * from one thread. */
 
 /* What the published weights are. */
 enum ckpt_weights {

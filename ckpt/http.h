@@ -83,8 +83,8 @@ struct http_request {
      * that error. */
     int (*body_read)(void *arg, uint64_t at, void *out, size_t n, struct err *err);
     void *body_arg;
-    bool at_once;                 /* PUT: at the first try the server's word that it wants the body ("100 Continue") is
-                                   * not waited for, which is the way there and back each time */
+    bool at_once;                 /* PUT: at the first try the server's word that it wants it (100 Continue)
+                                   * is not waited for, which is the way there and back each time */
     void *out;                    /* GET: bytes [offset, offset + out_bytes) are asked for */
     size_t out_bytes;
     uint64_t offset;

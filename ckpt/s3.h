@@ -97,7 +97,7 @@ int s3_presign(const struct s3_config *c, const struct s3_presign *p, int64_t no
 /* ---- store_s3.c ------------------------------------------------------------------------------------- */
 
 #define S3_UPLOAD_ID_MAX 1023
-#define S3_MEMORY_BYTES (CKPT_BACKLOG_BYTES + (32u << 20)) /* of parts to be sent: a backlog, and some that fill */
+#define S3_MEMORY_BYTES (CKPT_BACKLOG_BYTES + (32u << 20)) /* for parts: a backlog, and some that fill */
 
 struct s3_sender; /* s3_upload.c: the threads that send parts */
 

@@ -1,7 +1,7 @@
 /* s3_upload.c - objects on their way into a bucket. Bytes come in any order, from an event loop that
- * must not wait: they go into memory for so many parts, and what comes beyond, or is shared with others, into
- * a hidden file on the local disk, the spool. Once a part is whole, a thread of the store's sends it and gives
- * its space back. */
+ * must not wait: they go into memory for so many parts, and what comes beyond, or is shared with others,
+ * into a hidden file on the local disk, the spool. Once a part is whole, a thread of the store's sends it and
+ * gives its space back. */
 #define _GNU_SOURCE /* O_TMPFILE, fallocate, gettid */
 #include <assert.h>
 #include <errno.h>
@@ -114,7 +114,8 @@ static int read_spool(const struct s3_upload *u, uint64_t at, uint8_t *out, size
 }
 
 /* Bytes [at, at + n) of part i. */
-static int read_part(const struct s3_upload *u, uint32_t i, uint64_t at, uint8_t *out, size_t n, struct err *err) {
+static int read_part(const struct s3_upload *u, uint32_t i, uint64_t at, uint8_t *out, size_t n,
+                     struct err *err) {
     if (!u->part[i].memory) return read_spool(u, i * u->part_bytes + at, out, n, err);
     memcpy(out, u->part[i].memory + at, n);
     return 0;
@@ -271,16 +272,16 @@ static int need_id(struct s3_sender *p, struct s3_upload *u, struct err *err) {
     return r;
 }
 
-/* ---- memory for parts, all of it with the mutex ----------------------------------------------------------- */
+/* ---- memory for parts, all of it with the mutex ------------------------------------------------------ */
 
 /* For a part of this upload; NULL: all buffers are in use, or it is to lie in the spool. */
 static uint8_t *take_buffer(struct s3_sender *p, const struct s3_upload *u) {
     struct s3_store *s = p->store;
     if (u->shared || u->part_bytes != (uint64_t)s->limits.part_mib << 20) return NULL;
     if (p->spare_count) return p->spare[--p->spare_count];
-    uint8_t *b = p->buffers < s->memory_parts ? aligned_alloc(HUGE_PAGE, (size_t)(u->part_bytes + HUGE_PAGE - 1) /
-                                                                             HUGE_PAGE * HUGE_PAGE) : NULL;
-    if (b) madvise(b, (size_t)u->part_bytes, MADV_HUGEPAGE); /* where there are none it is ordinary memory */
+    size_t bytes = (size_t)(u->part_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    uint8_t *b = p->buffers < s->memory_parts ? aligned_alloc(HUGE_PAGE, bytes) : NULL;
+    if (b) madvise(b, bytes, MADV_HUGEPAGE); /* where there are none it is ordinary memory */
     p->buffers += b != NULL;
     return b;
 }
@@ -373,8 +374,8 @@ static struct s3_sender *sender_create(struct s3_store *s) {
     return NULL;
 }
 
-/* The store's sender is there from the first upload to the last: who ends that one waits for the network anyway, and
- * nobody else waits for its threads, or for its memory to be freed. */
+/* The store's sender is there from the first upload to the last: who ends that one waits for the network
+ * anyway, and nobody else waits for its threads, or for its memory to be freed. */
 static struct s3_sender *hold_sender(struct s3_store *s, struct err *err) {
     pthread_mutex_lock(&s->mutex);
     if (!s->sender) s->sender = sender_create(s);
@@ -516,7 +517,8 @@ int s3_upload_put(struct ckpt_upload *upload, uint64_t offset, const void *bytes
     bool queued = false;
     int r = 0;
     for (uint64_t at = offset, end = offset + n, stop; !r && at < end; at = stop) {
-        stop = (at / u->part_bytes + 1) * u->part_bytes < end ? (at / u->part_bytes + 1) * u->part_bytes : end;
+        stop = (at / u->part_bytes + 1) * u->part_bytes;
+        if (stop > end) stop = end;
         r = put_piece(u, at, (const uint8_t *)bytes + (at - offset), (size_t)(stop - at), &queued, err);
     }
     if (!queued) return r; /* each piece would wake all threads, to find nothing */

@@ -233,8 +233,9 @@ void writer_remove_everything(struct ckpt_writer *w) {
     w->settled = true;
 }
 
-/* The end without a checkpoint. The cleaning is done here, as it takes its time, and where a network was what failed
- * without asking it any more: `prune` finds what lies there. The caller, who puts perhaps at this moment, is told then. */
+/* The end without a checkpoint. The cleaning is done here, as it takes its time, and where a network was what
+ * failed without asking it any more: `prune` finds what lies there. The caller, who puts perhaps at this
+ * moment, is told then. */
 static void give_up(struct ckpt_writer *w, const struct err *why) {
     pthread_mutex_lock(&w->mutex);
     if (w->state != CKPT_FAILED) {
@@ -271,7 +272,7 @@ static void *worker_main(void *arg) {
     writer_enter(w, CKPT_UNSIGNED, NULL);
     if (wait_for_signature(w, &err) || publish(w, &err)) goto failed;
     w->settled = true;
-    writer_remove_everything(w); /* the uploads: their memory, files and threads are not the caller's to wait for */
+    writer_remove_everything(w); /* the uploads: nobody else waits for their memory, files and threads */
     writer_enter(w, CKPT_PUBLISHED, NULL);
     end_worker(w);
     return NULL;

@@ -35,7 +35,7 @@ struct checkpoint {
     uint64_t next;              /* the element to look at next; those of its chunk before it were put */
     bool finishing;
     struct digest manifest;     /* of the manifest's bytes, from CKPT_UNSIGNED on */
-    bool ending, published;     /* it is over, and how; on_done is called once the writer's thread has ended */
+    bool ending, published;     /* it is over, and how; on_done comes once the writer's thread has ended */
     struct err failed;          /* why it is not published */
 };
 
@@ -51,8 +51,8 @@ static void close_writer(struct checkpoint *c) {
     event_del(c->work);
 }
 
-/* The end; why: of one that is not published. The writer's thread is of low priority, and has files and memory to give
- * back: the loop does not wait for it. */
+/* The end; why: of one that is not published. The writer's thread is of low priority, and has files and
+ * memory to give back: the loop does not wait for it. */
 static void conclude(struct checkpoint *c, const struct err *why) {
     c->ending = true;
     c->published = !why;
@@ -99,7 +99,8 @@ static int put(struct checkpoint *c, uint64_t first, uint64_t end) {
 void checkpoint_before_change(void *checkpoint, uint32_t chunk) {
     struct checkpoint *c = checkpoint;
     uint64_t first = (uint64_t)chunk * c->chunk_elements, end = end_of_chunk(c, first);
-    if (c->writer && !c->finishing && !c->ending) put(c, c->next > first && c->next < end ? c->next : first, end);
+    if (!c->writer || c->finishing || c->ending) return;
+    put(c, c->next > first && c->next < end ? c->next : first, end);
 }
 
 /* A piece of a chunk a turn, about half a millisecond: on a busy machine a turn that takes more than the

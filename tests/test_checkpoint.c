@@ -54,7 +54,8 @@ static void begin(struct test *t, struct rig *r, const struct digest *root) {
     struct sync *s = r->node[2].sync;
     char url[PROTO_URL_BYTES_MAX + 1];
     *t = (struct test){.rig = r, .base = event_base_new(), .folder = "/tmp/test-checkpoint-XXXXXX",
-                       .anchor = malloc(ELEMENTS * sizeof(float)), .momentum = malloc(ELEMENTS * sizeof(float)),
+                       .anchor = malloc(ELEMENTS * sizeof(float)),
+                       .momentum = malloc(ELEMENTS * sizeof(float)),
                        .index = look(r, 2).state_index};
     assert_non_null(mkdtemp(t->folder));
     t->checkpoint = checkpoint_create(t->base, ELEMENTS, CHUNK, NULL, &ops, t);
@@ -72,7 +73,8 @@ static void sign(struct test *t) {
     struct rig *r = t->rig;
     struct msg_delegation d = {.run = r->run, .key = r->online_id.key, .number = 1};
     struct uplink_welcome w = {.delegation = encoded(RECORD_delegation, &d), .key = r->online_id.key};
-    proto_sign(&r->root_id, "delegation", &r->run, 0, w.delegation.data, w.delegation.length, &w.delegation_signature);
+    proto_sign(&r->root_id, "delegation", &r->run, 0, w.delegation.data, w.delegation.length,
+               &w.delegation_signature);
     checkpoint_signed(t->checkpoint, t->index, r->term, &t->signature, &w);
     free((void *)(uintptr_t)w.delegation.data);
     t->to_sign = false;
@@ -123,8 +125,8 @@ static void assert_it_is_what_it_was(const struct test *t) {
     free(now);
 }
 
-/* A commit changes every chunk after none, some or all pieces were put: of a chunk in the middle the rest is saved, of
- * others all, and nothing twice. */
+/* A commit changes every chunk after none, some or all pieces were put: of a chunk in the middle the rest is
+ * saved, of others all, and nothing twice. */
 static void pieces_are_of_the_state_that_it_began_with(void **state) {
     for (int turns = 1; turns < 9; turns++) {
         struct test t;

@@ -734,8 +734,8 @@ static struct ckpt_store *bucket_start(struct bucket *b, uint32_t refuse, uint32
     struct script s;
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof a;
-    *b = (struct bucket){.listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), .object = calloc(4, PART_BYTES),
-                         .refuse = refuse};
+    *b = (struct bucket){.listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0),
+                         .object = calloc(4, PART_BYTES), .refuse = refuse};
     assert_int_equal(bind(b->listener, (struct sockaddr *)&a, sizeof a), 0);
     assert_int_equal(listen(b->listener, 16), 0);
     assert_int_equal(getsockname(b->listener, (struct sockaddr *)&a, &length), 0);
@@ -766,17 +766,19 @@ static uint8_t *random_object(void) {
 }
 
 /* All in pieces that no part is a multiple of, every second one first. */
-static int put_object(struct ckpt_store *store, struct ckpt_upload *u, const uint8_t *bytes, struct err *err) {
+static int put_object(struct ckpt_store *store, struct ckpt_upload *u, const uint8_t *bytes,
+                      struct err *err) {
     const size_t piece = 700001, pieces = (OBJECT_BYTES + piece - 1) / piece;
     int r = store->ops->upload_sync(u, err);
     for (size_t i = 0; !r && i < pieces; i++) {
         size_t k = i < (pieces + 1) / 2 ? 2 * i : 2 * (i - (pieces + 1) / 2) + 1, at = k * piece;
-        r = store->ops->upload_put(u, at, bytes + at, OBJECT_BYTES - at < piece ? OBJECT_BYTES - at : piece, err);
+        size_t n = OBJECT_BYTES - at < piece ? OBJECT_BYTES - at : piece;
+        r = store->ops->upload_put(u, at, bytes + at, n, err);
     }
     return r || store->ops->upload_complete(u, err) ? -1 : 0;
 }
 
-/* Whether a part waits in memory or in the spool, what arrives are its bytes, at its first try or at another. */
+/* Whether a part waits in memory or in the spool, what arrives are its bytes, at the first try or later. */
 static void parts_wait_in_memory_or_in_the_spool(void **state) {
     (void)state;
     uint8_t *bytes = random_object();
@@ -827,8 +829,8 @@ static void the_disk_is_for_what_memory_does_not_hold(void **state) {
     free(bytes);
 }
 
-/* Whoever has a choice waits while much is behind: what is put and not sent, but not what no part is whole of yet, which
- * would be waited for without end. Where sending has failed nothing is, and the next put says why. */
+/* Whoever has a choice waits while much is behind: what is put and not sent, but not what is in no whole part
+ * yet, which would be waited for without end. Where sending failed nothing is, and the next put says so. */
 static void what_is_behind_is_what_can_be_sent(void **state) {
     (void)state;
     uint8_t *bytes = random_object();
@@ -843,7 +845,8 @@ static void what_is_behind_is_what_can_be_sent(void **state) {
     assert_int_equal(store->ops->upload_sync(u, &err), 0);
     while (store->ops->upload_behind(u)) usleep(1000);
     assert_int_equal(b.puts[0], 1);
-    assert_int_equal(store->ops->upload_put(u, PART_BYTES + 9, bytes + PART_BYTES + 9, PART_BYTES - 9, &err), 0);
+    const size_t rest = PART_BYTES + 9;
+    assert_int_equal(store->ops->upload_put(u, rest, bytes + rest, 2 * PART_BYTES - rest, &err), 0);
     while (store->ops->upload_behind(u)) usleep(1000); /* its one try is refused */
     assert_int_equal(store->ops->upload_put(u, 2 * PART_BYTES, bytes, 1, &err), -1);
     assert_int_equal(err.code, ERR_TIMEOUT);

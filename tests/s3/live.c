@@ -150,7 +150,7 @@ static void count(struct ckpt_store *s, const char *prefix, uint32_t out[2]) {
     must(s->ops->list(s, prefix, count_object, out, &err));
 }
 
-/* Ours is there, and where answers get lost perhaps others that nobody knows to have begun: how many of these? */
+/* Ours is there, and where answers get lost perhaps others that nobody knows of: how many of these? */
 static uint32_t beside_ours(struct ckpt_store *s, const char *prefix) {
     uint32_t there[2];
     count(s, prefix, there);
