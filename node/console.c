@@ -116,7 +116,7 @@ static void describe(const struct console_figures *f, bool live, char *out, size
     char rate[16], tokens[16];
     const struct sync_view *v = &f->view;
     int n = snprintf(out, size, "round %llu", (unsigned long long)(v->round / f->fragments));
-    if (f->trains) n += snprintf(out + n, size - (size_t)n, " | step %llu", (unsigned long long)f->step);
+    if (f->trains && f->step) n += snprintf(out + n, size - (size_t)n, " | step %llu", (unsigned long long)f->step);
     if (f->trains && f->loss > 0)
         n += snprintf(out + n, size - (size_t)n, " | loss %.4f | %s tokens/s", f->loss,
                       short_number(f->tokens_per_s, rate));
@@ -126,9 +126,11 @@ static void describe(const struct console_figures *f, bool live, char *out, size
     if (live && v->chunks_missing)
         n += snprintf(out + n, size - (size_t)n, " (%u chunks to fetch)", v->chunks_missing);
     if (!f->connected) n += snprintf(out + n, size - (size_t)n, " | coordinator out of reach");
-    snprintf(out + n, size - (size_t)n, " | %s%s by all | %u member%s, %u peer%s",
-             short_number((double)v->tokens_committed, tokens), live ? "" : " tokens", v->members_live, v->members_live == 1 ? "" : "s",
-             v->peers, v->peers == 1 ? "" : "s");
+    n += snprintf(out + n, size - (size_t)n, " | %s%s by all", short_number((double)v->tokens_committed, tokens),
+                  live ? "" : " tokens");
+    if (v->members_live) /* not known before the coordinator's first answer */
+        n += snprintf(out + n, size - (size_t)n, " | %u member%s", v->members_live, v->members_live == 1 ? "" : "s");
+    snprintf(out + n, size - (size_t)n, ", %u peer%s", v->peers, v->peers == 1 ? "" : "s");
 }
 
 static size_t width(void) {

@@ -89,15 +89,13 @@ static int take_number(const char *text, long min, long max, int *out) {
     return 0;
 }
 
-/* UTF-8 is checked where the name is sent; here only what a person gets wrong. */
+/* What is not fit for the wire would never be sent, and the coordinator never answer. */
 static int check_name(const char *name, struct err *err) {
     if (!name) return 0;
     if (!*name || strlen(name) > PROTO_NAME_BYTES_MAX)
         return err_set(err, ERR_CONFIG, "--name: 1 to %d bytes", PROTO_NAME_BYTES_MAX);
-    for (const char *c = name; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 0x7f)
-            return err_set(err, ERR_CONFIG, "--name: no control characters");
-    return 0;
+    if (proto_text_is_clean((const uint8_t *)name, strlen(name))) return 0;
+    return err_set(err, ERR_CONFIG, "--name: UTF-8 without control characters");
 }
 
 enum { OPT_HOME = 256, OPT_NAME, OPT_AGGREGATE, OPT_DEVICE, OPT_THREADS, OPT_PRECISION, OPT_NICE, OPT_CORPUS,

@@ -53,6 +53,8 @@ expect 2 'activations: gigabytes' "$node" join "$invite" --activations none
 expect 2 'offload: none or optimizer' "$node" join "$invite" --offload all
 expect 2 'listen.*port' "$node" join "$invite" --listen 70000
 expect 2 'missing after.*--home' "$node" run --home
+expect 2 'name: UTF-8 without control' "$node" join "$invite" --name $'a\xffb'
+expect 2 'name: UTF-8 without control' "$node" join "$invite" --name $'a\nb'
 expect 2 'auto, cpu, cuda' "$node" join "$invite" --device gpu
 expect 1 'no-such-file' "$node" join "@$dir/no-such-file"
 expect 2 'standard input' "$node" join -
