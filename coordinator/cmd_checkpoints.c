@@ -29,6 +29,7 @@ static const char help[] =
     "  --stale-hours H  what a crashed writer left goes when nothing in it has changed for H hours\n"
     "                   (default 24; half-done uploads among it; 0 only where nobody writes)\n"
     "  --dry-run        only say what would go\n"
+    "  --json           of list too: one JSON object a line\n"
     "\n"
     "All work while the run is served. A bucket's key is taken from where `serve` has it.\n"
     "\n"

@@ -245,7 +245,7 @@ static int open_sockets(struct server *s, struct err *err) {
     s->listener = listener_create(s->base, s->listen.host, &s->listen.port, server_on_accept, s, err);
     if (!s->listener) {
         struct err why = *err;
-        return err_set(err, why.code, "%.170s; choose another port with --listen HOST:PORT", why.msg);
+        return err_set(err, why.code, "%.170s; choose another address or port with --listen HOST:PORT", why.msg);
     }
     if (address_for_others(&s->listen, set->address, &s->others, err)) return -1;
     s->control = control_create(s->base, s->run->dir, answer, s, err);

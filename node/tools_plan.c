@@ -220,7 +220,7 @@ static void print_table(const struct plan *p) {
 
 static int refuse(const struct plan *p, struct err *err) {
     return err_set(err, ERR_MEMORY,
-                   "%s takes %.1f GB and there are %.1f: take %sa smaller model, or a shorter --sequence",
+                   "%s takes %.2f GB and there are %.2f: take %sa smaller model, or a shorter --sequence",
                    ranks(p) > 1 ? "a rank" : "it", (double)taken(p, &p->needs) / 1e9, share(p) / 1e9,
                    p->precision == TRAINER_BF16_STOCHASTIC ? "" : "--precision bf16-stochastic, ");
 }

@@ -87,7 +87,7 @@ goes_on "bad invites"
 # ---- ports and folders that are taken ----------------------------------------------------------------------------
 echo "ports and folders that are taken"
 "$COORDINATOR" init "$W/run2" --corpus "$W/corpus/corpus.json" --preset debug --set model.sequence=64 >/dev/null 2>&1 || bad "init of a second run"
-says 1 "listen on 127.0.0.1 port $P: .*process ${PID[coordinator]}. holds it already; choose another port" \
+says 1 "listen on 127.0.0.1 port $P: .*process ${PID[coordinator]}. holds it already; choose another address or port" \
     "$COORDINATOR" serve "$W/run2" --listen "127.0.0.1:$P"
 says 1 "process ${PID[coordinator]} serves this run already" "$COORDINATOR" serve "$R" --listen "127.0.0.1:$(free_port)"
 says 1 "alice is in use by a running node .process ${PID[alice]}.: stop it, or give another --home" "$NODE" run --home "$W/alice"

@@ -100,7 +100,7 @@ wait_for 10 r serving || fail "the coordinator does not start"
 says 1 "process ${PID[coordinator]} serves this run already" serve r --no-aggregator
 says 1 "process ${PID[coordinator]} serves this run already" init r
 "$COORDINATOR" init r2 --corpus corpus >/dev/null 2>&1
-says 1 "listen on 127.0.0.1 port $P: intellect-coord (process ${PID[coordinator]}) holds it already; choose another port" \
+says 1 "listen on 127.0.0.1 port $P: intellect-coord (process ${PID[coordinator]}) holds it already; choose another address or port" \
     serve r2 --listen 127.0.0.1:"$P" --no-aggregator
 says 2 "'nowhere' has no port" serve r2 --listen nowhere --no-aggregator
 check "every log line is JSON" python3 -c 'import json, sys; [json.loads(l)["text"] for l in sys.stdin]' <coordinator.log
