@@ -373,7 +373,9 @@ static CURLcode set_all(CURL *h, struct transfer *t, struct curl_slist *headers)
     SET(CURLOPT_REDIR_PROTOCOLS_STR, "https");
     SET(CURLOPT_FOLLOWLOCATION, r->follow ? 1L : 0L);
     SET(CURLOPT_MAXREDIRS, (long)REDIRECTS_MAX);
-    SET(CURLOPT_PATH_AS_IS, 1L); /* it is signed as we wrote it */
+    /* As we, or who signed the URL, wrote it. libcurl 8 refuses that for what it signs itself; those are names of
+     * objects, in which ckpt_name_valid() lets no dots be a folder. */
+    SET(CURLOPT_PATH_AS_IS, r->auth ? 0L : 1L);
     SET(CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1); /* streams are connections of their own */
     SET(CURLOPT_NOSIGNAL, 1L);
     SET(CURLOPT_ERRORBUFFER, t->why);
