@@ -60,7 +60,7 @@ static const char train_help[] =
     "  --heldout N        at the end, the mean loss of the first N held-out samples (default 64)\n"
     "  --plot FILE.svg    draw the loss curve when it ends; DIR/loss.csv has it in numbers\n"
     "  --silence S        give up when one of several ranks says nothing for so many seconds: it hangs\n"
-    "                     (default 600; 0: wait for it). The same command goes on from what was saved last\n"
+    "                     (default 600; 0: wait for it); the same command goes on from what was saved\n"
     "  --quiet            no lines about progress\n"
     "  --json             print one JSON object at the end: steps, tokens, loss, heldout, tokens_per_s,\n"
     "                     data_share\n"

@@ -191,7 +191,7 @@ static int announce(const struct target *t, const struct attack *a) {
             member_follow(&m, judged, PATIENCE_MS);
         }
         release(&c);
-        if (m.link.heard[0] || (m.base_index == base && !sent)) break;
+        if (m.link.heard[0] || (m.base_index == base && !sent) || i + 1 == TRIES) break;
         leave(&m);
         member_close(&m);
     }

@@ -196,7 +196,13 @@ goes_on "lies beside a contribution: nobody believes them"
 
 echo "quarantine"
 before=$(tokens)
-attack coordinator 'mallory. is in quarantine from ledger [0-9]+ on: its bytes are not what it announced' "$P" nan-shown
+# Who takes too long to show its bytes once more is left out, but not convicted: where a machine is busy, again.
+for _ in 1 2 3; do
+    attack coordinator 'accuses member [0-9]+ .*scale of block 0 is nan' "$P" nan-shown
+    [ "$(status "$R" "any(m['name'] == 'mallory' and m['quarantined'] for m in members)")" = True ] && break
+done
+grep -qE 'mallory. is in quarantine from ledger [0-9]+ on: its bytes are not what it announced' "$W/coordinator.log" ||
+    bad "mallory is not in quarantine: $(grep -E 'mallory|once more' "$W/coordinator.log" | tail -n 8)"
 attack coordinator 'contribution of .*mallory.* refused: this member is in quarantine' "$P" ready-quarantined
 [ "$(tokens)" = "$before" ] || bad "mallory was summed: $(tokens) tokens, $before before"
 "$COORDINATOR" release "$R" --member mallory --reason 'it says that it is sorry' >/dev/null || bad "no release"
