@@ -290,15 +290,17 @@ static inline bool member_3_chunks_wait(struct rig *r, struct sent *m) {
     return m->from != 3 || m->frame.type != MSG_CHUNK;
 }
 
+/* After it members 2 and 3 have spent so many of their samples. */
+static inline void round_of_three(struct rig *r, uint64_t spent) {
+    train_round(r, 2);
+    train_round(r, 3);
+    whole_round(r, &THREE);
+    for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? spent : 0);
+}
+
 static inline void two_rounds(struct rig *r) {
     three_members(r);
-    for (int round = 0; round < 2; round++) {
-        train_round(r, 2);
-        train_round(r, 3);
-        whole_round(r, &THREE);
-        for (uint32_t id = 1; id <= 3; id++)
-            announce(r, id, &THREE, id > 1 ? (round + 1) * STEPS * BATCH : 0);
-    }
+    for (uint64_t round = 1; round <= 2; round++) round_of_three(r, round * STEPS * BATCH);
 }
 
 #endif

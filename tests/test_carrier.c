@@ -146,10 +146,7 @@ static void end(struct test *t) {
 
 static void a_commit_changes_it(struct test *t) {
     struct rig *r = t->rig;
-    train_round(r, 2);
-    train_round(r, 3);
-    whole_round(r, &THREE);
-    for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? STEPS * BATCH : 0);
+    round_of_three(r, STEPS * BATCH);
     assert_memory_not_equal(sync_anchor(r->node[2].sync), t->anchor, sizeof t->anchor);
     assert_memory_not_equal(sync_momentum(r->node[2].sync), t->momentum, sizeof t->momentum);
 }

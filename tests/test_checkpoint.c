@@ -89,10 +89,7 @@ static void go_on_until(struct test *t, int turns) {
 
 static void a_commit_changes_it(struct test *t) {
     struct rig *r = t->rig;
-    train_round(r, 2);
-    train_round(r, 3);
-    whole_round(r, &THREE);
-    for (uint32_t id = 1; id <= 3; id++) announce(r, id, &THREE, id > 1 ? STEPS * BATCH : 0);
+    round_of_three(r, STEPS * BATCH);
     for (uint64_t at = 0; at < ELEMENTS; at += CHUNK) {
         assert_memory_not_equal(sync_anchor(r->node[2].sync) + at, t->anchor + at, 4096);
         assert_memory_not_equal(sync_momentum(r->node[2].sync) + at, t->momentum + at, 4096);
